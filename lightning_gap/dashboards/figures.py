@@ -1,0 +1,246 @@
+"""Figures for reports, drawn once for light and dark: the SVG takes its colours from the page that holds it."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["SERIES", "Curve", "as_png", "as_svg", "cloud", "curves", "dots", "log_law", "movements", "style"]
+
+# The colours of the light theme; `as_svg` replaces each by the page's custom property of that name.
+INK, MUTED, GRID, MID, PAPER = "#1d2430", "#656d78", "#ebe8e1", "#8d9096", "#fbfaf7"
+SERIES = ("#6f7682", "#c2512f", "#2f68b0", "#0f8a6d", "#8a5aa8")
+_PROPERTIES = {INK: "ink", MUTED: "muted", GRID: "grid", MID: "mid", PAPER: "paper"} | {
+    colour: f"s{i}" for i, colour in enumerate(SERIES)
+}
+_SIZE = (5.2, 3.5)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One named line, or one line a seed.
+
+    Args:
+        label: Its name, written beside it or in the legend.
+        x: ``(n,)`` abscissae.
+        y: ``(n,)`` values, or ``(seeds, n)``: the mean is drawn, and the range of the seeds as a band.
+        colour: One of :data:`SERIES`.
+    """
+
+    label: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    colour: str
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw with the report's type sizes and colours inside the ``with`` block, and nowhere else."""
+    import matplotlib as mpl
+
+    rc = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lightning_gap",
+        "font.size": 10,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": MUTED,
+        "axes.titlecolor": INK,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "grid.color": GRID,
+        "grid.linewidth": 0.9,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "text.color": INK,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "figure.constrained_layout.use": True,
+        "path.simplify_threshold": 0.5,
+    }
+    with mpl.rc_context(rc):
+        yield
+
+
+def _new(size: tuple[float, float] = _SIZE) -> "tuple[Figure, Axes]":
+    # A Figure of its own instead of pyplot: no global state, no window, no backend chosen for the user.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    figure.patch.set_alpha(0.0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0.0)
+    return figure, axes
+
+
+def as_svg(figure: "Figure") -> str:
+    """Return the figure as inline SVG whose colours follow the page.
+
+    Args:
+        figure: A figure of this module.
+    """
+    buffer = io.StringIO()
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, name in _PROPERTIES.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text
+
+
+def as_png(figure: "Figure", *, dpi: int = 200) -> bytes:
+    """Return the figure as PNG on the light theme's paper.
+
+    Args:
+        figure: A figure of this module.
+        dpi: Pixels an inch; 200 suits a screen of double density.
+    """
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor=PAPER)
+    return buffer.getvalue()
+
+
+def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabel: str, digits: int = 2) -> "Figure":
+    """Return one line a run: a dot for each seed, a bar at the mean, the mean written out.
+
+    Args:
+        values: The numbers of the seeds, by run.
+        colours: One a run.
+        xlabel: What the numbers are.
+        digits: Decimals of the written mean.
+    """
+    with style():
+        figure, axes = _new((_SIZE[0], 0.9 + 0.62 * len(values)))
+        for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours)):
+            mean = float(np.mean(numbers))
+            axes.plot(numbers, [row] * len(numbers), "o", color=colour, ms=7, alpha=0.55, mec="none")
+            axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=3, solid_capstyle="round")
+            axes.annotate(label, (0, row), (0, 13), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          color=INK, weight="bold", size=9.5)  # fmt: skip
+            axes.annotate(f"{mean:.{digits}f}", (1, row), (0, 13), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", color=colour, weight="bold")  # fmt: skip
+        axes.set_ylim(len(values) - 0.5, -0.75)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.08)
+        axes.set_xlabel(xlabel)
+    return figure
+
+
+def curves(
+    lines: Sequence[Curve], *, xlabel: str, ylabel: str, logx: bool = False, floor_quantile: float | None = None
+) -> "Figure":
+    """Return lines over a common axis, with a band from the lowest to the highest seed.
+
+    Args:
+        lines: What to draw.
+        xlabel: What the abscissa is.
+        ylabel: What the ordinate is.
+        logx: Whether the abscissa is logarithmic.
+        floor_quantile: Cut the ordinate below this quantile of all values, so that the first steps do not flatten
+            the rest.
+    """
+    with style():
+        figure, axes = _new()
+        for line in lines:
+            seeds = np.atleast_2d(line.y)
+            axes.plot(line.x, seeds.mean(0), color=line.colour, label=line.label, marker="o", ms=3.2)
+            axes.fill_between(line.x, seeds.min(0), seeds.max(0), color=line.colour, alpha=0.16, lw=0)
+        if logx:
+            axes.set_xscale("log")
+        if floor_quantile is not None:
+            everything = np.concatenate([np.ravel(line.y) for line in lines])
+            top, low = everything.max(), np.quantile(everything, floor_quantile)
+            axes.set_ylim(low - 0.05 * (top - low), top + 0.08 * (top - low))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(loc="lower right")
+    return figure
+
+
+def log_law(lines: Sequence[Curve], laws: Sequence[tuple[float, float]], *, xlabel: str, ylabel: str) -> "Figure":
+    """Return distances over the logarithm of the update, each with its law ``a + b·log t`` dashed.
+
+    Args:
+        lines: Updates from 1 and the distances there.
+        laws: ``(a, b)`` for each line, ``log`` natural.
+        xlabel: What the abscissa is.
+        ylabel: What the ordinate is.
+    """
+    with style():
+        figure, axes = _new()
+        for line, (intercept, slope) in zip(lines, laws):
+            axes.plot(line.x, line.y, "o", color=line.colour, ms=3.6, mec="none", alpha=0.85, label=line.label)
+            axes.plot(line.x, intercept + slope * np.log(line.x), color=line.colour, lw=1.1, ls=(0, (4, 2)))
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(loc="upper left")
+    return figure
+
+
+def _plane(colours: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Project RGB colours on the plane of red minus blue (cool to warm) and mean brightness."""
+    return np.stack([colours[:, 0] - colours[:, 2], colours.mean(1)], axis=1)
+
+
+def _colour_axes(axes: "Axes") -> None:
+    # Mid grey behind the points: black and white ones are both seen, in either theme.
+    axes.patch.set(alpha=1.0, facecolor=MID)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlim=(-0.8, 1.05), ylim=(-0.04, 1.04), xlabel="cool  –  red minus blue  –  warm", ylabel="brightness")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def cloud(colours: NDArray[np.float64]) -> "Figure":
+    """Return RGB colours as a cloud of points in their own colours.
+
+    Args:
+        colours: ``(n, 3)`` RGB in [0, 1]; what lies outside is clipped for the display alone.
+    """
+    with style():
+        figure, axes = _new((4.2, 3.6))
+        _colour_axes(axes)
+        where = _plane(colours)
+        axes.scatter(where[:, 0], where[:, 1], s=5, c=np.clip(colours, 0, 1), lw=0, rasterized=True)
+        figure.set_dpi(200)
+    return figure
+
+
+def movements(before: NDArray[np.float64], after: NDArray[np.float64]) -> "Figure":
+    """Return where each colour goes: a line from the colour to its image, the image drawn as a point.
+
+    Args:
+        before: ``(n, 3)`` RGB in [0, 1].
+        after: ``(n, 3)`` their images.
+    """
+    from matplotlib.collections import LineCollection
+
+    with style():
+        figure, axes = _new((4.2, 3.6))
+        _colour_axes(axes)
+        start, end = _plane(before), _plane(after)
+        axes.add_collection(
+            LineCollection(list(np.stack([start, end], axis=1)), colors=np.clip(before, 0, 1), lw=0.7, alpha=0.8)
+        )
+        axes.scatter(end[:, 0], end[:, 1], s=9, c=np.clip(after, 0, 1), lw=0)
+    return figure

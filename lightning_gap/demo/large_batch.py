@@ -1,0 +1,242 @@
+"""The large-batch half of the demo: table 1 of Hoffer, Hubara, Soudry 2017 in small, on real images.
+
+The F1 network and its regime are the paper's: SGD with momentum 0.9, weight decay 1e-4, learning rate 0.1, divided by
+10 after 20 %, 40 % and 60 % of the epochs, gradients clipped to norm 5 in every run. Only the number of epochs is
+smaller. Nothing is tuned: the test part is only looked at.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gap import GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion
+from lightning_gap.demo.datasets import ImageSplit
+from lightning_gap.diffusion import DiffusionFit, constant_lr_segments, fit_diffusion
+
+__all__ = ["F1", "RECIPES", "LargeBatchSettings", "Recipe", "TrainingRun", "train_all"]
+
+
+class F1(LightningModule):
+    """The paper's F1 network: five fully connected layers of 512 units with BatchNorm and ReLU, then a classifier.
+
+    Args:
+        epochs: Length of the small-batch regime; the learning rate falls at 20 %, 40 % and 60 % of it.
+        learning_rate: Learning rate of the small batch.
+        width: Units a layer.
+    """
+
+    def __init__(self, epochs: int, learning_rate: float = 0.1, width: int = 512) -> None:
+        super().__init__()
+        self.epochs, self.learning_rate = epochs, learning_rate
+        layers: list[nn.Module] = []
+        for inputs in (784, width, width, width, width):
+            layers += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
+        self.network = nn.Sequential(*layers, nn.Linear(width, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(n, 10)`` logits of ``(n, 784)`` images."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log loss and accuracy."""
+        images, labels = batch
+        logits = self(images)
+        self.log("loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("accuracy", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """Return SGD and its three drops of the learning rate, counted in epochs."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=1e-4)
+        drops = [round(self.epochs * share) for share in (0.2, 0.4, 0.6)]
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)}
+
+
+@dataclass(frozen=True)
+class LargeBatchSettings:
+    """The configuration of the four runs, fixed before any of them.
+
+    Args:
+        epochs: Epochs of the small-batch regime.
+        small_batch: The batch the regime was made for, and the ghost batch.
+        large_batch: The batch of the three other runs.
+        seeds: One run a recipe and seed.
+        clip_norm: Bound of the gradient's norm, in all runs.
+        width: Units a layer of the network.
+    """
+
+    epochs: int = 10
+    small_batch: int = 128
+    large_batch: int = 1024
+    seeds: Sequence[int] = (0, 1)
+    clip_norm: float = 5.0
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of the table.
+
+    Args:
+        name: What it is called.
+        detail: What was done, in a few words.
+        large: Whether it trains with the large batch.
+        callbacks: What it adds to the trainer.
+    """
+
+    name: str
+    detail: str
+    large: bool
+    callbacks: Callable[[LargeBatchSettings], list[Callback]]
+
+
+RECIPES = (
+    Recipe("Small batch", "the reference", False, lambda s: []),
+    Recipe("Large batch", "same epochs, same learning rate", True, lambda s: []),
+    Recipe("+ regime", "LargeBatchRegime: same updates, √ learning rate", True,
+           lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch)]),  # fmt: skip
+    Recipe("+ regime + Ghost BN", "LargeBatchRegime and GhostBatchNorm", True,
+           lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch), GhostBatchNorm(s.small_batch)]),  # fmt: skip
+)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one run came to.
+
+    Args:
+        recipe: Name of its recipe.
+        seed: Its seed.
+        test_accuracy: Per cent, with the last weights.
+        train_accuracy: Per cent, the same.
+        train_loss: Cross-entropy over the training part, in evaluation mode.
+        updates: Optimizer steps.
+        epochs: Passes over the training part.
+        seconds: Wall time of the fit, with the looks at the test part for the curve.
+        curve: (updates, test accuracy in per cent) along the way.
+        distances: (updates, ‖w_t − w_0‖) along the way.
+        diffusion: The laws fitted to the distances at the first learning rate; ``None`` if the run was too short.
+    """
+
+    recipe: str
+    seed: int
+    test_accuracy: float
+    train_accuracy: float
+    train_loss: float
+    updates: int
+    epochs: int
+    seconds: float
+    curve: list[tuple[int, float]]
+    distances: list[tuple[int, float]]
+    diffusion: DiffusionFit | None
+
+
+class _Watch(Callback):
+    """Tell the progress bar how many images have passed, and keep the accuracy curve."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+        self.curve: list[tuple[int, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        """Advance the bar by one batch."""
+        self.advance(len(batch[0]))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the test accuracy."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.curve.append((trainer.global_step, 100 * float(trainer.callback_metrics["accuracy"])))
+
+
+def images_to_pass(settings: LargeBatchSettings, images: int) -> int:
+    """Return how many images pass through the network in all runs together, for a progress bar.
+
+    Args:
+        settings: The configuration.
+        images: Images in the training part.
+    """
+    stretch = settings.large_batch / settings.small_batch
+    return round(len(settings.seeds) * settings.epochs * images * (2 + 2 * stretch))
+
+
+def train(
+    recipe: Recipe, seed: int, data: ImageSplit, settings: LargeBatchSettings, advance: Callable[[int], None]
+) -> TrainingRun:
+    """Train one recipe with one seed.
+
+    Args:
+        recipe: What to do.
+        seed: Of the weights and of the order of the images.
+        data: The images.
+        settings: The configuration.
+        advance: Called with the number of images of every batch.
+    """
+    seed_everything(seed, workers=True, verbose=False)
+    batch_size = settings.large_batch if recipe.large else settings.small_batch
+    added = recipe.callbacks(settings)
+    stretched = any(isinstance(callback, LargeBatchRegime) for callback in added)
+    watch, diffusion = _Watch(advance), UltraSlowDiffusion(points_per_decade=20)
+    trainer = Trainer(
+        max_epochs=settings.epochs,
+        callbacks=[*added, diffusion, watch],
+        gradient_clip_val=settings.clip_norm,
+        check_val_every_n_epoch=settings.large_batch // settings.small_batch if stretched else 1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    model = F1(settings.epochs, width=settings.width)
+    test, training = data.loaders_in_order()
+    started = time.perf_counter()
+    trainer.fit(model, data.train_loader(batch_size), test)
+    seconds = time.perf_counter() - started
+    updates, epochs = trainer.global_step, trainer.current_epoch
+    on_test, on_training = (trainer.validate(model, loader, verbose=False)[0] for loader in (test, training))
+    distances, fit = _diffusion(diffusion)
+    return TrainingRun(
+        recipe=recipe.name,
+        seed=seed,
+        test_accuracy=100 * on_test["accuracy"],
+        train_accuracy=100 * on_training["accuracy"],
+        train_loss=on_training["loss"],
+        updates=updates,
+        epochs=epochs,
+        seconds=seconds,
+        curve=watch.curve,
+        distances=distances,
+        diffusion=fit,
+    )
+
+
+def train_all(
+    data: ImageSplit, settings: LargeBatchSettings, progress: Callable[[str, int], None]
+) -> dict[str, list[TrainingRun]]:
+    """Train every recipe with every seed and return the runs by recipe.
+
+    Args:
+        data: The images.
+        settings: The configuration.
+        progress: Called with the name of the run and the number of images of every batch.
+    """
+    results: dict[str, list[TrainingRun]] = {recipe.name: [] for recipe in RECIPES}
+    for seed in settings.seeds:
+        for recipe in RECIPES:
+            name = f"{recipe.name}, seed {seed}"
+            results[recipe.name].append(train(recipe, seed, data, settings, lambda n, name=name: progress(name, n)))  # type: ignore[misc]
+    return results
