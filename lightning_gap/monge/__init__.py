@@ -1,1 +1,9 @@
-"""monge."""
+"""The Monge gap: optimal transport maps for any cost (Uscidda and Cuturi 2023)."""
+
+from lightning_gap.monge import costs
+from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
+from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.module import MongeMap
+
+__all__ = ["MongeMap", "ResidualMLP", "SamplesDataModule", "costs", "monge_gap", "sinkhorn_divergence"]

@@ -1,0 +1,116 @@
+"""Checks of samples, weights and epsilons: every message names the argument, what is wrong, and the remedy."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights"]
+
+
+def check_samples(name: str, samples: Tensor) -> None:
+    """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
+
+    Args:
+        name: The caller's argument, for the message.
+        samples: What the caller was given.
+
+    Raises:
+        TypeError: It is not a tensor, or not of a floating-point type.
+        ValueError: It has another shape, is empty, or holds NaN or infinity (the rows are named).
+    """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(samples).__name__}: use torch.as_tensor({name})")
+    if not samples.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {samples.dtype}: use {name}.float()")
+    if samples.dim() != 2:
+        remedy = "add the missing dimension, as in x[:, None]" if samples.dim() == 1 else "flatten each sample"
+        raise ValueError(f"{name} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
+    if samples.numel() == 0:
+        raise ValueError(f"{name} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
+    # One pass and one synchronisation where all is well: a sum is finite only if every term is.
+    if not math.isfinite(float(samples.detach().sum(dtype=torch.float64))):
+        bad = (~samples.detach().isfinite()).any(dim=1).nonzero().flatten()
+        if len(bad):
+            rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{name} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({rows}): "
+                "remove them, or lower the learning rate if a network made them"
+            )
+
+
+def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: bool = False) -> None:
+    """Raise unless both are valid samples of one dimension, dtype and device.
+
+    Args:
+        x_name: The caller's first argument.
+        x: ``(n, d)`` samples.
+        y_name: The caller's second argument.
+        y: ``(m, d)`` samples.
+        same_length: Whether the samples are paired row by row.
+
+    Raises:
+        TypeError: One is no floating-point tensor, or the dtypes differ.
+        ValueError: Shapes or devices do not fit, or a sample is not finite.
+    """
+    check_samples(x_name, x)
+    check_samples(y_name, y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{x_name} has dimension {x.shape[1]} but {y_name} has {y.shape[1]}: they must agree")
+    if same_length and len(x) != len(y):
+        raise ValueError(
+            f"{x_name} has {len(x)} rows but {y_name} has {len(y)}: they are paired row by row, and must agree"
+        )
+    if x.dtype != y.dtype:
+        raise TypeError(f"{x_name} is {x.dtype} but {y_name} is {y.dtype}: convert one with .to(dtype)")
+    if x.device != y.device:
+        raise ValueError(f"{x_name} is on {x.device} but {y_name} on {y.device}: move one with .to(device)")
+
+
+def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
+    """Return the weights of the samples, uniform where there are none.
+
+    Args:
+        name: The caller's argument, for the message.
+        weights: ``(n,)`` non-negative weights, summing to 1 where the problem is balanced, or ``None``.
+        samples: The ``(n, d)`` samples they belong to.
+        balanced: Whether they must sum to 1.
+
+    Raises:
+        TypeError: The weights are no tensor.
+        ValueError: Their shape, sign or sum is wrong.
+    """
+    n = len(samples)
+    if weights is None:
+        return samples.new_full((n,), 1 / n)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(weights).__name__}")
+    if weights.shape != (n,):
+        raise ValueError(f"{name} must have shape ({n},), one weight a sample, got {tuple(weights.shape)}")
+    if not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(f"{name} must be finite and non-negative, got a minimum of {float(weights.min())}")
+    total = float(weights.sum())
+    if total <= 0 or (balanced and abs(total - 1) > 1e-3):
+        raise ValueError(f"{name} must sum to 1, got {total:.6g}: divide it by its sum")
+    return weights.to(dtype=samples.dtype, device=samples.device)
+
+
+def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
+    """Return ``epsilon`` as a number, or ``None``.
+
+    Args:
+        name: The caller's argument, for the message.
+        epsilon: A positive finite number, or ``None``.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if epsilon is None:
+        return None
+    try:
+        value = float(epsilon)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0) or isinstance(epsilon, bool):
+        raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
+    return value
