@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 __all__ = [
     "CallableCost",
@@ -341,11 +342,11 @@ class Cosine(Cost):
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus the cosine."""
-        return 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + self._RIDGE)
+        return 1 - (x * y).sum(-1) / (vector_norm(x, dim=-1) * vector_norm(y, dim=-1) + self._RIDGE)
 
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus all cosines, through one matrix product."""
-        norms = x.norm(dim=-1)[..., :, None] * y.norm(dim=-1)[..., None, :]
+        norms = vector_norm(x, dim=-1)[..., :, None] * vector_norm(y, dim=-1)[..., None, :]
         return 1 - torch.matmul(x, y.mT) / (norms + self._RIDGE)
 
     @property
@@ -355,7 +356,7 @@ class Cosine(Cost):
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse zero vectors."""
-        zero = points.detach().norm(dim=-1) == 0
+        zero = vector_norm(points.detach(), dim=-1) == 0
         if bool(zero.any()):
             raise ValueError(
                 f"{name} has {int(zero.sum())} zero vectors (first at row {_first(zero)}), "
@@ -395,7 +396,7 @@ class Geodesic(Cost):
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse points off the unit sphere."""
-        off = (points.detach().norm(dim=-1) - 1).abs() > self._TOLERANCE
+        off = (vector_norm(points.detach(), dim=-1) - 1).abs() > self._TOLERANCE
         if bool(off.any()):
             raise ValueError(
                 f"{name} has {int(off.sum())} points off the unit sphere (first at row {_first(off)}): "

@@ -44,4 +44,5 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples."""
-        return x + self.displacement(x)
+        displacement: Tensor = self.displacement(x)
+        return x + displacement
