@@ -3,9 +3,19 @@
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-__all__ = ["data_parallel_rank", "data_parallel_size", "mean_over_ranks", "strategy_name"]
+__all__ = [
+    "data_parallel_rank",
+    "data_parallel_size",
+    "holds_whole_weights",
+    "injects_sampler",
+    "mean_over_ranks",
+    "replaces_batchnorm_by_syncbatchnorm",
+    "strategy_name",
+]
 
 
 def data_parallel_size(trainer: Trainer) -> int:
@@ -43,6 +53,28 @@ def strategy_name(trainer: Trainer) -> str:
     return type(trainer.strategy).__name__
 
 
+def holds_whole_weights(trainer: Trainer) -> bool:
+    """Return whether every rank holds all weights, equal on all ranks: one device, or DDP.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    strategy = trainer.strategy
+    # DeepSpeed's strategy is a subclass of DDP's, and shards.
+    return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
+
+
+def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
+    """Return whether the strategy turns every BatchNorm layer into a ``SyncBatchNorm`` when it sets up a fit.
+
+    Only strategies with several ranks heed ``sync_batchnorm=True``; one device ignores it.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm)
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of ``value`` over all processes, detached; ``value`` itself where there is one process.
 
@@ -55,3 +87,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return torch.div(total, dist.get_world_size())
+
+
+def injects_sampler(trainer: Trainer) -> bool:
+    """Return whether the trainer shards a training loader among the replicas, by a distributed sampler of its own.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    connector = trainer._accelerator_connector
+    return bool(connector.use_distributed_sampler and connector.is_distributed)

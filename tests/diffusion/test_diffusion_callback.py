@@ -1,0 +1,386 @@
+import copy
+import csv
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gap.diffusion import UltraSlowDiffusion, fit_diffusion
+
+KEY = "lightning_gap/diffusion/"
+
+
+class Net(LightningModule):
+    """Dropout and shuffling use the RNG, BatchNorm keeps statistics: an observer that disturbs any of them shows."""
+
+    def __init__(self, lr=0.05, milestones=()):
+        super().__init__()
+        self.lr, self.milestones = lr, list(milestones)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", nn.functional.mse_loss(self.net(x), y))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, gamma=0.1)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Reference(Callback):
+    """The slow obvious twin: copy all weights after every update, subtract in float64."""
+
+    def __init__(self):
+        self.start, self.distances = None, {}
+
+    @staticmethod
+    def vector(module):
+        return torch.cat([p.detach().double().flatten() for p in module.parameters()])
+
+    def on_train_start(self, trainer, pl_module):
+        if self.start is None:
+            self.start = self.vector(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.distances[trainer.global_step] = (self.vector(pl_module) - self.start).norm().item()
+
+
+def loader(batch_size=8, n=80, shuffle=True):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=generator)
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(tmp_path, callbacks, **kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "max_epochs": 12,
+        "num_sanity_val_steps": 1,
+    }
+    return Trainer(callbacks=callbacks, **(defaults | kwargs))
+
+
+def fit(tmp_path, *callbacks, model=None, data=None, ckpt_path=None, validate=False, **kwargs):
+    torch.manual_seed(1)
+    model = Net() if model is None else model
+    run = trainer(tmp_path, list(callbacks), limit_val_batches=1.0 if validate else 0, **kwargs)
+    run.fit(model, data or loader(), loader(shuffle=False), ckpt_path=ckpt_path)
+    return run, model
+
+
+def test_distances_are_those_of_the_slow_twin_on_the_log_grid(tmp_path):
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5), Reference()
+    fit(tmp_path, diffusion, reference)
+    trace = diffusion.trace
+    assert trace["updates"] == [1, 2, 3, 4, 6, 10, 16, 25, 40, 63, 100]
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)
+    assert trace["learning_rate"] == [0.05] * 11
+    assert {len(values) for values in trace.values()} == {11}
+    start = reference.start.norm().item()
+    assert trace["relative_distance"] == pytest.approx([d / start for d in trace["distance"]], rel=1e-6)
+
+
+def test_every_n_updates(tmp_path):
+    diffusion = UltraSlowDiffusion(every_n_updates=25)
+    fit(tmp_path, diffusion)
+    assert diffusion.trace["updates"] == [25, 50, 75, 100]
+
+
+def test_accumulation_counts_updates_not_batches(tmp_path):
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=3), Reference()
+    fit(tmp_path, diffusion, reference, accumulate_grad_batches=4, max_epochs=4)
+    trace = diffusion.trace
+    assert trace["updates"] == [1, 2, 5, 10]  # 10 batches an epoch make 3 updates
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_run_is_bit_equal_with_and_without(tmp_path, precision):
+    results = []
+    for callbacks in ([], [UltraSlowDiffusion()]):
+        run, model = fit(tmp_path, *callbacks, precision=precision, validate=True, max_epochs=3)
+        metrics = {k: v for k, v in run.callback_metrics.items() if not k.startswith(KEY)}
+        results.append((model.state_dict(), run.optimizers[0].state_dict(), metrics, torch.get_rng_state()))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_latest_point_is_in_callback_metrics(tmp_path):
+    diffusion = UltraSlowDiffusion()
+    run, _ = fit(tmp_path, diffusion)
+    assert float(run.callback_metrics[KEY + "distance"]) == pytest.approx(diffusion.trace["distance"][-1])
+    assert float(run.callback_metrics[KEY + "updates"]) == diffusion.trace["updates"][-1]
+
+
+def test_every_point_reaches_the_loggers_at_the_step_of_self_log(tmp_path):
+    diffusion = UltraSlowDiffusion(points_per_decade=5)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    fit(tmp_path, diffusion, logger=logger, log_every_n_steps=50)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    points = [row for row in rows if row[KEY + "distance"]]
+    assert [float(row[KEY + "updates"]) for row in points] == diffusion.trace["updates"]
+    assert [float(row[KEY + "distance"]) for row in points] == pytest.approx(diffusion.trace["distance"])
+    assert [float(row[KEY + "log_updates"]) for row in points] == pytest.approx(
+        [math.log(t) for t in diffusion.trace["updates"]]
+    )
+    assert [int(row["step"]) + 1 for row in points] == diffusion.trace["updates"]
+    assert [int(row["step"]) for row in rows] == sorted(int(row["step"]) for row in rows)
+    final = [row for row in rows if row[KEY + "log_slope"]]
+    assert len(final) == 1
+    assert float(final[0][KEY + "log_slope"]) == pytest.approx(diffusion.diffusion_fit.log_slope)
+    assert float(final[0][KEY + "log_r2"]) == pytest.approx(diffusion.diffusion_fit.log_r2)
+
+
+def test_summary_says_both_laws(tmp_path, capsys):
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion)
+    printed, law = capsys.readouterr().out, diffusion.diffusion_fit
+    assert f"{law.log_slope:.4g}·log t" in printed
+    assert f"{law.power_r2:.4f}" in printed
+    assert f"preferred: {'ultra-slow' if law.preferred == 'log' else 'power'}" in printed
+    assert law == fit_diffusion(diffusion.trace["updates"], diffusion.trace["distance"])
+
+
+def test_short_run_says_so_and_does_not_crash(tmp_path, capsys):
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion, max_epochs=1)
+    assert diffusion.diffusion_fit is None
+    assert "no law fitted" in capsys.readouterr().out
+
+
+def test_fit_takes_the_constant_stretch_of_the_learning_rate(tmp_path, capsys):
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion, model=Net(milestones=[102]), max_epochs=20)
+    trace = diffusion.trace
+    high = [i for i, rate in enumerate(trace["learning_rate"]) if rate == 0.05]
+    assert trace["updates"][high[-1]] == 100
+    assert trace["learning_rate"][-1] == pytest.approx(0.005)
+    expected = fit_diffusion([trace["updates"][i] for i in high], [trace["distance"][i] for i in high])
+    assert diffusion.diffusion_fit == expected
+    assert "constant learning rate" in " ".join(capsys.readouterr().out.split())
+
+
+def test_learning_rate_is_that_of_the_update_itself(tmp_path):
+    diffusion = UltraSlowDiffusion(every_n_updates=1)
+    fit(tmp_path, diffusion, model=Net(milestones=[3]), max_epochs=1)
+    assert diffusion.trace["learning_rate"][:5] == pytest.approx([0.05, 0.05, 0.05, 0.005, 0.005])
+
+
+def test_whole_trace_is_fitted_and_said_where_the_rate_always_varies(tmp_path, capsys):
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion, model=Net(milestones=[20, 40, 60]))
+    assert diffusion.diffusion_fit.points == len(diffusion.trace["updates"])
+    assert "the learning rate varied" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("stop", [1, 13, 64])
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")  # all its batches are one and the same
+def test_resume_equals_the_uninterrupted_run(tmp_path, stop):
+    batch = next(iter(loader(shuffle=False)))
+    data = DataLoader(TensorDataset(*(x.repeat(10, 1) for x in batch)), batch_size=8)
+
+    class Saver(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stop:
+                trainer.save_checkpoint(tmp_path / "stop.ckpt")
+                torch.save(torch.get_rng_state(), tmp_path / "rng")
+
+    whole = UltraSlowDiffusion(points_per_decade=10)
+    _, model = fit(tmp_path, whole, Saver(), data=data, max_steps=120, max_epochs=-1)
+
+    class Restorer(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == stop:
+                torch.set_rng_state(torch.load(tmp_path / "rng"))
+
+    resumed = UltraSlowDiffusion(points_per_decade=10)
+    _, again = fit(
+        tmp_path,
+        resumed,
+        Restorer(),
+        data=data,
+        max_steps=120,
+        max_epochs=-1,
+        ckpt_path=tmp_path / "stop.ckpt",
+    )
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert resumed.trace == whole.trace
+    assert resumed.diffusion_fit == whole.diffusion_fit
+
+
+def test_second_fit_continues_and_a_new_run_starts_anew(tmp_path):
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5), Reference()
+    run, model = fit(tmp_path, diffusion, reference, max_epochs=2)
+    run.fit_loop.max_epochs = 4
+    run.fit(model, loader(), loader(shuffle=False))
+    assert diffusion.trace["updates"] == [1, 2, 3, 4, 6, 10, 16, 25, 40]
+    assert diffusion.trace["distance"][-1] == pytest.approx(reference.distances[40], rel=1e-6)
+    fit(tmp_path, diffusion, max_epochs=1)
+    assert diffusion.trace["updates"] == [1, 2, 3, 4, 6, 10]
+
+
+def test_added_on_resume_records_nothing_and_says_so(tmp_path):
+    run, _ = fit(tmp_path, max_epochs=1)
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    diffusion = UltraSlowDiffusion()
+    with pytest.warns(UserWarning, match="added after 10 updates.*nothing is recorded"):
+        fit(tmp_path, diffusion, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+    assert diffusion.trace["updates"] == []
+    assert diffusion.state_dict() == {}
+
+
+def test_anchor_of_another_model_is_refused(tmp_path):
+    diffusion = UltraSlowDiffusion()
+    run, _ = fit(tmp_path, diffusion, max_epochs=1)
+    other = Net()
+    other.net[4] = nn.Linear(8, 1, bias=False)
+    with pytest.raises(MisconfigurationException, match=r"another model.*net\.4\.bias"):
+        run.fit_loop.max_epochs = 2
+        run.fit(other, loader(), loader(shuffle=False))
+
+
+def test_averaged_weights_in_validation_do_not_disturb(tmp_path):
+    plain, averaged = UltraSlowDiffusion(), UltraSlowDiffusion()
+    fit(tmp_path, plain, validate=True, max_epochs=4)
+    fit(tmp_path, EMAWeightAveraging(decay=0.5), averaged, validate=True, max_epochs=4)
+    assert averaged.trace == plain.trace
+
+
+def test_layers_of_configure_model_are_tracked_and_frozen_ones_not(tmp_path):
+    class Late(Net):
+        def configure_model(self):
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(1, 1)
+                self.net[0].requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.mse_loss(self.late(self.net(x)), y)
+
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion, model=Late(), max_epochs=1)
+    anchor = diffusion.state_dict()["anchor"]
+    assert {"late.weight", "late.bias"} < set(anchor)
+    assert not any(name.startswith("net.0.") for name in anchor)
+
+
+def test_parameters_unfrozen_later_are_left_out_with_one_warning(tmp_path):
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.net[0].requires_grad_(trainer.current_epoch > 0)
+
+    model = Net()
+    model.net[0].requires_grad_(False)
+    diffusion = UltraSlowDiffusion()
+    with pytest.warns(UserWarning, match=r"leaves out 2 parameters.*net\.0\.weight") as caught:
+        fit(tmp_path, Unfreeze(), diffusion, model=model, max_epochs=3)
+    assert len([w for w in caught if "leaves out" in str(w.message)]) == 1
+    assert "net.0.weight" not in diffusion.state_dict()["anchor"]
+
+
+def test_parameters_that_vanish_stop_the_recording_not_the_run(tmp_path):
+    class Cut(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.net[4].bias = None
+
+    diffusion = UltraSlowDiffusion()
+    with pytest.warns(UserWarning, match=r"stops recording at update 11.*net\.4\.bias"):
+        run, _ = fit(tmp_path, Cut(), diffusion, max_epochs=3)
+    assert run.global_step == 30
+    assert diffusion.trace["updates"] == list(range(1, 11))
+
+
+def test_two_optimizers_count_optimizer_steps(tmp_path):
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.mse_loss(self.net(x), y))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[0].parameters(), 0.03), torch.optim.SGD(self.net[4].parameters(), 0.01)
+
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5), Reference()
+    fit(tmp_path, diffusion, reference, model=Two(), max_epochs=1)
+    trace = diffusion.trace
+    assert trace["updates"] == [2, 4, 6, 10, 16]
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)
+    assert trace["learning_rate"] == [0.03] * 5
+
+
+def test_learning_rate_finder_leaves_the_anchor_to_the_run(tmp_path):
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5), Reference()
+    finder = LearningRateFinder(num_training_steps=20, update_attr=False)
+    fit(tmp_path, finder, diffusion, reference, max_epochs=2, enable_checkpointing=True)
+    trace = diffusion.trace
+    assert trace["updates"] == [1, 2, 3, 4, 6, 10, 16]
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)
+
+
+def test_state_is_one_copy_and_loads_with_weights_only(tmp_path):
+    diffusion = UltraSlowDiffusion()
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1)
+    _, model = fit(tmp_path, diffusion, checkpoint, max_epochs=1, enable_checkpointing=True)
+    saved = torch.load(checkpoint.last_model_path, weights_only=True)["callbacks"]["UltraSlowDiffusion"]
+    assert sum(t.numel() for t in saved["anchor"].values()) == sum(p.numel() for p in model.parameters())
+    assert saved["trace"] == diffusion.trace
+
+
+def test_validate_and_test_do_nothing(tmp_path):
+    diffusion = UltraSlowDiffusion()
+    run, model = fit(tmp_path, diffusion, max_epochs=1)
+    before = copy.deepcopy(diffusion.trace)
+    run.validate(model, loader(shuffle=False), verbose=False)
+    assert diffusion.trace == before
+
+
+def test_fast_dev_run(tmp_path):
+    diffusion = UltraSlowDiffusion()
+    fit(tmp_path, diffusion, fast_dev_run=True, logger=None)
+    assert diffusion.trace["updates"] == [1]
+
+
+def test_nothing_to_track_is_refused(tmp_path):
+    model = Net()
+    model.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="no parameter with requires_grad=True"):
+        fit(tmp_path, UltraSlowDiffusion(), model=model)
+
+
+def test_sharded_strategies_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_gap.diffusion.callback.holds_whole_weights", lambda trainer: False)
+    with pytest.raises(MisconfigurationException, match="strategy=SingleDeviceStrategy may shard"):
+        fit(tmp_path, UltraSlowDiffusion())
+
+
+@pytest.mark.parametrize("name", ["points_per_decade", "every_n_updates"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "5"])
+def test_arguments_must_be_positive_integers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value!r}"):
+        UltraSlowDiffusion(**{name: value})

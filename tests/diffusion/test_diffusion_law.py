@@ -1,0 +1,158 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gap.diffusion import constant_lr_segments, fit_diffusion, next_log_update
+
+
+def log_grid(last, points_per_decade=20):
+    grid = [1]
+    while grid[-1] < last:
+        grid.append(next_log_update(grid[-1], points_per_decade))
+    return torch.tensor(grid, dtype=torch.float64)
+
+
+def correlated_noise(points, generator, correlation=0.5):
+    noise = [torch.randn((), generator=generator, dtype=torch.float64)]
+    for _ in range(points - 1):
+        fresh = torch.randn((), generator=generator, dtype=torch.float64)
+        noise.append(correlation * noise[-1] + math.sqrt(1 - correlation**2) * fresh)
+    return torch.stack(noise)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.0, 5.0), st.floats(0.1, 5.0))
+def test_log_law_is_recovered(intercept, slope):
+    t = log_grid(10_000)
+    fit = fit_diffusion(t, intercept + slope * t.log())
+    assert fit.log_intercept == pytest.approx(intercept, abs=1e-9)
+    assert fit.log_slope == pytest.approx(slope, rel=1e-9)
+    assert fit.log_r2 == pytest.approx(1)
+    assert fit.power_r2 < fit.log_r2
+    assert fit.preferred == "log"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.01, 100.0), st.floats(0.05, 1.5))
+def test_power_law_is_recovered(coefficient, exponent):
+    t = log_grid(10_000)
+    fit = fit_diffusion(t, coefficient * t**exponent)
+    assert fit.power_coefficient == pytest.approx(coefficient, rel=1e-5)
+    assert fit.power_exponent == pytest.approx(exponent, abs=1e-6)
+    assert fit.power_r2 == pytest.approx(1)
+    assert fit.preferred == "power"
+
+
+def test_fit_equals_reference_on_noisy_data():
+    """numpy.polyfit for the log law; a dense scan of p, c by its normal equation, for the power law."""
+    generator = torch.Generator().manual_seed(3)
+    t = log_grid(3_000, 10)
+    d = (1 + 0.7 * t.log() + 0.2 * torch.randn(len(t), generator=generator)).abs()
+    fit = fit_diffusion(t, d)
+    slope, intercept = np.polyfit(np.log(t.numpy()), d.numpy(), 1)
+    assert (fit.log_slope, fit.log_intercept) == pytest.approx((slope, intercept), rel=1e-9)
+
+    scanned = []
+    for p in np.linspace(0, 1, 20_001):
+        shape = t.numpy() ** p
+        c = shape @ d.numpy() / (shape @ shape)
+        scanned.append((((d.numpy() - c * shape) ** 2).sum(), p, c))
+    ssr, p, c = min(scanned)
+    assert (fit.power_exponent, fit.power_coefficient) == pytest.approx((p, c), abs=1e-4)
+    total = ((d - d.mean()) ** 2).sum().item()
+    log_ssr = ((d.numpy() - intercept - slope * np.log(t.numpy())) ** 2).sum()
+    assert (fit.log_r2, fit.power_r2) == pytest.approx((1 - log_ssr / total, 1 - ssr / total), rel=1e-6)
+    aic = np.array([len(t) * np.log(log_ssr / len(t)) + 4, len(t) * np.log(ssr / len(t)) + 4])
+    weights = np.exp(-(aic - aic.min()) / 2)
+    assert fit.log_weight == pytest.approx(weights[0] / weights.sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize("law", ["log", "power"])
+@pytest.mark.parametrize("relative", [False, True], ids=["additive", "relative"])
+def test_right_law_is_preferred_under_correlated_noise(law, relative):
+    right, seeds = 0, 30
+    t = log_grid(10_000)
+    clean = 0.5 + t.log() if law == "log" else 0.3 * t**0.35
+    for seed in range(seeds):
+        noise = 0.05 * correlated_noise(len(t), torch.Generator().manual_seed(seed))
+        d = clean * (1 + noise) if relative else clean + noise * clean.max() / 2
+        right += fit_diffusion(t, d.clamp(min=0)).preferred == law
+    assert right >= 0.95 * seeds
+
+
+def test_brownian_weights_have_exponent_one_half():
+    t = log_grid(10_000)
+    spread = torch.diff(t, prepend=torch.zeros(1)).sqrt()  # exact: a Brownian path seen at the grid only
+    exponents = []
+    for seed in range(30):
+        steps = torch.randn(len(t), 2_000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        fit = fit_diffusion(t, (spread[:, None] * steps).cumsum(0).norm(dim=1))
+        assert fit.preferred == "power"
+        exponents.append(fit.power_exponent)
+    assert exponents == pytest.approx([0.5] * 30, abs=0.03)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
+def test_alpha_of_a_pure_log_walk(alpha):
+    t = log_grid(10_000)
+    assert fit_diffusion(t[1:], t[1:].log() ** (2 / alpha)).alpha == pytest.approx(alpha, rel=1e-9)
+
+
+def test_alpha_is_nan_where_the_walk_returns():
+    t = log_grid(1_000)
+    assert math.isnan(fit_diffusion(t, 10 - t.log()).alpha)
+
+
+def test_scale_of_distance_and_input_type_do_not_matter():
+    t = log_grid(1_000)
+    d = 1 + t.log() + 0.1 * torch.sin(t)
+    fit, scaled = fit_diffusion(t, d), fit_diffusion(t.numpy(), (1e6 * d).tolist())
+    assert scaled.log_r2 == pytest.approx(fit.log_r2)
+    assert scaled.power_exponent == pytest.approx(fit.power_exponent)
+    assert scaled.log_weight == pytest.approx(fit.log_weight)
+    assert scaled.log_slope == pytest.approx(1e6 * fit.log_slope)
+
+
+@pytest.mark.parametrize(
+    ("updates", "distances", "message"),
+    [
+        ([1, 10, 100, 1000], [1, 2, 3, 4], "at least 5 points"),
+        ([10, 20, 40, 60, 99], [1, 2, 3, 4, 5], "span 1.00 decades"),
+        ([1, 10, 10, 100, 1000], [1, 2, 3, 4, 5], "increase strictly, got 10 then 10"),
+        ([1, 100, 10, 500, 1000], [1, 2, 3, 4, 5], "increase strictly, got 100 then 10"),
+        ([0, 1, 10, 100, 1000], [0, 1, 2, 3, 4], "positive, got 0"),
+        ([1, 5, 10, 100, 1000], [1, 2, math.nan, 4, 5], "distances must be finite, got 1 NaN"),
+        ([1, 5, 10, 100, math.inf], [1, 2, 3, 4, 5], "updates must be finite"),
+        ([1, 5, 10, 100, 1000], [1, 2, 3, 4], "same length, got 5 and 4"),
+        ([1, 5, 10, 100, 1000], [1, 2, -3, 4, 5], "not be negative, got -3"),
+        ([1, 5, 10, 100, 1000], [2, 2, 2, 2, 2], "distances are all 2"),
+        ([[1, 5, 10, 100, 1000]], [1, 2, 3, 4, 5], "one vector"),
+    ],
+)
+def test_bad_data_are_refused_in_words(updates, distances, message):
+    with pytest.raises(ValueError, match=message):
+        fit_diffusion(updates, distances)
+
+
+def test_minimum_decades_can_be_lowered():
+    assert fit_diffusion([10, 20, 40, 60, 99], [1, 2, 3, 4, 5], minimum_decades=0.9).points == 5
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 50), st.integers(0, 20_000))
+def test_log_grid_is_absolute(points_per_decade, t):
+    grid = sorted({round(10 ** (k / points_per_decade)) for k in range(5 * points_per_decade + 1)})
+    assert next_log_update(t, points_per_decade) == min(g for g in grid if g > t)
+
+
+def test_constant_lr_segments():
+    assert constant_lr_segments([]) == []
+    assert constant_lr_segments([0.1] * 4) == [slice(0, 4)]
+    warm_then_drop = [0.02, 0.06, 0.1, 0.1, 0.1, 0.01]
+    assert constant_lr_segments(warm_then_drop) == [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)]
+    drift = [0.1 * (1 - 3e-10 * i) for i in range(12)]
+    assert len(constant_lr_segments(drift)) == 3, "a slow drift must not pass as constant"
