@@ -1,0 +1,147 @@
+"""How many samples an update sees, and how many updates an epoch has, read from a trainer and its training loader."""
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
+
+from lightning_gap.parallel import data_parallel_size, injects_sampler
+from lightning_gap.regime.plan import updates_in_epoch
+
+__all__ = ["Pass", "effective_batch_size", "pass_over_data"]
+
+_LR_ONLY = "or pass train_longer=False (with batch_size=) to scale the learning rate alone"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the training samples, as the loader describes it.
+
+    Attributes:
+        samples: Samples in one pass over all replicas.
+        drop_last: Whether an incomplete last batch is dropped.
+        batches: Batches of one replica in one pass.
+    """
+
+    samples: int
+    drop_last: bool
+    batches: int
+
+
+def effective_batch_size(trainer: Trainer) -> int:
+    """Return how many samples one optimizer update of a trainer sees.
+
+    The product of the loader's batch size, ``accumulate_grad_batches`` and the data-parallel replicas. Tensor-parallel
+    ranks share their samples and do not count.
+
+    Args:
+        trainer: A trainer whose training data is attached, so inside any hook of ``fit`` from ``setup`` on.
+
+    Returns:
+        Samples per update.
+
+    Raises:
+        MisconfigurationException: If there is no training loader yet, or its batch size is unknown.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Callback, Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Show(Callback):
+        ...     def on_train_start(self, trainer, pl_module):
+        ...         print(effective_batch_size(trainer))
+        >>> trainer = Trainer(
+        ...     max_epochs=1, accumulate_grad_batches=4, accelerator="cpu", callbacks=[Show()], logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> data = torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=8, num_workers=0)
+        >>> trainer.fit(BoringModel(), data)
+        32
+    """
+    return loader_batch_size(training_loader(trainer)) * trainer.accumulate_grad_batches * data_parallel_size(trainer)
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """Return the one training loader, from the trainer if it has loaded it, else from where the trainer will get it."""
+    source = trainer.train_dataloader
+    if source is None:
+        source = trainer.fit_loop._data_source.instance
+    if isinstance(source, (LightningModule, LightningDataModule)):
+        try:
+            # Not through the trainer: loading there before a restore would lose a stateful loader's position.
+            with isolate_rng(include_cuda=False):
+                source = source.train_dataloader()
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{type(source).__name__}.train_dataloader() cannot be called before the module's own setup ({error}). "
+                f"Pass the loader to trainer.fit, move it to a LightningDataModule, {_LR_ONLY}."
+            ) from error
+    if source is None:
+        raise MisconfigurationException(
+            "The trainer has no training data yet: ask inside a hook of trainer.fit, from setup on."
+        )
+    loaders = (source if isinstance(source, CombinedLoader) else CombinedLoader(source)).flattened
+    if len(loaders) != 1:
+        raise MisconfigurationException(
+            f"There are {len(loaders)} training loaders, so a batch size cannot be told. Use one, {_LR_ONLY}."
+        )
+    return loaders[0]
+
+
+def loader_batch_size(loader: Any) -> int:
+    """Return the batch size of a loader, or of its batch sampler."""
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(holder, "batch_size", None)
+        if isinstance(size, int) and size > 0:
+            return size
+    raise MisconfigurationException(
+        f"The batch size of the training loader ({type(loader).__name__}) is unknown: neither it nor its batch_sampler "
+        f"has an integer batch_size. Give it one, {_LR_ONLY}."
+    )
+
+
+def pass_over_data(trainer: Trainer) -> Pass:
+    """Return what one pass over the training data is, sharding among replicas included.
+
+    Args:
+        trainer: The trainer, in ``setup`` or later.
+
+    Returns:
+        The samples of a pass, whether the last batch is dropped, and the batches that one replica gets.
+
+    Raises:
+        MisconfigurationException: If the loader does not tell how many samples it yields.
+    """
+    loader = training_loader(trainer)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(getattr(loader, "dataset", None), IterableDataset) or not isinstance(batch_sampler, BatchSampler):
+        raise MisconfigurationException(
+            f"The training loader ({type(loader).__name__}, {type(batch_sampler).__name__}) does not tell how many "
+            f"samples an epoch has. Use a DataLoader with a map-style dataset and a torch BatchSampler, {_LR_ONLY}."
+        )
+    sampler: Any = batch_sampler.sampler
+    drop_last = batch_sampler.drop_last
+    if len(batch_sampler) != updates_in_epoch(len(sampler), batch_sampler.batch_size, drop_last=drop_last):
+        raise MisconfigurationException(
+            f"The batch sampler {type(batch_sampler).__name__} yields {len(batch_sampler)} batches for {len(sampler)} "
+            f"samples by {batch_sampler.batch_size}: its batches vary in size. Use batches of one size, {_LR_ONLY}."
+        )
+    replicas = data_parallel_size(trainer)
+    samples = shard = len(sampler)
+    if isinstance(sampler, DistributedSampler):
+        samples = len(cast(Sized, sampler.dataset))
+    elif replicas > 1:
+        if not injects_sampler(trainer):
+            raise MisconfigurationException(
+                f"use_distributed_sampler=False with a {type(sampler).__name__} on {replicas} replicas does not tell "
+                "whether replicas share the samples. Use torch's DistributedSampler, use_distributed_sampler=True, "
+                f"{_LR_ONLY}."
+            )
+        shard = updates_in_epoch(samples, replicas)
+    batches = updates_in_epoch(shard, batch_sampler.batch_size, drop_last=drop_last)
+    return Pass(samples=samples, drop_last=drop_last, batches=batches)

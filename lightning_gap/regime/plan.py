@@ -1,0 +1,205 @@
+"""The plan of a large-batch regime: what the reference run does, and what this run has to do to match it."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["RegimePlan", "plan_regime", "updates_in_epoch"]
+
+# What must agree between a checkpoint's plan and the plan of the run that resumes from it.
+_IDENTITY = (
+    "reference_batch_size",
+    "batch_size",
+    "lr_factor",
+    "train_longer",
+    "reference_updates_per_epoch",
+    "updates_per_epoch",
+)
+
+
+@dataclass(frozen=True)
+class RegimePlan:
+    r"""A reference run's regime and the regime that matches it at another batch size.
+
+    Attributes:
+        reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
+        batch_size: Samples per update of this run, :math:`|B_L|`.
+        lr_rule: The name of the learning-rate rule.
+        lr_factor: What every learning rate is multiplied by.
+        train_longer: Whether this run makes the reference run's number of updates.
+        reference_updates_per_epoch: Updates in one epoch of the reference run; ``None`` unless ``train_longer``.
+        updates_per_epoch: Updates in one epoch of this run; ``None`` unless ``train_longer``.
+        reference_epochs: The reference run's limit of epochs; ``None`` where it has none.
+        epochs: This run's limit of epochs; ``None`` where it has none.
+        min_epochs: This run's least number of epochs.
+        updates: Updates of both runs; ``None`` unless ``train_longer``.
+        learning_rates: The first learning rate of every group, of the reference run and of this run.
+        schedulers: One line a scheduler: its class and what becomes of it.
+    """
+
+    reference_batch_size: int
+    batch_size: int
+    lr_rule: str
+    lr_factor: float
+    train_longer: bool = False
+    reference_updates_per_epoch: int | None = None
+    updates_per_epoch: int | None = None
+    reference_epochs: int | None = None
+    epochs: int | None = None
+    min_epochs: int = 0
+    updates: int | None = None
+    learning_rates: tuple[tuple[float, float], ...] = ()
+    schedulers: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """This run's batch over the reference batch."""
+        return self.batch_size / self.reference_batch_size
+
+    @property
+    def reclocked(self) -> bool:
+        """Whether epochs of this run and of the reference run hold different numbers of updates."""
+        return self.train_longer and self.reference_updates_per_epoch != self.updates_per_epoch
+
+    @property
+    def ends_with_reference_epoch(self) -> bool:
+        """Whether the last update is the last of a reference epoch."""
+        epoch = self.reference_updates_per_epoch
+        return epoch is not None and self.updates is not None and self.updates % epoch == 0
+
+    @property
+    def stops_within_epoch(self) -> bool:
+        """Whether the last update falls before the end of this run's last epoch."""
+        if self.updates is None or self.updates_per_epoch is None:
+            return False
+        return self.epochs is None or self.updates < self.epochs * self.updates_per_epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain Python, for a checkpoint or ``logger.log_hyperparams``."""
+        facts = asdict(self)
+        facts["learning_rates"] = [list(pair) for pair in self.learning_rates]
+        facts["schedulers"] = list(self.schedulers)
+        return {**facts, "ratio": self.ratio}
+
+    def disagreements(self, saved: dict[str, Any]) -> list[str]:
+        """Return how a saved plan differs from this one in what a resumed run cannot change.
+
+        Args:
+            saved: What :meth:`to_dict` returned when the checkpoint was written.
+        """
+        return [
+            f"{name} was {saved.get(name)!r} and is {getattr(self, name)!r}"
+            for name in _IDENTITY
+            if saved.get(name) != getattr(self, name)
+        ]
+
+    def table(self) -> Table:
+        """Return the plan as a table, the reference run beside this run."""
+        table = Table("", "reference", "now", title="Large-batch regime", title_justify="left")
+        table.add_row("batch (samples per update)", f"{self.reference_batch_size}", f"{self.batch_size}")
+        table.add_row("ratio", "1", f"{self.ratio:g}")
+        for index, (reference, now) in enumerate(self.learning_rates):
+            label = f"learning rate, group {index} ({self.lr_rule}, x{self.lr_factor:.4g})"
+            table.add_row(label, f"{reference:.6g}", f"{now:.6g}")
+        if self.train_longer:
+            table.add_row("updates", f"{self.updates}", f"{self.updates}")
+            table.add_row("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}")
+            table.add_row("epochs", _limit(self.reference_epochs), _limit(self.epochs))
+        for line in self.schedulers:
+            name, _, fate = line.partition(": ")
+            table.add_row("scheduler", name, fate)
+        return table
+
+
+def _limit(epochs: int | None) -> str:
+    return "no limit" if epochs is None else str(epochs)
+
+
+def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Return how many batches one pass over the samples gives: ⌈N/B⌉, or ⌊N/B⌋ where the last is dropped.
+
+    Args:
+        samples: Samples in one pass, N.
+        batch_size: Samples in one batch, B.
+        drop_last: Whether an incomplete last batch is dropped.
+
+    Example:
+        >>> updates_in_epoch(50_000, 128), updates_in_epoch(50_000, 4096), updates_in_epoch(50_000, 128, drop_last=True)
+        (391, 13, 390)
+    """
+    return samples // batch_size if drop_last else math.ceil(samples / batch_size)
+
+
+def plan_regime(
+    *,
+    reference_batch_size: int,
+    batch_size: int,
+    lr_rule: str,
+    lr_factor: float,
+    reference_updates_per_epoch: int,
+    updates_per_epoch: int,
+    max_epochs: int | None,
+    max_steps: int | None = None,
+    min_epochs: int = 0,
+) -> RegimePlan:
+    r"""Plan a run at one batch size that makes as many updates as the reference run at another.
+
+    With :math:`U_S = \lceil N/|B_S| \rceil` updates in a reference epoch, the reference run's E epochs are
+    :math:`E U_S` updates, which take :math:`\lceil E U_S / U_L \rceil` epochs of this run; the last one may be cut
+    short. Multiplying the epochs by the ratio of the batches, as the paper writes it, is not exact.
+
+    Args:
+        reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
+        batch_size: Samples per update of this run, :math:`|B_L|`; it may be the smaller one too.
+        lr_rule: The name of the learning-rate rule.
+        lr_factor: What every learning rate is multiplied by.
+        reference_updates_per_epoch: Updates in one epoch of the reference run, :math:`U_S`.
+        updates_per_epoch: Updates in one epoch of this run, :math:`U_L`.
+        max_epochs: The reference run's epochs, E; ``None`` for no limit.
+        max_steps: The reference run's limit of updates; ``None`` for no limit.
+        min_epochs: The reference run's least number of epochs.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If an epoch of either run has no update, or the reference run has neither limit.
+
+    References:
+        Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", section 5 (regime adaptation).
+
+    Example:
+        >>> plan = plan_regime(
+        ...     reference_batch_size=128, batch_size=4096, lr_rule="sqrt", lr_factor=32**0.5,
+        ...     reference_updates_per_epoch=391, updates_per_epoch=13, max_epochs=50,
+        ... )
+        >>> plan.updates, plan.epochs, plan.stops_within_epoch
+        (19550, 1504, True)
+    """
+    if reference_updates_per_epoch < 1 or updates_per_epoch < 1:
+        raise ValueError(
+            f"an epoch has {reference_updates_per_epoch} updates at reference_batch_size={reference_batch_size} and "
+            f"{updates_per_epoch} at the batch size {batch_size}: both must be at least 1. Use a smaller batch, or "
+            "drop_last=False in the DataLoader."
+        )
+    limits = [] if max_epochs is None else [max_epochs * reference_updates_per_epoch]
+    limits += [] if max_steps is None else [max_steps]
+    if not limits:
+        raise ValueError("the reference run has no end: set max_epochs or max_steps, or train_longer=False.")
+    updates = min(limits)
+
+    return RegimePlan(
+        reference_batch_size=reference_batch_size,
+        batch_size=batch_size,
+        lr_rule=lr_rule,
+        lr_factor=lr_factor,
+        train_longer=True,
+        reference_updates_per_epoch=reference_updates_per_epoch,
+        updates_per_epoch=updates_per_epoch,
+        reference_epochs=max_epochs,
+        epochs=None if max_epochs is None else math.ceil(updates / updates_per_epoch),
+        min_epochs=min_epochs * reference_updates_per_epoch // updates_per_epoch,
+        updates=updates,
+    )

@@ -1,0 +1,109 @@
+"""Learning-rate schedules written for the reference batch: scaled, and ticked on the reference run's clock.
+
+A schedule is not stretched by editing its step sizes. It stays as it is, and is stepped when the *reference* run would
+have stepped it. So the learning rate at update t is the factor times the reference run's learning rate at update t, for
+every scheduler class, and ``scheduler.state_dict()`` counts what it always counted.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
+
+from lightning_gap.regime.scaling import scaled
+
+__all__ = ["ReferenceClock", "horizons", "scale_scheduler"]
+
+# Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
+_LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
+# Every attribute that says after how many steps a schedule ends or turns.
+_HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps")
+
+
+def flattened(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+    """Yield a scheduler and, depth first, those it is composed of."""
+    yield scheduler
+    if isinstance(scheduler, (SequentialLR, ChainedScheduler)):
+        for child in scheduler._schedulers:
+            yield from flattened(child)
+
+
+def scale_scheduler(scheduler: LRScheduler, factor: float) -> None:
+    """Multiply every learning rate that a scheduler holds, in place, in its parts too.
+
+    Together with :func:`~lightning_gap.regime.scaling.scale_optimizer` this multiplies the whole remaining schedule by
+    the factor.
+
+    Args:
+        scheduler: Any torch scheduler.
+        factor: What to multiply by.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=10, eta_min=0.25)
+        >>> scale_scheduler(cosine, 4.0)
+        >>> cosine.base_lrs, cosine.eta_min
+        ([4.0], 1.0)
+    """
+    for part in flattened(scheduler):
+        for name in _LR_ATTRIBUTES:
+            if hasattr(part, name):
+                setattr(part, name, scaled(getattr(part, name), factor))
+        if isinstance(part, ReduceLROnPlateau):
+            part.eps *= factor  # the least decay of the learning rate that counts
+
+
+def horizons(scheduler: LRScheduler) -> dict[str, int]:
+    """Return after how many steps a scheduler, or a part of it, ends, by attribute name.
+
+    Args:
+        scheduler: Any torch scheduler.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> horizons(torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=10))
+        {'CosineAnnealingLR.T_max': 10}
+    """
+    return {
+        f"{type(part).__name__}.{name}": int(getattr(part, name))
+        for part in flattened(scheduler)
+        for name in _HORIZON_ATTRIBUTES
+        if isinstance(getattr(part, name, None), (int, float))
+    }
+
+
+class ReferenceClock(NamedTuple):
+    """When the reference run steps a scheduler, in updates.
+
+    Attributes:
+        scheduler: The scheduler.
+        interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
+        frequency: Every how many epochs, or every how many updates within an epoch.
+        updates_per_epoch: The updates of one reference epoch.
+
+    Example:
+        >>> clock = ReferenceClock(None, "epoch", 2, 5)
+        >>> [update for update in range(1, 31) if clock.due(update)]
+        [10, 20, 30]
+        >>> clock = ReferenceClock(None, "step", 2, 5)
+        >>> [update for update in range(1, 11) if clock.due(update)]
+        [2, 4, 7, 9]
+    """
+
+    scheduler: Any
+    interval: Literal["epoch", "step"]
+    frequency: int
+    updates_per_epoch: int
+
+    def due(self, update: int) -> bool:
+        """Return whether the reference run steps the scheduler right after this update.
+
+        Args:
+            update: The number of the update, from 1.
+        """
+        epoch, within = divmod(update - 1, self.updates_per_epoch)
+        if self.interval == "step":
+            return (within + 1) % self.frequency == 0
+        return within + 1 == self.updates_per_epoch and (epoch + 1) % self.frequency == 0
