@@ -1,0 +1,45 @@
+"""The slow, obvious twin: the ghosts of a batch go through torch's own BatchNorm one after another."""
+
+import torch
+from torch import Tensor, nn
+
+
+def members(n: int, g: int, grouping: str, values: int) -> list[list[int]]:
+    """Which samples form each ghost, by dealing them out one at a time."""
+    full = n // g
+    if full == 0:
+        return [list(range(n))]
+    ghosts: list[list[int]] = [[] for _ in range(full)]
+    for i in range(full * g):
+        ghosts[i // g if grouping == "contiguous" else i % full].append(i)
+    rest = list(range(full * g, n))
+    if len(rest) == 1 and values == 1:
+        ghosts[-1 if grouping == "contiguous" else 0] += rest
+    elif rest:
+        ghosts.append(rest)
+    return ghosts
+
+
+def one_after_another(
+    layer: nn.Module, x: Tensor, g: int, *, grouping: str = "contiguous", running_stats: str = "sequential"
+) -> Tensor:
+    """Feed the ghosts through a plain layer in training mode; its running statistics follow."""
+    ghosts = members(len(x), g, grouping, x[0, 0].numel())
+    momentum, count = layer.momentum, layer.num_batches_tracked
+    before = None if count is None else count.clone()
+    if running_stats == "per_step" and momentum is not None:
+        layer.momentum = 1 - (1 - momentum) ** (1 / len(ghosts))
+    y = torch.empty_like(x)
+    if running_stats == "per_step" and momentum is None:
+        old = {name: getattr(layer, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+        for name, buffer in old.items():  # new tensors: the backward pass of torch's kernels holds the old ones
+            setattr(layer, name, torch.zeros_like(buffer))
+    for ghost in ghosts:
+        y[ghost] = layer(x[ghost])
+    if running_stats == "per_step" and before is not None:
+        layer.num_batches_tracked = before + 1
+        if momentum is None:  # the buffers hold this batch's average over its ghosts: one update of the cumulative one
+            for name in ("running_mean", "running_var"):
+                setattr(layer, name, old[name] + (getattr(layer, name) - old[name]) / (before + 1))
+    layer.momentum = momentum
+    return y
