@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -134,13 +135,21 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return ``|x_i - y_j|²`` as ``(..., n, m)`` through one matrix product, clamped at 0."""
     # |x|² - 2xy + |y|² cancels: distances are measured from the middle of the cloud, and in double on a CPU,
     # where that costs less than a millisecond at n = 1024 and makes float32 distances exact to the last digits.
+    dtype = x.dtype
+    x, y = _accurate(x), _accurate(y)
     middle = y.detach().mean(dim=-2, keepdim=True)
     x, y = x - middle, y - middle
-    dtype = x.dtype
-    if dtype == torch.float32 and x.device.type == "cpu":
-        x, y = x.double(), y.double()
-    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * torch.matmul(x, y.mT)
+    with torch.autocast(x.device.type, enabled=False):
+        products = torch.matmul(x, y.mT)
+    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * products
     return squared.clamp_min(0).to(dtype)
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Return half precision as float32, and float32 as double where that is cheap."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    return x.double() if x.dtype == torch.float32 and x.device.type == "cpu" else x
 
 
 def _safe_sqrt(squared: Tensor) -> Tensor:
@@ -205,15 +214,18 @@ class Euclidean(TranslationInvariantCost):
         return "Norm2(X-Y)"
 
 
-def _check_exponent(p: float, minimum: str) -> None:
-    valid = isinstance(p, int | float) and math.isfinite(p) and (p > 1 if minimum == "> 1" else p >= 1)
-    if not valid:
-        raise ValueError(f"p must be a finite number {minimum}, got {p!r}")
+def _number(name: str, value: object, minimum: str, valid: Callable[[float], bool]) -> float:
+    """Return the parameter of a cost as a plain float, which hashes, prints and parses the same everywhere."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not valid(float(value)):
+        raise ValueError(f"{name} must be a finite number {minimum}, got {value!r}")
+    return float(value)
 
 
 def _rational(value: float) -> str:
     """Return a KeOps constant, which can only be rational."""
     fraction = Fraction(value).limit_denominator(1000)
+    if float(fraction) != value:
+        fraction = Fraction(value)
     return f"RatCst({fraction.numerator},{fraction.denominator})"
 
 
@@ -234,7 +246,7 @@ class PNorm(TranslationInvariantCost):
     name: ClassVar[str] = "pnorm"
 
     def __post_init__(self) -> None:
-        _check_exponent(self.p, "of at least 1")
+        object.__setattr__(self, "p", _number("p", self.p, "of at least 1", lambda p: p >= 1))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``Σ|z|^p / p``."""
@@ -269,28 +281,34 @@ class SqPNorm(TranslationInvariantCost):
     name: ClassVar[str] = "sqpnorm"
 
     def __post_init__(self) -> None:
-        _check_exponent(self.p, "> 1")
+        object.__setattr__(self, "p", _number("p", self.p, "above 1", lambda p: p > 1))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|_p² / 2``."""
-        return _safe_power(z.abs().pow(self.p).sum(-1), 2 / self.p) / 2
+        return _p_norm(z, self.p).square() / 2
 
     def grad_h_conjugate(self, w: Tensor) -> Tensor:
         """Return ``|w|_q^(2-q) sign(w) |w|^(q-1)`` with ``1/p + 1/q = 1``."""
         q = self.p / (self.p - 1)
-        norm = _safe_power(w.abs().pow(q).sum(-1, keepdim=True), 1 / q)
+        norm = _p_norm(w, q)[..., None]
         return norm * w.sign() * (w.abs() / torch.where(norm > 0, norm, 1)).pow(q - 1)
 
     @property
     def keops_formula(self) -> str:
         """The power of the sum of powers."""
-        return f"({_rational(0.5)} * Powf(Sum(Powf(Abs(X-Y),{_rational(self.p)})),{_rational(2 / self.p)}))"
+        # The smallest constant keeps the gradient finite where points coincide.
+        powers = f"(Sum(Powf(Abs(X-Y),{_rational(self.p)})) + RatCst(1,{10**36}))"
+        return f"({_rational(0.5)} * Powf({powers},{_rational(2 / self.p)}))"
 
 
-def _safe_power(base: Tensor, exponent: float) -> Tensor:
-    """Return ``base ** exponent`` with gradient 0 where the base is 0."""
-    positive = base > 0
-    return torch.where(positive, torch.where(positive, base, 1).pow(exponent), 0)
+def _p_norm(z: Tensor, p: float) -> Tensor:
+    """Return ``|z|_p`` over the last dimension, with gradient 0 where it is 0."""
+    # Powers of numbers up to 1 neither overflow nor all vanish; the scale cancels, so it needs no gradient.
+    scale = z.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    powers = (z / scale).abs().pow(p).sum(-1)
+    positive = powers > 0
+    return torch.where(positive, torch.where(positive, powers, 1).pow(1 / p), 0) * scale[..., 0]
 
 
 @dataclass(frozen=True)
@@ -310,8 +328,7 @@ class Elastic(TranslationInvariantCost):
     name: ClassVar[str] = "elastic"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.lam, int | float) and math.isfinite(self.lam) and self.lam >= 0):
-            raise ValueError(f"lam must be a finite number of at least 0, got {self.lam!r}")
+        object.__setattr__(self, "lam", _number("lam", self.lam, "of at least 0", lambda lam: lam >= 0))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|²/2 + λ|z|_1``."""
@@ -329,7 +346,9 @@ class Elastic(TranslationInvariantCost):
 
 @dataclass(frozen=True)
 class Cosine(Cost):
-    r"""Cosine cost :math:`c(x, y) = 1 - \langle x, y \rangle / (\|x\| \|y\| + 10^{-8})`; zero vectors are refused.
+    r"""Cosine cost :math:`c(x, y) = 1 - \langle x, y \rangle / (\|x\| \|y\|)`; zero vectors are refused.
+
+    Computed as half the squared distance of the unit vectors, which keeps its digits where they are close.
 
     Example:
         >>> import torch
@@ -338,21 +357,19 @@ class Cosine(Cost):
     """
 
     name: ClassVar[str] = "cosine"
-    _RIDGE: ClassVar[float] = 1e-8
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus the cosine."""
-        return 1 - (x * y).sum(-1) / (vector_norm(x, dim=-1) * vector_norm(y, dim=-1) + self._RIDGE)
+        return ((_unit(x) - _unit(y)).square().sum(-1) / 2).to(x.dtype)
 
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus all cosines, through one matrix product."""
-        norms = vector_norm(x, dim=-1)[..., :, None] * vector_norm(y, dim=-1)[..., None, :]
-        return 1 - torch.matmul(x, y.mT) / (norms + self._RIDGE)
+        return (_squared_distances(_unit(x), _unit(y)) / 2).to(x.dtype)
 
     @property
     def keops_formula(self) -> str:
-        """One minus the scalar product of the normalized vectors."""
-        return "(IntCst(1) - (Normalize(X)|Normalize(Y)))"
+        """Half the squared distance of the normalized vectors."""
+        return f"({_rational(0.5)} * SqDist(Normalize(X),Normalize(Y)))"
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse zero vectors."""
@@ -362,6 +379,12 @@ class Cosine(Cost):
                 f"{name} has {int(zero.sum())} zero vectors (first at row {_first(zero)}), "
                 "which have no cosine: remove them, or shift the data"
             )
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = _accurate(x)
+    norm: Tensor = vector_norm(x, dim=-1, keepdim=True)
+    return x / norm
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ class UnpairedSamples(Dataset[Batch]):
 
     def __getitem__(self, rows: Batch) -> Batch:
         """Return the samples at the rows ``(source_rows, target_rows)``, a whole batch at once."""
+        if not isinstance(rows, tuple):
+            raise TypeError(
+                f"unpaired samples are read by batches of rows, got the index {rows!r} of another sampler: "
+                "leave the sampler alone; in place of Trainer(overfit_batches=...), give fewer samples"
+            )
         return self.source[rows[0]], self.target[rows[1]]
 
 
@@ -85,12 +90,12 @@ class SamplesDataModule(LightningDataModule):
     maps all source samples in their order.
 
     Args:
-        source: ``(n, d)`` samples: a tensor, or anything that NumPy makes an array of. Float64 is kept, other numbers
-            become float32.
+        source: ``(n, d)`` samples: a tensor, or anything that NumPy makes an array of. Float64 in either set makes
+            both float64, other numbers become float32.
         target: ``(m, d)`` samples.
         batch_size: Samples of each set in a training batch, on each device.
-        val_fraction: Share of each set held out for validation, in [0, 1).
-        test_fraction: Share of each set held out for the test, in [0, 1).
+        val_fraction: Share of each set held out for validation, in [0, 1); at least one sample where it is not 0.
+        test_fraction: Share of each set held out for the test, likewise.
         eval_batch_size: Largest number of held-out samples of each set that are compared at once.
         seed: Seed of the split and of the shuffles.
         num_workers: Workers of the training loader.
@@ -122,6 +127,8 @@ class SamplesDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         source, target = _as_samples("source", source), _as_samples("target", target)
+        dtype = torch.promote_types(source.dtype, target.dtype)
+        source, target = source.to(dtype), target.to(dtype)
         check_pair("source", source, "target", target)
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -134,7 +141,7 @@ class SamplesDataModule(LightningDataModule):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= fraction < 1:
+            if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {fraction!r}")
         if val_fraction + test_fraction >= 1:
             raise ValueError(
@@ -226,11 +233,12 @@ class _Rows(Dataset[Tensor]):
 def _as_samples(name: str, samples: ArrayLike | Tensor) -> Tensor:
     if not isinstance(samples, Tensor):
         array = np.asarray(samples)
-        if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-            raise TypeError(f"{name} must hold numbers, got an array of {array.dtype}")
-        samples = torch.from_numpy(np.ascontiguousarray(array))
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must hold real numbers, got an array of {array.dtype}: convert it first")
+        # A copy: read-only arrays and foreign byte orders are welcome, and later changes to the array do no harm.
+        samples = torch.from_numpy(np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32))
     if samples.is_complex():
-        raise TypeError(f"{name} must be real, got {samples.dtype}")
+        raise TypeError(f"{name} must hold real numbers, got a tensor of {samples.dtype}: convert it first")
     return samples.detach() if samples.dtype == torch.float64 else samples.detach().float()
 
 
@@ -243,7 +251,12 @@ def _split(
     for samples in (source, target):
         n = len(samples)
         order = torch.randperm(n, generator=generator)
-        n_test, n_val = round(n * test_fraction), round(n * val_fraction)
+        n_test, n_val = (max(1, round(n * part)) if part else 0 for part in (test_fraction, val_fraction))
         n_train = n - n_val - n_test
+        if n_train < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} and test_fraction={test_fraction} of {n} samples leave nothing to train "
+                "on: lower them, or set them to 0"
+            )
         parts.append([samples[rows] for rows in order.split([n_train, n_val, n_test])])
     return {name: UnpairedSamples(x, y) for name, x, y in zip(("train", "val", "test"), *parts, strict=True)}

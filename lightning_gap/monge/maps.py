@@ -18,6 +18,7 @@ class ResidualMLP(nn.Module):
         activation: Makes the activation between layers.
 
     Raises:
+        TypeError: ``hidden`` is no sequence.
         ValueError: A width is not a positive integer.
 
     Example:
@@ -31,6 +32,8 @@ class ResidualMLP(nn.Module):
         self, dim: int, hidden: Sequence[int] = (128, 128, 128), activation: Callable[[], nn.Module] = nn.GELU
     ) -> None:
         super().__init__()
+        if not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}: write hidden=(128, 128)")
         for width in (dim, *hidden):
             if isinstance(width, bool) or not isinstance(width, int) or width < 1:
                 raise ValueError(f"dim and hidden must be positive integers, got {width!r}")
@@ -40,9 +43,12 @@ class ResidualMLP(nn.Module):
         last = nn.Linear(hidden[-1] if hidden else dim, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.dim = dim
         self.displacement = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"the samples have dimension {x.shape[-1]}, but the map was made with dim={self.dim}")
         displacement: Tensor = self.displacement(x)
         return x + displacement

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.monge.costs import resolve
+from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.gap import CostLike, monge_gap, resolve_epsilon, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.samples import check_epsilon, check_pair
@@ -90,9 +90,10 @@ class MongeMap(LightningModule):
         solver: str = "auto",
     ) -> None:
         super().__init__()
-        self.cost = resolve(cost)
-        self.fitting_cost = resolve(fitting_cost)
-        if isinstance(gap_weight, bool) or not (math.isfinite(gap_weight) and gap_weight >= 0):
+        self.cost = _resolve("cost", cost)
+        self.fitting_cost = _resolve("fitting_cost", fitting_cost)
+        number = isinstance(gap_weight, int | float) and not isinstance(gap_weight, bool)
+        if not (number and math.isfinite(gap_weight) and gap_weight >= 0):
             raise ValueError(f"gap_weight must be a finite number of at least 0, got {gap_weight!r}")
         self.gap_weight = float(gap_weight)
         self.reach = check_epsilon("reach", reach)
@@ -147,40 +148,44 @@ class MongeMap(LightningModule):
             batch_size: Rows that go through the network at once.
 
         Returns:
-            ``(n, d)`` tensor on the device of ``x``.
+            ``(n, d)`` tensor on the device of ``x``, in the precision of the network.
 
         Raises:
-            ValueError: The shape is not ``(n, d)``.
+            ValueError: The shape is not ``(n, d)``, or ``batch_size`` is not positive.
         """
-        x = torch.as_tensor(x)
+        x = x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
         if x.dim() != 2:
             raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
         parameter = next(self.parameters(), torch.empty(0))
-        training = self.training
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            parts = [self(part.to(parameter.device, parameter.dtype)).to(x.device) for part in x.split(batch_size)]
+            parts = [self(self._as_map_takes(part.to(parameter.device))).to(x.device) for part in x.split(batch_size)]
         finally:
-            self.train(training)
+            # Module by module: a layer that its owner froze in evaluation mode stays there.
+            for module in training:
+                module.training = True
         return torch.cat(parts)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the divergence plus the weighted gap, and log both."""
-        source, target = _unpack(batch)
+        source, target = self._unpack(batch)
         self._decide_epsilons(source, target)
         return self._terms("train", source, target, with_gap=self.gap_weight > 0)["loss"]
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log both terms on held-out samples."""
-        self._terms("val", *_unpack(batch), with_gap=True)
+        self._terms("val", *self._unpack(batch), with_gap=True)
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Log both terms on test samples."""
-        self._terms("test", *_unpack(batch), with_gap=True)
+        self._terms("test", *self._unpack(batch), with_gap=True)
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the images of the source samples."""
-        return cast(Tensor, self(batch if isinstance(batch, Tensor) else batch[0]))
+        return cast(Tensor, self(self._as_map_takes(batch if isinstance(batch, Tensor) else batch[0])))
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler which is stepped after every update."""
@@ -216,34 +221,55 @@ class MongeMap(LightningModule):
         self.log_dict(logged, batch_size=len(source), sync_dist=stage != "train")
         return terms
 
+    def _unpack(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"a batch must be a pair (source, target) of (n, d) tensors, got {type(batch).__name__}: "
+                "use SamplesDataModule, or a loader that yields such pairs"
+            )
+        source, target = batch
+        check_pair("source", source, "target", target)
+        return self._as_map_takes(source), self._as_map_takes(target)
+
+    def _as_map_takes(self, x: Tensor) -> Tensor:
+        """Return the samples in the precision of the network: NumPy's is double, and few networks are."""
+        parameter = next(self.parameters(), None)
+        dtype = parameter.dtype if parameter is not None else x.dtype
+        return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+
     @torch.no_grad()
     def _decide_epsilons(self, source: Tensor, target: Tensor) -> None:
         # Once, so that the loss does not change under the optimizer's feet; in the checkpoint, so that a resumed run
         # goes on with the same.
         if not math.isfinite(float(self.fitting_epsilon)):
-            share = resolve_epsilon(None, 0.05, target, target, self.fitting_cost)
-            self.fitting_epsilon.fill_(mean_over_ranks(self.fitting_epsilon.new_tensor(share)))
+            _decide("fitting_epsilon", self.fitting_epsilon, 0.05, target, target, self.fitting_cost)
         if not math.isfinite(float(self.gap_epsilon)):
-            share = resolve_epsilon(None, 0.01, source, target, self.cost)
-            self.gap_epsilon.fill_(mean_over_ranks(self.gap_epsilon.new_tensor(share)))
+            _decide("gap_epsilon", self.gap_epsilon, 0.01, source, target, self.cost)
 
 
 def _undecided(epsilon: float | None) -> Tensor:
     return torch.tensor(math.nan if epsilon is None else epsilon)
 
 
+def _decide(name: str, epsilon: Tensor, share: float, x: Tensor, y: Tensor, cost: Cost) -> None:
+    try:
+        value = resolve_epsilon(None, share, x, y, cost)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be decided from the first training batch: {error}, {name}=...") from error
+    epsilon.fill_(mean_over_ranks(epsilon.new_tensor(value)))
+
+
+def _resolve(name: str, cost: CostLike) -> Cost:
+    try:
+        return resolve(cost)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {error}. A checkpoint holds only the name of a cost of your own: give it again, "
+            f"as in MongeMap.load_from_checkpoint(path, {name}=...)"
+        ) from error
+
+
 def _decided(epsilon: Tensor) -> float | None:
     """Return the number, or ``None`` before the first training batch: each validation batch then takes its own."""
     value = float(epsilon)
     return value if math.isfinite(value) else None
-
-
-def _unpack(batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(
-            f"a batch must be a pair (source, target) of (n, d) tensors, got {type(batch).__name__}: "
-            "use SamplesDataModule, or a loader that yields such pairs"
-        )
-    source, target = batch
-    check_pair("source", source, "target", target)
-    return source, target

@@ -1,8 +1,8 @@
 """Checks of samples, weights and epsilons: every message names the argument, what is wrong, and the remedy."""
 
 import math
+from numbers import Real
 
-import torch
 from torch import Tensor
 
 __all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights"]
@@ -28,15 +28,14 @@ def check_samples(name: str, samples: Tensor) -> None:
         raise ValueError(f"{name} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
     if samples.numel() == 0:
         raise ValueError(f"{name} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
-    # One pass and one synchronisation where all is well: a sum is finite only if every term is.
-    if not math.isfinite(float(samples.detach().sum(dtype=torch.float64))):
-        bad = (~samples.detach().isfinite()).any(dim=1).nonzero().flatten()
-        if len(bad):
-            rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-            raise ValueError(
-                f"{name} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({rows}): "
-                "remove them, or lower the learning rate if a network made them"
-            )
+    finite = samples.detach().isfinite()
+    if not bool(finite.all()):
+        bad = (~finite).any(dim=1).nonzero().flatten()
+        rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(
+            f"{name} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({rows}): "
+            "remove them, or lower the learning rate if a network made them"
+        )
 
 
 def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: bool = False) -> None:
@@ -70,6 +69,8 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
 def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
     """Return the weights of the samples, uniform where there are none.
 
+    Balanced weights that sum to 1 but for rounding are rescaled, so that two sets have the same mass.
+
     Args:
         name: The caller's argument, for the message.
         weights: ``(n,)`` non-negative weights, summing to 1 where the problem is balanced, or ``None``.
@@ -87,12 +88,20 @@ def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balance
         raise TypeError(f"{name} must be a tensor or None, got {type(weights).__name__}")
     if weights.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one weight a sample, got {tuple(weights.shape)}")
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(f"{name} must be finite and non-negative, got a minimum of {float(weights.min())}")
-    total = float(weights.sum())
-    if total <= 0 or (balanced and abs(total - 1) > 1e-3):
+    bad = ~((weights >= 0) & weights.isfinite())
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite and non-negative, got {float(weights[row])} in row {row}: "
+            f"correct it, or leave the sample out by a weight of 0"
+        )
+    total = float(weights.detach().sum(dtype=samples.dtype))
+    if total <= 0:
+        raise ValueError(f"{name} must not all be 0: give some samples a positive weight")
+    if balanced and abs(total - 1) > 1e-3:
         raise ValueError(f"{name} must sum to 1, got {total:.6g}: divide it by its sum")
-    return weights.to(dtype=samples.dtype, device=samples.device)
+    weights = weights.to(dtype=samples.dtype, device=samples.device)
+    return weights / total if balanced else weights
 
 
 def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
@@ -107,10 +116,8 @@ def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
     """
     if epsilon is None:
         return None
-    try:
-        value = float(epsilon)
-    except (TypeError, ValueError, RuntimeError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0) or isinstance(epsilon, bool):
+    given: object = epsilon.item() if isinstance(epsilon, Tensor) and epsilon.numel() == 1 else epsilon
+    value = float(given) if isinstance(given, Real) and not isinstance(given, bool) else math.nan
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
     return value
