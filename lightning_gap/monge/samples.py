@@ -117,7 +117,7 @@ def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
     if epsilon is None:
         return None
     given: object = epsilon.item() if isinstance(epsilon, Tensor) and epsilon.numel() == 1 else epsilon
-    value = float(given) if isinstance(given, Real) and not isinstance(given, bool) else math.nan
+    value = float(given) if not isinstance(given, bool) and isinstance(given, Real) else math.nan
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
     return value
