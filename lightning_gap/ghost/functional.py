@@ -235,8 +235,9 @@ class _Partition(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, ghost_batch_size: int, grouping: Grouping) -> "_Partition":
-        full, rest = divmod(x.shape[0], ghost_batch_size)
-        return cls(x.shape[0], ghost_batch_size, full, rest, prod(x.shape[2:]), grouping)
+        n = x.shape[0]
+        full, rest = n // ghost_batch_size, n % ghost_batch_size  # divmod is not for symbolic sizes
+        return cls(n, ghost_batch_size, full, rest, prod(x.shape[2:]), grouping)
 
     @property
     def lone(self) -> bool:
@@ -444,6 +445,6 @@ def _normalize_run(
         y = y * weight.view(per_channel)
     if bias is not None:
         y = y + bias.view(per_channel)
-    values = prod(ghosts.shape[d] for d in over)
+    values = ghosts.shape[1] * prod(x.shape[2:])
     unbiased = var * (values / (values - 1))
     return y.flatten(0, 1).to(x.dtype), mean.reshape(count, -1), unbiased.reshape(count, -1)
