@@ -1,20 +1,29 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
     "holds_whole_weights",
     "injects_sampler",
+    "local_shard",
     "mean_over_ranks",
     "replaces_batchnorm_by_syncbatchnorm",
+    "shard_copies",
+    "shard_like",
+    "shards_by_dtensor",
     "strategy_name",
+    "sum_over_ranks",
+    "whole_tensor",
 ]
 
 
@@ -64,6 +73,46 @@ def holds_whole_weights(trainer: Trainer) -> bool:
     return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
+def shards_by_dtensor(trainer: Trainer) -> bool:
+    """Return whether parameters are ``DTensor`` shards, or plain ones equal on all ranks (FSDP2, tensor parallelism).
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the part of ``tensor`` that this rank holds; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_copies(tensor: Tensor) -> int:
+    """Return how many ranks hold the same part of ``tensor`` as this rank, itself included.
+
+    A sum over all ranks of anything local, divided by this, counts every element once.
+    """
+    ranks = dist.get_world_size()
+    if not isinstance(tensor, DTensor):
+        return ranks
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return ranks // math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def whole_tensor(tensor: Tensor) -> Tensor | None:
+    """Return a ``DTensor`` whole in CPU memory on rank zero, None on other ranks; a plain tensor itself. Collective."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return ``whole``, known on all ranks, on the device and in the shards of ``like``. Collective."""
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
 def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
     """Return whether the strategy turns every BatchNorm layer into a ``SyncBatchNorm`` when it sets up a fit.
 
@@ -75,6 +124,20 @@ def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
     return isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm)
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Return the sum of ``value`` over all processes, detached; ``value`` itself where there is one process.
+
+    Args:
+        value: A tensor of the same shape on every rank, on the device of the process group's backend.
+    """
+    value = value.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of ``value`` over all processes, detached; ``value`` itself where there is one process.
 
@@ -84,9 +147,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     value = value.detach()
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    total = value.clone()
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return torch.div(total, dist.get_world_size())
+    return torch.div(sum_over_ranks(value), dist.get_world_size())
 
 
 def injects_sampler(trainer: Trainer) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -16,12 +17,21 @@ from typing_extensions import override
 from lightning_gap.diffusion.distance import (
     WeightDisplacement,
     check_same_tensors,
+    displacement_from_squares,
+    square_sums,
     tracked_parameters,
-    weight_displacement,
-    weight_norm,
 )
 from lightning_gap.diffusion.law import DiffusionFit, constant_lr_segments, fit_diffusion, next_log_update
-from lightning_gap.parallel import holds_whole_weights, strategy_name
+from lightning_gap.parallel import (
+    holds_whole_weights,
+    local_shard,
+    shard_copies,
+    shard_like,
+    shards_by_dtensor,
+    strategy_name,
+    sum_over_ranks,
+    whole_tensor,
+)
 
 __all__ = ["UltraSlowDiffusion"]
 
@@ -50,7 +60,9 @@ class UltraSlowDiffusion(Callback):
     span under two decades are not fitted, and the summary says so.
 
     Nothing here draws random numbers or touches weights: a run with the callback is bit-equal to the run without.
-    Works on one device and under DDP; strategies that shard the weights are refused.
+    Works on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2): there each rank holds the anchor of its
+    own shards, a point costs one reduction of two numbers, and a checkpoint gathers the anchor in the memory of rank
+    zero. ``FSDPStrategy`` and DeepSpeed are refused.
 
     Args:
         points_per_decade: Points for every factor of ten in t, on the grid round(10^(k / points_per_decade)).
@@ -59,7 +71,7 @@ class UltraSlowDiffusion(Callback):
 
     Raises:
         ValueError: An argument is not a positive integer.
-        MisconfigurationException: When training starts: the strategy shards the weights, no parameter requires a
+        MisconfigurationException: When training starts: the strategy is not one of these, no parameter requires a
             gradient, or the anchor in the checkpoint belongs to another model.
 
     References:
@@ -83,6 +95,7 @@ class UltraSlowDiffusion(Callback):
         self._anchor_norm = math.nan
         self._trace: dict[str, list[float]] = {column: [] for column in _COLUMNS}
         self._recording = False
+        self._sharded = False
         self._step = 0
         self._due = 0
         self._learning_rate: float | Tensor = math.nan
@@ -105,10 +118,11 @@ class UltraSlowDiffusion(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not holds_whole_weights(trainer):
+        self._sharded = shards_by_dtensor(trainer)
+        if not (self._sharded or holds_whole_weights(trainer)):
             raise MisconfigurationException(
-                f"UltraSlowDiffusion needs all weights on every rank, and strategy={strategy_name(trainer)} may shard "
-                "them: train with strategy='ddp' or on one device, or remove the callback."
+                f"UltraSlowDiffusion cannot read the weights under strategy={strategy_name(trainer)}: train with "
+                "strategy='ddp', a ModelParallelStrategy (FSDP2) or on one device, or remove the callback."
             )
         weights = tracked_parameters(pl_module)
         self._step = trainer.global_step
@@ -160,7 +174,8 @@ class UltraSlowDiffusion(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._anchor is None:
             return {}
-        return {"anchor": self._anchor, "trace": self.trace}
+        whole = {name: whole_tensor(start) for name, start in self._anchor.items()}
+        return {"anchor": {name: start for name, start in whole.items() if start is not None}, "trace": self.trace}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,7 +194,7 @@ class UltraSlowDiffusion(Callback):
                 "or remove the callback."
             )
         self._anchor = {name: weight.clone() for name, weight in weights.items()}
-        self._anchor_norm = weight_norm(self._anchor)
+        self._anchor_norm = math.sqrt(self._square_sums(self._anchor)[1])
         self._trace = {column: [] for column in _COLUMNS}
 
     def _adopt_anchor(self, pl_module: LightningModule) -> None:
@@ -193,8 +208,8 @@ class UltraSlowDiffusion(Callback):
                 f"UltraSlowDiffusion: the initial weights in the checkpoint are those of another model: {error}. "
                 "Resume with the same model, or remove the callback."
             ) from error
-        self._anchor = {name: start.to(weights[name].device) for name, start in self._anchor.items()}
-        self._anchor_norm = weight_norm(self._anchor)
+        self._anchor = {name: shard_like(start, weights[name]) for name, start in self._anchor.items()}
+        self._anchor_norm = math.sqrt(self._square_sums(self._anchor)[1])
 
     def _weights(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """The tracked parameters as they are now, frozen since or not."""
@@ -206,11 +221,12 @@ class UltraSlowDiffusion(Callback):
         self._warn_of_late_parameters(pl_module)
         weights = self._weights(pl_module)
         try:
-            now = weight_displacement(weights, self._anchor, anchor_norm=self._anchor_norm)
+            check_same_tensors(weights, self._anchor)
         except ValueError as error:
             self._recording = False
             rank_zero_warn(f"UltraSlowDiffusion stops recording at update {self._step}, the model was changed: {error}")
             return
+        now = displacement_from_squares(*self._square_sums(weights), self._anchor_norm)
         point = {"updates": float(self._step), "learning_rate": float(self._learning_rate), **now._asdict()}
         for column, value in point.items():
             self._trace[column].append(value)
@@ -218,6 +234,18 @@ class UltraSlowDiffusion(Callback):
         metrics[_PREFIX + "log_updates"] = math.log(self._step)
         self._log(trainer, metrics)
         pl_module.log_dict(metrics, logger=False)  # for the progress bar and `trainer.callback_metrics`
+
+    def _square_sums(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Return ‖w − w_0‖² and ‖w‖² of the whole model."""
+        assert self._anchor is not None
+        if not self._sharded:
+            return square_sums(weights, self._anchor)
+        local = {name: local_shard(weight) for name, weight in weights.items()}
+        start = {name: local_shard(weight) for name, weight in self._anchor.items()}
+        copies = {name: shard_copies(weight) for name, weight in weights.items()}
+        device = next(iter(local.values())).device
+        sums = sum_over_ranks(torch.tensor(square_sums(local, start, copies), dtype=torch.float64, device=device))
+        return float(sums[0]), float(sums[1])
 
     def _warn_of_late_parameters(self, pl_module: LightningModule) -> None:
         assert self._anchor is not None

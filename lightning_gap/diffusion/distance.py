@@ -62,11 +62,7 @@ def weight_norm(weights: Mapping[str, Tensor]) -> float:
         >>> weight_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
         5.0
     """
-    totals: dict[torch.device, Tensor] = {}
-    for weight in weights.values():
-        for piece in torch.split(_flat(weight, weight), _piece(weight)):
-            _add(totals, _square_sum(piece))
-    return math.sqrt(sum(float(total) for total in totals.values()))
+    return math.sqrt(square_sums(weights, weights)[1])
 
 
 def weight_displacement(
@@ -94,12 +90,30 @@ def weight_displacement(
     check_same_tensors(weights, anchor)
     if anchor_norm is None:
         anchor_norm = weight_norm(anchor)
+    return displacement_from_squares(*square_sums(weights, anchor), anchor_norm)
+
+
+def square_sums(
+    weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor], copies: Mapping[str, int] | None = None
+) -> tuple[float, float]:
+    """Return ‖w_t − w_0‖² and ‖w_t‖², each tensor's part divided by its number of copies on other ranks.
+
+    Args:
+        weights: w_t, or this rank's shards of it, name -> tensor.
+        anchor: w_0, the same names and shapes.
+        copies: How many ranks hold the same part, by name; 1 for all if None. Sums over ranks then count all once.
+    """
     totals: dict[torch.device, Tensor] = {}
     for name, weight in weights.items():
+        share = 1 if copies is None else 1 / copies[name]
         for now, start in _pieces(weight, anchor[name]):
-            _add(totals, torch.stack((_square_sum(now - start), _square_sum(now))))
+            _add(totals, share * torch.stack((_square_sum(now - start), _square_sum(now))))
     squares = [total.tolist() for total in totals.values()]
-    distance2, norm2 = sum(s[0] for s in squares), sum(s[1] for s in squares)
+    return sum(s[0] for s in squares), sum(s[1] for s in squares)
+
+
+def displacement_from_squares(distance2: float, norm2: float, anchor_norm: float) -> WeightDisplacement:
+    """Return the displacement from ‖w_t − w_0‖², ‖w_t‖² and ‖w_0‖."""
     distance, norm = math.sqrt(distance2), math.sqrt(norm2)
     inner, scale = (norm2 + anchor_norm**2 - distance2) / 2, norm * anchor_norm
     return WeightDisplacement(
@@ -145,8 +159,9 @@ def _pieces(weight: Tensor, anchor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _square_sum(flat: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
-    return norm.square()
+    mps = flat.device.type == "mps"  # has no float64
+    norm: Tensor = torch.linalg.vector_norm(flat, dtype=None if mps else torch.float64)
+    return (norm.cpu().double() if mps else norm).square()
 
 
 def _add(totals: dict[torch.device, Tensor], value: Tensor) -> None:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gap.diffusion import tracked_parameters, weight_displacement, weight_norm
 from lightning_gap.diffusion import distance as distance_module
+from lightning_gap.diffusion import tracked_parameters, weight_displacement, weight_norm
 
 
 def displacement_reference(weights, anchor):

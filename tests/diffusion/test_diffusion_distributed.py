@@ -1,0 +1,157 @@
+"""Two gloo processes, started once for all; each writes what it saw, and the test compares."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gap.diffusion import UltraSlowDiffusion, weight_displacement
+
+WEIGHTS = ("distance", "relative_distance", "weight_norm", "cosine")
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Sharded(Net):
+    """The first layer in shards of 4 + 3 rows, the last one in shards of 1 + 0; every batch is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
+
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Reference(Callback):
+    """The slow obvious twin: gather all weights after every update, subtract in float64."""
+
+    def __init__(self):
+        self.start, self.displacement = None, {}
+
+    @staticmethod
+    def whole(module):
+        full = {n: p.detach() for n, p in module.named_parameters()}
+        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).double() for n, p in full.items()}
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = {name: w.clone() for name, w in self.whole(pl_module).items()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.displacement[trainer.global_step] = tuple(weight_displacement(self.whole(pl_module), self.start))
+
+
+def train(folder, callbacks, model=None, strategy="ddp", max_steps=40, ckpt_path=None, rows=64):
+    seed_everything(0, verbose=False)
+    x = torch.randn(rows, 4)
+    model = Net() if model is None else model
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=-1,
+        max_steps=max_steps,
+        callbacks=callbacks,
+        logger=CSVLogger(folder),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8), ckpt_path=ckpt_path)
+    return trainer, model
+
+
+def ddp(folder):
+    def outcome(callbacks):
+        trainer, model = train(folder, callbacks)
+        return model.state_dict(), float(trainer.callback_metrics["loss"]), torch.get_rng_state()
+
+    plain, diffusion, reference = outcome([]), UltraSlowDiffusion(points_per_decade=10), Reference()
+    observed = outcome([diffusion, reference])
+    return {"plain": plain, "observed": observed, "trace": diffusion.trace, "reference": reference.displacement}
+
+
+def sharded(folder):
+    def run(callbacks, max_steps, ckpt_path=None):
+        torch.manual_seed(0)
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return train(folder, callbacks, Sharded(), strategy, max_steps, ckpt_path, rows=16)[0]
+
+    whole, reference = UltraSlowDiffusion(points_per_decade=10), Reference()
+    run([whole, reference], 40)
+    run([UltraSlowDiffusion(points_per_decade=10)], 13).save_checkpoint(f"{folder}/sharded.ckpt")
+    resumed = UltraSlowDiffusion(points_per_decade=10)
+    run([resumed], 40, f"{folder}/sharded.ckpt")
+    held = [p.to_local() if hasattr(p, "to_local") else p for p in resumed._anchor.values()]
+    return {
+        "trace": whole.trace,
+        "resumed": resumed.trace,
+        "reference": reference.displacement,
+        "held": sum(p.numel() for p in held),
+    }
+
+
+def worker(rank, port, folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="diffusion",
+    )
+    torch.save({"ddp": ddp(folder), "sharded": sharded(folder)}, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def assert_trace_is_that_of(reference, trace):
+    for i, t in enumerate(trace["updates"]):
+        assert [trace[name][i] for name in WEIGHTS] == pytest.approx(reference[t], rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+    for seen in (rank["ddp"] for rank in ranks):
+        torch.testing.assert_close(seen["observed"], seen["plain"], rtol=0, atol=0)
+        assert seen["trace"] == ranks[0]["ddp"]["trace"]
+        assert seen["trace"]["updates"] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40]
+        assert_trace_is_that_of(seen["reference"], seen["trace"])
+
+    for seen in (rank["sharded"] for rank in ranks):
+        assert seen["trace"] == ranks[0]["sharded"]["trace"]
+        assert len(seen["trace"]["updates"]) == 14
+        assert_trace_is_that_of(seen["reference"], seen["trace"])
+        assert seen["resumed"] == seen["trace"]
+    assert [rank["sharded"]["held"] for rank in ranks] == [4 * 5 + 8, 3 * 5]
