@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -104,6 +106,7 @@ class SamplesDataModule(LightningDataModule):
         TypeError: ``batch_size`` or another count is no integer.
         ValueError: Shapes do not fit, values are not finite, fractions leave nothing to train on, or ``batch_size``
             is larger than the training split.
+        MisconfigurationException: ``trainer.validate`` or ``trainer.test`` is called with nothing held out.
 
     Example:
         >>> import torch
@@ -186,11 +189,11 @@ class SamplesDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the held-out validation samples as one batch; nothing where ``val_fraction`` is 0."""
+        """Return the held-out validation samples as one batch; none in a fit where ``val_fraction`` is 0."""
         return self._held_out("val")
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Return the held-out test samples as one batch; nothing where ``test_fraction`` is 0."""
+        """Return the held-out test samples as one batch."""
         return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
@@ -200,6 +203,10 @@ class SamplesDataModule(LightningDataModule):
     def _held_out(self, split: str) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         samples = self.splits[split]
         if not (len(samples.source) and len(samples.target)):
+            if self.trainer and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+                raise MisconfigurationException(
+                    f"{split}_fraction=0 holds no samples out: give SamplesDataModule({split}_fraction=0.1)"
+                )
             return []
         return DataLoader(_OneBatch(samples, self.eval_batch_size), batch_size=None)
 

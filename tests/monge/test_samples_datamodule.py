@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gap import SamplesDataModule
 from lightning_gap.monge.data import UnpairedBatches, UnpairedSamples
@@ -224,6 +225,8 @@ class Recorder(LightningModule):
     def validation_step(self, batch, batch_idx):
         pass
 
+    test_step = validation_step
+
     def configure_optimizers(self):
         return None
 
@@ -239,7 +242,10 @@ def fit(model: Recorder, data: SamplesDataModule, **options) -> None:
     ).fit(model, data)
 
 
-@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
+NO_VALIDATION = "ignore:Total length of `list` across ranks is zero"
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*", NO_VALIDATION)
 def test_the_trainer_sees_each_epoch_in_its_own_order():
     data = SamplesDataModule(numbered(32), numbered(20), batch_size=8, val_fraction=0)
     model = Recorder()
@@ -248,8 +254,17 @@ def test_the_trainer_sees_each_epoch_in_its_own_order():
         assert [(s, t) for e, s, t in model.seen if e == number] == epoch(data, number)
 
 
-@pytest.mark.filterwarnings("ignore:.*returned `None`.*", "ignore:.*turning off the train dataloader shuffling.*")
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*", "ignore:.*turning off the .* dataloader shuffling.*")
 def test_a_foreign_sampler_is_refused():
-    data = SamplesDataModule(numbered(32), numbered(20), batch_size=8, val_fraction=0)
+    data = SamplesDataModule(numbered(32), numbered(20), batch_size=8)
     with pytest.raises(TypeError, match=r"unpaired samples are read by batches of rows.*overfit_batches"):
         fit(Recorder(), data, overfit_batches=1, max_epochs=1)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_evaluation_with_nothing_held_out_is_refused(stage):
+    data = SamplesDataModule(numbered(9), numbered(9), batch_size=4, val_fraction=0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    with pytest.raises(MisconfigurationException, match=f"{stage}_fraction=0 holds no samples out"):
+        evaluate(Recorder(), data)
