@@ -172,8 +172,12 @@ class LargeBatchRegime(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         plan = _planned(self.plan)
+        if self._limits is not None:
+            # With max_steps set, Lightning resumes from the end of an epoch by one stray batch of that epoch. So it is
+            # set while configure_optimizers may read it, and again once a checkpoint is restored.
+            trainer.fit_loop.epoch_loop.max_steps = self._limits[2]
         configs = trainer.lr_scheduler_configs
-        _check_optimizers(trainer, pl_module, plan)
+        _check_optimizers(trainer, pl_module, plan, ruled=isinstance(self.lr_rule, str))
         before = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if plan.lr_factor != 1.0:
             for optimizer in trainer.optimizers:
@@ -202,6 +206,8 @@ class LargeBatchRegime(Callback):
                     f"{plan.batch_size} samples an update, but there are {found[0]} and {found[1]}. The loader or "
                     "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
                 )
+        if plan.stops_within_epoch:
+            trainer.fit_loop.epoch_loop.max_steps = cast(int, plan.updates)
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
@@ -342,11 +348,11 @@ def _check_trainer(trainer: Any, pl_module: LightningModule, *, scales: bool, tr
         rank_zero_warn("LargeBatchRegime: EarlyStopping's patience counts checks of this run, not reference epochs.")
 
 
-def _check_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan, *, ruled: bool) -> None:
     """Refuse the optimizers and schedulers that cannot be matched, before any is changed."""
     if plan.lr_factor != 1.0:
         for optimizer in trainer.optimizers:
-            if plan.lr_rule in LR_RULES and not isinstance(optimizer, RULED_OPTIMIZERS):
+            if ruled and not isinstance(optimizer, RULED_OPTIMIZERS):
                 raise MisconfigurationException(
                     f'lr_rule="{plan.lr_rule}" is a rule for SGD, and the optimizer is {type(optimizer).__name__}. '
                     'Pass lr_rule="none", or a callable ratio -> factor to decide the factor yourself.'
