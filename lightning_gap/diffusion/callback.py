@@ -117,20 +117,25 @@ class UltraSlowDiffusion(Callback):
             return None
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         self._sharded = shards_by_dtensor(trainer)
         if not (self._sharded or holds_whole_weights(trainer)):
             raise MisconfigurationException(
                 f"UltraSlowDiffusion cannot read the weights under strategy={strategy_name(trainer)}: train with "
                 "strategy='ddp', a ModelParallelStrategy (FSDP2) or on one device, or remove the callback."
             )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._recording = False
         weights = tracked_parameters(pl_module)
         self._step = trainer.global_step
         self._due = self._next_due(self._step)
         if self._step == 0:
             self._take_anchor(weights)
         elif self._anchor is None:
-            self._recording = False
             rank_zero_warn(
                 f"UltraSlowDiffusion was added after {self._step} updates and the initial weights are not in the "
                 "checkpoint: nothing is recorded in this run. Train from the start with the callback to record."

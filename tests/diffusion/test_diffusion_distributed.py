@@ -11,10 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.diffusion import UltraSlowDiffusion, weight_displacement
+from lightning_gap.parallel import shard_copies
 
 WEIGHTS = ("distance", "relative_distance", "weight_norm", "cosine")
 
@@ -104,12 +107,14 @@ def sharded(folder):
     run([UltraSlowDiffusion(points_per_decade=10)], 13).save_checkpoint(f"{folder}/sharded.ckpt")
     resumed = UltraSlowDiffusion(points_per_decade=10)
     run([resumed], 40, f"{folder}/sharded.ckpt")
+    replicated = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Replicate()])
     held = [p.to_local() if hasattr(p, "to_local") else p for p in resumed._anchor.values()]
     return {
         "trace": whole.trace,
         "resumed": resumed.trace,
         "reference": reference.displacement,
         "held": sum(p.numel() for p in held),
+        "copies": [shard_copies(p) for p in (resumed._anchor["net.0.weight"], replicated, torch.ones(4))],
     }
 
 
@@ -154,4 +159,5 @@ def test_two_processes(tmp_path):
         assert len(seen["trace"]["updates"]) == 14
         assert_trace_is_that_of(seen["reference"], seen["trace"])
         assert seen["resumed"] == seen["trace"]
+        assert seen["copies"] == [1, 2, 2]
     assert [rank["sharded"]["held"] for rank in ranks] == [4 * 5 + 8, 3 * 5]
