@@ -1,10 +1,11 @@
 """Figures for reports, drawn once for light and dark: the SVG takes its colours from the page that holds it."""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ def style() -> Iterator[None]:
     """Draw with the report's type sizes and colours inside the ``with`` block, and nowhere else."""
     import matplotlib as mpl
 
-    rc = {
+    rc: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lightning_gap",
         "font.size": 10,
@@ -92,9 +93,10 @@ def as_svg(figure: "Figure") -> str:
     """
     buffer = io.StringIO()
     with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    # Groups are named alike in every figure, and one page holds several.
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     for colour, name in _PROPERTIES.items():
         text = text.replace(colour, f"var(--{name}, {colour})")
     return text
@@ -124,14 +126,30 @@ def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabe
     """
     with style():
         figure, axes = _new((_SIZE[0], 0.9 + 0.62 * len(values)))
-        for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours)):
+        for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours, strict=False)):
             mean = float(np.mean(numbers))
             axes.plot(numbers, [row] * len(numbers), "o", color=colour, ms=7, alpha=0.55, mec="none")
             axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=3, solid_capstyle="round")
-            axes.annotate(label, (0, row), (0, 13), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          color=INK, weight="bold", size=9.5)  # fmt: skip
-            axes.annotate(f"{mean:.{digits}f}", (1, row), (0, 13), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", color=colour, weight="bold")  # fmt: skip
+            axes.annotate(
+                label,
+                (0, row),
+                (0, 13),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                color=INK,
+                weight="bold",
+                size=9.5,
+            )
+            axes.annotate(
+                f"{mean:.{digits}f}",
+                (1, row),
+                (0, 13),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                weight="bold",
+            )
         axes.set_ylim(len(values) - 0.5, -0.75)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -183,7 +201,7 @@ def log_law(lines: Sequence[Curve], laws: Sequence[tuple[float, float]], *, xlab
     """
     with style():
         figure, axes = _new()
-        for line, (intercept, slope) in zip(lines, laws):
+        for line, (intercept, slope) in zip(lines, laws, strict=True):
             axes.plot(line.x, line.y, "o", color=line.colour, ms=3.6, mec="none", alpha=0.85, label=line.label)
             axes.plot(line.x, intercept + slope * np.log(line.x), color=line.colour, lw=1.1, ls=(0, (4, 2)))
         axes.set_xscale("log")
@@ -222,7 +240,6 @@ def cloud(colours: NDArray[np.float64]) -> "Figure":
         _colour_axes(axes)
         where = _plane(colours)
         axes.scatter(where[:, 0], where[:, 1], s=5, c=np.clip(colours, 0, 1), lw=0, rasterized=True)
-        figure.set_dpi(200)
     return figure
 
 

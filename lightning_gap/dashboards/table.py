@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as it is shown: the mean, the deviation over seeds (empty for one number), and whether it is the best."""
+    """One cell as it is shown: the mean, the deviation over seeds (empty for one number), whether it is the best."""
 
     text: str
     deviation: str
@@ -109,7 +109,10 @@ class ResultTable:
         """Return the cells row by row, without the labels. Means that read the same share the mark."""
         best = [self._best(i) for i in range(len(self.columns))]
         return [
-            [self._cell(column, value, best[i]) for i, (column, value) in enumerate(zip(self.columns, row.values))]
+            [
+                self._cell(column, value, best[i])
+                for i, (column, value) in enumerate(zip(self.columns, row.values, strict=True))
+            ]
             for row in self.rows
         ]
 
@@ -140,7 +143,7 @@ class ResultTable:
         table.add_column(self.first)
         for column in self.columns:
             table.add_column(column.heading, justify="right")
-        for row, cells in zip(self.rows, self.cells()):
+        for row, cells in zip(self.rows, self.cells(), strict=True):
             table.add_row(row.label, *(_rich_cells(cells)))
         return table
 
@@ -153,4 +156,4 @@ def _mean(value: Value) -> float | None:
 
 def _rich_cells(cells: Iterable[Cell]) -> list[str]:
     shown = [f"{cell.text} ± {cell.deviation}" if cell.deviation else cell.text for cell in cells]
-    return [f"[bold green]{text}[/]" if cell.best else text for text, cell in zip(shown, cells)]
+    return [f"[bold green]{text}[/]" if cell.best else text for text, cell in zip(shown, cells, strict=True)]

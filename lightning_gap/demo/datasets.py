@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
         return self.images[chosen], self.labels[chosen]
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -154,7 +155,7 @@ def photographs() -> dict[str, NDArray[np.uint8]]:
     """Return scikit-learn's two sample photographs as ``(height, width, 3)`` RGB bytes.
 
     Returns:
-        ``"china"`` (a temple under a blue sky, by danielbuechele, CC BY 2.0) and ``"flower"`` (by vultilion, CC BY 2.0).
+        ``"china"``, a pagoda (by danielbuechele, CC BY 2.0), and ``"flower"`` (by vultilion, CC BY 2.0).
 
     Raises:
         DemoError: If scikit-learn or pillow is not installed.

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gap import GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion
 from lightning_gap.demo.datasets import ImageSplit
 from lightning_gap.diffusion import DiffusionFit, constant_lr_segments, fit_diffusion
+from lightning_gap.regime import RegimePlan
 
 __all__ = ["F1", "RECIPES", "LargeBatchSettings", "Recipe", "TrainingRun", "train_all"]
 
@@ -56,7 +58,7 @@ class F1(LightningModule):
         self.log("loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log("accuracy", (logits.argmax(1) == labels).float().mean(), batch_size=len(labels))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return SGD and its three drops of the learning rate, counted in epochs."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=1e-4)
         drops = [round(self.epochs * share) for share in (0.2, 0.4, 0.6)]
@@ -104,10 +106,18 @@ class Recipe:
 RECIPES = (
     Recipe("Small batch", "the reference", False, lambda s: []),
     Recipe("Large batch", "same epochs, same learning rate", True, lambda s: []),
-    Recipe("+ regime", "LargeBatchRegime: same updates, √ learning rate", True,
-           lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch)]),  # fmt: skip
-    Recipe("+ regime + Ghost BN", "LargeBatchRegime and GhostBatchNorm", True,
-           lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch), GhostBatchNorm(s.small_batch)]),  # fmt: skip
+    Recipe(
+        "+ regime",
+        "LargeBatchRegime: same updates, √ learning rate",
+        True,
+        lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch)],
+    ),
+    Recipe(
+        "+ regime + Ghost BN",
+        "LargeBatchRegime and GhostBatchNorm",
+        True,
+        lambda s: [LargeBatchRegime(reference_batch_size=s.small_batch), GhostBatchNorm(s.small_batch)],
+    ),
 )
 
 
@@ -127,6 +137,7 @@ class TrainingRun:
         curve: (updates, test accuracy in per cent) along the way.
         distances: (updates, ‖w_t − w_0‖) along the way.
         diffusion: The laws fitted to the distances at the first learning rate; ``None`` if the run was too short.
+        plan: What the regime callback changed, ``None`` without it.
     """
 
     recipe: str
@@ -140,6 +151,7 @@ class TrainingRun:
     curve: list[tuple[int, float]]
     distances: list[tuple[int, float]]
     diffusion: DiffusionFit | None
+    plan: RegimePlan | None
 
 
 class _Watch(Callback):
@@ -150,7 +162,12 @@ class _Watch(Callback):
         self.curve: list[tuple[int, float]] = []
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: tuple[Tensor, Tensor], batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
     ) -> None:
         """Advance the bar by one batch."""
         self.advance(len(batch[0]))
@@ -187,13 +204,13 @@ def train(
     seed_everything(seed, workers=True, verbose=False)
     batch_size = settings.large_batch if recipe.large else settings.small_batch
     added = recipe.callbacks(settings)
-    stretched = any(isinstance(callback, LargeBatchRegime) for callback in added)
+    regime = next((callback for callback in added if isinstance(callback, LargeBatchRegime)), None)
     watch, diffusion = _Watch(advance), UltraSlowDiffusion(points_per_decade=20)
     trainer = Trainer(
         max_epochs=settings.epochs,
         callbacks=[*added, diffusion, watch],
         gradient_clip_val=settings.clip_norm,
-        check_val_every_n_epoch=settings.large_batch // settings.small_batch if stretched else 1,
+        check_val_every_n_epoch=settings.large_batch // settings.small_batch if regime else 1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -221,7 +238,20 @@ def train(
         curve=watch.curve,
         distances=distances,
         diffusion=fit,
+        plan=regime.plan if regime else None,
     )
+
+
+def _diffusion(callback: UltraSlowDiffusion) -> tuple[list[tuple[int, float]], DiffusionFit | None]:
+    """Return the whole trace, and the laws fitted to its stretch at the first learning rate (the paper's figure 2)."""
+    trace = callback.trace
+    first = constant_lr_segments(trace["learning_rate"])[0]
+    try:
+        # The demo's first stretch is short: under two decades, which the callback itself would not fit.
+        fit = fit_diffusion(trace["updates"][first], trace["distance"][first], minimum_decades=0.5)
+    except ValueError:
+        fit = None
+    return [(round(t), d) for t, d in zip(trace["updates"], trace["distance"], strict=True)], fit
 
 
 def train_all(
