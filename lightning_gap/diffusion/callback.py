@@ -100,6 +100,7 @@ class UltraSlowDiffusion(Callback):
         self._due = 0
         self._learning_rate: float | Tensor = math.nan
         self._told_late = False
+        self._evaluating = False
 
     @property
     def trace(self) -> dict[str, list[float]]:
@@ -118,7 +119,8 @@ class UltraSlowDiffusion(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        self._evaluating = stage != "fit"
+        if self._evaluating:
             return
         self._sharded = shards_by_dtensor(trainer)
         if not (self._sharded or holds_whole_weights(trainer)):
@@ -184,8 +186,14 @@ class UltraSlowDiffusion(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._evaluating:  # testing an older checkpoint must not cut the trace of the finished run
+            return
         self._anchor = dict(state_dict["anchor"])
         self._trace = {column: list(state_dict["trace"][column]) for column in _COLUMNS}
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._evaluating = False
 
     def _next_due(self, step: int) -> int:
         if self.every_n_updates is None:

@@ -1,4 +1,3 @@
-import copy
 import csv
 import math
 
@@ -352,11 +351,13 @@ def test_state_is_one_copy_and_loads_with_weights_only(tmp_path):
     assert saved["trace"] == diffusion.trace
 
 
-def test_validate_and_test_do_nothing(tmp_path):
+def test_evaluating_an_older_checkpoint_leaves_the_trace_alone(tmp_path):
     diffusion = UltraSlowDiffusion()
-    run, model = fit(tmp_path, diffusion, max_epochs=1)
-    before = copy.deepcopy(diffusion.trace)
-    run.validate(model, loader(shuffle=False), verbose=False)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    run, model = fit(tmp_path, diffusion, checkpoint, max_epochs=3, enable_checkpointing=True)
+    before = diffusion.trace
+    run.limit_val_batches = 1.0
+    run.validate(model, loader(shuffle=False), ckpt_path=tmp_path / "step=10.ckpt", verbose=False)
     assert diffusion.trace == before
 
 
