@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.parallel import data_parallel_size, injects_sampler
 from lightning_gap.regime.plan import updates_in_epoch
@@ -142,6 +142,8 @@ def pass_over_data(trainer: Trainer) -> Pass:
                 "whether replicas share the samples. Use torch's DistributedSampler, use_distributed_sampler=True, "
                 f"{_LR_ONLY}."
             )
-        shard = updates_in_epoch(samples, replicas)
+        # The trainer's sampler draws on the whole data set, whatever a RandomSampler's num_samples.
+        drawn = len(sampler.data_source) if isinstance(sampler, RandomSampler) else samples
+        shard = updates_in_epoch(drawn, replicas)
     batches = updates_in_epoch(shard, batch_sampler.batch_size, drop_last=drop_last)
     return Pass(samples=samples, drop_last=drop_last, batches=batches)

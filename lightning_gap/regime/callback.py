@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -157,8 +158,7 @@ class LargeBatchRegime(Callback):
         loop.min_epochs = plan.min_epochs
         if plan.epochs is not None:
             loop.max_epochs = plan.epochs
-        if plan.stops_within_epoch:
-            loop.epoch_loop.max_steps = cast(int, plan.updates)
+        loop.epoch_loop.max_steps = plan.max_steps
 
     def _release(self, trainer: Trainer) -> None:
         self._fitting = False
@@ -175,7 +175,7 @@ class LargeBatchRegime(Callback):
         if self._limits is not None:
             # With max_steps set, Lightning resumes from the end of an epoch by one stray batch of that epoch. So it is
             # set while configure_optimizers may read it, and again once a checkpoint is restored.
-            trainer.fit_loop.epoch_loop.max_steps = self._limits[2]
+            trainer.fit_loop.epoch_loop.max_steps = -1
         configs = trainer.lr_scheduler_configs
         _check_optimizers(trainer, pl_module, plan, ruled=isinstance(self.lr_rule, str))
         before = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -194,9 +194,10 @@ class LargeBatchRegime(Callback):
             learning_rates=tuple(zip(before, after, strict=True)),
             schedulers=tuple(_fate(config, taken.get(id(config.scheduler))) for config in configs),
         )
+        self._report(trainer, self.plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the loaded data is what the plan was made for, then say what was changed."""
+        """Check that the loaded data is what the plan was made for, and take the clock up where a checkpoint left it."""
         plan = _planned(self.plan)
         if self._pass is not None:
             found = (trainer.num_training_batches, effective_batch_size(trainer))
@@ -206,12 +207,11 @@ class LargeBatchRegime(Callback):
                     f"{plan.batch_size} samples an update, but there are {found[0]} and {found[1]}. The loader or "
                     "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
                 )
-        if plan.stops_within_epoch:
-            trainer.fit_loop.epoch_loop.max_steps = cast(int, plan.updates)
+        if self._limits is not None:
+            trainer.fit_loop.epoch_loop.max_steps = plan.max_steps
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
-        self._report(trainer, plan)
 
     @rank_zero_only
     def _report(self, trainer: Trainer, plan: RegimePlan) -> None:
@@ -344,8 +344,9 @@ def _check_trainer(trainer: Any, pl_module: LightningModule, *, scales: bool, tr
     for refused, reason in refusals:
         if refused:
             raise MisconfigurationException(f"LargeBatchRegime: {reason}")
-    if train_longer and has(EarlyStopping):
-        rank_zero_warn("LargeBatchRegime: EarlyStopping's patience counts checks of this run, not reference epochs.")
+    for kind in (EarlyStopping, BaseFinetuning):
+        if train_longer and has(kind):
+            rank_zero_warn(f"LargeBatchRegime: {kind.__name__} counts epochs of this run, not of the reference run.")
 
 
 def _check_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan, *, ruled: bool) -> None:

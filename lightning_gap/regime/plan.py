@@ -64,6 +64,11 @@ class RegimePlan:
         return self.train_longer and self.reference_updates_per_epoch != self.updates_per_epoch
 
     @property
+    def max_steps(self) -> int:
+        """This run's limit of updates as Lightning has it: -1 where the limit of epochs says the same."""
+        return self.updates if self.updates is not None and self.stops_within_epoch else -1
+
+    @property
     def ends_with_reference_epoch(self) -> bool:
         """Whether the last update is the last of a reference epoch."""
         epoch = self.reference_updates_per_epoch

@@ -17,7 +17,7 @@ __all__ = ["ReferenceClock", "horizons", "scale_scheduler"]
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
 _LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
 # Every attribute that says after how many steps a schedule ends or turns.
-_HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps")
+_HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps", "step_size", "milestones", "_milestones")
 
 
 def flattened(scheduler: LRScheduler) -> Iterator[LRScheduler]:
@@ -55,7 +55,7 @@ def scale_scheduler(scheduler: LRScheduler, factor: float) -> None:
 
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:
-    """Return after how many steps a scheduler, or a part of it, ends, by attribute name.
+    """Return after how many steps a scheduler, or a part of it, ends or last turns, by attribute name.
 
     Args:
         scheduler: Any torch scheduler.
@@ -66,12 +66,13 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
         >>> horizons(torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=10))
         {'CosineAnnealingLR.T_max': 10}
     """
-    return {
-        f"{type(part).__name__}.{name}": int(getattr(part, name))
+    found = {
+        f"{type(part).__name__}.{name.lstrip('_')}": getattr(part, name)
         for part in flattened(scheduler)
         for name in _HORIZON_ATTRIBUTES
-        if isinstance(getattr(part, name, None), (int, float))
+        if getattr(part, name, None)
     }
+    return {name: int(steps if isinstance(steps, (int, float)) else max(steps)) for name, steps in found.items()}
 
 
 class ReferenceClock(NamedTuple):

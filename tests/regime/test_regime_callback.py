@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -362,6 +362,21 @@ def test_every_schedule_resumes(name, tmp_path):
     assert_resumes(name, tmp_path, [20, 36], limit_val_batches=0)
 
 
+def test_a_run_limited_by_updates_resumes(tmp_path):
+    options = {"max_epochs": -1, "max_steps": 42, "limit_val_batches": 0}
+
+    def module():
+        return Stateful(EPOCH_SCHEDULES["StepLR"])
+
+    whole, part = module(), module()
+    _, full = run(whole, None, LargeBatchRegime(7), keep_all(tmp_path), enable_checkpointing=True, **options)
+    _, rest = run(part, None, LargeBatchRegime(7), ckpt_path=tmp_path / "step=16.ckpt", **options)
+    assert rest.rates == full.rates[16:]
+    assert torch.equal(whole.layer.weight, part.layer.weight)
+    done, none = run(module(), None, LargeBatchRegime(7), ckpt_path=tmp_path / "step=42.ckpt", **options)
+    assert (done.global_step, none.rates, done.max_steps) == (42, [], 42)
+
+
 def test_a_second_fit_is_planned_anew_and_the_limits_are_given_back():
     regime = LargeBatchRegime(4)
     trainer = trainer_of(regime, max_epochs=3, min_epochs=1)
@@ -457,6 +472,11 @@ def test_validate_test_and_predict_are_untouched():
 
 
 # ---------------------------------------------------------------------------------------------------- what it says
+
+
+def test_every_logger_takes_the_plan(tmp_path):
+    run(Regression(), loader(30), LargeBatchRegime(4), logger=TensorBoardLogger(tmp_path), max_epochs=1)
+    assert "lightning_gap/regime/updates: 15" in next(tmp_path.rglob("hparams.yaml")).read_text()
 
 
 def test_it_says_what_it_did(tmp_path, capsys):
@@ -649,6 +669,12 @@ def test_refusals_come_before_any_change(case):
         assert config.frequency == 1
 
 
+def test_a_sharded_model_is_refused(monkeypatch):
+    monkeypatch.setattr("lightning_gap.regime.callback.holds_whole_weights", lambda trainer: False)
+    with pytest.raises(MisconfigurationException, match=r"SingleDeviceStrategy is not supported yet. Use one device"):
+        run(Regression(), loader(30), LargeBatchRegime(4))
+
+
 def test_what_a_refusal_names_as_remedy_works():
     run(Regression(optimizer=torch.optim.AdamW), loader(30), LargeBatchRegime(4, lr_rule="none"))
     run(Regression(optimizer=torch.optim.AdamW), loader(30), LargeBatchRegime(4, lr_rule=math.sqrt))
@@ -660,10 +686,12 @@ def test_what_a_refusal_names_as_remedy_works():
 
 
 def test_warnings_say_what_is_done_instead():
-    with pytest.warns(UserWarning, match="EarlyStopping's patience"):
+    with pytest.warns(UserWarning, match="EarlyStopping counts epochs"):
         run(Regression(), loader(30), LargeBatchRegime(4), EarlyStopping("loss", patience=100))
     with pytest.warns(UserWarning, match="T_max=7 reaches past"):
         run(Regression(partial(schedulers.CosineAnnealingLR, T_max=7)), loader(30), LargeBatchRegime(4))
+    with pytest.warns(UserWarning, match=r"MultiStepLR.milestones=9 reaches past"):
+        run(Regression(partial(schedulers.MultiStepLR, milestones=[1, 9])), loader(30), LargeBatchRegime(4))
     with pytest.warns(UserWarning, match="fast_dev_run"):
         trainer, _ = run(Regression(), loader(30), LargeBatchRegime(4), fast_dev_run=True)
     assert trainer.global_step == 1
