@@ -38,6 +38,8 @@ __all__ = [
 
 # Below this many elements the differences x_i - y_j of one block are formed at once.
 _BLOCK_ELEMENTS = 1 << 22
+# Numbers of a block that should stay in cache.
+_CACHE_ELEMENTS = 1 << 18
 
 
 class Cost(ABC):
@@ -87,6 +89,56 @@ class Cost(ABC):
         blocks = [self.elementwise(block[..., :, None, :], y[..., None, :, :]) for block in x.split(rows, dim=-2)]
         return torch.cat(blocks, dim=-2)
 
+    @torch.no_grad()
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Write the matrix of all costs, without a graph and with little memory beside.
+
+        Args:
+            out: ``(n, m)`` matrix to write to.
+            x: ``(n, d)`` points.
+            y: ``(m, d)`` points.
+
+        Returns:
+            ``out``.
+        """
+        rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
+        for start in range(0, len(x), rows):
+            out[start : start + rows] = self.pairwise(x[start : start + rows], y)
+        return out
+
+    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the gradients of :math:`\sum_{ij} w_i K_{ij} v_j\, c(x_i, y_j)` with respect to the points.
+
+        Args:
+            x: ``(n, d)`` points.
+            y: ``(m, d)`` points.
+            w: ``(n,)`` row factors.
+            K: ``(n, m)`` matrix, which may be overwritten.
+            v: ``(m,)`` column factors.
+
+        Returns:
+            ``(n, d)`` and ``(m, d)`` gradients.
+        """
+        gx, gy = torch.zeros_like(x), torch.zeros_like(y)
+        rows = max(1, _CACHE_ELEMENTS // max(1, y.numel()))
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            with torch.enable_grad():
+                points = x[part].detach().requires_grad_(), y.detach().requires_grad_()
+                costs = self.pairwise(*points)
+            gx[part], dy = torch.autograd.grad(costs, points, w[part, None] * K[part] * v)
+            gy += dy
+        return gx, gy
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether ``c(x, y) = c(y, x)``."""
+        return True
+
+    def transposed(self) -> "Cost":
+        """Return the cost with its arguments exchanged."""
+        return self if self.symmetric else _Transposed(self)
+
     @property
     def keops_formula(self) -> str | None:
         """The cost as a KeOps formula in ``X`` and ``Y``, or ``None`` where KeOps cannot express it."""
@@ -103,6 +155,19 @@ class Cost(ABC):
     def __str__(self) -> str:
         arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         return f"{self.name}({arguments})" if arguments else self.name
+
+
+class _Transposed(Cost):
+    name: ClassVar[str] = "transposed"
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+
+    def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.cost.elementwise(y, x)
+
+    def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.cost.pairwise(y, x).mT
 
 
 class TranslationInvariantCost(Cost):
@@ -145,6 +210,24 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return squared.clamp_min(0).to(dtype)
 
 
+def _displacements(x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``Σ_j P_ij (x_i - y_j)`` and ``Σ_i P_ij (y_j - x_i)`` for the plan ``P = w[:, None] * K * v``."""
+    # From the middle of the cloud, so that the differences keep their digits.
+    middle = y.mean(dim=0)
+    x, y = x - middle, y - middle
+    w, v = w[:, None], v[:, None]
+    forward = _thin_product(K, torch.cat([v, v * y], dim=1))
+    backward = _thin_product(K.t(), torch.cat([w, w * x], dim=1))
+    return w * (forward[:, :1] * x - forward[:, 1:]), v * (backward[:, :1] * y - backward[:, 1:])
+
+
+def _thin_product(K: Tensor, columns: Tensor) -> Tensor:
+    """Return ``K @ columns``; a few columns are faster one by one on a CPU."""
+    if columns.shape[1] < 8 and K.device.type == "cpu":
+        return torch.stack([torch.mv(K, c) for c in columns.t().contiguous()], dim=1)
+    return torch.mm(K, columns)
+
+
 def _accurate(x: Tensor) -> Tensor:
     """Return half precision as float32, and float32 as double where that is cheap."""
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -182,6 +265,20 @@ class SqEuclidean(TranslationInvariantCost):
         """Return all squared distances through one matrix product."""
         return _squared_distances(x, y)
 
+    @torch.no_grad()
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Write all squared distances as one product of augmented points, exact to a few roundings of the largest."""
+        middle = y.mean(dim=0)
+        x, y = x - middle, y - middle
+        left = torch.cat([-2 * x, x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])], dim=1)
+        right = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], dim=1)
+        return torch.mm(left, right.t(), out=out).clamp_min_(0)
+
+    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return twice the differences to the plan's images, in four matrix-vector or two thin matrix products."""
+        gx, gy = _displacements(x, y, w, K, v)
+        return 2 * gx, 2 * gy
+
     @property
     def keops_formula(self) -> str:
         """``SqDist(X,Y)``."""
@@ -207,6 +304,24 @@ class Euclidean(TranslationInvariantCost):
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return all distances through one matrix product."""
         return _safe_sqrt(_squared_distances(x, y))
+
+    @torch.no_grad()
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Write all distances: from differences where these are few, else through a product in double."""
+        if x.shape[1] > 8 and x.device.type == "cpu":
+            return super().fill(out, x, y)
+        rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
+        for start in range(0, len(x), rows):
+            out[start : start + rows] = torch.cdist(
+                x[start : start + rows], y, compute_mode="donot_use_mm_for_euclid_dist"
+            )
+        return out
+
+    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of unit vectors, with the squared cost's products and ``K`` divided by the distance."""
+        distances = self.fill(torch.empty_like(K), x, y)
+        K.div_(distances).masked_fill_(distances == 0, 0)
+        return _displacements(x, y, w, K, v)
 
     @property
     def keops_formula(self) -> str:
@@ -448,6 +563,11 @@ class CallableCost(Cost):
 
     function: Callable[[Tensor, Tensor], Tensor]
     name: ClassVar[str] = "callable"
+
+    @property
+    def symmetric(self) -> bool:
+        """Nobody knows."""
+        return False
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the function's values, checked for their shape."""

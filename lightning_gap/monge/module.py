@@ -129,6 +129,14 @@ class MongeMap(LightningModule):
             self.map = ResidualMLP(dim, self.hidden)
             self.hparams["dim"] = dim
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Ask for the network where it was one of the user's own, which a checkpoint does not hold."""
+        if self.map is None and any(name.startswith("map.") for name in checkpoint["state_dict"]):
+            raise MisconfigurationException(
+                "the checkpoint holds the weights of a network of your own, and not the network: "
+                "give it again, as in MongeMap.load_from_checkpoint(path, map=...)"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples, differentiably."""
         if self.map is None:

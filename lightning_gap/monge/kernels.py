@@ -1,0 +1,296 @@
+r"""Sinkhorn updates, as operators on potentials.
+
+A sweep takes the columns' potential :math:`G`, finds the rows' best :math:`F`, and returns the columns' best answer to
+it. All potentials here are in units of :math:`\varepsilon`, and the plan is
+:math:`P_{ij} = a_i b_j e^{F_i + G_j - C_{ij}/\varepsilon}`.
+
+* :class:`DenseKernel` keeps :math:`K = e^{F_0 \oplus G_0 - C/\varepsilon}`, formed once around absorbed potentials
+  (Schmitzer 2019, "Stabilized sparse scaling algorithms"): a sweep is two matrix-vector products instead of
+  :math:`2 n^2` exponentials.
+* :class:`BlockedKernel` never holds the matrix: it forms a block of rows at a time, in cache, and gets both updates from
+  one pass, because a row's :math:`F_i` depends on that row alone.
+* :class:`SymmetricKernel` is for a measure against itself, where both potentials agree.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.costs import Cost
+
+__all__ = ["BlockedKernel", "DenseKernel", "Kernel", "SymmetricKernel", "buffers", "soft_minimum"]
+
+# Smaller exponents add nothing to a sum, but make subnormal numbers, on which a CPU is slow.
+_LOWEST_EXPONENT = -70.0
+# How far potentials may drift from the absorbed ones before the kernel is formed anew.
+_DRIFT = 30.0
+# Numbers in a block of rows: it should stay in cache.
+_BLOCK = 1 << 18
+# Memory kept from one call to the next, for each thread: fresh pages cost more than the work on them.
+_KEPT_BYTES = 1 << 28
+
+
+class _Pool(local):
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+
+_POOL = _Pool()
+
+
+@contextmanager
+def buffers(count: int, n: int, m: int, like: Tensor) -> Iterator[list[Tensor]]:
+    """Lend ``count`` uninitialized ``(n, m)`` matrices; on a CPU from memory that this thread used before.
+
+    Args:
+        count: How many.
+        n: Rows.
+        m: Columns.
+        like: Gives dtype and device.
+    """
+    pool = _POOL.free if like.device.type == "cpu" else []
+    taken = []
+    for _ in range(count):
+        fitting = [t for t in pool if t.dtype == like.dtype and t.numel() >= n * m]
+        if fitting:
+            flat = min(fitting, key=Tensor.numel)
+            pool[:] = [t for t in pool if t is not flat]
+        else:
+            # Outside of inference mode, or training could not write to it later.
+            with torch.inference_mode(False):
+                flat = torch.empty(n * m, dtype=like.dtype, device=like.device)
+        taken.append(flat)
+    try:
+        yield [flat[: n * m].view(n, m) for flat in taken]
+    finally:
+        for flat in taken:
+            if sum(t.nbytes for t in pool) + flat.nbytes > _KEPT_BYTES:
+                pool.clear()
+            if flat.nbytes <= _KEPT_BYTES // 2:
+                pool.append(flat)
+
+
+def row_blocks(n: int, m: int) -> Iterator[slice]:
+    """Yield slices of rows whose ``(rows, m)`` block stays in cache."""
+    rows = max(1, _BLOCK // m)
+    for start in range(0, n, rows):
+        yield slice(start, min(n, start + rows))
+
+
+def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon: float) -> Tensor:
+    r"""Return :math:`-\log \sum_j b_j e^{G_j - c(x_i, y_j)/\varepsilon}` for each row, in blocks.
+
+    Args:
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples.
+        b: ``(m,)`` weights.
+        G: ``(m,)`` potential, in units of epsilon.
+        cost: The ground cost.
+        epsilon: Regularization, in units of the cost.
+    """
+    F = x.new_empty(len(x))
+    offset = G + b.log()
+    for rows in row_blocks(len(x), len(y)):
+        block = cost.fill(x.new_empty(rows.stop - rows.start, len(y)), x[rows], y)
+        torch.sub(offset, block, alpha=1 / epsilon, out=block)
+        top = block.amax(dim=1)
+        F[rows] = -top - block.sub_(top[:, None]).exp_().sum(dim=1).log()
+    return F
+
+
+class Kernel:
+    """What the fixed-point iteration needs: see the module's text.
+
+    Args:
+        a: ``(n,)`` weights of the rows.
+        b: ``(m,)`` weights of the columns.
+        epsilon: Regularization, in units of the cost.
+        rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+    """
+
+    F: Tensor
+    # Share of the way to the columns' best answer that is taken.
+    relaxation = 1.0
+
+    def __init__(self, a: Tensor, b: Tensor, epsilon: float, rho: float | None) -> None:
+        self.a, self.b = a, b
+        self.epsilon = epsilon
+        self.damping = 1.0 if rho is None else rho / (rho + epsilon)
+        self.mass = math.nan
+
+    def begin(self, F: Tensor | None, G: Tensor) -> Tensor:
+        """Prepare for potentials; return the columns' one to start from.
+
+        Args:
+            F: ``(n,)`` potential that answers ``G``, or ``None`` where ``G`` may be far off.
+            G: ``(m,)`` potential.
+        """
+        return G
+
+    def sweep(self, G: Tensor) -> Tensor | None:
+        """Set ``F``, return the columns' answer; ``None`` where the floating-point format does not bear ``G``."""
+        raise NotImplementedError
+
+    def settle(self, G_next: Tensor) -> None:
+        """Absorb potentials that have drifted."""
+
+    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Yield rows, ``w``, ``K``, ``v`` of the last sweep's plan ``w[:, None] * K * v``; ``K`` may be overwritten."""
+        raise NotImplementedError
+
+
+class DenseKernel(Kernel):
+    """A kernel matrix in memory.
+
+    Args:
+        C: ``(n, m)`` costs.
+        K: ``(n, m)`` buffer.
+        a: See :class:`Kernel`.
+        b: See :class:`Kernel`.
+        epsilon: See :class:`Kernel`.
+        rho: See :class:`Kernel`.
+    """
+
+    def __init__(self, C: Tensor, K: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: float | None) -> None:
+        super().__init__(a, b, epsilon, rho)
+        self.C, self.K = C, K
+
+    def begin(self, F: Tensor | None, G: Tensor) -> Tensor:
+        """Form the kernel; from an unknown ``G`` by hard c-transforms, so that no row or column is without a 1."""
+        if F is None:
+            torch.mul(self.C, 1 / self.epsilon, out=self.K)
+            F = self.K.sub_(G).amin(dim=1)
+            G = G + self.K.sub_(F[:, None]).amin(dim=0)
+        ones = torch.ones_like
+        rank_two = torch.stack([F, ones(F)], dim=1), torch.stack([ones(G), G])
+        torch.addmm(self.C, *rank_two, beta=-1 / self.epsilon, out=self.K)
+        self.K.clamp_min_(_LOWEST_EXPONENT).exp_()
+        self.F0, self.G0 = F, G
+        return G
+
+    def rows(self, G: Tensor) -> Tensor:
+        """Return the rows' answer to ``G``: one matrix-vector product."""
+        self.v = (G - self.G0).exp_().mul_(self.b)
+        self.s = torch.mv(self.K, self.v)
+        return (self.F0 - self.s.log()).mul_(self.damping)
+
+    def sweep(self, G: Tensor) -> Tensor | None:
+        """Two matrix-vector products."""
+        self.F = self.rows(G)
+        self.w = self.a / self.s if self.damping == 1 else (self.F - self.F0).exp_().mul_(self.a)
+        answer = (self.G0 - torch.mv(self.K.t(), self.w).log_()).mul_(self.damping)
+        self.drift = float((answer - self.G0).abs_().amax())
+        return answer if math.isfinite(self.drift) else None
+
+    def settle(self, G_next: Tensor) -> None:
+        """Form the kernel anew where the last sweep ended far from it."""
+        if self.drift > _DRIFT:
+            self.begin(self.F, G_next)
+
+    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """One block."""
+        self.mass = float(torch.dot(self.w, self.s))
+        yield slice(0, len(self.w)), self.w, self.K, self.v
+
+
+class BlockedKernel(Kernel):
+    """A kernel that is formed block by block, in ``O(block * m)`` memory.
+
+    Args:
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples.
+        cost: The ground cost.
+        a: See :class:`Kernel`.
+        b: See :class:`Kernel`.
+        epsilon: See :class:`Kernel`.
+        rho: See :class:`Kernel`.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, cost: Cost, a: Tensor, b: Tensor, epsilon: float, rho: float | None
+    ) -> None:
+        super().__init__(a, b, epsilon, rho)
+        self.x, self.y, self.cost = x, y, cost
+
+    def rows(self, G: Tensor) -> Tensor:
+        """Return the rows' answer to ``G``: one pass of exponentials."""
+        return torch.cat([F for _, F, _, _, _ in self._blocks(G)])
+
+    def sweep(self, G: Tensor) -> Tensor | None:
+        """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""
+        self.G = G
+        columns = torch.zeros_like(G, dtype=torch.float64)
+        parts = []
+        for rows, F, top, _, block in self._blocks(G):
+            parts.append(F)
+            columns += torch.mv(block.t(), (F + top).exp_().mul_(self.a[rows]))
+        self.F = torch.cat(parts)
+        if float(columns.min()) > 0:
+            answer = (G.double() - columns.log()).to(G.dtype)
+        else:
+            # A column that no row reaches within the format's range: answer it through its own soft minimum.
+            answer = soft_minimum(self.y, self.x, self.a, self.F, self.cost.transposed(), self.epsilon)
+        answer = answer * self.damping
+        return answer if bool(answer.isfinite().all()) else None
+
+    def _blocks(self, G: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
+        buffer = self.x.new_empty(max(1, _BLOCK // len(self.y)), len(self.y))
+        for rows in row_blocks(len(self.x), len(self.y)):
+            block = self.cost.fill(buffer[: rows.stop - rows.start], self.x[rows], self.y)
+            torch.sub(G, block, alpha=1 / self.epsilon, out=block)
+            top = block.amax(dim=1)
+            block.sub_(top[:, None]).clamp_min_(_LOWEST_EXPONENT).exp_()
+            sums = torch.mv(block, self.b)
+            yield rows, (top + sums.log()).mul_(-self.damping), top, sums, block
+
+    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Block after block, formed once more."""
+        self.mass = 0.0
+        for rows, _, top, sums, block in self._blocks(self.G):
+            w = (self.F[rows] + top).exp_().mul_(self.a[rows])
+            self.mass += float(torch.dot(w, sums))
+            yield rows, w, block, self.b
+
+
+class SymmetricKernel(Kernel):
+    r"""A measure against itself: the averaged fixed point :math:`F \leftarrow \tfrac12 (F + T F)`.
+
+    It converges in a few sweeps of one update each (Feydy et al. 2019, section 3.2).
+
+    Args:
+        kernel: The kernel of the measure against itself; :class:`DenseKernel` or :class:`BlockedKernel`.
+    """
+
+    relaxation = 0.5
+
+    def __init__(self, kernel: DenseKernel | BlockedKernel) -> None:
+        self.kernel = kernel
+        self.a = self.b = kernel.a
+        self.epsilon, self.damping = kernel.epsilon, kernel.damping
+        self.mass = math.nan
+
+    def begin(self, F: Tensor | None, G: Tensor) -> Tensor:
+        """Form the kernel around one potential for both sides."""
+        self.kernel.begin(G, G)
+        return G
+
+    def sweep(self, G: Tensor) -> Tensor | None:
+        """One update."""
+        self.F = G
+        answer = self.kernel.rows(G)
+        return answer if math.isfinite(float(answer.sum())) else None
+
+    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """The plan that has the same potential on both sides."""
+        kernel = self.kernel
+        if isinstance(kernel, DenseKernel):
+            kernel.w = kernel.v
+        else:
+            kernel.F = kernel.G = self.F
+        yield from kernel.plan_factors()
+        self.mass = kernel.mass
