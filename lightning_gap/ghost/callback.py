@@ -36,7 +36,9 @@ class GhostBatchNorm(Callback):
     over k micro-batches of n samples, a micro-batch that is a multiple of ``ghost_batch_size`` falls into ghosts of
     exactly that size, and no communication is needed. A micro-batch below it is one ghost of n samples, which is plain
     batch normalization; the callback warns. Under ``DDPStrategy`` the running statistics are those of rank 0, as
-    with plain BatchNorm.
+    with plain BatchNorm. Learning-rate and batch-size finders run before ``fit`` does, hence with plain layers.
+
+    Several of these callbacks, with ``skip`` so that they share no layer, give parts of a model different ghosts.
 
     Args:
         ghost_batch_size: Samples that share statistics, :math:`|B_S|`: the batch size of the reference run.

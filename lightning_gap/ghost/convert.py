@@ -59,7 +59,7 @@ class GhostConversion:
             for layer, settings in before:
                 if settings is None:
                     _revert(layer)
-                else:
+                elif isinstance(layer, GhostNorm):  # else reverted in the meantime
                     _set(layer, *settings)
 
         return undo

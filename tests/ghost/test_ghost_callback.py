@@ -199,6 +199,18 @@ def test_ghosts_of_the_users_own_come_back_as_they_were():
     assert int(model.net[1].num_batches_tracked) == 16
 
 
+def test_two_callbacks_share_a_model():
+    class Sizes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.seen = [layer.ghost_batch_size for layer in ghosts(pl_module)]
+
+    for skips, expected in ((("net.4", "net.1"), [4, 8]), (((), "net.1"), [4, 8]), (((), ()), [8, 8])):
+        model, sizes = net(), Sizes()
+        trainer(GhostBatchNorm(4, skip=skips[0]), GhostBatchNorm(8, skip=skips[1]), sizes).fit(model, data())
+        assert sizes.seen == expected
+        assert ghosts(model) == []
+
+
 def test_report_and_hyper_parameters(tmp_path, capsys):
     run = trainer(GhostBatchNorm(4, grouping="strided", skip="net.4"), folder=tmp_path)
     run.fit(net(), data())

@@ -6,6 +6,7 @@ from ghost_reference import members, one_after_another
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.ghost import (
     GhostBatchNorm1d,
@@ -158,9 +159,8 @@ def test_full_ghosts_do_not_depend_on_the_tail():
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 @pytest.mark.parametrize("n", [8, 9, 10])
 def test_second_derivatives(n, grouping):
-    weight, bias = torch.randn(2, 2, dtype=torch.float64, requires_grad=True).unbind()
     x = torch.randn(n, 2, dtype=torch.float64, requires_grad=True)
-    weight, bias = (t.detach().clone().requires_grad_() for t in (weight, bias))
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def function(x, weight, bias):
         return ghost_batch_norm(x, None, None, weight, bias, ghost_batch_size=4, grouping=grouping)
@@ -180,6 +180,29 @@ def test_gradient_of_each_input_alone_and_of_a_sum():
     y = ghost_batch_norm(x, None, None, weight.detach(), None, ghost_batch_size=4)
     (y**2).sum().backward()
     assert x.grad.abs().max() < 1e-3  # the sum of squares of a normalized ghost does not depend on it, but for eps
+
+
+def test_two_forwards_before_a_backward():
+    # The running statistics change in between; the backward pass must not have kept them.
+    layer = GhostBatchNorm1d(3, ghost_batch_size=4, dtype=torch.float64)
+    x = randn(10, 2).requires_grad_()
+    total = (layer(x) ** 3).sum() + (layer(2 * x) ** 3).sum()
+    for buffer in layer.buffers():
+        buffer.zero_()
+    total.backward()
+    expected = sum((ghost_batch_norm(k * x, None, None, ghost_batch_size=4) ** 3).sum() for k in (1, 2))
+    torch.testing.assert_close(x.grad, torch.autograd.grad(expected, x)[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    model = nn.Sequential(nn.Linear(4, 3), GhostBatchNorm1d(3, ghost_batch_size=4)).double()
+    x = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    (checkpoint(model, x, use_reentrant=reentrant) ** 3).sum().backward()
+    gradient = x.grad.clone()
+    x.grad = None
+    (model(x) ** 3).sum().backward()
+    torch.testing.assert_close(x.grad, gradient)
 
 
 def test_functional_transforms():
