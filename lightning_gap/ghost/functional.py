@@ -318,6 +318,7 @@ def _groups(x: Tensor, parts: _Partition) -> list[_Group]:
 
 
 def _is_dense(t: Tensor) -> bool:
+    """Whether the kernels take their fast path, and can write in place; others get a dense copy for speed."""
     return (
         t.is_contiguous()
         or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
