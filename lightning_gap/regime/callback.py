@@ -178,7 +178,7 @@ class LargeBatchRegime(Callback):
             trainer.fit_loop.epoch_loop.max_steps = -1
         configs = trainer.lr_scheduler_configs
         _check_optimizers(trainer, pl_module, plan, ruled=isinstance(self.lr_rule, str))
-        before = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        before = _learning_rates(trainer)
         if plan.lr_factor != 1.0:
             for optimizer in trainer.optimizers:
                 scale_optimizer(optimizer, plan.lr_factor)
@@ -187,17 +187,16 @@ class LargeBatchRegime(Callback):
         self._clocks = [_take_clock(config, plan) for config in configs if _reclocked(config, plan)]
         # Within one update, Lightning steps the schedulers of every update before those of every epoch.
         self._clocks.sort(key=lambda clock: clock.interval == "epoch")
-        after = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         taken = {id(clock.scheduler): clock for clock in self._clocks}
         self.plan = replace(
             plan,
-            learning_rates=tuple(zip(before, after, strict=True)),
+            learning_rates=tuple(zip(before, _learning_rates(trainer), strict=True)),
             schedulers=tuple(_fate(config, taken.get(id(config.scheduler))) for config in configs),
         )
         self._report(trainer, self.plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the loaded data is what the plan was made for, and take the clock up where a checkpoint left it."""
+        """Check that the loaded data is what was planned for, and take the clock up where a checkpoint left it."""
         plan = _planned(self.plan)
         if self._pass is not None:
             found = (trainer.num_training_batches, effective_batch_size(trainer))
@@ -208,7 +207,12 @@ class LargeBatchRegime(Callback):
                     "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
                 )
         if self._limits is not None:
-            trainer.fit_loop.epoch_loop.max_steps = plan.max_steps
+            loop = trainer.fit_loop
+            loop.epoch_loop.max_steps = plan.max_steps
+            epochs = plan.epochs_from(trainer.current_epoch, trainer.global_step)
+            if plan.epochs is not None and epochs > plan.epochs:
+                # The checkpoint is of a shorter run, whose last epoch was cut short and is not taken up again.
+                loop.max_epochs, loop.epoch_loop.max_steps = epochs, cast(int, plan.updates)
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
@@ -225,7 +229,7 @@ class LargeBatchRegime(Callback):
         """Step the schedulers that the reference run would step after this update."""
         plan = _planned(self.plan)
         self._tick(trainer.global_step)
-        if plan.stops_within_epoch and plan.ends_with_reference_epoch and trainer.global_step == plan.updates:
+        if trainer.global_step == trainer.max_steps and plan.ends_with_reference_epoch:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.
             trainer.should_stop = True
 
@@ -286,6 +290,10 @@ def _positive_int(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1: the samples of one update over all devices.")
     return value
+
+
+def _learning_rates(trainer: Trainer) -> list[float]:
+    return [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
 def _planned(plan: RegimePlan | None) -> RegimePlan:

@@ -81,6 +81,15 @@ class RegimePlan:
             return False
         return self.epochs is None or self.updates < self.epochs * self.updates_per_epoch
 
+    def epochs_from(self, epoch: int, update: int) -> int:
+        """Return how many epochs this run needs in all if, after some, it has made some of its updates.
+
+        Args:
+            epoch: Epochs behind it, one cut short counted whole.
+            update: Updates behind it.
+        """
+        return epoch + math.ceil(((self.updates or 0) - update) / (self.updates_per_epoch or 1))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain Python, for a checkpoint or ``logger.log_hyperparams``."""
         facts = asdict(self)
