@@ -125,15 +125,15 @@ def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabe
         digits: Decimals of the written mean.
     """
     with style():
-        figure, axes = _new((_SIZE[0], 0.9 + 0.62 * len(values)))
+        figure, axes = _new((_SIZE[0], 0.8 + 0.72 * len(values)))
         for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours, strict=False)):
             mean = float(np.mean(numbers))
-            axes.plot(numbers, [row] * len(numbers), "o", color=colour, ms=7, alpha=0.55, mec="none")
-            axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=3, solid_capstyle="round")
+            axes.plot(numbers, [row] * len(numbers), "o", color=colour, ms=7.5, alpha=0.55, mec="none")
+            axes.plot([mean, mean], [row - 0.2, row + 0.2], color=colour, lw=3, solid_capstyle="round")
             axes.annotate(
                 label,
                 (0, row),
-                (0, 13),
+                (0, 14),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 color=INK,
@@ -143,14 +143,14 @@ def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabe
             axes.annotate(
                 f"{mean:.{digits}f}",
                 (1, row),
-                (0, 13),
+                (0, 14),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 ha="right",
                 color=colour,
                 weight="bold",
             )
-        axes.set_ylim(len(values) - 0.5, -0.75)
+        axes.set_ylim(len(values) - 0.55, -0.85)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
@@ -205,7 +205,7 @@ def log_law(lines: Sequence[Curve], laws: Sequence[tuple[float, float]], *, xlab
             axes.plot(line.x, line.y, "o", color=line.colour, ms=3.6, mec="none", alpha=0.85, label=line.label)
             axes.plot(line.x, intercept + slope * np.log(line.x), color=line.colour, lw=1.1, ls=(0, (4, 2)))
         axes.set_xscale("log")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_ylim(bottom=0.0)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.legend(loc="upper left")
@@ -224,7 +224,7 @@ def _colour_axes(axes: "Axes") -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
-    axes.set(xlim=(-0.8, 1.05), ylim=(-0.04, 1.04), xlabel="cool  –  red minus blue  –  warm", ylabel="brightness")
+    axes.set(xlim=(-0.8, 1.05), ylim=(-0.04, 1.04), xlabel="cool – red minus blue – warm", ylabel="brightness")
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -236,10 +236,10 @@ def cloud(colours: NDArray[np.float64]) -> "Figure":
         colours: ``(n, 3)`` RGB in [0, 1]; what lies outside is clipped for the display alone.
     """
     with style():
-        figure, axes = _new((4.2, 3.6))
+        figure, axes = _new((2.7, 2.5))
         _colour_axes(axes)
         where = _plane(colours)
-        axes.scatter(where[:, 0], where[:, 1], s=5, c=np.clip(colours, 0, 1), lw=0, rasterized=True)
+        axes.scatter(where[:, 0], where[:, 1], s=3.5, c=np.clip(colours, 0, 1), lw=0, rasterized=True)
     return figure
 
 

@@ -69,11 +69,11 @@ class Gallery:
 
     Args:
         figures: The figures, in reading order.
-        columns: How many side by side in a wide window.
+        columns: How many side by side in a wide window; on a phone two of four, else one.
     """
 
     figures: Sequence[Figure]
-    columns: Literal[1, 2, 3] = 2
+    columns: Literal[1, 2, 3, 4] = 2
 
 
 @dataclass(frozen=True)

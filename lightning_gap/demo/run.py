@@ -92,6 +92,11 @@ def _require_extras() -> None:
             raise DemoError(f"the demo needs {module}: pip install 'lightning_gap[data,plots]'") from error
 
 
+def _check_size(large_batch: int, images: int) -> None:
+    if large_batch > images:
+        raise DemoError(f"--large-batch {large_batch} is more than the {images} training images: choose a smaller one")
+
+
 def _prepare(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -114,11 +119,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> Path:
     started = time.perf_counter()
     _require_extras()
     images = load_images(settings.data)
-    if settings.large_batch.large_batch > len(images.train[0]):
-        raise DemoError(
-            f"--large-batch {settings.large_batch.large_batch} is more than the {len(images.train[0])} training "
-            "images: choose a smaller one"
-        )
+    _check_size(settings.large_batch.large_batch, len(images.train[0]))
     _prepare(settings.output)
     pictures = photographs()
 

@@ -16,6 +16,9 @@ from lightning_gap.demo.large_batch import RECIPES, LargeBatchSettings, Training
 
 __all__ = ["DemoResults", "accuracy_table", "colour_table", "diffusion_table", "jpeg", "tell"]
 
+# What the photographs show.
+_THINGS = {"china": "the pagoda", "flower": "the flower"}
+
 Runs = Mapping[str, Sequence[TrainingRun]]
 
 
@@ -86,9 +89,10 @@ def accuracy_table(data: str, runs: Runs, settings: LargeBatchSettings) -> Resul
         )
         for recipe in RECIPES
     ]
+    seeds = "1 seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
     caption = (
         f"Accuracy on the test images and cross-entropy on the training images, with the last weights: mean ± sample "
-        f"standard deviation of {len(settings.seeds)} seeds. The configuration is the paper's with fewer epochs, and "
+        f"standard deviation of {seeds}. The configuration is the paper's with fewer epochs, and "
         "was fixed before the first run. A longer run sees more images: equal updates are not equal work, as the "
         "seconds show."
     )
@@ -121,9 +125,12 @@ def diffusion_table(runs: Runs) -> ResultTable:
             else ["too few updates", "", "", ""]
         )
         rows.append(Row(recipe.name, values))
+    every = [run.diffusion for several in runs.values() for run in several if run.diffusion is not None]
+    nearer = sum(fit.preferred == "log" for fit in every)
     caption = (
-        "Least squares over the updates at the first learning rate, for ‖w_t − w_0‖ of all weights. R² of both laws is "
-        "in the same units; under two decades of updates they are hard to tell apart."
+        "Least squares over the updates at the first learning rate, for ‖wₜ − w₀‖ of all weights; R² of both laws is "
+        f"in the same units. The logarithm is the nearer law in {nearer} of {len(every)} runs. Under two decades of "
+        "updates the two are hard to tell apart."
     )
     return ResultTable("Laws of diffusion", "Run", columns, rows, caption)
 
@@ -153,14 +160,14 @@ def colour_table(transfer: ColourTransfer, epsilon: float, held_out: int) -> Res
         Row(_map_name(weight), [score.divergence, score.gap, score.displacement, transfer.seconds[weight]])
         for weight, score in transfer.scores.items()
     ]
-    rows.append(Row(f"A second sample of the {transfer.target}", [f"{transfer.floor:.4f}", "–", "–", "–"]))
+    rows.append(Row(f"A second sample of {_THINGS[transfer.target]}", [f"{transfer.floor:.4f}", "–", "–", "–"]))
     caption = (
         f"On {held_out:,} held-out pixels of each photograph, RGB in [0, 1], cost |x − y|², ε = {epsilon:g}. Sinkhorn "
         "divergence: how far the new colours are from the target's; the last row is what sampling alone leaves. Monge "
         "gap: what the map pays over the best pairing of the same colours (debiased convention: 0 for an optimal map). "
         "Displacement: the mean of ‖T(x) − x‖."
     )
-    return ResultTable(f"{transfer.source} → {transfer.target}", "Colours", columns, rows, caption)
+    return ResultTable(f"{transfer.source}.jpg → colours of {transfer.target}.jpg", "Colours", columns, rows, caption)
 
 
 # ----------------------------------------------------------------- figures
@@ -219,14 +226,14 @@ def _diffusion_figure(runs: Runs) -> Gallery:
     return Gallery(
         [
             Figure(
-                figures.as_svg(figures.log_law(lines, laws, xlabel="updates t", ylabel="‖w_t − w_0‖")),
+                figures.as_svg(figures.log_law(lines, laws, xlabel="updates t", ylabel="‖wₜ − w₀‖")),
                 "The first seed's distance from the initial weights while the learning rate is at its first value, "
                 "with the fitted law a + b·log t dashed. The paper's claim is that runs with one slope explore alike.",
                 "Distance from the initial weights against the logarithm of the update, with fitted laws",
                 "Ultra-slow diffusion",
             ),
             Figure(
-                figures.as_svg(figures.curves(whole, xlabel="updates t", ylabel="‖w_t − w_0‖", logx=True)),
+                figures.as_svg(figures.curves(whole, xlabel="updates t", ylabel="‖wₜ − w₀‖", logx=True)),
                 "The same distances over the whole run: they flatten each time the learning rate falls.",
                 "Distance from the initial weights over the whole run",
                 "Over the whole run",
@@ -243,9 +250,9 @@ def _picture_gallery(transfer: ColourTransfer, photographs: Mapping[str, NDArray
     for weight, picture in transfer.pictures.items():
         title = _map_name(weight)
         caption = (
-            "Neighbouring colours stay neighbours: light stays light, shadow stays shadow."
+            "The fit and the Monge gap: each colour goes where it costs least."
             if weight
-            else "The colours are the right ones, but nothing says which goes where."
+            else "The fit alone: nothing says which colour goes where."
         )
         shown.append(Figure(jpeg(picture), caption, f"{transfer.source} recoloured: {title}", title))
     return Gallery(shown, 2)
@@ -253,12 +260,12 @@ def _picture_gallery(transfer: ColourTransfer, photographs: Mapping[str, NDArray
 
 def _cloud_gallery(transfer: ColourTransfer) -> Gallery:
     source, target = transfer.held_out
-    clouds = [(f"Colours of the {transfer.source}", source), (f"Colours of the {transfer.target}", target)]
+    clouds = [(f"Colours of {_THINGS[transfer.source]}", source), (f"Colours of {_THINGS[transfer.target]}", target)]
     clouds += [(_map_name(weight), image) for weight, image in transfer.images.items()]
     shown = [
         Figure(figures.as_svg(figures.cloud(points)), "", f"Cloud of colours: {name}", name) for name, points in clouds
     ]
-    return Gallery(shown, 2)
+    return Gallery(shown, 4)
 
 
 def _movement_gallery(transfer: ColourTransfer, lines: int = 250) -> Gallery:
@@ -319,14 +326,14 @@ def _colour_section(transfer: ColourTransfer, results: DemoResults, epsilon: flo
     plain, gapped = (transfer.scores[weight] for weight in _ends(transfer))
     share = 1 - gapped.displacement / plain.displacement
     lead = (
-        f"Two maps learn to give the {transfer.source} the colours of the {transfer.target}. They fit them about as "
-        f"well, with Sinkhorn divergences of {plain.divergence:.3f} without and {gapped.divergence:.3f} with the Monge "
-        f"gap in the loss, down from {transfer.before.divergence:.3f}. But the map without the gap moves colours "
-        f"{plain.displacement:.2f} on average and the map with it {gapped.displacement:.2f}, "
-        f"{abs(share):.0%} {'less' if share >= 0 else 'more'}."
+        f"Two maps learn to give {_THINGS[transfer.source]} the colours of {_THINGS[transfer.target]}, one with the "
+        f"Monge gap in its loss and one without. The Sinkhorn divergence to these colours falls from "
+        f"{transfer.before.divergence:.3f} to {plain.divergence:.3f} without the gap and to {gapped.divergence:.3f} "
+        f"with it. The map with the gap moves colours {abs(share):.0%} {'less' if share >= 0 else 'more'}: "
+        f"{gapped.displacement:.2f} on average against {plain.displacement:.2f}."
     )
     return Section(
-        f"From {transfer.source} to {transfer.target}",
+        f"The colours of {_THINGS[transfer.target]}, for {_THINGS[transfer.source]}",
         lead,
         [
             _picture_gallery(transfer, results.photographs),
@@ -353,13 +360,14 @@ def _facts(results: DemoResults) -> list[Fact]:
     for transfer in results.transfers[:1]:
         plain, gapped = (transfer.scores[weight] for weight in _ends(transfer))
         ratio = plain.gap / gapped.gap if gapped.gap > 0 else math.inf
+        which = f"{_THINGS[transfer.source]} in the colours of {_THINGS[transfer.target]}"
         facts.append(
             Fact(
                 f"{plain.gap:.3f} → {gapped.gap:.3f}",
                 "Monge gap of the colour map",
-                f"{ratio:,.0f} times closer to optimal, {transfer.source} to {transfer.target}."
+                f"{ratio:,.0f} times closer to optimal: {which}."
                 if 1 < ratio < math.inf
-                else f"{transfer.source} to {transfer.target}.",
+                else f"{which[0].upper()}{which[1:]}.",
             )
         )
         facts.append(
