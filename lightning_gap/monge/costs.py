@@ -344,6 +344,11 @@ def _rational(value: float) -> str:
     return f"RatCst({fraction.numerator},{fraction.denominator})"
 
 
+def _keops_power(base: str, exponent: float) -> str:
+    """Return a power whose gradient KeOps can derive for a rational exponent, and which is finite at 0."""
+    return f"Exp({_rational(exponent)} * Log({base} + RatCst(1,{10**36})))"
+
+
 @dataclass(frozen=True)
 class PNorm(TranslationInvariantCost):
     r"""Power of a p-norm, :math:`c(x, y) = \tfrac1p \|x - y\|_p^p = \tfrac1p \sum_k |x_k - y_k|^p`.
@@ -376,7 +381,7 @@ class PNorm(TranslationInvariantCost):
     @property
     def keops_formula(self) -> str:
         """The sum of powers."""
-        return f"({_rational(1 / self.p)} * Sum(Powf(Abs(X-Y),{_rational(self.p)})))"
+        return f"({_rational(1 / self.p)} * Sum({_keops_power('Abs(X-Y)', self.p)}))"
 
 
 @dataclass(frozen=True)
@@ -411,9 +416,8 @@ class SqPNorm(TranslationInvariantCost):
     @property
     def keops_formula(self) -> str:
         """The power of the sum of powers."""
-        # The smallest constant keeps the gradient finite where points coincide.
-        powers = f"(Sum(Powf(Abs(X-Y),{_rational(self.p)})) + RatCst(1,{10**36}))"
-        return f"({_rational(0.5)} * Powf({powers},{_rational(2 / self.p)}))"
+        powers = f"Sum({_keops_power('Abs(X-Y)', self.p)})"
+        return f"({_rational(0.5)} * {_keops_power(powers, 2 / self.p)})"
 
 
 def _p_norm(z: Tensor, p: float) -> Tensor:

@@ -7,6 +7,7 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ __all__ = ["Solution", "coarse_start", "iterate"]
 # Problems of up to this many points anneal epsilon; larger ones start from every fourth of their points.
 _COARSEST = 256
 _STRIDE = 4
-_MEMORY = 6
+# A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
+_MEMORY = 15
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,19 @@ class _Anderson:
             torch.sub(residual, self.last[1], out=self.residuals[j])
             self.count += 1
             q = min(self.count, _MEMORY)
-            # One product gives the Gram matrix's new row and the right-hand side.
-            both = torch.mm(self.residuals[:q], torch.stack([self.residuals[j], residual], dim=1))
-            row, right = both.to("cpu", torch.float64).numpy().T
-            self.gram[j, :q] = self.gram[:q, j] = row
-            gram = self.gram[:q, :q].copy()
-            gram.flat[:: q + 1] += self.regularization * gram.diagonal().max() + 1e-300
-            weights = torch.from_numpy(np.linalg.solve(gram, right)).to(image)
+            weights = torch.from_numpy(self._least_squares(q, j, residual)).to(image)
             point = torch.addmv(image, self.steps[:q].t(), weights, alpha=-1)
         self.last = image, residual
         return point
+
+    def _least_squares(self, q: int, j: int, residual: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+        # One product gives the Gram matrix's new row and the right-hand side.
+        both = torch.mm(self.residuals[:q], torch.stack([self.residuals[j], residual], dim=1))
+        row, right = both.to("cpu", torch.float64).numpy().T
+        self.gram[j, :q] = self.gram[:q, j] = row
+        gram = self.gram[:q, :q].copy()
+        gram.flat[:: q + 1] += self.regularization * gram.diagonal().max() + 1e-300
+        return np.asarray(np.linalg.solve(gram, right))
 
 
 def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int) -> Solution:
@@ -160,9 +165,7 @@ def coarse_start(
     return F, G
 
 
-def _anneal(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: Cost, epsilon: float, rho: float | None
-) -> Tensor:
+def _anneal(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: Cost, epsilon: float, rho: float | None) -> Tensor:
     """Return the columns' potential, followed from a large epsilon down."""
     G = torch.zeros_like(b)
     with buffers(2, len(x), len(y), x) as (C, K):
@@ -189,5 +192,3 @@ def dense_pairs(like: Tensor) -> int:
         like: Gives the device.
     """
     return 1 << 24 if like.device.type == "cpu" else 1 << 28
-
-

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
-from lightning_gap.monge.sinkhorn import choose_solver, mean_cost, samples_loss
+from lightning_gap.monge.samples import check_pair, check_weights
+from lightning_gap.monge.sinkhorn import CostLike, OTResult, optimal_transport
 
-__all__ = ["Convention", "CostLike", "monge_gap", "resolve_epsilon", "sinkhorn_divergence"]
+__all__ = ["Convention", "monge_gap", "sinkhorn_divergence"]
 
 Convention = Literal["shannon", "kl", "debiased"]
-CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 
 
 def monge_gap(
@@ -25,7 +24,10 @@ def monge_gap(
     relative_epsilon: float = 0.01,
     convention: Convention = "shannon",
     weights: Tensor | None = None,
+    reach: float | None = None,
     solver: str = "auto",
+    tolerance: float = 1e-3,
+    max_iterations: int = 2000,
 ) -> Tensor:
     r"""Return how far a map is from optimal: the Monge gap of the pairs :math:`(x_i, T(x_i))`.
 
@@ -44,17 +46,21 @@ def monge_gap(
     * ``"debiased"``: subtracts the Sinkhorn divergence of source and image; 0 for the identity map.
 
     Args:
-        x: ``(n, d)`` samples of the reference measure.
-        mapped: ``(n, d)`` their images, row by row.
+        x: ``(n, d)`` samples of the reference measure, any that covers the source; or ``(B, n, d)``, B problems.
+        mapped: Their images, row by row, of the same shape.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``mapped`` (detached).
         convention: ``"shannon"`` (default), ``"kl"`` or ``"debiased"``.
         weights: ``(n,)`` weights of the samples, summing to 1; uniform by default.
-        solver: ``"auto"``, ``"tensorized"`` or ``"online"``.
+        reach: Strength of soft marginals of the best rearrangement, in units of the cost; not with ``"shannon"``.
+        solver: See :func:`optimal_transport`; ``"exact"`` gives the gap without regularization, whatever the
+            convention.
+        tolerance: L1 marginal error at which the solver stops.
+        max_iterations: Most sweeps of the solver.
 
     Returns:
-        A scalar, differentiable in ``x`` and ``mapped``.
+        A scalar, or ``(B,)`` values, differentiable in ``x`` and ``mapped``.
 
     Raises:
         TypeError: An argument is no floating-point tensor.
@@ -70,27 +76,33 @@ def monge_gap(
     """
     if convention not in get_args(Convention):
         raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
+    if reach is not None and convention == "shannon":
+        raise ValueError("reach needs convention='kl' or 'debiased': the Shannon entropy is that of balanced plans")
+    if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
+        return _batched(
+            lambda x, mapped, w: monge_gap(
+                x, mapped, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, convention=convention,
+                weights=w, reach=reach, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
+            ),
+            "mapped", x, mapped, weights,
+        )  # fmt: skip
     check_pair("x", x, "mapped", mapped, same_length=True)
-    a = check_weights("weights", weights, x)
     cost = resolve(cost)
-    cost.check_domain("x", x)
-    cost.check_domain("mapped", mapped)
-    epsilon = resolve_epsilon(epsilon, relative_epsilon, x, mapped, cost)
+    a = check_weights("weights", weights, x, balanced=reach is None)
     x, mapped, a = _solver_precision(x), _solver_precision(mapped), _solver_precision(a)
-    transport = samples_loss(
-        x,
-        mapped,
-        a,
-        a,
-        cost=cost,
-        epsilon=epsilon,
-        debias=convention == "debiased",
-        solver=choose_solver(solver, cost, len(x), len(x)),
-    )
-    gap = (a * cost.paired(x, mapped)).sum() - transport
-    if convention == "shannon":
+    cost.check_domain("mapped", mapped)
+    transport = optimal_transport(
+        x, mapped, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon,
+        weights=(a, a), reach=reach, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
+    )  # fmt: skip
+    gap = (a * cost.paired(x, mapped)).sum() - transport.value
+    if transport.solver == "exact":
+        return gap
+    if convention == "debiased":
+        gap = gap + _self_terms(transport, x, mapped, a, a, cost, reach, tolerance, max_iterations)
+    elif convention == "shannon":
         # KL(P | a⊗a) = 2H(a) - H(P)
-        gap = gap + 2 * epsilon * torch.special.entr(a).sum()
+        gap = gap + 2 * transport.epsilon * torch.special.entr(a).sum()
     return gap
 
 
@@ -104,6 +116,8 @@ def sinkhorn_divergence(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     reach: float | None = None,
     solver: str = "auto",
+    tolerance: float = 1e-3,
+    max_iterations: int = 2000,
 ) -> Tensor:
     r"""Return the Sinkhorn divergence between two sets of samples, 0 where they agree.
 
@@ -114,18 +128,20 @@ def sinkhorn_divergence(
     See Feydy et al. 2019, "Interpolating between optimal transport and MMD using Sinkhorn divergences", equation 3.
 
     Args:
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
+        x: ``(n, d)`` samples; or ``(B, n, d)``, B problems.
+        y: ``(m, d)`` samples; or ``(B, m, d)``.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
         reach: Strength of the soft marginal constraints :math:`\rho`, in units of the cost, for unbalanced transport
             (Séjourné et al. 2019); ``None`` for balanced.
-        solver: ``"auto"``, ``"tensorized"`` or ``"online"``.
+        solver: See :func:`optimal_transport`; ``"exact"`` gives the transport cost itself.
+        tolerance: L1 marginal error at which the solver stops.
+        max_iterations: Most sweeps of the solver.
 
     Returns:
-        A scalar, differentiable in ``x`` and ``y``.
+        A scalar, or ``(B,)`` values, differentiable in ``x`` and ``y``.
 
     Raises:
         TypeError: An argument is no floating-point tensor.
@@ -138,49 +154,62 @@ def sinkhorn_divergence(
         >>> round(float(sinkhorn_divergence(x, x + 3, epsilon=0.01)), 2)
         9.0
     """
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3:
+        return _batched(
+            lambda x, y, v, w: sinkhorn_divergence(
+                x, y, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, weights=(v, w), reach=reach,
+                solver=solver, tolerance=tolerance, max_iterations=max_iterations,
+            ),
+            "y", x, y, *weights,
+        )  # fmt: skip
     check_pair("x", x, "y", y)
-    reach = check_epsilon("reach", reach)
+    cost = resolve(cost)
     a = check_weights("weights[0]", weights[0], x, balanced=reach is None)
     b = check_weights("weights[1]", weights[1], y, balanced=reach is None)
-    cost = resolve(cost)
-    cost.check_domain("x", x)
-    cost.check_domain("y", y)
-    return samples_loss(
-        _solver_precision(x),
-        _solver_precision(y),
-        _solver_precision(a),
-        _solver_precision(b),
-        cost=cost,
-        epsilon=resolve_epsilon(epsilon, relative_epsilon, x, y, cost),
-        reach=reach,
-        debias=True,
-        solver=choose_solver(solver, cost, len(x), len(y)),
-    )
+    x, y, a, b = (_solver_precision(t) for t in (x, y, a, b))
+    transport = optimal_transport(
+        x, y, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, weights=(a, b), reach=reach,
+        solver=solver, tolerance=tolerance, max_iterations=max_iterations,
+    )  # fmt: skip
+    if transport.solver == "exact":
+        return transport.value
+    divergence = transport.value - _self_terms(transport, x, y, a, b, cost, reach, tolerance, max_iterations)
+    if reach is not None:
+        divergence = divergence + transport.epsilon / 2 * (a.sum() - b.sum()).square()
+    return divergence
 
 
-def resolve_epsilon(epsilon: float | None, relative_epsilon: float, x: Tensor, y: Tensor, cost: Cost) -> float:
-    """Return the absolute epsilon.
+def _self_terms(
+    transport: OTResult,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cost: Cost,
+    reach: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> Tensor:
+    """Return half of the costs of both measures to themselves, as the transport between them was solved."""
+    terms = [
+        optimal_transport(
+            points, points, cost=cost, epsilon=transport.epsilon, weights=(w, w), reach=reach,
+            solver=transport.solver, tolerance=tolerance, max_iterations=max_iterations,
+        ).value
+        for points, w in ((x, a), (y, b))
+    ]  # fmt: skip
+    return torch.stack(terms).sum() / 2
 
-    Args:
-        epsilon: An absolute one, which wins, or ``None``.
-        relative_epsilon: A share of the mean cost.
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        cost: The ground cost.
 
-    Raises:
-        ValueError: An epsilon is not positive, or all costs are 0 so that no share of them is.
-    """
-    absolute = check_epsilon("epsilon", epsilon)
-    if absolute is not None:
-        return absolute
-    relative = check_epsilon("relative_epsilon", relative_epsilon)
-    if relative is None:
-        raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
-    mean = mean_cost(x, y, cost)
-    if not mean > 0:
-        raise ValueError(f"the mean {cost} cost is {mean}: give an absolute epsilon")
-    return relative * mean
+def _batched(function: Callable[..., Tensor], name: str, x: Tensor, y: Tensor, *weights: Tensor | None) -> Tensor:
+    """Return the function's values for each of ``(B, n, d)`` problems."""
+    if len(x) != len(y):
+        raise ValueError(f"x holds {len(x)} problems but {name} {len(y)}: their first dimensions must agree")
+    for w in weights:
+        if w is not None and (w.dim() != 2 or len(w) != len(x)):
+            raise ValueError(f"weights must have shape ({len(x)}, n) for {len(x)} problems, got {tuple(w.shape)}")
+    rows = ([None] * len(x) if w is None else list(w) for w in weights)
+    return torch.stack([function(*problem) for problem in zip(x, y, *rows, strict=True)])
 
 
 def _solver_precision(tensor: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ it. All potentials here are in units of :math:`\varepsilon`, and the plan is
 * :class:`DenseKernel` keeps :math:`K = e^{F_0 \oplus G_0 - C/\varepsilon}`, formed once around absorbed potentials
   (Schmitzer 2019, "Stabilized sparse scaling algorithms"): a sweep is two matrix-vector products instead of
   :math:`2 n^2` exponentials.
-* :class:`BlockedKernel` never holds the matrix: it forms a block of rows at a time, in cache, and gets both updates from
-  one pass, because a row's :math:`F_i` depends on that row alone.
+* :class:`BlockedKernel` never holds the matrix: it forms a block of rows at a time, in cache, and gets both updates
+  from one pass, because a row's :math:`F_i` depends on that row alone.
 * :class:`SymmetricKernel` is for a measure against itself, where both potentials agree.
 """
 
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from lightning_gap.monge.costs import Cost
 
-__all__ = ["BlockedKernel", "DenseKernel", "Kernel", "SymmetricKernel", "buffers", "soft_minimum"]
+__all__ = ["BlockedKernel", "DenseKernel", "Kernel", "SymmetricKernel", "buffers", "row_blocks", "soft_minimum"]
 
 # Smaller exponents add nothing to a sum, but make subnormal numbers, on which a CPU is slow.
 _LOWEST_EXPONENT = -70.0
 # How far potentials may drift from the absorbed ones before the kernel is formed anew.
 _DRIFT = 30.0
-# Numbers in a block of rows: it should stay in cache.
+# Numbers in a block of rows: it should stay in a CPU's cache, and fill a GPU.
 _BLOCK = 1 << 18
+_GPU_BLOCK = 1 << 26
 # Memory kept from one call to the next, for each thread: fresh pages cost more than the work on them.
 _KEPT_BYTES = 1 << 28
 
@@ -74,9 +75,14 @@ def buffers(count: int, n: int, m: int, like: Tensor) -> Iterator[list[Tensor]]:
                 pool.append(flat)
 
 
-def row_blocks(n: int, m: int) -> Iterator[slice]:
-    """Yield slices of rows whose ``(rows, m)`` block stays in cache."""
-    rows = max(1, _BLOCK // m)
+def block_rows(like: Tensor, m: int) -> int:
+    """Return how many rows a block of ``m`` columns has."""
+    return max(1, (_BLOCK if like.device.type == "cpu" else _GPU_BLOCK) // m)
+
+
+def row_blocks(x: Tensor, m: int) -> Iterator[slice]:
+    """Yield slices of the rows of ``x``, in blocks of ``m`` columns."""
+    n, rows = len(x), block_rows(x, m)
     for start in range(0, n, rows):
         yield slice(start, min(n, start + rows))
 
@@ -94,7 +100,7 @@ def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon
     """
     F = x.new_empty(len(x))
     offset = G + b.log()
-    for rows in row_blocks(len(x), len(y)):
+    for rows in row_blocks(x, len(y)):
         block = cost.fill(x.new_empty(rows.stop - rows.start, len(y)), x[rows], y)
         torch.sub(offset, block, alpha=1 / epsilon, out=block)
         top = block.amax(dim=1)
@@ -239,8 +245,8 @@ class BlockedKernel(Kernel):
 
     def _blocks(self, G: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
-        buffer = self.x.new_empty(max(1, _BLOCK // len(self.y)), len(self.y))
-        for rows in row_blocks(len(self.x), len(self.y)):
+        buffer = self.x.new_empty(block_rows(self.x, len(self.y)), len(self.y))
+        for rows in row_blocks(self.x, len(self.y)):
             block = self.cost.fill(buffer[: rows.stop - rows.start], self.x[rows], self.y)
             torch.sub(G, block, alpha=1 / self.epsilon, out=block)
             top = block.amax(dim=1)

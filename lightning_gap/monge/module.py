@@ -14,9 +14,10 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.gap import CostLike, monge_gap, resolve_epsilon, sinkhorn_divergence
+from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.samples import check_epsilon, check_pair
+from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
 from lightning_gap.parallel import mean_over_ranks
 
 __all__ = ["MongeMap"]
@@ -261,7 +262,7 @@ def _undecided(epsilon: float | None) -> Tensor:
 
 def _decide(name: str, epsilon: Tensor, share: float, x: Tensor, y: Tensor, cost: Cost) -> None:
     try:
-        value = resolve_epsilon(None, share, x, y, cost)
+        value = share_of_mean_cost(share, x, y, cost)
     except ValueError as error:
         raise ValueError(f"{name} cannot be decided from the first training batch: {error}, {name}=...") from error
     epsilon.fill_(mean_over_ranks(epsilon.new_tensor(value)))

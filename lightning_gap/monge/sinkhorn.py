@@ -1,122 +1,522 @@
-r"""Entropic optimal transport between samples, one entry with several solvers behind it.
+r"""Optimal transport between samples, one entry with several solvers behind it.
 
 .. math::
     OT_\varepsilon(\alpha, \beta) = \min_{P \in \Pi(a, b)} \langle P, C \rangle
         + \varepsilon\, KL(P \,|\, a \otimes b)
 
 Gradients are those of the envelope theorem, :math:`\partial_{x_i} OT_\varepsilon = \sum_j P_{ij} \nabla_1 c(x_i, y_j)`,
-never back-propagated through iterations.
+never back-propagated through iterations; second derivatives come from the implicit function theorem.
+
+============== =============================================================== ==========================
+solver         how                                                             memory
+============== =============================================================== ==========================
+``dense``      our own, in the kernel domain, to a marginal error              two ``n x m`` matrices
+``blocked``    our own, by blocks of rows, to a marginal error                 ``O(n + m)`` and a block
+``exact``      assignment or linear program, no regularization                 ``n x m`` in double
+``tensorized`` GeomLoss, dense matrices, a fixed schedule of epsilons          several ``n x m`` matrices
+``online``     GeomLoss on KeOps, compiled formulas, the same schedule         ``O(n + m)``
+``multiscale`` GeomLoss on KeOps, coarse to fine, for squared distances, d < 4 ``O(n + m)``
+============== =============================================================== ==========================
 """
 
 import io
-from contextlib import redirect_stdout
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.costs import Cost
+from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
+from lightning_gap.monge.exact import exact_plan
+from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
+from lightning_gap.monge.kernels import (
+    BlockedKernel,
+    DenseKernel,
+    Kernel,
+    SymmetricKernel,
+    buffers,
+    row_blocks,
+    soft_minimum,
+)
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
 
-__all__ = ["Solver", "choose_solver", "mean_cost", "samples_loss"]
+__all__ = ["ConvergenceWarning", "CostLike", "OTResult", "Solver", "optimal_transport", "share_of_mean_cost"]
 
-Solver = Literal["auto", "tensorized", "online"]
+Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "multiscale"]
+CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 
-# GeomLoss takes dense matrices up to here in its own "auto"; beyond, they outgrow memory and caches.
-_DENSE_PAIRS = 5_000**2
 # The ratio of successive epsilons in GeomLoss's annealing: .5, its default, leaves gradients 20 to 70 % off.
 _SCALING = 0.9
-_BLOCK_PAIRS = 1 << 24
 
 
-def choose_solver(solver: str, cost: Cost, n: int, m: int) -> Literal["tensorized", "online"]:
-    """Return the solver for a problem of ``n`` times ``m`` pairs.
+class ConvergenceWarning(UserWarning):
+    """A solver stopped before it reached its tolerance."""
+
+
+@dataclass(frozen=True)
+class OTResult:
+    r"""A solved transport problem.
+
+    Attributes:
+        value: :math:`OT_\varepsilon`, a scalar that is differentiable in samples and weights.
+        f: ``(n,)`` potential of the source, detached; ``None`` for an exact assignment.
+        g: ``(m,)`` potential of the target, detached; ``None`` for an exact assignment.
+        epsilon: The absolute regularization, 0 for exact transport.
+        marginal_error: L1 distance of the plan's marginals from the weights; NaN with ``"online"`` and
+            ``"multiscale"``, where finding out would cost as much as the solve.
+        iterations: Sweeps over the full problem; 0 for solvers that do not count.
+        converged: Whether the tolerance was reached, or the marginal error is not known.
+        solver: The solver that was chosen.
+    """
+
+    value: Tensor
+    f: Tensor | None
+    g: Tensor | None
+    epsilon: float
+    marginal_error: float
+    iterations: int
+    converged: bool
+    solver: str
+    _problem: "_Problem" = field(repr=False)
+    _entries: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def plan(self) -> Tensor:
+        """Return the plan as an ``(n, m)`` matrix, detached."""
+        p = self._problem
+        plan = p.x.new_zeros(len(p.x), len(p.y))
+        for rows, block in self._plan_blocks():
+            plan[rows] = block
+        return plan
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Return ``plan() @ values`` without ever holding the plan.
+
+        Args:
+            values: ``(m, k)`` values on the target samples.
+
+        Returns:
+            ``(n, k)`` sums on the source samples, detached.
+        """
+        return torch.cat([block @ values.detach() for _, block in self._plan_blocks()])
+
+    def barycentric_projection(self) -> Tensor:
+        """Return where each source sample is sent on average: ``(n, d)``, detached."""
+        mass = self.apply(torch.ones_like(self._problem.y[:, :1]))
+        return self.apply(self._problem.y) / mass
+
+    def transport_cost(self) -> Tensor:
+        r"""Return :math:`\langle P, C \rangle`, the cost without the entropy, detached."""
+        p = self._problem
+        with torch.no_grad():
+            parts = [(block * p.cost.pairwise(p.x[rows], p.y)).sum() for rows, block in self._plan_blocks()]
+        return torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def _plan_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        p = self._problem
+        for rows in row_blocks(p.x, len(p.y)):
+            block = p.x.new_zeros(rows.stop - rows.start, len(p.y))
+            if self._entries is not None:
+                i, j, mass = self._entries
+                here = (i >= rows.start) & (i < rows.stop)
+                block[i[here] - rows.start, j[here]] = mass[here]
+            else:
+                assert self.f is not None
+                assert self.g is not None
+                p.cost.fill(block, p.x[rows], p.y)
+                block.sub_(self.f[rows, None]).sub_(self.g).mul_(-1 / self.epsilon).exp_()
+                block.mul_(p.a[rows, None]).mul_(p.b)
+            yield rows, block
+
+
+@dataclass(frozen=True)
+class _Problem:
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    cost: Cost
+    rho: float | None
+
+    @property
+    def to_itself(self) -> bool:
+        return self.x is self.y and self.a is self.b and self.cost.symmetric
+
+    def detached(self) -> "_Problem":
+        x, a = self.x.detach(), self.a.detach()
+        y, b = (x, a) if self.x is self.y and self.a is self.b else (self.y.detach(), self.b.detach())
+        return _Problem(x, y, a, b, self.cost, self.rho)
+
+
+def optimal_transport(
+    x: Tensor,
+    y: Tensor,
+    *,
+    cost: CostLike = "sqeuclidean",
+    epsilon: float | None = None,
+    relative_epsilon: float = 0.05,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    reach: float | None = None,
+    solver: str = "auto",
+    tolerance: float = 1e-3,
+    max_iterations: int = 2000,
+    strict: bool = False,
+) -> OTResult:
+    r"""Solve optimal transport between two sets of samples.
+
+    .. math::
+        OT_\varepsilon = \min_{P} \langle P, C \rangle + \varepsilon KL(P | a \otimes b)
+            + \rho KL(P 1 | a) + \rho KL(P^\top 1 | b)
+
+    where the last two terms are hard constraints unless ``reach``, :math:`\rho`, is given.
 
     Args:
-        solver: ``"auto"``, or a solver's name.
-        cost: The ground cost.
-        n: Number of source samples.
-        m: Number of target samples.
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples; ``x`` itself for the self term of a divergence, which is solved faster.
+        cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
+        epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
+        weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
+        reach: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+        solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
+            CPU, 16384 x 16384 on a GPU), beyond that ``"blocked"`` on a CPU, and on a GPU ``"online"`` where the cost
+            has a KeOps formula.
+        tolerance: L1 marginal error at which ``"dense"`` and ``"blocked"`` stop.
+        max_iterations: Most sweeps of these two.
+        strict: Raise, rather than warn once, where the tolerance was not reached.
+
+    Returns:
+        The result; its ``value`` is differentiable in ``x``, ``y`` and the weights, twice with ``"dense"`` and
+        ``"blocked"``.
 
     Raises:
-        ValueError: The name is unknown, or the solver cannot take this cost.
+        TypeError: An argument is no floating-point tensor.
+        ValueError: Shapes do not fit, values are not finite, an option is unknown, or the solver cannot take the
+            problem.
+        RuntimeError: ``strict``, and the tolerance was not reached; or KeOps was named and cannot compile.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
+        >>> result = optimal_transport(x, 2 * x, epsilon=1e-3, tolerance=1e-6)
+        >>> result.converged, round(float(result.transport_cost()), 2)  # ∫ x² dx
+        (True, 0.34)
+        >>> optimal_transport(x, 2 * x, solver="exact").value.round(decimals=4)
+        tensor(0.3350, dtype=torch.float64)
     """
+    check_pair("x", x, "y", y)
+    rho = check_epsilon("reach", reach)
+    a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
+    same = y is x and weights[0] is weights[1]
+    b = a if same else check_weights("weights[1]", weights[1], y, balanced=rho is None)
+    cost = resolve(cost)
+    cost.check_domain("x", x)
+    if y is not x:
+        cost.check_domain("y", y)
+    if not 0 < tolerance < 2:
+        raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+    chosen = _choose(solver, cost, x, y)
+    problem = _Problem(x, y, a, b, cost, rho)
+    if chosen == "exact":
+        if epsilon is not None or rho is not None:
+            raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
+        return _solve_exact(problem)
+    absolute = check_epsilon("epsilon", epsilon)
+    if absolute is None and check_epsilon("relative_epsilon", relative_epsilon) is None:
+        raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
+    share = relative_epsilon if absolute is None else None
+    with torch.autocast(x.device.type, enabled=False):
+        if chosen in ("dense", "blocked"):
+            result = _solve_ours(problem, chosen, absolute, share, tolerance, max_iterations)
+        else:
+            if absolute is None:
+                absolute = share_of_mean_cost(relative_epsilon, x, y, cost)
+            result = _solve_geomloss(problem, chosen, absolute, tolerance)
+    if not result.converged:
+        message = (
+            f"Sinkhorn stopped after {result.iterations} sweeps with a marginal error of {result.marginal_error:.2g}, "
+            f"above the tolerance of {tolerance:.2g}: raise epsilon ({result.epsilon:.3g} now) or max_iterations"
+            + (", or use solver='dense'" if chosen == "tensorized" else "")
+        )
+        if strict:
+            raise RuntimeError(message)
+        _warn_once(message)
+    return result
+
+
+def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
     if solver not in get_args(Solver):
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
     if solver == "auto":
-        solver = "tensorized" if n * m <= _DENSE_PAIRS or cost.keops_formula is None else "online"
-    if solver == "online" and cost.keops_formula is None:
-        raise ValueError(f"solver='online' needs a KeOps formula, which {cost} has not: use solver='tensorized'")
-    return "tensorized" if solver == "tensorized" else "online"
+        if len(x) * len(y) <= dense_pairs(x):
+            return "dense"
+        return "online" if x.device.type != "cpu" and cost.keops_formula is not None else "blocked"
+    if solver in ("online", "multiscale") and cost.keops_formula is None:
+        raise ValueError(f"solver={solver!r} needs a KeOps formula, which the cost {cost} has not: use 'blocked'")
+    if solver == "multiscale" and not (isinstance(cost, SqEuclidean) and x.shape[1] <= 3):
+        raise ValueError(
+            f"solver='multiscale' is for squared distances in up to 3 dimensions, got the cost {cost} in {x.shape[1]}: "
+            "use 'online' or 'blocked'"
+        )
+    if solver == "dense":
+        needed = 2 * len(x) * len(y) * x.element_size()
+        if needed > _free_memory(x):
+            raise ValueError(
+                f"solver='dense' needs {needed / 1e9:.1f} GB for {len(x)} x {len(y)} samples, more than there is: "
+                "use 'blocked', or 'online' on a GPU"
+            )
+    return solver
 
 
-def mean_cost(x: Tensor, y: Tensor, cost: Cost) -> float:
-    """Return the mean of all costs ``c(x_i, y_j)``, detached, in blocks of bounded memory.
+def _free_memory(like: Tensor) -> float:
+    if like.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(like.device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        return 1024 * float(kilobytes)
+    except (OSError, StopIteration):
+        return math.inf
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if "convergence" not in _warned:
+        _warned.add("convergence")
+        warnings.warn(message + " (this is said once)", ConvergenceWarning, stacklevel=3)
+
+
+def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
+    """Return an epsilon that is a share of the mean of all costs ``c(x_i, y_j)``, in blocks of bounded memory.
 
     Args:
+        share: A positive number.
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
         cost: The ground cost.
+
+    Raises:
+        ValueError: All costs are 0, so that no share of them is an epsilon.
     """
+    x, y = x.detach(), y.detach()
+    total = 0.0
+    for rows in row_blocks(x, len(y)):
+        block = cost.fill(x.new_empty(rows.stop - rows.start, len(y)), x[rows], y)
+        total += block.sum(dtype=torch.float64).item()
+    return _share(share, total / (len(x) * len(y)), cost)
+
+
+def _share(share: float, mean: float, cost: Cost) -> float:
+    if not mean > 0:
+        raise ValueError(f"the mean {cost} cost is {mean}, so no share of it can be epsilon: give an absolute epsilon")
+    return share * mean
+
+
+# --- our own solvers ----------------------------------------------------------------------------------------------
+
+
+def _solve_ours(
+    problem: _Problem,
+    solver: str,
+    epsilon: float | None,
+    share: float | None,
+    tolerance: float,
+    max_iterations: int,
+) -> OTResult:
+    p = problem.detached()
+    needs = problem.x.requires_grad or problem.y.requires_grad
+    with torch.no_grad(), _kernel_factory(p, solver, epsilon, share) as (kernel, epsilon):
+        if isinstance(kernel, SymmetricKernel):
+            F, G = None, torch.zeros_like(p.b)
+        else:
+            F, G = coarse_start(p.x, p.y, p.a, p.b, cost=p.cost, epsilon=epsilon, rho=p.rho)
+        found = iterate(kernel, kernel.begin(F, G), tolerance=tolerance, max_iterations=max_iterations)
+        gx = torch.zeros_like(p.x) if needs else None
+        gy = torch.zeros_like(p.y) if needs else None
+        if needs or isinstance(kernel, SymmetricKernel) or p.rho is not None:
+            for rows, w, K, v in kernel.plan_factors():
+                if gx is not None and gy is not None:
+                    gx[rows], dy = p.cost.plan_gradients(p.x[rows], p.y, w, K, v)
+                    gy += dy
+        # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
+        mass = kernel.mass if isinstance(kernel, SymmetricKernel) or p.rho is not None else math.nan
+    f, g = found.F * epsilon, found.G * epsilon
+    value = _dual_value(p, f, g, epsilon, mass)
+    if needs or problem.a.requires_grad or problem.b.requires_grad:
+        inputs = problem.x, problem.y, problem.a, problem.b
+        value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
+    return OTResult(value, f, g, epsilon, found.marginal_error, found.iterations, found.converged, solver, p)
+
+
+@contextmanager
+def _kernel_factory(
+    p: _Problem, solver: str, epsilon: float | None, share: float | None
+) -> Iterator[tuple[Kernel, float]]:
+    """Lend the problem's kernel, and tell its epsilon."""
+    kernel: DenseKernel | BlockedKernel
+    with buffers(2 if solver == "dense" else 0, len(p.x), len(p.y), p.x) as matrices:
+        if solver == "dense":
+            p.cost.fill(matrices[0], p.x, p.y)
+        if epsilon is None:
+            assert share is not None
+            if solver == "dense":
+                epsilon = _share(share, float(matrices[0].mean()), p.cost)
+            else:
+                epsilon = share_of_mean_cost(share, p.x, p.y, p.cost)
+        if solver == "dense":
+            kernel = DenseKernel(matrices[0], matrices[1], p.a, p.b, epsilon, p.rho)
+        else:
+            kernel = BlockedKernel(p.x, p.y, p.cost, p.a, p.b, epsilon, p.rho)
+        yield SymmetricKernel(kernel) if p.to_itself else kernel, epsilon
+
+
+def _dual_value(p: _Problem, f: Tensor, g: Tensor, epsilon: float, mass: float) -> Tensor:
+    a, b = p.a.double(), p.b.double()
+    if p.rho is None:
+        value = a @ f.double() + b @ g.double()
+        if not math.isnan(mass):
+            value = value - epsilon * (mass - 1)
+    else:
+        value = -p.rho * (a @ torch.expm1(-f.double() / p.rho) + b @ torch.expm1(-g.double() / p.rho))
+        value = value - epsilon * (mass - a.sum() * b.sum())
+    return value.to(p.x.dtype)
+
+
+class _Envelope(torch.autograd.Function):
+    """The value, with its gradient by the envelope theorem, and that gradient's by the implicit function theorem."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        gx, gy, f, g, ctx.problem, ctx.epsilon = rest
+        ctx.save_for_backward(x, y, a, b, gx, gy, f, g)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        x, y, a, b, gx, gy, f, g = ctx.saved_tensors
+        grads: tuple[Tensor | None, ...] = (gx, gy, f, g)
+        if torch.is_grad_enabled():
+            grads = _implicit_gradients(x, y, a, b, f, g, ctx.problem.cost, ctx.problem.rho, ctx.epsilon)
+        if ctx.problem.rho is not None and grads[2] is not None and grads[3] is not None:
+            rho, epsilon = ctx.problem.rho, ctx.epsilon
+            grads = (
+                *grads[:2],
+                -(rho + epsilon) * torch.expm1(-grads[2] / rho) + epsilon * (b.sum() - 1),
+                -(rho + epsilon) * torch.expm1(-grads[3] / rho) + epsilon * (a.sum() - 1),
+            )
+        needed = [
+            None if part is None or not need else grad * part
+            for part, need in zip(grads, ctx.needs_input_grad, strict=False)
+        ]
+        return (*needed, *[None] * (len(ctx.needs_input_grad) - 4))
+
+
+def _implicit_gradients(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, cost: Cost, rho: float | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the envelope gradients as differentiable functions: one Newton step with a constant Jacobian."""
+    # Two names for two roles, also where both are the same samples.
+    x, y = x.view_as(x), y.view_as(y)
+    C = cost.pairwise(x, y)
+    P = a[:, None] * b * torch.exp((f[:, None] + g - C) / epsilon)
+    rows, columns = P.sum(1) - a, P.sum(0) - b
+    if rho is not None:
+        rows = P.sum(1) - a * torch.exp(-f / rho)
+        columns = P.sum(0) - b * torch.exp(-g / rho)
     with torch.no_grad():
-        rows = max(1, _BLOCK_PAIRS // len(y))
-        total = sum(cost.pairwise(block, y).sum(dtype=torch.float64).item() for block in x.split(rows))
-    return total / (len(x) * len(y))
+        n, m = P.shape
+        J = P.new_zeros(n + m, n + m)
+        J[:n, n:], J[n:, :n] = P, P.t()
+        diagonal = torch.cat([P.sum(1), P.sum(0)])
+        if rho is None:
+            # Potentials are only known up to a constant; the rank-one term fixes it.
+            z = torch.cat([torch.ones_like(f), -torch.ones_like(g)])
+            J += torch.outer(z, z) / (n * m)
+        else:
+            diagonal = diagonal + epsilon / rho * torch.cat([a * torch.exp(-f / rho), b * torch.exp(-g / rho)])
+        J.diagonal().add_(diagonal)
+        inverse = torch.linalg.inv(J)
+    step = -epsilon * (inverse @ torch.cat([rows, columns]))
+    f, g = f + step[:n], g + step[n:]
+    P = a[:, None] * b * torch.exp((f[:, None] + g - C) / epsilon)
+    # The gradient of Σ P C with P held constant, which is still differentiable in P and in the points.
+    points = [t for t in (x, y) if t.requires_grad]
+    found = iter(torch.autograd.grad(C, points, P, create_graph=True)) if points else iter(())
+    gx = next(found) if x.requires_grad else torch.zeros_like(x)
+    gy = next(found) if y.requires_grad else torch.zeros_like(y)
+    return gx, gy, f, g
 
 
-def samples_loss(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    *,
-    cost: Cost,
-    epsilon: float,
-    reach: float | None = None,
-    debias: bool,
-    solver: Literal["tensorized", "online"],
-) -> Tensor:
-    r"""Return :math:`OT_\varepsilon`, or its debiased divergence, by GeomLoss.
+# --- exact transport ----------------------------------------------------------------------------------------------
 
-    Args:
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        a: ``(n,)`` weights.
-        b: ``(m,)`` weights.
-        cost: The ground cost.
-        epsilon: Regularization, in units of the cost.
-        reach: Strength of the soft marginal constraints, in units of the cost; ``None`` for balanced transport.
-        debias: Whether to subtract the self terms, half each.
-        solver: ``"tensorized"`` for dense matrices, ``"online"`` for KeOps.
 
-    Returns:
-        A scalar, differentiable in samples and weights.
-    """
-    SamplesLoss = _samples_loss_class()
-    # p = 1 makes GeomLoss's epsilon equal to its blur, whatever the cost: all are in units of the cost here.
-    loss = SamplesLoss(
+def _solve_exact(problem: _Problem) -> OTResult:
+    p = problem.detached()
+    C = p.cost.fill(p.x.new_empty(len(p.x), len(p.y), dtype=torch.float64), p.x.double(), p.y.double())
+    i, j, mass = exact_plan(C, p.a, p.b)
+    mass = mass.to(p.x.dtype)
+    # The plan is locally constant, so this is differentiable as it stands.
+    value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum()
+    return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
+
+
+# --- GeomLoss -----------------------------------------------------------------------------------------------------
+
+
+def _solve_geomloss(problem: _Problem, solver: str, epsilon: float, tolerance: float) -> OTResult:
+    p = problem.detached()
+    f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
+    if p.rho is None:
+        value = problem.a @ f + problem.b @ g
+    else:
+        value = _samples_loss(problem, solver, epsilon, potentials=False)
+    f, g = f.detach(), g.detach()
+    error = math.nan
+    if solver == "tensorized":
+        # GeomLoss does not say how far it came: one more soft minimum tells.
+        F = f / epsilon
+        damping = 1.0 if p.rho is None else p.rho / (p.rho + epsilon)
+        answer = damping * soft_minimum(p.x, p.y, p.b, g / epsilon, p.cost, epsilon)
+        error = float(p.a @ torch.expm1(F - answer).abs())
+    return OTResult(value, f, g, epsilon, error, 0, not error > tolerance, solver, p)
+
+
+def _samples_loss(p: _Problem, solver: str, epsilon: float, *, potentials: bool) -> Any:
+    if solver != "tensorized":
+        _require_compiler(solver)
+    # With p = 1 GeomLoss's epsilon is its blur whatever the cost; multiscale wants its own p = 2, and halves the cost.
+    halved = solver == "multiscale"
+    with torch.no_grad():
+        both = torch.cat([p.x, p.y]).detach()
+        spread = 2 * float(p.cost.pairwise(both[:: max(1, len(both) // 256)], both[:: max(1, len(both) // 255)]).max())
+    diameter = max(spread, epsilon)
+    loss = _samples_loss_class()(
         "sinkhorn",
-        p=1,
-        blur=epsilon,
-        reach=reach,
-        diameter=max(_largest_cost(x, y, cost), epsilon),
+        p=2 if halved else 1,
+        blur=math.sqrt(epsilon / 2) if halved else epsilon,
+        reach=p.rho if p.rho is None or not halved else math.sqrt(p.rho / 2),
+        diameter=math.sqrt(diameter) if halved else diameter,
         scaling=_SCALING,
-        cost=cost.pairwise if solver == "tensorized" else cost.keops_formula,
-        debias=debias,
+        cost=None if halved else p.cost.pairwise if solver == "tensorized" else p.cost.keops_formula,
+        debias=False,
+        potentials=potentials,
         backend=solver,
     )
-    if solver == "online":
-        _require_compiler()
     # GeomLoss leaves gradients switched on, also under the caller's no_grad.
-    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled()):
-        return loss(a, x, b, y).reshape(())  # type: ignore[no-any-return]
-
-
-def _largest_cost(x: Tensor, y: Tensor, cost: Cost) -> float:
-    """Return a rough upper bound of the costs, from which the annealing of epsilon starts."""
-    with torch.no_grad():
-        both = torch.cat([x, y]).detach()
-        return 2 * float(cost.pairwise(both[:: max(1, len(both) // 256)], both[:: max(1, len(both) // 255)]).max())
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        found = loss(p.a, p.x, p.b, p.y)
+    factor = 2 if halved else 1
+    return tuple(factor * t for t in found) if potentials else (factor * found).reshape(())
 
 
 @cache
@@ -128,8 +528,8 @@ def _samples_loss_class() -> Any:
 
 
 @cache
-def _require_compiler() -> None:
+def _require_compiler(solver: str) -> None:
     from shutil import which
 
     if not torch.cuda.is_available() and which("g++") is None and which("clang++") is None:
-        raise RuntimeError("solver='online' compiles KeOps formulas: install g++, or use solver='tensorized'")
+        raise RuntimeError(f"solver={solver!r} compiles KeOps formulas: install g++, or use solver='blocked'")
