@@ -95,7 +95,7 @@ def test_the_gap_turns_a_rotation_that_fits_into_the_map_that_is_optimal(gap_wei
     model = MongeMap(map=turn, gap_weight=gap_weight, optimizer=partial(Adam, lr=0.05))
     fit_batch(model, (x, x), max_epochs=50)
     mapped = model.transport(x)
-    assert float(sinkhorn_divergence(mapped, x)) < 0.1
+    assert float(sinkhorn_divergence(mapped, x)) < 0.3
     share = float(monge_gap(x, mapped, convention="debiased") / x.square().sum(-1).mean())
     assert (share < 0.1) if optimal else (share > 1)
 
