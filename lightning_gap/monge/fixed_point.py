@@ -105,8 +105,8 @@ def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int)
             failures += 1
             if failures > 5:
                 raise FloatingPointError(
-                    f"the Sinkhorn kernel left the range of {G.dtype} at epsilon = {kernel.epsilon:.3g}: "
-                    "use a larger epsilon, or float64"
+                    f"the costs are too large for epsilon = {kernel.epsilon:.3g} in {G.dtype}: use a larger epsilon, "
+                    "or float64; if a network made the samples, lower its learning rate"
                 )
             G = safe = kernel.begin(None, safe)
             best = math.inf

@@ -1,14 +1,14 @@
 r"""The two quantities everything in this room stands on: the Monge gap and the Sinkhorn divergence."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.samples import check_pair, check_weights
-from lightning_gap.monge.sinkhorn import CostLike, OTResult, optimal_transport
+from lightning_gap.monge.costs import resolve
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
+from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, solve
 
 __all__ = ["Convention", "monge_gap", "sinkhorn_divergence"]
 
@@ -87,19 +87,19 @@ def monge_gap(
             "mapped", x, mapped, weights,
         )  # fmt: skip
     check_pair("x", x, "mapped", mapped, same_length=True)
-    cost = resolve(cost)
-    a = check_weights("weights", weights, x, balanced=reach is None)
-    x, mapped, a = _solver_precision(x), _solver_precision(mapped), _solver_precision(a)
+    cost, rho = resolve(cost), check_epsilon("reach", reach)
+    cost.check_domain("x", x)
     cost.check_domain("mapped", mapped)
-    transport = optimal_transport(
-        x, mapped, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon,
-        weights=(a, a), reach=reach, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-    )  # fmt: skip
+    a = check_weights("weights", weights, x, balanced=rho is None)
+    x, mapped, a = _solver_precision(x), _solver_precision(mapped), _solver_precision(a)
+    options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
+    problem = Problem(x, mapped, a, a, cost, rho)
+    transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
     gap = (a * cost.paired(x, mapped)).sum() - transport.value
     if transport.solver == "exact":
         return gap
     if convention == "debiased":
-        gap = gap + _self_terms(transport, x, mapped, a, a, cost, reach, tolerance, max_iterations)
+        gap = gap + _self_terms(problem, transport, options)
     elif convention == "shannon":
         # KL(P | a⊗a) = 2H(a) - H(P)
         gap = gap + 2 * transport.epsilon * torch.special.entr(a).sum()
@@ -163,41 +163,35 @@ def sinkhorn_divergence(
             "y", x, y, *weights,
         )  # fmt: skip
     check_pair("x", x, "y", y)
-    cost = resolve(cost)
-    a = check_weights("weights[0]", weights[0], x, balanced=reach is None)
-    b = check_weights("weights[1]", weights[1], y, balanced=reach is None)
+    cost, rho = resolve(cost), check_epsilon("reach", reach)
+    cost.check_domain("x", x)
+    cost.check_domain("y", y)
+    a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
+    b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
     x, y, a, b = (_solver_precision(t) for t in (x, y, a, b))
-    transport = optimal_transport(
-        x, y, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, weights=(a, b), reach=reach,
-        solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-    )  # fmt: skip
+    options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
+    problem = Problem(x, y, a, b, cost, rho)
+    transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
     if transport.solver == "exact":
         return transport.value
-    divergence = transport.value - _self_terms(transport, x, y, a, b, cost, reach, tolerance, max_iterations)
-    if reach is not None:
+    divergence = transport.value - _self_terms(problem, transport, options)
+    if rho is not None:
         divergence = divergence + transport.epsilon / 2 * (a.sum() - b.sum()).square()
     return divergence
 
 
-def _self_terms(
-    transport: OTResult,
-    x: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    cost: Cost,
-    reach: float | None,
-    tolerance: float,
-    max_iterations: int,
-) -> Tensor:
-    """Return half of the costs of both measures to themselves, as the transport between them was solved."""
+def _self_terms(problem: Problem, transport: OTResult, options: dict[str, Any]) -> Tensor:
+    """Return half of the costs of both measures to themselves, solved as the transport between them was."""
+    options = options | {"solver": transport.solver}
     terms = [
-        optimal_transport(
-            points, points, cost=cost, epsilon=transport.epsilon, weights=(w, w), reach=reach,
-            solver=transport.solver, tolerance=tolerance, max_iterations=max_iterations,
+        solve(
+            Problem(points, points, w, w, problem.cost, problem.rho),
+            epsilon=transport.epsilon,
+            relative_epsilon=1.0,
+            **options,
         ).value
-        for points, w in ((x, a), (y, b))
-    ]  # fmt: skip
+        for points, w in ((problem.x, problem.a), (problem.y, problem.b))
+    ]
     return torch.stack(terms).sum() / 2
 
 

@@ -45,7 +45,16 @@ from lightning_gap.monge.kernels import (
 )
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
 
-__all__ = ["ConvergenceWarning", "CostLike", "OTResult", "Solver", "optimal_transport", "share_of_mean_cost"]
+__all__ = [
+    "ConvergenceWarning",
+    "CostLike",
+    "OTResult",
+    "Problem",
+    "Solver",
+    "optimal_transport",
+    "share_of_mean_cost",
+    "solve",
+]
 
 Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "multiscale"]
 CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +91,7 @@ class OTResult:
     iterations: int
     converged: bool
     solver: str
-    _problem: "_Problem" = field(repr=False)
+    _problem: "Problem" = field(repr=False)
     _entries: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def plan(self) -> Tensor:
@@ -135,7 +144,18 @@ class OTResult:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
+    """A transport problem whose arguments have been checked.
+
+    Attributes:
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples; ``x`` itself, with ``b`` being ``a``, for a measure against itself.
+        a: ``(n,)`` weights.
+        b: ``(m,)`` weights.
+        cost: The ground cost.
+        rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+    """
+
     x: Tensor
     y: Tensor
     a: Tensor
@@ -145,12 +165,14 @@ class _Problem:
 
     @property
     def to_itself(self) -> bool:
+        """Whether both potentials agree."""
         return self.x is self.y and self.a is self.b and self.cost.symmetric
 
-    def detached(self) -> "_Problem":
+    def detached(self) -> "Problem":
+        """Return the same problem without a graph."""
         x, a = self.x.detach(), self.a.detach()
         y, b = (x, a) if self.x is self.y and self.a is self.b else (self.y.detach(), self.b.detach())
-        return _Problem(x, y, a, b, self.cost, self.rho)
+        return Problem(x, y, a, b, self.cost, self.rho)
 
 
 def optimal_transport(
@@ -218,23 +240,54 @@ def optimal_transport(
     cost.check_domain("x", x)
     if y is not x:
         cost.check_domain("y", y)
+    return solve(
+        Problem(x, y, a, b, cost, rho),
+        epsilon=epsilon,
+        relative_epsilon=relative_epsilon,
+        solver=solver,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        strict=strict,
+    )
+
+
+def solve(
+    problem: Problem,
+    *,
+    epsilon: float | None,
+    relative_epsilon: float,
+    solver: str,
+    tolerance: float,
+    max_iterations: int,
+    strict: bool = False,
+) -> OTResult:
+    """Solve a problem whose samples and weights have been checked: :func:`optimal_transport` without these checks.
+
+    Args:
+        problem: The problem.
+        epsilon: See :func:`optimal_transport`.
+        relative_epsilon: See :func:`optimal_transport`.
+        solver: See :func:`optimal_transport`.
+        tolerance: See :func:`optimal_transport`.
+        max_iterations: See :func:`optimal_transport`.
+        strict: See :func:`optimal_transport`.
+    """
     if not 0 < tolerance < 2:
         raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+    x, y, cost = problem.x, problem.y, problem.cost
     chosen = _choose(solver, cost, x, y)
-    problem = _Problem(x, y, a, b, cost, rho)
     if chosen == "exact":
-        if epsilon is not None or rho is not None:
+        if epsilon is not None or problem.rho is not None:
             raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
         return _solve_exact(problem)
     absolute = check_epsilon("epsilon", epsilon)
     if absolute is None and check_epsilon("relative_epsilon", relative_epsilon) is None:
         raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
-    share = relative_epsilon if absolute is None else None
     with torch.autocast(x.device.type, enabled=False):
         if chosen in ("dense", "blocked"):
-            result = _solve_ours(problem, chosen, absolute, share, tolerance, max_iterations)
+            result = _solve_ours(problem, chosen, absolute, relative_epsilon, tolerance, max_iterations)
         else:
             if absolute is None:
                 absolute = share_of_mean_cost(relative_epsilon, x, y, cost)
@@ -325,10 +378,10 @@ def _share(share: float, mean: float, cost: Cost) -> float:
 
 
 def _solve_ours(
-    problem: _Problem,
+    problem: Problem,
     solver: str,
     epsilon: float | None,
-    share: float | None,
+    share: float,
     tolerance: float,
     max_iterations: int,
 ) -> OTResult:
@@ -358,16 +411,13 @@ def _solve_ours(
 
 
 @contextmanager
-def _kernel_factory(
-    p: _Problem, solver: str, epsilon: float | None, share: float | None
-) -> Iterator[tuple[Kernel, float]]:
+def _kernel_factory(p: Problem, solver: str, epsilon: float | None, share: float) -> Iterator[tuple[Kernel, float]]:
     """Lend the problem's kernel, and tell its epsilon."""
     kernel: DenseKernel | BlockedKernel
     with buffers(2 if solver == "dense" else 0, len(p.x), len(p.y), p.x) as matrices:
         if solver == "dense":
             p.cost.fill(matrices[0], p.x, p.y)
         if epsilon is None:
-            assert share is not None
             if solver == "dense":
                 epsilon = _share(share, float(matrices[0].mean()), p.cost)
             else:
@@ -379,7 +429,7 @@ def _kernel_factory(
         yield SymmetricKernel(kernel) if p.to_itself else kernel, epsilon
 
 
-def _dual_value(p: _Problem, f: Tensor, g: Tensor, epsilon: float, mass: float) -> Tensor:
+def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: float) -> Tensor:
     a, b = p.a.double(), p.b.double()
     if p.rho is None:
         value = a @ f.double() + b @ g.double()
@@ -460,7 +510,7 @@ def _implicit_gradients(
 # --- exact transport ----------------------------------------------------------------------------------------------
 
 
-def _solve_exact(problem: _Problem) -> OTResult:
+def _solve_exact(problem: Problem) -> OTResult:
     p = problem.detached()
     C = p.cost.fill(p.x.new_empty(len(p.x), len(p.y), dtype=torch.float64), p.x.double(), p.y.double())
     i, j, mass = exact_plan(C, p.a, p.b)
@@ -473,7 +523,7 @@ def _solve_exact(problem: _Problem) -> OTResult:
 # --- GeomLoss -----------------------------------------------------------------------------------------------------
 
 
-def _solve_geomloss(problem: _Problem, solver: str, epsilon: float, tolerance: float) -> OTResult:
+def _solve_geomloss(problem: Problem, solver: str, epsilon: float, tolerance: float) -> OTResult:
     p = problem.detached()
     f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
     if p.rho is None:
@@ -491,7 +541,7 @@ def _solve_geomloss(problem: _Problem, solver: str, epsilon: float, tolerance: f
     return OTResult(value, f, g, epsilon, error, 0, not error > tolerance, solver, p)
 
 
-def _samples_loss(p: _Problem, solver: str, epsilon: float, *, potentials: bool) -> Any:
+def _samples_loss(p: Problem, solver: str, epsilon: float, *, potentials: bool) -> Any:
     if solver != "tensorized":
         _require_compiler(solver)
     # With p = 1 GeomLoss's epsilon is its blur whatever the cost; multiscale wants its own p = 2, and halves the cost.

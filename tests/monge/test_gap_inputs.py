@@ -141,7 +141,7 @@ def test_samples_without_any_cost_need_an_absolute_epsilon(function, second):
 
 @both
 def test_the_online_solver_needs_a_formula(function, second):
-    with pytest.raises(ValueError, match=r"solver='online' needs a KeOps formula.*solver='tensorized'"):
+    with pytest.raises(ValueError, match=r"solver='online' needs a KeOps formula.*use 'blocked'"):
         function(X, Y, cost=lambda x, y: (x - y).abs().amax(-1), solver="online")
 
 
