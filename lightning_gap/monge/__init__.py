@@ -2,8 +2,29 @@
 
 from lightning_gap.monge import costs
 from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.metrics import (
+    DisplacementCosine,
+    EnergyDistance,
+    MongeGap,
+    SinkhornDivergence,
+    UnexplainedVariance,
+)
 from lightning_gap.monge.module import MongeMap
 
-__all__ = ["MongeMap", "ResidualMLP", "SamplesDataModule", "costs", "monge_gap", "sinkhorn_divergence"]
+__all__ = [
+    "DisplacementCosine",
+    "EnergyDistance",
+    "MongeGap",
+    "MongeMap",
+    "ResidualMLP",
+    "SamplesDataModule",
+    "SinkhornDivergence",
+    "UnexplainedVariance",
+    "costs",
+    "energy_distance",
+    "monge_gap",
+    "sinkhorn_divergence",
+]
