@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--large-batch", type=_at_least(2 * _SMALL_BATCH), metavar="N", default=argparse.SUPPRESS,
         help="the large batch (default: 1024; 2048 for fashion-mnist)",
     )  # fmt: skip
-    demo.add_argument("--iterations", type=_at_least(1), default=300, metavar="N", help="steps of each colour map")
+    demo.add_argument("--iterations", type=_at_least(1), default=500, metavar="N", help="steps of each colour map")
     demo.set_defaults(run=_demo)
     return parser
 

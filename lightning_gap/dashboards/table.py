@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+    from rich.text import Text
 
 __all__ = ["Column", "ResultTable", "Row", "Value", "spread"]
 
@@ -137,14 +138,18 @@ class ResultTable:
     def to_rich(self) -> "RichTable":
         """Return the table for a terminal, the best values in bold."""
         from rich.box import SIMPLE_HEAD
+        from rich.cells import cell_len
         from rich.table import Table
 
         table = Table(title=self.title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         table.add_column(self.first)
-        for column in self.columns:
-            table.add_column(column.heading, justify="right")
-        for row, cells in zip(self.rows, self.cells(), strict=True):
-            table.add_row(row.label, *(_rich_cells(cells)))
+        shown = [_rich_cells(cells) for cells in self.cells()]
+        # Long labels and headings break into lines, numbers never do.
+        longest = [max((cell_len(row[i].plain) for row in shown), default=0) for i in range(len(self.columns))]
+        for i, column in enumerate(self.columns):
+            table.add_column(column.heading, justify="right", min_width=longest[i])
+        for row, texts in zip(self.rows, shown, strict=True):
+            table.add_row(row.label, *texts)
         return table
 
 
@@ -154,6 +159,10 @@ def _mean(value: Value) -> float | None:
     return float(value) if isinstance(value, float | int) else fmean(value)
 
 
-def _rich_cells(cells: Iterable[Cell]) -> list[str]:
-    shown = [f"{cell.text} ± {cell.deviation}" if cell.deviation else cell.text for cell in cells]
-    return [f"[bold green]{text}[/]" if cell.best else text for text, cell in zip(shown, cells, strict=True)]
+def _rich_cells(cells: Iterable[Cell]) -> "list[Text]":
+    from rich.text import Text
+
+    return [
+        Text(f"{cell.text} ± {cell.deviation}" if cell.deviation else cell.text, "bold green" if cell.best else "")
+        for cell in cells
+    ]

@@ -39,7 +39,7 @@ class ColourSettings:
         seed: Of the pixels and of the networks.
     """
 
-    iterations: int = 300
+    iterations: int = 500
     learning_rate: float = 0.01
     batch_size: int = 256
     pixels: int = 20_000
