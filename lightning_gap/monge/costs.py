@@ -106,7 +106,9 @@ class Cost(ABC):
             out[start : start + rows] = self.pairwise(x[start : start + rows], y)
         return out
 
-    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def plan_gradients(
+        self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor, need: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor | None, Tensor | None]:
         r"""Return the gradients of :math:`\sum_{ij} w_i K_{ij} v_j\, c(x_i, y_j)` with respect to the points.
 
         Args:
@@ -115,9 +117,10 @@ class Cost(ABC):
             w: ``(n,)`` row factors.
             K: ``(n, m)`` matrix, which may be overwritten.
             v: ``(m,)`` column factors.
+            need: Which of the two gradients is wanted.
 
         Returns:
-            ``(n, d)`` and ``(m, d)`` gradients.
+            ``(n, d)`` and ``(m, d)`` gradients, ``None`` where not wanted.
         """
         gx, gy = torch.zeros_like(x), torch.zeros_like(y)
         rows = max(1, _CACHE_ELEMENTS // max(1, y.numel()))
@@ -128,7 +131,7 @@ class Cost(ABC):
                 costs = self.pairwise(*points)
             gx[part], dy = torch.autograd.grad(costs, points, w[part, None] * K[part] * v)
             gy += dy
-        return gx, gy
+        return gx if need[0] else None, gy if need[1] else None
 
     @property
     def symmetric(self) -> bool:
@@ -210,15 +213,22 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return squared.clamp_min(0).to(dtype)
 
 
-def _displacements(x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _displacements(
+    x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """Return ``Σ_j P_ij (x_i - y_j)`` and ``Σ_i P_ij (y_j - x_i)`` for the plan ``P = w[:, None] * K * v``."""
     # From the middle of the cloud, so that the differences keep their digits.
     middle = y.mean(dim=0)
     x, y = x - middle, y - middle
     w, v = w[:, None], v[:, None]
-    forward = _thin_product(K, torch.cat([v, v * y], dim=1))
-    backward = _thin_product(K.t(), torch.cat([w, w * x], dim=1))
-    return w * (forward[:, :1] * x - forward[:, 1:]), v * (backward[:, :1] * y - backward[:, 1:])
+    gx = gy = None
+    if need[0]:
+        images = _thin_product(K, torch.cat([v, v * y], dim=1))
+        gx = w * (images[:, :1] * x - images[:, 1:])
+    if need[1]:
+        images = _thin_product(K.t(), torch.cat([w, w * x], dim=1))
+        gy = v * (images[:, :1] * y - images[:, 1:])
+    return gx, gy
 
 
 def _thin_product(K: Tensor, columns: Tensor) -> Tensor:
@@ -274,10 +284,11 @@ class SqEuclidean(TranslationInvariantCost):
         right = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], dim=1)
         return torch.mm(left, right.t(), out=out).clamp_min_(0)
 
-    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return twice the differences to the plan's images, in four matrix-vector or two thin matrix products."""
-        gx, gy = _displacements(x, y, w, K, v)
-        return 2 * gx, 2 * gy
+    def plan_gradients(
+        self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor, need: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return twice the differences to the plan's images, through thin matrix products."""
+        return _displacements(x, y, 2 * w, K, v, need)
 
     @property
     def keops_formula(self) -> str:
@@ -317,11 +328,13 @@ class Euclidean(TranslationInvariantCost):
             )
         return out
 
-    def plan_gradients(self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def plan_gradients(
+        self, x: Tensor, y: Tensor, w: Tensor, K: Tensor, v: Tensor, need: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the sums of unit vectors, with the squared cost's products and ``K`` divided by the distance."""
         distances = self.fill(torch.empty_like(K), x, y)
         K.div_(distances).masked_fill_(distances == 0, 0)
-        return _displacements(x, y, w, K, v)
+        return _displacements(x, y, w, K, v, need)
 
     @property
     def keops_formula(self) -> str:

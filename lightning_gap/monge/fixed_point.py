@@ -100,8 +100,10 @@ def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int)
     best, safe, iterations, failures = math.inf, G, 0, 0
     while True:
         answer = kernel.sweep(G)
+        residual = answer - G
+        error = float(torch.dot(kernel.b, torch.expm1(-residual).abs_()))
         iterations += 1
-        if answer is None:
+        if not math.isfinite(error):
             failures += 1
             if failures > 5:
                 raise FloatingPointError(
@@ -112,30 +114,28 @@ def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int)
             best = math.inf
             anderson.forget()
             continue
-        residual = answer - G
-        error = float(torch.dot(kernel.b, torch.expm1(-residual).abs_()))
         if error <= tolerance or iterations >= max_iterations:
             return Solution(kernel.F, G, iterations, error, error <= tolerance)
         if not error <= 4 * best and anderson.count:
             G, best = safe, math.inf
             anderson.forget()
             continue
-        kernel.settle(answer)
+        if iterations < 4 or iterations % 4 == 0:
+            kernel.settle(answer)
         best = min(best, error)
         safe = answer if kernel.relaxation == 1 else G + kernel.relaxation * residual
         G = anderson.extrapolate(safe, residual * root)
 
 
 def coarse_start(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, cost: Cost, epsilon: float, rho: float | None
+    kernel: Kernel, x: Tensor, y: Tensor, *, cost: Cost, epsilon: float, rho: float | None
 ) -> tuple[Tensor | None, Tensor]:
     """Return first potentials of rows and columns, from every fourth point and so on down, or by annealing epsilon.
 
     Args:
+        kernel: The problem's kernel.
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
-        a: ``(n,)`` weights.
-        b: ``(m,)`` weights.
         cost: The ground cost.
         epsilon: Regularization, in units of the cost.
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
@@ -143,46 +143,40 @@ def coarse_start(
     Returns:
         ``F`` (``None`` where ``G`` is only rough) and ``G``, in units of epsilon.
     """
+    a, b = kernel.a, kernel.b
     if min(len(x), len(y)) <= _COARSEST:
-        return None, _anneal(x, y, a, b, cost, epsilon, rho)
+        return None, _anneal(kernel, rho) if isinstance(kernel, DenseKernel) else torch.zeros_like(b)
     rows, columns = a[::_STRIDE], b[::_STRIDE]
     if not (float(rows.sum()) > 0 and float(columns.sum()) > 0):
         return None, torch.zeros_like(b)
     rows, columns = rows * (a.sum() / rows.sum()), columns * (b.sum() / columns.sum())
     xs, ys = x[::_STRIDE].contiguous(), y[::_STRIDE].contiguous()
-    F, G = coarse_start(xs, ys, rows, columns, cost=cost, epsilon=epsilon, rho=rho)
     n, m = len(xs), len(ys)
-    damping = 1.0 if rho is None else rho / (rho + epsilon)
     with buffers(2 if n * m <= dense_pairs(x) else 0, n, m, x) as matrices:
-        kernel: Kernel
+        coarse: Kernel
         if matrices:
-            kernel = DenseKernel(cost.fill(matrices[0], xs, ys), matrices[1], rows, columns, epsilon, rho)
+            coarse = DenseKernel(cost.fill(matrices[0], xs, ys), matrices[1], rows, columns, epsilon, rho)
         else:
-            kernel = BlockedKernel(xs, ys, cost, rows, columns, epsilon, rho)
-        found = iterate(kernel, kernel.begin(F, G), tolerance=0.02, max_iterations=60)
-    F = damping * soft_minimum(x, ys, columns, found.G, cost, epsilon)
-    G = damping * soft_minimum(y, xs, rows, found.F, cost.transposed(), epsilon)
+            coarse = BlockedKernel(xs, ys, cost, rows, columns, epsilon, rho)
+        start = coarse_start(coarse, xs, ys, cost=cost, epsilon=epsilon, rho=rho)
+        found = iterate(coarse, coarse.begin(*start), tolerance=0.02, max_iterations=60)
+    F = kernel.damping * soft_minimum(x, ys, columns, found.G, cost, epsilon)
+    G = kernel.damping * soft_minimum(y, xs, rows, found.F, cost.transposed(), epsilon)
     return F, G
 
 
-def _anneal(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: Cost, epsilon: float, rho: float | None) -> Tensor:
-    """Return the columns' potential, followed from a large epsilon down."""
-    G = torch.zeros_like(b)
-    with buffers(2, len(x), len(y), x) as (C, K):
-        cost.fill(C, x, y)
-        scale = float(C.mean())
-        warm = epsilon
-        while warm < scale / 8:
-            warm *= 4
-        previous: float | None = None
-        while warm > epsilon * 1.5:
-            kernel = DenseKernel(C, K, a, b, warm, rho)
-            if previous is not None:
-                G = G * (previous / warm)
-            G = iterate(kernel, kernel.begin(None, G), tolerance=0.1, max_iterations=8).G
-            previous = warm
-            warm /= 4
-        return G if previous is None else G * (previous / epsilon)
+def _anneal(kernel: DenseKernel, rho: float | None) -> Tensor:
+    """Return the columns' potential, followed from a large epsilon down, in the kernel's own buffers."""
+    G = torch.zeros_like(kernel.b)
+    warm, enough = kernel.epsilon, float(kernel.C.mean()) / 32
+    while warm < enough:
+        warm *= 4
+    while warm > 1.5 * kernel.epsilon:
+        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, rho)
+        # Potentials scale with 1/ε in units of ε.
+        G = 4 * iterate(stage, stage.begin(None, G), tolerance=0.1, max_iterations=8).G
+        warm /= 4
+    return G
 
 
 def dense_pairs(like: Tensor) -> int:

@@ -137,12 +137,12 @@ class Kernel:
         """
         return G
 
-    def sweep(self, G: Tensor) -> Tensor | None:
-        """Set ``F``, return the columns' answer; ``None`` where the floating-point format does not bear ``G``."""
+    def sweep(self, G: Tensor) -> Tensor:
+        """Set ``F`` and return the columns' answer; not finite where the floating-point format does not bear ``G``."""
         raise NotImplementedError
 
     def settle(self, G_next: Tensor) -> None:
-        """Absorb potentials that have drifted."""
+        """Absorb potentials that have drifted, after a sweep that was finite."""
 
     def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yield rows, ``w``, ``K``, ``v`` of the last sweep's plan ``w[:, None] * K * v``; ``K`` may be overwritten."""
@@ -182,19 +182,19 @@ class DenseKernel(Kernel):
         """Return the rows' answer to ``G``: one matrix-vector product."""
         self.v = (G - self.G0).exp_().mul_(self.b)
         self.s = torch.mv(self.K, self.v)
-        return (self.F0 - self.s.log()).mul_(self.damping)
+        F = self.F0 - self.s.log()
+        return F if self.damping == 1 else F.mul_(self.damping)
 
-    def sweep(self, G: Tensor) -> Tensor | None:
+    def sweep(self, G: Tensor) -> Tensor:
         """Two matrix-vector products."""
         self.F = self.rows(G)
         self.w = self.a / self.s if self.damping == 1 else (self.F - self.F0).exp_().mul_(self.a)
-        answer = (self.G0 - torch.mv(self.K.t(), self.w).log_()).mul_(self.damping)
-        self.drift = float((answer - self.G0).abs_().amax())
-        return answer if math.isfinite(self.drift) else None
+        answer = self.G0 - torch.mv(self.K.t(), self.w).log_()
+        return answer if self.damping == 1 else answer.mul_(self.damping)
 
     def settle(self, G_next: Tensor) -> None:
         """Form the kernel anew where the last sweep ended far from it."""
-        if self.drift > _DRIFT:
+        if not float((G_next - self.G0).abs_().amax()) < _DRIFT:
             self.begin(self.F, G_next)
 
     def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -226,7 +226,7 @@ class BlockedKernel(Kernel):
         """Return the rows' answer to ``G``: one pass of exponentials."""
         return torch.cat([F for _, F, _, _, _ in self._blocks(G)])
 
-    def sweep(self, G: Tensor) -> Tensor | None:
+    def sweep(self, G: Tensor) -> Tensor:
         """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""
         self.G = G
         columns = torch.zeros_like(G, dtype=torch.float64)
@@ -240,8 +240,7 @@ class BlockedKernel(Kernel):
         else:
             # A column that no row reaches within the format's range: answer it through its own soft minimum.
             answer = soft_minimum(self.y, self.x, self.a, self.F, self.cost.transposed(), self.epsilon)
-        answer = answer * self.damping
-        return answer if bool(answer.isfinite().all()) else None
+        return answer if self.damping == 1 else answer.mul_(self.damping)
 
     def _blocks(self, G: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
@@ -285,11 +284,10 @@ class SymmetricKernel(Kernel):
         self.kernel.begin(G, G)
         return G
 
-    def sweep(self, G: Tensor) -> Tensor | None:
+    def sweep(self, G: Tensor) -> Tensor:
         """One update."""
         self.F = G
-        answer = self.kernel.rows(G)
-        return answer if math.isfinite(float(answer.sum())) else None
+        return self.kernel.rows(G)
 
     def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """The plan that has the same potential on both sides."""

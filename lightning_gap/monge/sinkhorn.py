@@ -386,25 +386,28 @@ def _solve_ours(
     max_iterations: int,
 ) -> OTResult:
     p = problem.detached()
-    needs = problem.x.requires_grad or problem.y.requires_grad
+    need = problem.x.requires_grad, problem.y.requires_grad
     with torch.no_grad(), _kernel_factory(p, solver, epsilon, share) as (kernel, epsilon):
         if isinstance(kernel, SymmetricKernel):
             F, G = None, torch.zeros_like(p.b)
         else:
-            F, G = coarse_start(p.x, p.y, p.a, p.b, cost=p.cost, epsilon=epsilon, rho=p.rho)
+            F, G = coarse_start(kernel, p.x, p.y, cost=p.cost, epsilon=epsilon, rho=p.rho)
         found = iterate(kernel, kernel.begin(F, G), tolerance=tolerance, max_iterations=max_iterations)
-        gx = torch.zeros_like(p.x) if needs else None
-        gy = torch.zeros_like(p.y) if needs else None
-        if needs or isinstance(kernel, SymmetricKernel) or p.rho is not None:
+        gx = torch.zeros_like(p.x) if need[0] else None
+        gy = torch.zeros_like(p.y) if need[1] else None
+        if any(need) or isinstance(kernel, SymmetricKernel) or p.rho is not None:
             for rows, w, K, v in kernel.plan_factors():
-                if gx is not None and gy is not None:
-                    gx[rows], dy = p.cost.plan_gradients(p.x[rows], p.y, w, K, v)
-                    gy += dy
+                if any(need):
+                    dx, dy = p.cost.plan_gradients(p.x[rows], p.y, w, K, v, need)
+                    if gx is not None and dx is not None:
+                        gx[rows] = dx
+                    if gy is not None and dy is not None:
+                        gy += dy
         # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
         mass = kernel.mass if isinstance(kernel, SymmetricKernel) or p.rho is not None else math.nan
     f, g = found.F * epsilon, found.G * epsilon
     value = _dual_value(p, f, g, epsilon, mass)
-    if needs or problem.a.requires_grad or problem.b.requires_grad:
+    if any(need) or problem.a.requires_grad or problem.b.requires_grad:
         inputs = problem.x, problem.y, problem.a, problem.b
         value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
     return OTResult(value, f, g, epsilon, found.marginal_error, found.iterations, found.converged, solver, p)
