@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cache
 from numbers import Real
 from typing import ClassVar
 
@@ -633,6 +634,7 @@ def resolve(cost: "str | Cost | Callable[[Tensor, Tensor], Tensor]") -> Cost:
     raise TypeError(f"cost must be a name, a Cost or a function of two tensors, got {cost!r}")
 
 
+@cache
 def _parse(text: str) -> Cost:
     name, _, arguments = text.strip().partition("(")
     cls = _BY_NAME.get(name.strip().lower())

@@ -45,39 +45,38 @@ class Solution:
 
 
 class _Anderson:
+    """The last steps and residuals, and the point they extrapolate to; on every other call, which is as good."""
+
     def __init__(self, like: Tensor) -> None:
-        self.steps = like.new_empty(_MEMORY, len(like))
-        self.residuals = like.new_empty(_MEMORY, len(like))
-        self.gram = np.zeros((_MEMORY, _MEMORY))
+        self.steps = like.new_zeros(_MEMORY, len(like))
+        # The last row is the present residual: one product then gives all that the least squares need.
+        self.residuals = like.new_zeros(_MEMORY + 1, len(like))
         self.regularization = 1e-8 if like.dtype == torch.float32 else 1e-14
         self.forget()
 
     def forget(self) -> None:
         self.count = 0
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: Tensor | None = None
 
     def extrapolate(self, image: Tensor, residual: Tensor) -> Tensor:
         """Return the next point, from the fixed-point map's image and its weighted residual."""
-        point = image
-        if self.last is not None:
-            j = self.count % _MEMORY
-            torch.sub(image, self.last[0], out=self.steps[j])
-            torch.sub(residual, self.last[1], out=self.residuals[j])
-            self.count += 1
-            q = min(self.count, _MEMORY)
-            weights = torch.from_numpy(self._least_squares(q, j, residual)).to(image)
-            point = torch.addmv(image, self.steps[:q].t(), weights, alpha=-1)
-        self.last = image, residual
-        return point
-
-    def _least_squares(self, q: int, j: int, residual: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        # One product gives the Gram matrix's new row and the right-hand side.
-        both = torch.mm(self.residuals[:q], torch.stack([self.residuals[j], residual], dim=1))
-        row, right = both.to("cpu", torch.float64).numpy().T
-        self.gram[j, :q] = self.gram[:q, j] = row
-        gram = self.gram[:q, :q].copy()
-        gram.flat[:: q + 1] += self.regularization * gram.diagonal().max() + 1e-300
-        return np.asarray(np.linalg.solve(gram, right))
+        last, self.last = self.last, image
+        if last is None:
+            self.residuals[-1] = residual
+            return image
+        j = self.count % _MEMORY
+        torch.sub(image, last, out=self.steps[j])
+        torch.sub(residual, self.residuals[-1], out=self.residuals[j])
+        self.residuals[-1] = residual
+        self.count += 1
+        if self.count > 2 and self.count % 2:
+            return image
+        q = min(self.count, _MEMORY)
+        gram = torch.mm(self.residuals, self.residuals.t()).to("cpu", torch.float64).numpy()
+        matrix, right = gram[:q, :q], gram[:q, -1]
+        matrix.flat[:: q + 1] += self.regularization * matrix.diagonal().max() + 1e-300
+        weights = torch.from_numpy(np.linalg.solve(matrix, right)).to(image)
+        return torch.addmv(image, self.steps[:q].t(), weights, alpha=-1)
 
 
 def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int) -> Solution:
