@@ -101,7 +101,7 @@ def test_the_report_holds_every_number_of_the_tables(demo):
 def test_same_seed_same_numbers(tmp_path):
     from lightning_gap.demo.colour_transfer import transfer_colours
 
-    settings = ColourSettings(iterations=2, batch_size=8, pixels=50, held_out=20)
+    settings = ColourSettings(iterations=2, batch_size=32, pixels=50, held_out=50)
     pictures = photographs()
     first, second = (transfer_colours(pictures, "china", "flower", settings, lambda *_: None) for _ in range(2))
     assert first.scores == second.scores
