@@ -7,14 +7,22 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gap.monge.costs import Cost
-from lightning_gap.monge.kernels import BlockedKernel, DenseKernel, Kernel, buffers, soft_minimum
+from lightning_gap.monge.kernels import (
+    BlockedKernel,
+    DenseKernel,
+    Kernel,
+    Vector,
+    as_tensor,
+    as_vector,
+    buffers,
+    soft_minimum,
+)
 
 __all__ = ["Solution", "coarse_start", "iterate"]
 
@@ -23,6 +31,8 @@ _COARSEST = 256
 _STRIDE = 4
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 _MEMORY = 15
+# An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
+_LONGEST_JUMP = 20.0
 
 
 @dataclass(frozen=True)
@@ -48,38 +58,42 @@ class _Anderson:
     """The last steps and residuals, and the point they extrapolate to; on every other call, which is as good."""
 
     def __init__(self, like: Tensor) -> None:
-        self.steps = like.new_zeros(_MEMORY, len(like))
+        # More steps than a fraction of the unknowns would be dependent.
+        self.memory = max(1, min(_MEMORY, len(like) // 2))
+        self.step_rows = like.new_zeros(self.memory, len(like))
         # The last row is the present residual: one product then gives all that the least squares need.
-        self.residuals = like.new_zeros(_MEMORY + 1, len(like))
+        self.residual_rows = like.new_zeros(self.memory + 1, len(like))
+        self.steps, self.residuals = as_vector(self.step_rows), as_vector(self.residual_rows)
         self.regularization = 1e-8 if like.dtype == torch.float32 else 1e-14
         self.forget()
 
     def forget(self) -> None:
         self.count = 0
-        self.last: Tensor | None = None
+        self.last: Vector | None = None
 
-    def extrapolate(self, image: Tensor, residual: Tensor) -> Tensor:
+    def extrapolate(self, image: Vector, residual: Vector) -> Vector:
         """Return the next point, from the fixed-point map's image and its weighted residual."""
         last, self.last = self.last, image
         if last is None:
             self.residuals[-1] = residual
             return image
-        j = self.count % _MEMORY
-        torch.sub(image, last, out=self.steps[j])
-        torch.sub(residual, self.residuals[-1], out=self.residuals[j])
+        j = self.count % self.memory
+        self.steps[j] = image - last
+        self.residuals[j] = residual - self.residuals[-1]
         self.residuals[-1] = residual
         self.count += 1
         if self.count > 2 and self.count % 2:
             return image
-        q = min(self.count, _MEMORY)
-        gram = torch.mm(self.residuals, self.residuals.t()).to("cpu", torch.float64).numpy()
+        q = min(self.count, self.memory)
+        gram = torch.mm(self.residual_rows, self.residual_rows.t()).to("cpu", torch.float64).numpy()
         matrix, right = gram[:q, :q], gram[:q, -1]
         matrix.flat[:: q + 1] += self.regularization * matrix.diagonal().max() + 1e-300
-        weights = torch.from_numpy(np.linalg.solve(matrix, right)).to(image)
-        return torch.addmv(image, self.steps[:q].t(), weights, alpha=-1)
+        weights = torch.from_numpy(np.linalg.solve(matrix, right)).to(self.step_rows)
+        jump = as_vector(torch.mv(self.step_rows[:q].t(), weights))
+        return image - jump if float(abs(jump).max()) < _LONGEST_JUMP else image
 
 
-def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int) -> Solution:
+def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int) -> Solution:
     """Sweep until the marginal error is small enough.
 
     Args:
@@ -92,30 +106,35 @@ def iterate(kernel: Kernel, G: Tensor, *, tolerance: float, max_iterations: int)
         The last swept potentials; the kernel's plan is theirs.
 
     Raises:
-        FloatingPointError: The kernel cannot be formed in this floating-point format.
+        FloatingPointError: The costs are too large for epsilon in this floating-point format.
     """
-    anderson = _Anderson(G)
-    root = kernel.b.sqrt()
-    best, safe, iterations, failures = math.inf, G, 0, 0
+    with np.errstate(all="ignore"):
+        return _iterate(kernel, G, tolerance, max_iterations)
+
+
+def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -> Solution:
+    anderson = _Anderson(kernel.b)
+    root = kernel.numerics.sqrt(kernel.b_vector)
+    best, safe, iterations, restarted = math.inf, G, 0, -1
     while True:
         answer = kernel.sweep(G)
         residual = answer - G
-        error = float(torch.dot(kernel.b, torch.expm1(-residual).abs_()))
+        error = float(kernel.b_vector @ abs(kernel.numerics.expm1(-residual)))
         iterations += 1
         if not math.isfinite(error):
-            failures += 1
-            if failures > 5:
+            if iterations == restarted + 1:
                 raise FloatingPointError(
-                    f"the costs are too large for epsilon = {kernel.epsilon:.3g} in {G.dtype}: use a larger epsilon, "
-                    "or float64; if a network made the samples, lower its learning rate"
+                    f"the costs are too large for epsilon = {kernel.epsilon:.3g} in {kernel.b.dtype}: use a larger "
+                    "epsilon, or float64; if a network made the samples, lower its learning rate"
                 )
-            G = safe = kernel.begin(None, safe)
-            best = math.inf
+            G = safe = kernel.begin(None, as_tensor(safe))
+            best, restarted = math.inf, iterations
             anderson.forget()
             continue
         if error <= tolerance or iterations >= max_iterations:
-            return Solution(kernel.F, G, iterations, error, error <= tolerance)
+            return Solution(as_tensor(kernel.F), as_tensor(G), iterations, error, error <= tolerance)
         if not error <= 4 * best and anderson.count:
+            # The extrapolation led astray: back to where plain Sinkhorn would have gone.
             G, best = safe, math.inf
             anderson.forget()
             continue
