@@ -59,7 +59,7 @@ class _Anderson:
 
     def __init__(self, like: Tensor) -> None:
         # More steps than a fraction of the unknowns would be dependent.
-        self.memory = max(1, min(_MEMORY, len(like) // 2))
+        self.memory = max(1, min(_MEMORY, len(like) // 4))
         self.step_rows = like.new_zeros(self.memory, len(like))
         # The last row is the present residual: one product then gives all that the least squares need.
         self.residual_rows = like.new_zeros(self.memory + 1, len(like))
