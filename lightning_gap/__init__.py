@@ -29,7 +29,7 @@ _HOME = {
 }
 _MODULES = {"costs": "lightning_gap.monge.costs"}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "GhostBatchNorm",
     "LargeBatchRegime",
     "MongeMap",
