@@ -388,9 +388,9 @@ class UnexplainedVariance(_MapMetric):
             ValueError: All true images agree, so that there is no variance to explain.
         """
         variance = (self.squares - self.total.square().sum() / self.count) / self.count
-        if not float(variance) > 0:
+        if not bool(variance > 0):
             raise ValueError(
-                f"the variance of the {int(self.count)} true images is {float(variance):.3g}: "
+                f"the variance of the {int(self.count)} true images is {variance.item():.3g}: "
                 "UnexplainedVariance needs at least two that differ"
             )
         return (100 * self.squared_error / self.count / variance).to(torch.get_default_dtype())
@@ -453,7 +453,7 @@ class DisplacementCosine(_MapMetric):
     def compute(self) -> Tensor:
         """Return the cosine, a scalar."""
         norms = self.squares.sqrt() * self.true_squares.sqrt()
-        cosine = self.products / norms if float(norms) > 0 else torch.zeros_like(norms)
+        cosine = self.products / norms if bool(norms > 0) else torch.zeros_like(norms)
         return cosine.to(torch.get_default_dtype())
 
 
