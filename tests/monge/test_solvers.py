@@ -1,0 +1,189 @@
+"""Every solver against a slow obvious one: Sinkhorn's updates in the log domain, in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gap import costs
+from lightning_gap.monge import kernels
+from lightning_gap.monge.sinkhorn import optimal_transport
+
+COSTS = ["sqeuclidean", "euclidean", "pnorm(p=1.5)", "sqpnorm(p=3)", "elastic(lam=0.5)", "cosine", "geodesic"]
+
+
+def sinkhorn(C, a, b, epsilon, rho=None, sweeps=20_000):
+    """Value and plan by alternating soft minima, until they stand still."""
+    damping = 1 if rho is None else rho / (rho + epsilon)
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    for _ in range(sweeps):
+        last = f
+        f = -damping * epsilon * torch.logsumexp(b.log() + (g - C) / epsilon, dim=1)
+        g = -damping * epsilon * torch.logsumexp(a.log()[:, None] + (f[:, None] - C) / epsilon, dim=0)
+        if float((f - last).abs().max()) < 1e-10 * epsilon:
+            break
+    plan = a[:, None] * b * torch.exp((f[:, None] + g - C) / epsilon)
+
+    def divergence(p, q):
+        return (torch.xlogy(p, p) - torch.xlogy(p, q) - p + q).sum()
+
+    value = (plan * C).sum() + epsilon * divergence(plan, a[:, None] * b)
+    if rho is not None:
+        value = value + rho * (divergence(plan.sum(1), a) + divergence(plan.sum(0), b))
+    return value, plan
+
+
+def problem(n, m, *, cost="sqeuclidean", weighted=False, dtype=torch.float64, d=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    y = 0.8 * torch.randn(m, d, dtype=torch.float64, generator=generator) + 0.5
+    a, b = torch.rand(n, generator=generator).double(), torch.rand(m, generator=generator).double()
+    if cost == "geodesic":
+        x, y = (p / p.norm(dim=1, keepdim=True) for p in (x, y))
+    if not weighted:
+        a, b = torch.ones_like(a), torch.ones_like(b)
+    else:
+        a[1], b[:2] = 0, 0
+    # The rounded problem is the problem.
+    return tuple(t.to(dtype) for t in (x, y, a / a.sum(), b / b.sum()))
+
+
+def check(cost, dtype, solver, *, n=40, m=33, weighted=True, reach=None, share=0.1, close=None):
+    x, y, a, b = problem(n, m, cost=cost, weighted=weighted, dtype=dtype)
+    C = costs.resolve(cost).pairwise(x.double(), y.double())
+    epsilon = share * float(C.mean())
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    options = {"tolerance": tolerance, "max_iterations": 20_000} if solver in ("dense", "blocked") else {}
+    result = optimal_transport(x, y, cost=cost, epsilon=epsilon, weights=(a, b), reach=reach, solver=solver, **options)
+    value, plan = sinkhorn(C, a.double(), b.double(), epsilon, reach)
+    close = close or (1e-7 if dtype == torch.float64 else 1e-4)
+    assert float(result.value) == pytest.approx(float(value), rel=close)
+    assert float((result.plan().double() - plan).abs().sum()) <= 100 * close * float(plan.sum())
+    assert result.value.dtype == dtype
+    return result
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_our_solvers_are_sinkhorn(cost, solver, dtype, weighted):
+    assert check(cost, dtype, solver, weighted=weighted).converged
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("reach", [0.1, 3.0])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_soft_marginals(cost, reach, solver):
+    check(cost, torch.float64, solver, reach=reach)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize(("n", "m"), [(270, 260), (300, 261), (100, 400)])
+def test_coarse_starts(n, m, solver):
+    assert check("sqeuclidean", torch.float64, solver, n=n, m=m).converged
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (7, 1), (2, 3)])
+def test_few_points(n, m, solver):
+    check("sqeuclidean", torch.float64, solver, n=n, m=m, weighted=False, share=0.1)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "sqpnorm(p=3)", "cosine"])
+def test_functions_are_costs_too(cost):
+    named = costs.resolve(cost)
+    x, y, a, b = problem(40, 33, weighted=True)
+    options = {"weights": (a, b), "tolerance": 1e-9, "max_iterations": 20_000}
+    expected = optimal_transport(x, y, cost=named, **options).value
+    torch.testing.assert_close(optimal_transport(x, y, cost=named.elementwise, **options).value, expected)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.sinkhorn.ConvergenceWarning")
+@pytest.mark.parametrize("cost", COSTS)
+def test_geomloss_schedules_come_near(cost):
+    check(cost, torch.float64, "tensorized", share=0.1, weighted=False, close=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("solver", "cost"), [("online", "sqeuclidean"), ("online", "euclidean"), ("multiscale", "sqeuclidean")]
+)
+def test_keops_comes_near(solver, cost):
+    check(cost, torch.float64, solver, share=0.1, weighted=False, close=2e-2)
+
+
+@pytest.mark.parametrize("reach", [None, 1.0])
+def test_more_than_one_block(reach, monkeypatch):
+    whole = check("euclidean", torch.float64, "blocked", reach=reach)
+    monkeypatch.setattr(kernels, "_BLOCK", 7 * 33)
+    blocks = check("euclidean", torch.float64, "blocked", reach=reach)
+    torch.testing.assert_close(blocks.value, whole.value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(blocks.plan(), whole.plan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("share", [1e-2, 1e-3])
+def test_clusters_far_apart(share, solver, dtype):
+    # Columns that no row reaches within the format's range at first.
+    x, y, _, _ = problem(40, 40, dtype=dtype)
+    x[20:] += 50
+    y[10:] += 50
+    x[30:] -= 200
+    result = optimal_transport(x, y, relative_epsilon=share, solver=solver, max_iterations=20_000)
+    assert result.converged
+    exact = float(optimal_transport(x, y, solver="exact").value)
+    slack = 2e-3 * float((x[:, None] - y).square().sum(-1).max())
+    assert exact - slack <= float(result.value) <= exact + result.epsilon * math.log(40) + slack
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("reach", [None, 0.5])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_a_measure_against_itself_is_the_general_problem(cost, reach, solver):
+    x, _, a, _ = problem(60, 60, weighted=True)
+    options = {"cost": cost, "relative_epsilon": 0.02, "reach": reach, "solver": solver}
+    options |= {"tolerance": 1e-9, "max_iterations": 20_000}
+    own = x.clone().requires_grad_()
+    itself = optimal_transport(own, own, weights=(a, a), **options)
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    general = optimal_transport(first, second, weights=(a, a.clone()), **options)
+    torch.testing.assert_close(itself.value, general.value, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(itself.plan(), general.plan(), rtol=1e-4, atol=1e-8)
+    (gradient,) = torch.autograd.grad(itself.value, own)
+    both = torch.autograd.grad(general.value, (first, second))
+    torch.testing.assert_close(gradient, both[0] + both[1], rtol=1e-5, atol=1e-8)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 60),
+    m=st.integers(1, 60),
+    d=st.integers(1, 6),
+    scale=st.floats(-3, 3).map(lambda s: 10**s),
+    share=st.sampled_from([1.0, 0.1, 0.02]),
+    cost=st.sampled_from(["sqeuclidean", "euclidean", "elastic", "pnorm(p=1.5)"]),
+    solver=st.sampled_from(["dense", "blocked"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_the_plan_has_the_marginals_that_it_claims(n, m, d, scale, share, cost, solver, dtype, seed):
+    x, y, a, b = problem(n, m, d=d, dtype=dtype, seed=seed, weighted=min(n, m) > 3)
+    x, y = scale * x, scale * y
+    options = {"cost": cost, "relative_epsilon": share, "solver": solver, "max_iterations": 20_000, "strict": True}
+    result = optimal_transport(x, y, weights=(a, b), **options)
+    assert result.value.isfinite()
+    plan = result.plan().double()
+    error = (plan.sum(0) - b.double()).abs().sum() + (plan.sum(1) - a.double()).abs().sum()
+    assert float(error) <= 1e-3 * 1.1 + 1e-4
+    assert float(error) == pytest.approx(result.marginal_error, rel=0.1, abs=1e-4)
+
+    order, other = torch.randperm(n), torch.randperm(m)
+    shuffled = optimal_transport(x[order], y[other], weights=(a[order], b[other]), **options)
+    # Both are within their marginal errors of the one optimum.
+    spread = float(costs.resolve(cost).pairwise(x, y).max())
+    assert float(shuffled.value) == pytest.approx(float(result.value), rel=1e-3, abs=2e-3 * spread)
