@@ -294,9 +294,13 @@ def solve(
             result = _solve_geomloss(problem, chosen, absolute, tolerance)
     if not result.converged:
         message = (
-            f"Sinkhorn stopped after {result.iterations} sweeps with a marginal error of {result.marginal_error:.2g}, "
-            f"above the tolerance of {tolerance:.2g}: raise epsilon ({result.epsilon:.3g} now) or max_iterations"
-            + (", or use solver='dense'" if chosen == "tensorized" else "")
+            f"solver={chosen!r} stopped with a marginal error of {result.marginal_error:.2g}, above the tolerance of "
+            f"{tolerance:.2g}: "
+            + (
+                "its schedule is fixed, use 'dense'"
+                if chosen == "tensorized"
+                else f"raise max_iterations ({max_iterations} now) or epsilon ({result.epsilon:.3g} now)"
+            )
         )
         if strict:
             raise RuntimeError(message)

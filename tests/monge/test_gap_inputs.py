@@ -161,7 +161,7 @@ def test_online_is_tensorized():
     results = []
     for solver in ("online", "tensorized"):
         x = torch.randn(200, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        value = sinkhorn_divergence(x, y, solver=solver)
+        value = sinkhorn_divergence(x, y, solver=solver, tolerance=0.1)
         results.append((value.detach(), torch.autograd.grad(value, x)[0]))
     (online, online_gradient), (dense, dense_gradient) = results
     torch.testing.assert_close(online, dense, rtol=1e-4, atol=1e-5)
