@@ -90,8 +90,8 @@ def monge_gap(
     cost, rho = resolve(cost), check_epsilon("reach", reach)
     cost.check_domain("x", x)
     cost.check_domain("mapped", mapped)
+    x, mapped = _solver_precision(x), _solver_precision(mapped)
     a = check_weights("weights", weights, x, balanced=rho is None)
-    x, mapped, a = _solver_precision(x), _solver_precision(mapped), _solver_precision(a)
     options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
     problem = Problem(x, mapped, a, a, cost, rho)
     transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
@@ -166,9 +166,9 @@ def sinkhorn_divergence(
     cost, rho = resolve(cost), check_epsilon("reach", reach)
     cost.check_domain("x", x)
     cost.check_domain("y", y)
+    x, y = _solver_precision(x), _solver_precision(y)
     a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
     b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
-    x, y, a, b = (_solver_precision(t) for t in (x, y, a, b))
     options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
     problem = Problem(x, y, a, b, cost, rho)
     transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
