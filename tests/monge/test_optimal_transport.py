@@ -143,7 +143,7 @@ def test_convergence_is_warned_of_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimal_transport(**problem)
-    with pytest.raises(RuntimeError, match="stopped .* above the tolerance"):
+    with pytest.raises(RuntimeError, match=r"stopped .* above the tolerance"):
         optimal_transport(**problem, strict=True)
 
 
