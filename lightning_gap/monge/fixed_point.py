@@ -29,6 +29,8 @@ __all__ = ["Solution", "coarse_start", "iterate"]
 # Problems of up to this many points anneal epsilon; larger ones start from every fourth of their points.
 _COARSEST = 256
 _STRIDE = 4
+# Where no cost is more than this many epsilons, zero potentials are a good start.
+_FLAT = 60.0
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 _MEMORY = 15
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
@@ -60,10 +62,9 @@ class _Anderson:
     def __init__(self, like: Tensor) -> None:
         # More steps than a fraction of the unknowns would be dependent.
         self.memory = max(1, min(_MEMORY, len(like) // 4))
-        self.step_rows = like.new_zeros(self.memory, len(like))
+        self.steps = as_vector(like.new_zeros(self.memory, len(like)))
         # The last row is the present residual: one product then gives all that the least squares need.
-        self.residual_rows = like.new_zeros(self.memory + 1, len(like))
-        self.steps, self.residuals = as_vector(self.step_rows), as_vector(self.residual_rows)
+        self.residuals = as_vector(like.new_zeros(self.memory + 1, len(like)))
         self.regularization = 1e-8 if like.dtype == torch.float32 else 1e-14
         self.forget()
 
@@ -85,11 +86,17 @@ class _Anderson:
         if self.count > 2 and self.count % 2:
             return image
         q = min(self.count, self.memory)
-        gram = torch.mm(self.residual_rows, self.residual_rows.t()).to("cpu", torch.float64).numpy()
+        gram = self.residuals @ self.residuals.T
+        if isinstance(gram, Tensor):
+            gram = gram.cpu().numpy()
+        gram = gram.astype(np.float64)
         matrix, right = gram[:q, :q], gram[:q, -1]
         matrix.flat[:: q + 1] += self.regularization * matrix.diagonal().max() + 1e-300
-        weights = torch.from_numpy(np.linalg.solve(matrix, right)).to(self.step_rows)
-        jump = as_vector(torch.mv(self.step_rows[:q].t(), weights))
+        weights = np.linalg.solve(matrix, right)
+        if isinstance(image, Tensor):
+            jump = torch.from_numpy(weights).to(image) @ self.steps[:q]
+        else:
+            jump = weights.astype(image.dtype) @ self.steps[:q]
         return image - jump if float(abs(jump).max()) < _LONGEST_JUMP else image
 
 
@@ -147,7 +154,7 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
 
 def coarse_start(
     kernel: Kernel, x: Tensor, y: Tensor, *, cost: Cost, epsilon: float, rho: float | None
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Return first potentials of rows and columns, from every fourth point and so on down, or by annealing epsilon.
 
     Args:
@@ -159,9 +166,11 @@ def coarse_start(
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
 
     Returns:
-        ``F`` (``None`` where ``G`` is only rough) and ``G``, in units of epsilon.
+        ``F`` (``None`` where ``G`` is only rough) and ``G`` (``None`` for zeros), in units of epsilon.
     """
     a, b = kernel.a, kernel.b
+    if isinstance(kernel, DenseKernel) and float(kernel.C.amax()) < _FLAT * epsilon:
+        return None, None
     if min(len(x), len(y)) <= _COARSEST:
         return None, _anneal(kernel, rho) if isinstance(kernel, DenseKernel) else torch.zeros_like(b)
     rows, columns = a[::_STRIDE], b[::_STRIDE]

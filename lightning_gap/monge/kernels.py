@@ -11,15 +11,16 @@ it. All potentials here are in units of :math:`\varepsilon`, and the plan is
   from one pass, because a row's :math:`F_i` depends on that row alone.
 * :class:`SymmetricKernel` is for a measure against itself, where both potentials agree.
 
-Potentials are NumPy arrays on a CPU and tensors elsewhere: the vectors are short, and an operation on them costs NumPy
-a quarter of what it costs torch. Both take the same arithmetic; matrices are torch's throughout.
+Potentials are NumPy arrays on a CPU and tensors elsewhere: an operation on a short vector costs NumPy a quarter of what
+it costs torch, and a product with a vector up to a third, where torch's MKL does not know the processor. Both take the
+same arithmetic. Passes over whole matrices are torch's.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "BlockedKernel",
     "DenseKernel",
     "Kernel",
+    "PlanFactors",
     "SymmetricKernel",
     "Vector",
     "as_tensor",
@@ -138,8 +140,22 @@ def as_tensor(vector: Vector) -> Tensor:
     return torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
 
 
-def _product(matrix: Tensor, vector: Vector) -> Vector:
-    return as_vector(torch.mv(matrix, as_tensor(vector)))
+class PlanFactors(NamedTuple):
+    """Rows of a plan ``w[:, None] * K * v``; ``K`` and ``C`` may be overwritten.
+
+    Attributes:
+        rows: Which rows.
+        w: ``(rows,)`` factors.
+        K: ``(rows, m)`` matrix.
+        v: ``(m,)`` factors.
+        C: ``(rows, m)`` costs, where they are at hand.
+    """
+
+    rows: slice
+    w: Tensor
+    K: Tensor
+    v: Tensor
+    C: Tensor | None
 
 
 class Kernel:
@@ -164,14 +180,14 @@ class Kernel:
         self.damping = 1.0 if rho is None else rho / (rho + epsilon)
         self.mass = math.nan
 
-    def begin(self, F: Tensor | None, G: Tensor) -> Vector:
+    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
         """Prepare for potentials; return the columns' one to start from.
 
         Args:
             F: ``(n,)`` potential that answers ``G``, or ``None`` where ``G`` may be far off.
-            G: ``(m,)`` potential.
+            G: ``(m,)`` potential; ``None`` for zeros on both sides.
         """
-        return as_vector(G)
+        return as_vector(torch.zeros_like(self.b) if G is None else G)
 
     def sweep(self, G: Vector) -> Vector:
         """Set ``F`` and return the columns' answer; not finite where the floating-point format does not bear ``G``."""
@@ -180,8 +196,8 @@ class Kernel:
     def settle(self, G_next: Vector) -> None:
         """Absorb potentials that have drifted, after a sweep that was finite."""
 
-    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield rows, ``w``, ``K``, ``v`` of the last sweep's plan ``w[:, None] * K * v``; ``K`` may be overwritten."""
+    def plan_factors(self) -> Iterator[PlanFactors]:
+        """Yield the last sweep's plan, block by block."""
         raise NotImplementedError
 
 
@@ -201,24 +217,26 @@ class DenseKernel(Kernel):
         super().__init__(a, b, epsilon, rho)
         self.C, self.K = C, K
 
-    def begin(self, F: Tensor | None, G: Tensor) -> Vector:
+    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
         """Form the kernel; from an unknown ``G`` by hard c-transforms, so that no row or column is without a 1."""
-        if F is None:
-            torch.mul(self.C, 1 / self.epsilon, out=self.K)
-            F = self.K.sub_(G).amin(dim=1)
-            G = G + self.K.sub_(F[:, None]).amin(dim=0)
-        ones = torch.ones_like
-        rank_two = torch.stack([F, ones(F)], dim=1), torch.stack([ones(G), G])
-        torch.addmm(self.C, *rank_two, beta=-1 / self.epsilon, out=self.K)
+        if G is None:
+            torch.mul(self.C, -1 / self.epsilon, out=self.K)
+            F, G = torch.zeros_like(self.a), torch.zeros_like(self.b)
+        else:
+            if F is None:
+                torch.mul(self.C, 1 / self.epsilon, out=self.K)
+                F = self.K.sub_(G).amin(dim=1)
+                G = G + self.K.sub_(F[:, None]).amin(dim=0)
+            torch.sub(G, self.C, alpha=1 / self.epsilon, out=self.K).add_(F[:, None])
         self.K.clamp_min_(_LOWEST_EXPONENT).exp_()
         self.F0, self.G0 = as_vector(F), as_vector(G)
-        self.K_transposed = self.K.t()
+        self.matrix = as_vector(self.K)
         return self.G0
 
     def rows(self, G: Vector) -> Vector:
         """Return the rows' answer to ``G``: one matrix-vector product."""
         self.v = self.numerics.exp(G - self.G0) * self.b_vector
-        self.s = _product(self.K, self.v)
+        self.s = self.matrix @ self.v
         F = self.F0 - self.numerics.log(self.s)
         return F if self.damping == 1 else F * self.damping
 
@@ -229,7 +247,7 @@ class DenseKernel(Kernel):
             self.w = self.a_vector / self.s
         else:
             self.w = self.a_vector * self.numerics.exp(self.F - self.F0)
-        answer = self.G0 - self.numerics.log(_product(self.K_transposed, self.w))
+        answer = self.G0 - self.numerics.log(self.w @ self.matrix)
         return answer if self.damping == 1 else answer * self.damping
 
     def settle(self, G_next: Vector) -> None:
@@ -237,10 +255,10 @@ class DenseKernel(Kernel):
         if not abs(G_next - self.G0).max() < _DRIFT:
             self.begin(as_tensor(self.F), as_tensor(G_next))
 
-    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def plan_factors(self) -> Iterator[PlanFactors]:
         """One block."""
         self.mass = float(self.w @ self.s)
-        yield slice(0, len(self.w)), as_tensor(self.w), self.K, as_tensor(self.v)
+        yield PlanFactors(slice(0, len(self.w)), as_tensor(self.w), self.K, as_tensor(self.v), self.C)
 
 
 class BlockedKernel(Kernel):
@@ -294,14 +312,14 @@ class BlockedKernel(Kernel):
             sums = torch.mv(block, self.b)
             yield rows, (top + sums.log()).mul_(-self.damping), top, sums, block
 
-    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def plan_factors(self) -> Iterator[PlanFactors]:
         """Block after block, formed once more."""
         self.mass = 0.0
         F = as_tensor(self.F)
         for rows, _, top, sums, block in self._blocks(as_tensor(self.G)):
             w = (F[rows] + top).exp_().mul_(self.a[rows])
             self.mass += float(torch.dot(w, sums))
-            yield rows, w, block, self.b
+            yield PlanFactors(rows, w, block, self.b, None)
 
 
 class SymmetricKernel(Kernel):
@@ -323,7 +341,7 @@ class SymmetricKernel(Kernel):
         self.epsilon, self.damping = kernel.epsilon, kernel.damping
         self.mass = math.nan
 
-    def begin(self, F: Tensor | None, G: Tensor) -> Vector:
+    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
         """Form the kernel around one potential for both sides."""
         return self.kernel.begin(G, G)
 
@@ -332,7 +350,7 @@ class SymmetricKernel(Kernel):
         self.F = G
         return self.kernel.rows(G)
 
-    def plan_factors(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def plan_factors(self) -> Iterator[PlanFactors]:
         """The plan that has the same potential on both sides."""
         kernel = self.kernel
         if isinstance(kernel, DenseKernel):

@@ -393,18 +393,18 @@ def _solve_ours(
     need = problem.x.requires_grad, problem.y.requires_grad
     with torch.no_grad(), _kernel_factory(p, solver, epsilon, share) as (kernel, epsilon):
         if isinstance(kernel, SymmetricKernel):
-            F, G = None, torch.zeros_like(p.b)
+            F, G = None, None
         else:
             F, G = coarse_start(kernel, p.x, p.y, cost=p.cost, epsilon=epsilon, rho=p.rho)
         found = iterate(kernel, kernel.begin(F, G), tolerance=tolerance, max_iterations=max_iterations)
         gx = torch.zeros_like(p.x) if need[0] else None
         gy = torch.zeros_like(p.y) if need[1] else None
         if any(need) or isinstance(kernel, SymmetricKernel) or p.rho is not None:
-            for rows, w, K, v in kernel.plan_factors():
+            for part in kernel.plan_factors():
                 if any(need):
-                    dx, dy = p.cost.plan_gradients(p.x[rows], p.y, w, K, v, need)
+                    dx, dy = p.cost.plan_gradients(p.x[part.rows], p.y, part.w, part.K, part.v, need, part.C)
                     if gx is not None and dx is not None:
-                        gx[rows] = dx
+                        gx[part.rows] = dx
                     if gy is not None and dy is not None:
                         gy += dy
         # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
