@@ -13,12 +13,15 @@ from lightning_gap.monge.metrics import (
     UnexplainedVariance,
 )
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
 
 __all__ = [
+    "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
     "MongeGap",
     "MongeMap",
+    "OTResult",
     "ResidualMLP",
     "SamplesDataModule",
     "SinkhornDivergence",
@@ -26,5 +29,6 @@ __all__ = [
     "costs",
     "energy_distance",
     "monge_gap",
+    "optimal_transport",
     "sinkhorn_divergence",
 ]

@@ -91,7 +91,25 @@ class Cost(ABC):
         blocks = [self.elementwise(block[..., :, None, :], y[..., None, :, :]) for block in x.split(rows, dim=-2)]
         return torch.cat(blocks, dim=-2)
 
-    @torch.no_grad()
+    def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes costs to ``y``, having prepared what it can, without a graph.
+
+        Args:
+            y: ``(m, d)`` points.
+
+        Returns:
+            A function of an ``(n, m)`` matrix to write to and of ``(n, d)`` points, which returns the matrix.
+        """
+
+        def fill(out: Tensor, x: Tensor) -> Tensor:
+            rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
+            for start in range(0, len(x), rows):
+                with torch.no_grad():
+                    out[start : start + rows] = self.pairwise(x[start : start + rows], y)
+            return out
+
+        return fill
+
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Write the matrix of all costs, without a graph and with little memory beside.
 
@@ -103,10 +121,19 @@ class Cost(ABC):
         Returns:
             ``out``.
         """
-        rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
-        for start in range(0, len(x), rows):
-            out[start : start + rows] = self.pairwise(x[start : start + rows], y)
-        return out
+        return self.filler(y.detach())(out, x.detach())
+
+    def mean(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean of all costs ``c(x_i, y_j)``, detached, in blocks of bounded memory.
+
+        Args:
+            x: ``(n, d)`` points.
+            y: ``(m, d)`` points.
+        """
+        fill, total = self.filler(y.detach()), 0.0
+        for block in x.detach().split(max(1, _BLOCK_ELEMENTS // len(y))):
+            total += fill(block.new_empty(len(block), len(y)), block).sum(dtype=torch.float64).item()
+        return total / (len(x) * len(y))
 
     def plan_gradients(
         self,
@@ -254,13 +281,19 @@ def _matrix_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.mm(left, right, out=out)
 
 
-def _augmented(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return points whose scalar products are the squared distances, from the middle of the cloud."""
+def _squares_filler(y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function that writes squared distances as scalar products of augmented points."""
+    # From the middle of the cloud, so that little cancels.
     middle = y.mean(dim=0)
-    x, y = x - middle, y - middle
-    left = torch.cat([-2 * x, x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])], dim=1)
-    right = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], dim=1)
-    return left, right
+    y = y - middle
+    right = torch.cat([y, torch.ones_like(y[:, :1]), y.square().sum(1, keepdim=True)], dim=1).mT
+
+    def fill(out: Tensor, x: Tensor) -> Tensor:
+        x = x - middle
+        left = torch.cat([-2 * x, x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])], dim=1)
+        return _matrix_product(left, right, out)
+
+    return fill
 
 
 def _accurate(x: Tensor) -> Tensor:
@@ -300,11 +333,15 @@ class SqEuclidean(TranslationInvariantCost):
         """Return all squared distances through one matrix product."""
         return _squared_distances(x, y)
 
-    @torch.no_grad()
-    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Write all squared distances as one product of augmented points, exact to a few roundings of the largest."""
-        left, right = _augmented(x, y)
-        return _matrix_product(left, right.mT, out)
+    def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes one product of augmented points, exact to a few roundings of the largest."""
+        return _squares_filler(y)
+
+    def mean(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean of the squared distances, by their moments."""
+        x, y = x.detach().double(), y.detach().double()
+        between = (x.mean(0) - y.mean(0)).square().sum()
+        return float(x.var(0, correction=0).sum() + y.var(0, correction=0).sum() + between)
 
     def plan_gradients(
         self,
@@ -345,16 +382,19 @@ class Euclidean(TranslationInvariantCost):
         """Return all distances through one matrix product."""
         return _safe_sqrt(_squared_distances(x, y))
 
-    @torch.no_grad()
-    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Write all distances through products of augmented points, in double: close points keep their digits."""
-        left, right = _augmented(x.double(), y.double())
+    def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes roots of products in double, so that close points keep their digits."""
+        squares = _squares_filler(y.double())
         rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
-        block = left.new_empty(min(rows, len(x)), len(y))
-        for start in range(0, len(x), rows):
-            part = left[start : start + rows]
-            out[start : start + rows] = _matrix_product(part, right.mT, block[: len(part)]).clamp_min_(0).sqrt_()
-        return out
+
+        def fill(out: Tensor, x: Tensor) -> Tensor:
+            block = out.new_empty(min(rows, len(x)), len(y), dtype=torch.float64)
+            for start in range(0, len(x), rows):
+                part = x[start : start + rows].double()
+                out[start : start + rows] = squares(block[: len(part)], part).clamp_min_(0).sqrt_()
+            return out
+
+        return fill
 
     def plan_gradients(
         self,

@@ -47,7 +47,7 @@ _LOWEST_EXPONENT = -70.0
 # How far potentials may drift from the absorbed ones before the kernel is formed anew.
 _DRIFT = 30.0
 # Numbers in a block of rows: it should stay in a CPU's cache, and fill a GPU.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 26
 # Memory kept from one call to the next, for each thread: fresh pages cost more than the work on them.
 _KEPT_BYTES = 1 << 28
@@ -118,8 +118,9 @@ def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon
     """
     F = x.new_empty(len(x))
     offset = G + b.log()
+    fill, buffer = cost.filler(y), x.new_empty(min(len(x), block_rows(x, len(y))), len(y))
     for rows in row_blocks(x, len(y)):
-        block = cost.fill(x.new_empty(rows.stop - rows.start, len(y)), x[rows], y)
+        block = fill(buffer[: rows.stop - rows.start], x[rows])
         torch.sub(offset, block, alpha=1 / epsilon, out=block)
         top = block.amax(dim=1)
         F[rows] = -top - block.sub_(top[:, None]).exp_().sum(dim=1).log()
@@ -279,6 +280,7 @@ class BlockedKernel(Kernel):
     ) -> None:
         super().__init__(a, b, epsilon, rho)
         self.x, self.y, self.cost = x, y, cost
+        self.fill = cost.filler(y)
 
     def rows(self, G: Vector) -> Vector:
         """Return the rows' answer to ``G``: one pass of exponentials."""
@@ -303,9 +305,9 @@ class BlockedKernel(Kernel):
 
     def _blocks(self, G: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
-        buffer = self.x.new_empty(block_rows(self.x, len(self.y)), len(self.y))
+        buffer = self.x.new_empty(min(len(self.x), block_rows(self.x, len(self.y))), len(self.y))
         for rows in row_blocks(self.x, len(self.y)):
-            block = self.cost.fill(buffer[: rows.stop - rows.start], self.x[rows], self.y)
+            block = self.fill(buffer[: rows.stop - rows.start], self.x[rows])
             torch.sub(G, block, alpha=1 / self.epsilon, out=block)
             top = block.amax(dim=1)
             block.sub_(top[:, None]).clamp_min_(_LOWEST_EXPONENT).exp_()

@@ -39,7 +39,11 @@ class ResidualMLP(nn.Module):
                 raise ValueError(f"dim and hidden must be positive integers, got {width!r}")
         layers: list[nn.Module] = []
         for n_in, n_out in zip((dim, *hidden[:-1]), hidden, strict=True) if hidden else ():
-            layers += [nn.Linear(n_in, n_out), activation()]
+            layer = nn.Linear(n_in, n_out)
+            # LeCun's normal initialization keeps the scale of the activations; torch's default shrinks them.
+            nn.init.normal_(layer.weight, std=n_in**-0.5)
+            nn.init.zeros_(layer.bias)
+            layers += [layer, activation()]
         last = nn.Linear(hidden[-1] if hidden else dim, dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)

@@ -364,12 +364,7 @@ def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
     Raises:
         ValueError: All costs are 0, so that no share of them is an epsilon.
     """
-    x, y = x.detach(), y.detach()
-    total = 0.0
-    for rows in row_blocks(x, len(y)):
-        block = cost.fill(x.new_empty(rows.stop - rows.start, len(y)), x[rows], y)
-        total += block.sum(dtype=torch.float64).item()
-    return _share(share, total / (len(x) * len(y)), cost)
+    return _share(share, cost.mean(x, y), cost)
 
 
 def _share(share: float, mean: float, cost: Cost) -> float:
