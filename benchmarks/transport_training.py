@@ -104,6 +104,9 @@ class Ours:
             2, cost=task.cost, hidden=HIDDEN, fitting_epsilon=task.fitting_epsilon, gap_epsilon=task.gap_epsilon,
             gap_weight=task.weight,
         )  # fmt: skip
+        # The peer's network does not start at the identity: the same initialization for both.
+        last = self.model.map.displacement[-1]
+        torch.nn.init.normal_(last.weight, std=last.in_features**-0.5)
         self.optimizer = self.model.configure_optimizers()
         self.batches = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in task.batches]
         self.loss(*self.batches[0]).backward()
@@ -274,9 +277,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[256], help="samples in a batch")
     parser.add_argument("--iterations", type=int, default=1000, help="steps of training")
     parser.add_argument("--block", type=int, default=20, help="steps in a turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     parser.add_argument("--seed", type=int, default=0, help="of both networks' first weights")
     parser.add_argument("--trainer", action="store_true", help="run ours through Lightning's Trainer")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     how = "Trainer" if args.trainer else "plain loop"
     table = Table(
         title=f"{args.iterations} steps, ours ({how}) against OTT-JAX ({torch.get_num_threads()} threads)",

@@ -293,7 +293,7 @@ class BlockedKernel(Kernel):
         parts = []
         for rows, F, top, _, block in self._blocks(as_tensor(G)):
             parts.append(F)
-            columns += torch.mv(block.t(), (F + top).exp_().mul_(self.a[rows]))
+            columns += as_tensor(as_vector((F + top).exp_().mul_(self.a[rows])) @ as_vector(block))
         F = torch.cat(parts)
         self.F = as_vector(F)
         if float(columns.min()) > 0:
@@ -311,7 +311,7 @@ class BlockedKernel(Kernel):
             torch.sub(G, block, alpha=1 / self.epsilon, out=block)
             top = block.amax(dim=1)
             block.sub_(top[:, None]).clamp_min_(_LOWEST_EXPONENT).exp_()
-            sums = torch.mv(block, self.b)
+            sums = as_tensor(as_vector(block) @ self.b_vector)
             yield rows, (top + sums.log()).mul_(-self.damping), top, sums, block
 
     def plan_factors(self) -> Iterator[PlanFactors]:
