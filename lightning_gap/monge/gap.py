@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, solve
 
 __all__ = ["Convention", "monge_gap", "sinkhorn_divergence"]
@@ -90,7 +90,7 @@ def monge_gap(
     cost, rho = resolve(cost), check_epsilon("reach", reach)
     cost.check_domain("x", x)
     cost.check_domain("mapped", mapped)
-    x, mapped = _solver_precision(x), _solver_precision(mapped)
+    x, mapped = solver_precision(x), solver_precision(mapped)
     a = check_weights("weights", weights, x, balanced=rho is None)
     options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
     problem = Problem(x, mapped, a, a, cost, rho)
@@ -166,7 +166,7 @@ def sinkhorn_divergence(
     cost, rho = resolve(cost), check_epsilon("reach", reach)
     cost.check_domain("x", x)
     cost.check_domain("y", y)
-    x, y = _solver_precision(x), _solver_precision(y)
+    x, y = solver_precision(x), solver_precision(y)
     a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
     b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
     options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
@@ -204,8 +204,3 @@ def _batched(function: Callable[..., Tensor], name: str, x: Tensor, y: Tensor, *
             raise ValueError(f"weights must have shape ({len(x)}, n) for {len(x)} problems, got {tuple(w.shape)}")
     rows = ([None] * len(x) if w is None else list(w) for w in weights)
     return torch.stack([function(*problem) for problem in zip(x, y, *rows, strict=True)])
-
-
-def _solver_precision(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors as float32: exponentials of costs do not fit in sixteen bits."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

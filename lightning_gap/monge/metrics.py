@@ -12,7 +12,7 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.samples import check_epsilon, check_pair
-from lightning_gap.monge.sinkhorn import CostLike, Solver
+from lightning_gap.monge.sinkhorn import CostLike, check_solver
 
 __all__ = ["DisplacementCosine", "EnergyDistance", "MongeGap", "SinkhornDivergence", "UnexplainedVariance"]
 
@@ -85,8 +85,7 @@ class _TransportMetric(_SampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if solver not in get_args(Solver):
-            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+        check_solver(solver)
         if solver == "exact" and (epsilon is not None or reach is not None):
             raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
         check_epsilon("epsilon", epsilon)

@@ -17,7 +17,7 @@ from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.samples import check_epsilon, check_pair
-from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
+from lightning_gap.monge.sinkhorn import CostLike, check_solver, share_of_mean_cost
 from lightning_gap.parallel import mean_over_ranks
 
 __all__ = ["MongeMap"]
@@ -98,7 +98,7 @@ class MongeMap(LightningModule):
             raise ValueError(f"gap_weight must be a finite number of at least 0, got {gap_weight!r}")
         self.gap_weight = float(gap_weight)
         self.reach = check_epsilon("reach", reach)
-        self.solver = solver
+        self.solver = check_solver(solver)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))

@@ -3,9 +3,10 @@
 import math
 from numbers import Real
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights"]
+__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights", "solver_precision"]
 
 
 def check_samples(name: str, samples: Tensor) -> None:
@@ -121,3 +122,12 @@ def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
     return value
+
+
+def solver_precision(samples: Tensor) -> Tensor:
+    """Return half-precision samples as float32: exponentials of costs do not fit in sixteen bits.
+
+    Args:
+        samples: Floating-point samples.
+    """
+    return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples

@@ -43,7 +43,7 @@ from lightning_gap.monge.kernels import (
     row_blocks,
     soft_minimum,
 )
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 
 __all__ = [
     "ConvergenceWarning",
@@ -51,6 +51,7 @@ __all__ = [
     "OTResult",
     "Problem",
     "Solver",
+    "check_solver",
     "optimal_transport",
     "share_of_mean_cost",
     "solve",
@@ -233,6 +234,7 @@ def optimal_transport(
     """
     check_pair("x", x, "y", y)
     rho = check_epsilon("reach", reach)
+    x, y = (solver_precision(x),) * 2 if y is x else (solver_precision(x), solver_precision(y))
     a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
     same = y is x and weights[0] is weights[1]
     b = a if same else check_weights("weights[1]", weights[1], y, balanced=rho is None)
@@ -308,9 +310,19 @@ def solve(
     return result
 
 
-def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
+def check_solver(solver: str) -> str:
+    """Return the name of a solver, or raise ``ValueError``.
+
+    Args:
+        solver: One of :data:`Solver`.
+    """
     if solver not in get_args(Solver):
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+    return solver
+
+
+def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
+    check_solver(solver)
     if solver == "auto":
         if len(x) * len(y) <= dense_pairs(x):
             return "dense"

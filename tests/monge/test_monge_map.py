@@ -450,3 +450,8 @@ def test_the_default_network_is_a_residual_mlp_at_the_identity():
     assert isinstance(model.map, ResidualMLP)
     x = torch.randn(6, 2)
     assert torch.equal(model.transport(x), x)
+
+
+def test_an_unknown_solver_is_refused_at_once():
+    with pytest.raises(ValueError, match="solver must be one of"):
+        MongeMap(2, solver="sinkhorn")

@@ -209,3 +209,12 @@ def test_linear_programs_split_mass():
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0], [2.0]])
     result = optimal_transport(x, y, solver="exact", weights=(torch.tensor([0.25, 0.75]), None))
     torch.testing.assert_close(result.value, torch.tensor(1 / 3 + 1 / 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samples_give_a_float32_result(dtype):
+    x = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = optimal_transport(x, x + 1)
+    assert result.value.dtype == torch.float32
+    assert result.converged
+    assert optimal_transport(x, x).value.dtype == torch.float32
