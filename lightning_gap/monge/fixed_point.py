@@ -152,9 +152,7 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         G = anderson.extrapolate(safe, residual * root)
 
 
-def coarse_start(
-    kernel: Kernel, x: Tensor, y: Tensor, *, cost: Cost, epsilon: float, rho: float | None
-) -> tuple[Tensor | None, Tensor | None]:
+def coarse_start(kernel: Kernel, x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor | None, Tensor | None]:
     """Return first potentials of rows and columns, from every fourth point and so on down, or by annealing epsilon.
 
     Args:
@@ -162,17 +160,15 @@ def coarse_start(
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
         cost: The ground cost.
-        epsilon: Regularization, in units of the cost.
-        rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
 
     Returns:
         ``F`` (``None`` where ``G`` is only rough) and ``G`` (``None`` for zeros), in units of epsilon.
     """
-    a, b = kernel.a, kernel.b
+    a, b, epsilon = kernel.a, kernel.b, kernel.epsilon
     if isinstance(kernel, DenseKernel) and float(kernel.C.amax()) < _FLAT * epsilon:
         return None, None
     if min(len(x), len(y)) <= _COARSEST:
-        return None, _anneal(kernel, rho) if isinstance(kernel, DenseKernel) else torch.zeros_like(b)
+        return None, _anneal(kernel) if isinstance(kernel, DenseKernel) else torch.zeros_like(b)
     rows, columns = a[::_STRIDE], b[::_STRIDE]
     if not (float(rows.sum()) > 0 and float(columns.sum()) > 0):
         return None, torch.zeros_like(b)
@@ -182,24 +178,24 @@ def coarse_start(
     with buffers(2 if n * m <= dense_pairs(x) else 0, n, m, x) as matrices:
         coarse: Kernel
         if matrices:
-            coarse = DenseKernel(cost.fill(matrices[0], xs, ys), matrices[1], rows, columns, epsilon, rho)
+            coarse = DenseKernel(cost.fill(matrices[0], xs, ys), matrices[1], rows, columns, epsilon, kernel.rho)
         else:
-            coarse = BlockedKernel(xs, ys, cost, rows, columns, epsilon, rho)
-        start = coarse_start(coarse, xs, ys, cost=cost, epsilon=epsilon, rho=rho)
-        found = iterate(coarse, coarse.begin(*start), tolerance=0.02, max_iterations=60)
+            coarse = BlockedKernel(xs, ys, cost, rows, columns, epsilon, kernel.rho)
+        F, G = coarse_start(coarse, xs, ys, cost)
+        found = iterate(coarse, coarse.begin(F, G), tolerance=0.02, max_iterations=60)
     F = kernel.damping * soft_minimum(x, ys, columns, found.G, cost, epsilon)
     G = kernel.damping * soft_minimum(y, xs, rows, found.F, cost.transposed(), epsilon)
     return F, G
 
 
-def _anneal(kernel: DenseKernel, rho: float | None) -> Tensor:
+def _anneal(kernel: DenseKernel) -> Tensor:
     """Return the columns' potential, followed from a large epsilon down, in the kernel's own buffers."""
     G = torch.zeros_like(kernel.b)
     warm, enough = kernel.epsilon, float(kernel.C.mean()) / 32
     while warm < enough:
         warm *= 4
     while warm > 1.5 * kernel.epsilon:
-        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, rho)
+        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rho)
         # Potentials scale with 1/ε in units of ε.
         G = 4 * iterate(stage, stage.begin(None, G), tolerance=0.1, max_iterations=8).G
         warm /= 4

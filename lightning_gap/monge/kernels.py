@@ -17,6 +17,7 @@ same arithmetic. Passes over whole matrices are torch's.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
@@ -38,6 +39,7 @@ __all__ = [
     "as_tensor",
     "as_vector",
     "buffers",
+    "damping",
     "row_blocks",
     "soft_minimum",
 ]
@@ -141,6 +143,11 @@ def as_tensor(vector: Vector) -> Tensor:
     return torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
 
 
+def damping(epsilon: float, rho: float | None) -> float:
+    """Return the share of an answer that soft marginals of strength ``rho`` leave of it; 1 for hard ones."""
+    return 1.0 if rho is None else rho / (rho + epsilon)
+
+
 class PlanFactors(NamedTuple):
     """Rows of a plan ``w[:, None] * K * v``; ``K`` and ``C`` may be overwritten.
 
@@ -159,7 +166,7 @@ class PlanFactors(NamedTuple):
     C: Tensor | None
 
 
-class Kernel:
+class Kernel(ABC):
     """What the fixed-point iteration needs: see the module's text.
 
     Args:
@@ -177,8 +184,8 @@ class Kernel:
         self.a, self.b = a, b
         self.a_vector, self.b_vector = as_vector(a), as_vector(b)
         self.numerics: Any = np if isinstance(self.a_vector, np.ndarray) else torch
-        self.epsilon = epsilon
-        self.damping = 1.0 if rho is None else rho / (rho + epsilon)
+        self.epsilon, self.rho = epsilon, rho
+        self.damping = damping(epsilon, rho)
         self.mass = math.nan
 
     def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
@@ -190,16 +197,16 @@ class Kernel:
         """
         return as_vector(torch.zeros_like(self.b) if G is None else G)
 
+    @abstractmethod
     def sweep(self, G: Vector) -> Vector:
         """Set ``F`` and return the columns' answer; not finite where the floating-point format does not bear ``G``."""
-        raise NotImplementedError
 
-    def settle(self, G_next: Vector) -> None:
+    def settle(self, G_next: Vector) -> None:  # noqa: B027
         """Absorb potentials that have drifted, after a sweep that was finite."""
 
+    @abstractmethod
     def plan_factors(self) -> Iterator[PlanFactors]:
         """Yield the last sweep's plan, block by block."""
-        raise NotImplementedError
 
 
 class DenseKernel(Kernel):
@@ -336,12 +343,8 @@ class SymmetricKernel(Kernel):
     relaxation = 0.5
 
     def __init__(self, kernel: DenseKernel | BlockedKernel) -> None:
+        super().__init__(kernel.a, kernel.a, kernel.epsilon, kernel.rho)
         self.kernel = kernel
-        self.a = self.b = kernel.a
-        self.a_vector = self.b_vector = kernel.a_vector
-        self.numerics = kernel.numerics
-        self.epsilon, self.damping = kernel.epsilon, kernel.damping
-        self.mass = math.nan
 
     def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
         """Form the kernel around one potential for both sides."""

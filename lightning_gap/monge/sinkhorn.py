@@ -40,6 +40,7 @@ from lightning_gap.monge.kernels import (
     Kernel,
     SymmetricKernel,
     buffers,
+    damping,
     row_blocks,
     soft_minimum,
 )
@@ -402,7 +403,7 @@ def _solve_ours(
         if isinstance(kernel, SymmetricKernel):
             F, G = None, None
         else:
-            F, G = coarse_start(kernel, p.x, p.y, cost=p.cost, epsilon=epsilon, rho=p.rho)
+            F, G = coarse_start(kernel, p.x, p.y, p.cost)
         found = iterate(kernel, kernel.begin(F, G), tolerance=tolerance, max_iterations=max_iterations)
         gx = torch.zeros_like(p.x) if need[0] else None
         gy = torch.zeros_like(p.y) if need[1] else None
@@ -549,8 +550,7 @@ def _solve_geomloss(problem: Problem, solver: str, epsilon: float, tolerance: fl
     if solver == "tensorized":
         # GeomLoss does not say how far it came: one more soft minimum tells.
         F = f / epsilon
-        damping = 1.0 if p.rho is None else p.rho / (p.rho + epsilon)
-        answer = damping * soft_minimum(p.x, p.y, p.b, g / epsilon, p.cost, epsilon)
+        answer = damping(epsilon, p.rho) * soft_minimum(p.x, p.y, p.b, g / epsilon, p.cost, epsilon)
         error = float(p.a @ torch.expm1(F - answer).abs())
     return OTResult(value, f, g, epsilon, error, 0, not error > tolerance, solver, p)
 
