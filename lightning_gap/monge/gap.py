@@ -10,7 +10,7 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, solve
 
-__all__ = ["Convention", "monge_gap", "sinkhorn_divergence"]
+__all__ = ["Convention", "check_convention", "monge_gap", "sinkhorn_divergence"]
 
 Convention = Literal["shannon", "kl", "debiased"]
 
@@ -74,10 +74,7 @@ def monge_gap(
         >>> float(monge_gap(x, flipped, convention="debiased") - monge_gap(x, shifted, convention="debiased")) > 0.1
         True
     """
-    if convention not in get_args(Convention):
-        raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
-    if reach is not None and convention == "shannon":
-        raise ValueError("reach needs convention='kl' or 'debiased': the Shannon entropy is that of balanced plans")
+    check_convention(convention, reach)
     if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
         return _batched(
             lambda x, mapped, w: monge_gap(
@@ -104,6 +101,19 @@ def monge_gap(
         # KL(P | a⊗a) = 2H(a) - H(P)
         gap = gap + 2 * transport.epsilon * torch.special.entr(a).sum()
     return gap
+
+
+def check_convention(convention: str, reach: float | None) -> None:
+    """Raise ``ValueError`` unless the convention is known, and has a meaning for soft marginals if there are any.
+
+    Args:
+        convention: One of :data:`Convention`.
+        reach: Strength of soft marginals, or ``None``.
+    """
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
+    if reach is not None and convention == "shannon":
+        raise ValueError("reach needs convention='kl' or 'debiased': the Shannon entropy is that of balanced plans")
 
 
 def sinkhorn_divergence(

@@ -1,7 +1,7 @@
 """How good a transport map is, as metrics that add up over batches and processes."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.energy import energy_distance
-from lightning_gap.monge.gap import Convention, monge_gap, sinkhorn_divergence
+from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.samples import check_epsilon, check_pair
 from lightning_gap.monge.sinkhorn import CostLike, check_solver
 
@@ -51,10 +51,12 @@ class _SampleMetric(_MapMetric):
         for name in self._sets:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
+    def _check(self, first: Tensor, second: Tensor) -> None:
+        check_pair(self._sets[0], first, self._sets[1], second, same_length=self._paired)
+
     def _keep(self, first: Tensor, second: Tensor) -> None:
-        (one, two), values = self._sets, (first, second)
-        check_pair(one, first, two, second, same_length=self._paired)
-        for name, samples in zip(self._sets, values, strict=True):
+        self._check(first, second)
+        for name, samples in zip(self._sets, (first, second), strict=True):
             kept = getattr(self, name)
             if kept and kept[0].shape[1] != samples.shape[1]:
                 raise ValueError(
@@ -85,9 +87,7 @@ class _TransportMetric(_SampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_solver(solver)
-        if solver == "exact" and (epsilon is not None or reach is not None):
-            raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
+        check_solver(solver, regularized=epsilon is not None or reach is not None)
         check_epsilon("epsilon", epsilon)
         check_epsilon("relative_epsilon", relative_epsilon)
         check_epsilon("reach", reach)
@@ -102,11 +102,10 @@ class _TransportMetric(_SampleMetric):
             "max_iterations": max_iterations,
         }
 
-    def _keep(self, first: Tensor, second: Tensor) -> None:
-        check_pair(self._sets[0], first, self._sets[1], second, same_length=self._paired)
+    def _check(self, first: Tensor, second: Tensor) -> None:
+        super()._check(first, second)
         self.cost.check_domain(self._sets[0], first)
         self.cost.check_domain(self._sets[1], second)
-        super()._keep(first, second)
 
 
 class MongeGap(_TransportMetric):
@@ -174,10 +173,7 @@ class MongeGap(_TransportMetric):
             max_iterations=max_iterations,
             **kwargs,
         )
-        if convention not in get_args(Convention):
-            raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
-        if reach is not None and convention == "shannon":
-            raise ValueError("reach needs convention='kl' or 'debiased': the Shannon entropy is that of balanced plans")
+        check_convention(convention, reach)
         self.options["convention"] = convention
 
     def update(self, x: Tensor, mapped: Tensor) -> None:

@@ -280,10 +280,9 @@ def solve(
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
     x, y, cost = problem.x, problem.y, problem.cost
+    check_solver(solver, regularized=epsilon is not None or problem.rho is not None)
     chosen = _choose(solver, cost, x, y)
     if chosen == "exact":
-        if epsilon is not None or problem.rho is not None:
-            raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
         return _solve_exact(problem)
     absolute = check_epsilon("epsilon", epsilon)
     if absolute is None and check_epsilon("relative_epsilon", relative_epsilon) is None:
@@ -311,19 +310,21 @@ def solve(
     return result
 
 
-def check_solver(solver: str) -> str:
+def check_solver(solver: str, *, regularized: bool = False) -> str:
     """Return the name of a solver, or raise ``ValueError``.
 
     Args:
         solver: One of :data:`Solver`.
+        regularized: Whether an epsilon or a reach is asked for, which the exact solver has not.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+    if solver == "exact" and regularized:
+        raise ValueError("solver='exact' takes neither epsilon nor reach: it does not regularize")
     return solver
 
 
 def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
-    check_solver(solver)
     if solver == "auto":
         if len(x) * len(y) <= dense_pairs(x):
             return "dense"
