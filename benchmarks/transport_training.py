@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
+from lightning_gap.monge import divergence_and_gap
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.sinkhorn import share_of_mean_cost
 
@@ -115,11 +116,13 @@ class Ours:
     def loss(self, source: Tensor, target: Tensor) -> Tensor:
         """Return what ``MongeMap.training_step`` returns, without logging."""
         mapped = self.model(source)
-        loss = sinkhorn_divergence(mapped, target, epsilon=self.task.fitting_epsilon)
-        if self.task.weight:
-            gap = monge_gap(source, mapped, cost=self.task.cost, epsilon=self.task.gap_epsilon)
-            loss = loss + self.task.weight * gap
-        return loss
+        if not self.task.weight:
+            return sinkhorn_divergence(mapped, target, epsilon=self.task.fitting_epsilon)
+        divergence, gap = divergence_and_gap(
+            source, mapped, target, fitting_epsilon=self.task.fitting_epsilon, cost=self.task.cost,
+            gap_epsilon=self.task.gap_epsilon,
+        )  # fmt: skip
+        return divergence + self.task.weight * gap
 
     def steps(self, part: slice) -> None:
         """Train on some of the batches."""

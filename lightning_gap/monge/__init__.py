@@ -3,7 +3,7 @@
 from lightning_gap.monge import costs
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
-from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
+from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.metrics import (
     DisplacementCosine,
@@ -27,6 +27,7 @@ __all__ = [
     "SinkhornDivergence",
     "UnexplainedVariance",
     "costs",
+    "divergence_and_gap",
     "energy_distance",
     "monge_gap",
     "optimal_transport",

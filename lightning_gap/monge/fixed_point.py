@@ -6,6 +6,7 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from lightning_gap.monge.kernels import (
     as_tensor,
     as_vector,
     buffers,
+    damping,
     soft_minimum,
 )
 
@@ -39,78 +41,96 @@ _LONGEST_JUMP = 20.0
 
 @dataclass(frozen=True)
 class Solution:
-    """Where an iteration ended.
+    """Where the iteration of B problems ended.
 
     Attributes:
-        F: ``(n,)`` potential of the rows, in units of epsilon.
-        G: ``(m,)`` potential of the columns, in units of epsilon.
-        iterations: Sweeps over the full problem.
-        marginal_error: L1 distance of the plan's marginals from the given ones.
-        converged: Whether the tolerance was reached.
+        F: ``(B, n)`` potentials of the rows, in units of epsilon.
+        G: ``(B, m)`` potentials of the columns, in units of epsilon.
+        iterations: Sweeps over each problem, until it was solved.
+        marginal_errors: L1 distance of each plan's marginals from the given ones.
+        converged: Whether each one reached the tolerance.
     """
 
     F: Tensor
     G: Tensor
-    iterations: int
-    marginal_error: float
-    converged: bool
+    iterations: list[int]
+    marginal_errors: list[float]
+    converged: list[bool]
 
 
 class _Anderson:
-    """The last steps and residuals, and the point they extrapolate to; on every other call, which is as good."""
+    """The last steps and residuals of each problem, and what they extrapolate to; on every other call, as good."""
 
     def __init__(self, like: Tensor) -> None:
+        count, m = like.shape
         # More steps than a fraction of the unknowns would be dependent.
-        self.memory = max(1, min(_MEMORY, len(like) // 4))
-        self.steps = as_vector(like.new_zeros(self.memory, len(like)))
+        self.memory = max(1, min(_MEMORY, m // 4))
+        self.steps = as_vector(like.new_zeros(count, self.memory, m))
         # The last row is the present residual: one product then gives all that the least squares need.
-        self.residuals = as_vector(like.new_zeros(self.memory + 1, len(like)))
+        self.residuals = as_vector(like.new_zeros(count, self.memory + 1, m))
         self.regularization = 1e-8 if like.dtype == torch.float32 else 1e-14
-        self.forget()
-
-    def forget(self) -> None:
-        self.count = 0
+        self.calls = 0
         self.last: Vector | None = None
+        # Problems without a last step to compare with, and how many steps each one has.
+        self.fresh: set[int] = set(range(count))
+        self.lengths = [0] * count
+
+    def forget(self, i: int) -> None:
+        """Drop what is known of a problem: rows of zeros do not extrapolate."""
+        self.steps[i] = 0
+        self.residuals[i] = 0
+        self.fresh.add(i)
+        self.lengths[i] = 0
 
     def extrapolate(self, image: Vector, residual: Vector) -> Vector:
-        """Return the next point, from the fixed-point map's image and its weighted residual."""
+        """Return the next points, from the fixed-point map's images and their weighted residuals."""
         last, self.last = self.last, image
         if last is None:
-            self.residuals[-1] = residual
+            self.residuals[:, -1] = residual
+            self.fresh.clear()
             return image
-        j = self.count % self.memory
-        self.steps[j] = image - last
-        self.residuals[j] = residual - self.residuals[-1]
-        self.residuals[-1] = residual
-        self.count += 1
-        if self.count > 2 and self.count % 2:
+        j = self.calls % self.memory
+        self.steps[:, j] = image - last
+        self.residuals[:, j] = residual - self.residuals[:, -1]
+        self.residuals[:, -1] = residual
+        for i in range(len(self.lengths)):
+            self.lengths[i] += 1
+        for i in self.fresh:
+            self.steps[i, j] = 0
+            self.residuals[i, j] = 0
+            self.lengths[i] = 0
+        self.fresh.clear()
+        self.calls += 1
+        if self.calls > 2 and self.calls % 2:
             return image
-        q = min(self.count, self.memory)
-        gram = self.residuals @ self.residuals.T
+        q = min(self.calls, self.memory)
+        gram = self.residuals @ self.residuals.swapaxes(1, 2)
         if isinstance(gram, Tensor):
             gram = gram.cpu().numpy()
         gram = gram.astype(np.float64)
-        matrix, right = gram[:q, :q], gram[:q, -1]
-        matrix.flat[:: q + 1] += self.regularization * matrix.diagonal().max() + 1e-300
-        weights = np.linalg.solve(matrix, right)
+        matrix, right = gram[:, :q, :q], gram[:, :q, -1:]
+        diagonal = np.einsum("bii->bi", matrix)
+        diagonal += self.regularization * diagonal.max(1, keepdims=True) + 1e-300
+        weights = np.linalg.solve(matrix, right).swapaxes(1, 2)
         if isinstance(image, Tensor):
-            jump = torch.from_numpy(weights).to(image) @ self.steps[:q]
+            jump = (torch.from_numpy(weights).to(image) @ self.steps[:, :q])[:, 0]
         else:
-            jump = weights.astype(image.dtype) @ self.steps[:q]
-        return image - jump if float(abs(jump).max()) < _LONGEST_JUMP else image
+            jump = (weights.astype(image.dtype) @ self.steps[:, :q])[:, 0]
+        near = abs(jump).max(1) < _LONGEST_JUMP if isinstance(jump, np.ndarray) else jump.abs().amax(1) < _LONGEST_JUMP
+        return image - jump if near.all() else image - jump * near[:, None]
 
 
 def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int) -> Solution:
-    """Sweep until the marginal error is small enough.
+    """Sweep until the marginal error of each problem is small enough.
 
     Args:
-        kernel: The problem, begun at ``G``.
-        G: ``(m,)`` potential of the columns to start from, in units of epsilon.
+        kernel: The problems, begun at ``G``.
+        G: ``(B, m)`` potentials of the columns to start from, in units of epsilon.
         tolerance: L1 marginal error at which to stop.
         max_iterations: Most sweeps.
 
     Returns:
-        The last swept potentials; the kernel's plan is theirs.
+        The last swept potentials; the kernel's plans are theirs.
 
     Raises:
         FloatingPointError: The costs are too large for epsilon in this floating-point format.
@@ -120,86 +140,135 @@ def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int)
 
 
 def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -> Solution:
+    count = len(G)
     anderson = _Anderson(kernel.b)
     root = kernel.numerics.sqrt(kernel.b_vector)
-    best, safe, iterations, restarted = math.inf, G, 0, -1
+    safe, iterations = G, 0
+    best, solved_after, restarted = [math.inf] * count, [0] * count, [-1] * count
     while True:
-        answer = kernel.sweep(G)
-        residual = answer - G
-        error = float(kernel.b_vector @ abs(kernel.numerics.expm1(-residual)))
+        residual, marginal_errors = kernel.sweep(G)
+        errors = marginal_errors.tolist()
         iterations += 1
-        if not math.isfinite(error):
-            if iterations == restarted + 1:
-                raise FloatingPointError(
-                    f"the costs are too large for epsilon = {kernel.epsilon:.3g} in {kernel.b.dtype}: use a larger "
-                    "epsilon, or float64; if a network made the samples, lower its learning rate"
-                )
-            G = safe = kernel.begin(None, as_tensor(safe))
-            best, restarted = math.inf, iterations
-            anderson.forget()
-            continue
-        if error <= tolerance or iterations >= max_iterations:
-            return Solution(as_tensor(kernel.F), as_tensor(G), iterations, error, error <= tolerance)
-        if not error <= 4 * best and anderson.count:
-            # The extrapolation led astray: back to where plain Sinkhorn would have gone.
-            G, best = safe, math.inf
-            anderson.forget()
-            continue
+        for i, error in enumerate(errors):
+            if error <= tolerance and not solved_after[i]:
+                solved_after[i] = iterations
+        if all(solved_after) or (iterations >= max_iterations and all(map(math.isfinite, errors))):
+            return Solution(
+                as_tensor(kernel.row_potentials),
+                as_tensor(G),
+                [after or iterations for after in solved_after],
+                errors,
+                [after > 0 for after in solved_after],
+            )
+        image = G + (residual if kernel.relaxation == 1 else kernel.relaxation * residual)
+        for i, error in enumerate(errors):
+            if solved_after[i]:
+                # It stays where it is while the others go on.
+                image[i] = G[i]
+                residual[i] = 0
+            elif not math.isfinite(error):
+                if iterations == restarted[i] + 1:
+                    raise FloatingPointError(
+                        f"the costs are too large for epsilon = {kernel.epsilons[i]:.3g} in {kernel.b.dtype}: use a "
+                        "larger epsilon, or float64; if a network made the samples, lower its learning rate"
+                    )
+                image[i] = kernel.restart(i, as_tensor(safe[i]))
+                residual[i] = 0
+                best[i], restarted[i] = math.inf, iterations
+                anderson.forget(i)
+            elif not error <= 4 * best[i] and anderson.lengths[i]:
+                # The extrapolation led astray: back to where plain Sinkhorn would have gone.
+                image[i] = safe[i]
+                residual[i] = 0
+                best[i] = math.inf
+                anderson.forget(i)
+            else:
+                best[i] = min(best[i], error)
         if iterations < 4 or iterations % 4 == 0:
-            kernel.settle(answer)
-        best = min(best, error)
-        safe = answer if kernel.relaxation == 1 else G + kernel.relaxation * residual
-        G = anderson.extrapolate(safe, residual * root)
+            kernel.settle(image)
+        safe = image
+        G = anderson.extrapolate(image, residual * root)
 
 
-def coarse_start(kernel: Kernel, x: Tensor, y: Tensor, cost: Cost) -> tuple[Tensor | None, Tensor | None]:
+def coarse_start(
+    kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Sequence[Cost]
+) -> tuple[Tensor, Tensor]:
     """Return first potentials of rows and columns, from every fourth point and so on down, or by annealing epsilon.
 
     Args:
-        kernel: The problem's kernel.
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        cost: The ground cost.
+        kernel: The kernel of B problems.
+        xs: B sets of ``(n, d)`` samples.
+        ys: B sets of ``(m, d)`` samples.
+        costs: B ground costs.
 
     Returns:
-        ``F`` (``None`` where ``G`` is only rough) and ``G`` (``None`` for zeros), in units of epsilon.
+        ``(B, n)`` and ``(B, m)`` potentials, in units of epsilon.
     """
-    a, b, epsilon = kernel.a, kernel.b, kernel.epsilon
-    if isinstance(kernel, DenseKernel) and float(kernel.C.amax()) < _FLAT * epsilon:
-        return None, None
-    if min(len(x), len(y)) <= _COARSEST:
-        return None, _anneal(kernel) if isinstance(kernel, DenseKernel) else torch.zeros_like(b)
-    rows, columns = a[::_STRIDE], b[::_STRIDE]
-    if not (float(rows.sum()) > 0 and float(columns.sum()) > 0):
-        return None, torch.zeros_like(b)
-    rows, columns = rows * (a.sum() / rows.sum()), columns * (b.sum() / columns.sum())
-    xs, ys = x[::_STRIDE].contiguous(), y[::_STRIDE].contiguous()
-    n, m = len(xs), len(ys)
-    with buffers(2 if n * m <= dense_pairs(x) else 0, n, m, x) as matrices:
-        coarse: Kernel
-        if matrices:
-            coarse = DenseKernel(cost.fill(matrices[0], xs, ys), matrices[1], rows, columns, epsilon, kernel.rho)
-        else:
-            coarse = BlockedKernel(xs, ys, cost, rows, columns, epsilon, kernel.rho)
-        F, G = coarse_start(coarse, xs, ys, cost)
-        found = iterate(coarse, coarse.begin(F, G), tolerance=0.02, max_iterations=60)
-    F = kernel.damping * soft_minimum(x, ys, columns, found.G, cost, epsilon)
-    G = kernel.damping * soft_minimum(y, xs, rows, found.F, cost.transposed(), epsilon)
+    F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
+    steep = list(range(len(xs)))
+    if isinstance(kernel, DenseKernel):
+        steep = [i for i in steep if float(kernel.C[i].amax()) >= _FLAT * kernel.epsilons[i]]
+    # Problems that are all to be started are so together, others one by one.
+    parts = [slice(0, len(xs))] if len(steep) == len(xs) else [slice(i, i + 1) for i in steep]
+    for part in parts:
+        F[part], G[part] = _start(kernel[part], xs[part], ys[part], costs[part])
     return F, G
 
 
-def _anneal(kernel: DenseKernel) -> Tensor:
-    """Return the columns' potential, followed from a large epsilon down, in the kernel's own buffers."""
-    G = torch.zeros_like(kernel.b)
-    warm, enough = kernel.epsilon, float(kernel.C.mean()) / 32
-    while warm < enough:
-        warm *= 4
-    while warm > 1.5 * kernel.epsilon:
-        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rho)
+def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Sequence[Cost]) -> tuple[Tensor, Tensor]:
+    F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
+    if min(kernel.a.shape[1], kernel.b.shape[1]) <= _COARSEST:
+        return _anneal(kernel) if isinstance(kernel, DenseKernel) else (F, G)
+    rows, columns = (w[:, ::_STRIDE] for w in (kernel.a, kernel.b))
+    row_sums, column_sums = (w.sum(1, keepdim=True) for w in (rows, columns))
+    if not (float(row_sums.min()) > 0 and float(column_sums.min()) > 0):
+        return F, G
+    rows = rows * (kernel.a.sum(1, keepdim=True) / row_sums)
+    columns = columns * (kernel.b.sum(1, keepdim=True) / column_sums)
+    fewer_xs, fewer_ys = ([points[::_STRIDE].contiguous() for points in sets] for sets in (xs, ys))
+    count, n, m = len(xs), rows.shape[1], columns.shape[1]
+    like = xs[0]
+    with buffers(2 if n * m <= dense_pairs(like) else 0, count * n, m, like) as matrices:
+        coarse: Kernel
+        if matrices:
+            C, K = (matrix.view(count, n, m) for matrix in matrices)
+            for i, cost in enumerate(costs):
+                cost.fill(C[i], fewer_xs[i], fewer_ys[i])
+            coarse = DenseKernel(C, K, rows, columns, kernel.epsilons, kernel.rhos)
+        else:
+            coarse = BlockedKernel(
+                fewer_xs[0], fewer_ys[0], costs[0], rows[0], columns[0], kernel.epsilons[0], kernel.rhos[0]
+            )
+        start = coarse.begin(*coarse_start(coarse, fewer_xs, fewer_ys, costs))
+        found = iterate(coarse, start, tolerance=0.02, max_iterations=60)
+    for i, (cost, epsilon, rho) in enumerate(zip(costs, kernel.epsilons, kernel.rhos, strict=True)):
+        share = damping(epsilon, rho)
+        F[i] = share * soft_minimum(xs[i], fewer_ys[i], columns[i], found.G[i], cost, epsilon)
+        G[i] = share * soft_minimum(ys[i], fewer_xs[i], rows[i], found.F[i], cost.transposed(), epsilon)
+    return F, G
+
+
+def _anneal(kernel: DenseKernel) -> tuple[Tensor, Tensor]:
+    """Return the potentials, followed from a large epsilon down, in the kernel's own buffers."""
+    stages = 0
+    for C, epsilon in zip(kernel.C, kernel.epsilons, strict=True):
+        enough = float(C.mean()) / 32
+        while epsilon * 4**stages < enough:
+            stages += 1
+    F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
+    for k in range(max(stages, 1), 0, -1):
+        warm = [epsilon * 4**k for epsilon in kernel.epsilons]
+        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rhos)
+        if k == max(stages, 1):
+            start = as_vector(G)
+            for i in range(len(G)):
+                start[i] = stage.restart(i, G[i])
+        else:
+            start = stage.begin(F, G)
+        found = iterate(stage, start, tolerance=0.1, max_iterations=8)
         # Potentials scale with 1/ε in units of ε.
-        G = 4 * iterate(stage, stage.begin(None, G), tolerance=0.1, max_iterations=8).G
-        warm /= 4
-    return G
+        F, G = 4 * found.F, 4 * found.G
+    return F, G
 
 
 def dense_pairs(like: Tensor) -> int:

@@ -1,6 +1,6 @@
 r"""The two quantities everything in this room stands on: the Monge gap and the Sinkhorn divergence."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
-from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, solve
+from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, check_regularization, solve_all
 
-__all__ = ["Convention", "check_convention", "monge_gap", "sinkhorn_divergence"]
+__all__ = ["Convention", "check_convention", "divergence_and_gap", "monge_gap", "sinkhorn_divergence"]
 
 Convention = Literal["shannon", "kl", "debiased"]
 
@@ -75,32 +75,14 @@ def monge_gap(
         True
     """
     check_convention(convention, reach)
+    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, solver
     if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
-        return _batched(
-            lambda x, mapped, w: monge_gap(
-                x, mapped, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, convention=convention,
-                weights=w, reach=reach, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-            ),
-            "mapped", x, mapped, weights,
-        )  # fmt: skip
-    check_pair("x", x, "mapped", mapped, same_length=True)
-    cost, rho = resolve(cost), check_epsilon("reach", reach)
-    cost.check_domain("x", x)
-    cost.check_domain("mapped", mapped)
-    x, mapped = solver_precision(x), solver_precision(mapped)
-    a = check_weights("weights", weights, x, balanced=rho is None)
-    options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
-    problem = Problem(x, mapped, a, a, cost, rho)
-    transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
-    gap = (a * cost.paired(x, mapped)).sum() - transport.value
-    if transport.solver == "exact":
-        return gap
-    if convention == "debiased":
-        gap = gap + _self_terms(problem, transport, options)
-    elif convention == "shannon":
-        # KL(P | a⊗a) = 2H(a) - H(P)
-        gap = gap + 2 * transport.epsilon * torch.special.entr(a).sum()
-    return gap
+        each = _each("mapped", x, mapped, weights)
+        problems = [_gap_problem(x, mapped, w, cost, *regularization) for x, mapped, w in each]
+    else:
+        problems = [_gap_problem(x, mapped, weights, cost, *regularization)]
+    gaps = _values([], problems, convention, solver, tolerance, max_iterations)[1]
+    return torch.stack(gaps) if x.dim() == 3 else gaps[0]
 
 
 def check_convention(convention: str, reach: float | None) -> None:
@@ -164,53 +146,171 @@ def sinkhorn_divergence(
         >>> round(float(sinkhorn_divergence(x, x + 3, epsilon=0.01)), 2)
         9.0
     """
+    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, solver
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3:
-        return _batched(
-            lambda x, y, v, w: sinkhorn_divergence(
-                x, y, cost=cost, epsilon=epsilon, relative_epsilon=relative_epsilon, weights=(v, w), reach=reach,
-                solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-            ),
-            "y", x, y, *weights,
-        )  # fmt: skip
+        each = _each("y", x, y, *weights)
+        problems = [_divergence_problem(x, y, w, cost, *regularization) for x, y, *w in each]
+    else:
+        problems = [_divergence_problem(x, y, weights, cost, *regularization)]
+    divergences = _values(problems, [], "kl", solver, tolerance, max_iterations)[0]
+    return torch.stack(divergences) if x.dim() == 3 else divergences[0]
+
+
+def divergence_and_gap(
+    x: Tensor,
+    mapped: Tensor,
+    y: Tensor,
+    *,
+    fitting_cost: CostLike = "sqeuclidean",
+    fitting_epsilon: float | None = None,
+    cost: CostLike = "sqeuclidean",
+    gap_epsilon: float | None = None,
+    reach: float | None = None,
+    solver: str = "auto",
+    tolerance: float = 1e-3,
+    max_iterations: int = 2000,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the two terms that a transport map is trained by, solved together.
+
+    .. math::
+        S_{\varepsilon_1}(T\sharp\mu, \nu), \quad M^c_{\varepsilon_2}(T)
+
+    The values are those of ``sinkhorn_divergence(mapped, y)`` and ``monge_gap(x, mapped)``. For batches of some hundred
+    samples a solver's time is that of its calls, which the terms share here where their shapes agree.
+
+    Args:
+        x: ``(n, d)`` samples of the source.
+        mapped: ``(n, d)`` images of them.
+        y: ``(m, d)`` samples of the target.
+        fitting_cost: Ground cost of the divergence.
+        fitting_epsilon: Its regularization, in units of the cost; by default 5 % of the mean cost.
+        cost: Ground cost of the gap.
+        gap_epsilon: Its regularization, in units of the cost; by default 1 % of the mean cost.
+        reach: Strength of the divergence's soft marginals, in units of its cost; ``None`` for balanced ones.
+        solver: See :func:`optimal_transport`.
+        tolerance: L1 marginal error at which the solver stops.
+        max_iterations: Most sweeps of the solver.
+
+    Returns:
+        Two scalars, differentiable in ``x``, ``mapped`` and ``y``.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor.
+        ValueError: Shapes do not fit, values are not finite, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> from lightning_gap.monge import divergence_and_gap
+        >>> x = torch.linspace(0, 1, 50)[:, None]
+        >>> divergence, gap = divergence_and_gap(x, x + 1, x + 1)
+        >>> abs(round(float(divergence), 4))
+        0.0
+    """
+    rho = check_epsilon("reach", reach)
+    fitting = _divergence_problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, solver)
+    regularizing = _gap_problem(x, mapped, None, cost, None, gap_epsilon, 0.01, solver)
+    divergences, gaps = _values([fitting], [regularizing], "shannon", solver, tolerance, max_iterations)
+    return divergences[0], gaps[0]
+
+
+def _gap_problem(
+    x: Tensor,
+    mapped: Tensor,
+    weights: Tensor | None,
+    cost: CostLike,
+    rho: float | None,
+    epsilon: float | None,
+    relative_epsilon: float,
+    solver: str,
+) -> Problem:
+    check_pair("x", x, "mapped", mapped, same_length=True)
+    cost = resolve(cost)
+    cost.check_domain("x", x)
+    cost.check_domain("mapped", mapped)
+    x, mapped = solver_precision(x), solver_precision(mapped)
+    a = check_weights("weights", weights, x, balanced=rho is None)
+    return Problem(x, mapped, a, a, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+
+
+def _divergence_problem(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor | None],
+    cost: CostLike,
+    rho: float | None,
+    epsilon: float | None,
+    relative_epsilon: float,
+    solver: str,
+) -> Problem:
     check_pair("x", x, "y", y)
-    cost, rho = resolve(cost), check_epsilon("reach", reach)
+    cost = resolve(cost)
     cost.check_domain("x", x)
     cost.check_domain("y", y)
     x, y = solver_precision(x), solver_precision(y)
     a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
     b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
-    options: dict[str, Any] = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
-    problem = Problem(x, y, a, b, cost, rho)
-    transport = solve(problem, epsilon=epsilon, relative_epsilon=relative_epsilon, **options)
-    if transport.solver == "exact":
-        return transport.value
-    divergence = transport.value - _self_terms(problem, transport, options)
-    if rho is not None:
-        divergence = divergence + transport.epsilon / 2 * (a.sum() - b.sum()).square()
+    return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+
+
+def _values(
+    fitting: list[Problem],
+    regularizing: list[Problem],
+    convention: str,
+    solver: str,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the divergences and the gaps of problems whose arguments have been checked."""
+    problems = fitting + regularizing
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+    solved = solve_all(problems, solver=solver, **options)
+    if solver == "exact":
+        paid = [_paid(p) for p in regularizing]
+        values = [result.value for result in solved]
+        return values[: len(fitting)], [c - v for c, v in zip(paid, values[len(fitting) :], strict=True)]
+    debiased = len(fitting) + (len(regularizing) if convention == "debiased" else 0)
+    self_terms = _self_terms(problems[:debiased], solved[:debiased], solver, options)
+    divergences = [_divergence(*one) for one in zip(fitting, solved, self_terms, strict=False)]
+    gaps = []
+    for k, p in enumerate(regularizing, start=len(fitting)):
+        gap = _paid(p) - solved[k].value
+        if convention == "debiased":
+            gap = gap + self_terms[k]
+        elif convention == "shannon":
+            # KL(P | a⊗a) = 2H(a) - H(P)
+            gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
+        gaps.append(gap)
+    return divergences, gaps
+
+
+def _paid(p: Problem) -> Tensor:
+    return (p.a * p.cost.paired(p.x, p.y)).sum()
+
+
+def _divergence(p: Problem, result: OTResult, self_terms: Tensor) -> Tensor:
+    divergence = result.value - self_terms
+    if p.rho is not None:
+        divergence = divergence + result.epsilon / 2 * (p.a.sum() - p.b.sum()).square()
     return divergence
 
 
-def _self_terms(problem: Problem, transport: OTResult, options: dict[str, Any]) -> Tensor:
-    """Return half of the costs of both measures to themselves, solved as the transport between them was."""
-    options = options | {"solver": transport.solver}
-    terms = [
-        solve(
-            Problem(points, points, w, w, problem.cost, problem.rho),
-            epsilon=transport.epsilon,
-            relative_epsilon=1.0,
-            **options,
-        ).value
-        for points, w in ((problem.x, problem.a), (problem.y, problem.b))
+def _self_terms(problems: list[Problem], solved: list[OTResult], solver: str, options: dict[str, Any]) -> list[Tensor]:
+    """Return half of the costs of both measures to themselves, for each problem, at the epsilon it was solved at."""
+    both = [
+        Problem(points, points, w, w, p.cost, p.rho, result.epsilon)
+        for p, result in zip(problems, solved, strict=True)
+        for points, w in ((p.x, p.a), (p.y, p.b))
     ]
-    return torch.stack(terms).sum() / 2
+    values = [result.value for result in solve_all(both, solver=solver, **options)]
+    return [(values[k] + values[k + 1]) / 2 for k in range(0, len(values), 2)]
 
 
-def _batched(function: Callable[..., Tensor], name: str, x: Tensor, y: Tensor, *weights: Tensor | None) -> Tensor:
-    """Return the function's values for each of ``(B, n, d)`` problems."""
+def _each(name: str, x: Tensor, y: Tensor, *weights: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Return the arguments of each of ``(B, n, d)`` problems."""
     if len(x) != len(y):
         raise ValueError(f"x holds {len(x)} problems but {name} {len(y)}: their first dimensions must agree")
     for w in weights:
         if w is not None and (w.dim() != 2 or len(w) != len(x)):
             raise ValueError(f"weights must have shape ({len(x)}, n) for {len(x)} problems, got {tuple(w.shape)}")
     rows = ([None] * len(x) if w is None else list(w) for w in weights)
-    return torch.stack([function(*problem) for problem in zip(x, y, *rows, strict=True)])
+    return zip(x, y, *rows, strict=True)

@@ -1,43 +1,46 @@
 r"""Sinkhorn updates, as operators on potentials.
 
-A sweep takes the columns' potential :math:`G`, finds the rows' best :math:`F`, and returns the columns' best answer to
-it. All potentials here are in units of :math:`\varepsilon`, and the plan is
-:math:`P_{ij} = a_i b_j e^{F_i + G_j - C_{ij}/\varepsilon}`.
+A sweep takes the columns' potential :math:`G`, finds the rows' best :math:`F`, and says how far the columns' best
+answer to it is. All potentials here are in units of :math:`\varepsilon`, and the plan is
+:math:`P_{ij} = a_i b_j e^{F_i + G_j - C_{ij}/\varepsilon}`. A kernel holds several problems of one shape, which are
+swept together: a sweep of a small problem is mostly calls.
 
 * :class:`DenseKernel` keeps :math:`K = e^{F_0 \oplus G_0 - C/\varepsilon}`, formed once around absorbed potentials
   (Schmitzer 2019, "Stabilized sparse scaling algorithms"): a sweep is two matrix-vector products instead of
   :math:`2 n^2` exponentials.
 * :class:`BlockedKernel` never holds the matrix: it forms a block of rows at a time, in cache, and gets both updates
   from one pass, because a row's :math:`F_i` depends on that row alone.
-* :class:`SymmetricKernel` is for a measure against itself, where both potentials agree.
+
+A measure against itself has one potential for both sides; its sweep is half of one.
 
 Potentials are NumPy arrays on a CPU and tensors elsewhere: an operation on a short vector costs NumPy a quarter of what
 it costs torch, and a product with a vector up to a third, where torch's MKL does not know the processor. Both take the
-same arithmetic. Passes over whole matrices are torch's.
+same arithmetic.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from lightning_gap.monge.costs import Cost
+from lightning_gap.monge.costs import Cost, PlanFactors
 
 __all__ = [
     "BlockedKernel",
     "DenseKernel",
     "Kernel",
-    "PlanFactors",
-    "SymmetricKernel",
     "Vector",
     "as_tensor",
     "as_vector",
+    "blas_threads",
     "buffers",
     "damping",
     "row_blocks",
@@ -53,6 +56,11 @@ _BLOCK = 1 << 20
 _GPU_BLOCK = 1 << 26
 # Memory kept from one call to the next, for each thread: fresh pages cost more than the work on them.
 _KEPT_BYTES = 1 << 28
+# NumPy's exponential takes half the time of torch's on one thread, but knows only that one.
+_FEW_THREADS, _FEW_NUMBERS = 2, 1 << 16
+# A matrix up to this size is multiplied by one thread: a second one gains little, and loses milliseconds in each
+# product where another process has its core.
+_ONE_THREAD_NUMBERS = 1 << 20
 
 
 class _Pool(local):
@@ -95,6 +103,22 @@ def buffers(count: int, n: int, m: int, like: Tensor) -> Iterator[list[Tensor]]:
                 pool.append(flat)
 
 
+@cache
+def _blas() -> Any:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def blas_threads(numbers: int) -> Iterator[None]:
+    """Let NumPy's BLAS take one thread for small matrices, and no more than torch for large ones.
+
+    Args:
+        numbers: Size of the matrix.
+    """
+    with _blas().limit(limits=1 if numbers <= _ONE_THREAD_NUMBERS else torch.get_num_threads()):
+        yield
+
+
 def block_rows(like: Tensor, m: int) -> int:
     """Return how many rows a block of ``m`` columns has."""
     return max(1, (_BLOCK if like.device.type == "cpu" else _GPU_BLOCK) // m)
@@ -105,6 +129,23 @@ def row_blocks(x: Tensor, m: int) -> Iterator[slice]:
     n, rows = len(x), block_rows(x, m)
     for start in range(0, n, rows):
         yield slice(start, min(n, start + rows))
+
+
+def exponentiate(exponents: Tensor, *, at_most: float = 3e38) -> Tensor:
+    """Replace exponents by their exponentials.
+
+    Args:
+        exponents: A contiguous matrix.
+        at_most: A bound that is known; larger ones overflow.
+    """
+    on_cpu = exponents.device.type == "cpu"
+    if on_cpu and (torch.get_num_threads() <= _FEW_THREADS or exponents.numel() <= _FEW_NUMBERS):
+        array = exponents.numpy()
+        # Two bounds are clipped four times as fast as one.
+        np.clip(array, _LOWEST_EXPONENT, at_most, out=array)
+        np.exp(array, out=array)
+        return exponents
+    return exponents.clamp_min_(_LOWEST_EXPONENT).exp_()
 
 
 def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon: float) -> Tensor:
@@ -119,13 +160,12 @@ def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon
         epsilon: Regularization, in units of the cost.
     """
     F = x.new_empty(len(x))
-    offset = G + b.log()
-    fill, buffer = cost.filler(y), x.new_empty(min(len(x), block_rows(x, len(y))), len(y))
+    fill, buffer = cost.exponents(y, G, epsilon), x.new_empty(min(len(x), block_rows(x, len(y))), len(y))
     for rows in row_blocks(x, len(y)):
         block = fill(buffer[: rows.stop - rows.start], x[rows])
-        torch.sub(offset, block, alpha=1 / epsilon, out=block)
         top = block.amax(dim=1)
-        F[rows] = -top - block.sub_(top[:, None]).exp_().sum(dim=1).log()
+        sums = exponentiate(block.sub_(top[:, None]), at_most=0) @ b
+        F[rows] = -top - sums.log()
     return F
 
 
@@ -148,219 +188,284 @@ def damping(epsilon: float, rho: float | None) -> float:
     return 1.0 if rho is None else rho / (rho + epsilon)
 
 
-class PlanFactors(NamedTuple):
-    """Rows of a plan ``w[:, None] * K * v``; ``K`` and ``C`` may be overwritten.
-
-    Attributes:
-        rows: Which rows.
-        w: ``(rows,)`` factors.
-        K: ``(rows, m)`` matrix.
-        v: ``(m,)`` factors.
-        C: ``(rows, m)`` costs, where they are at hand.
-    """
-
-    rows: slice
-    w: Tensor
-    K: Tensor
-    v: Tensor
-    C: Tensor | None
-
-
 class Kernel(ABC):
-    """What the fixed-point iteration needs: see the module's text.
+    """B problems of one shape, as the fixed-point iteration needs them: see the module's text.
 
     Args:
-        a: ``(n,)`` weights of the rows.
-        b: ``(m,)`` weights of the columns.
-        epsilon: Regularization, in units of the cost.
-        rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+        a: ``(B, n)`` weights of the rows.
+        b: ``(B, m)`` weights of the columns.
+        epsilons: B regularizations, in units of the cost.
+        rhos: B strengths of soft marginals, in units of the cost; all ``None`` for hard ones.
+        symmetric: Whether these are measures against themselves.
     """
 
-    F: Vector
-    # Share of the way to the columns' best answer that is taken.
-    relaxation = 1.0
-
-    def __init__(self, a: Tensor, b: Tensor, epsilon: float, rho: float | None) -> None:
+    def __init__(
+        self, a: Tensor, b: Tensor, epsilons: Sequence[float], rhos: Sequence[float | None], symmetric: bool
+    ) -> None:
         self.a, self.b = a, b
         self.a_vector, self.b_vector = as_vector(a), as_vector(b)
         self.numerics: Any = np if isinstance(self.a_vector, np.ndarray) else torch
-        self.epsilon, self.rho = epsilon, rho
-        self.damping = damping(epsilon, rho)
-        self.mass = math.nan
+        self.epsilons, self.rhos, self.symmetric = list(epsilons), list(rhos), symmetric
+        # Share of the way to the columns' best answer that is taken: the averaged fixed point of a measure against
+        # itself converges in a few sweeps (Feydy et al. 2019, section 3.2).
+        self.relaxation = 0.5 if symmetric else 1.0
+        self.damping: Vector = None
+        if rhos[0] is not None:
+            shares = [[damping(epsilon, rho)] for epsilon, rho in zip(epsilons, rhos, strict=True)]
+            self.damping = as_vector(a.new_tensor(shares))
 
-    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
-        """Prepare for potentials; return the columns' one to start from.
+    def __getitem__(self, part: slice) -> "Kernel":
+        """Return some of the problems."""
+        return self
+
+    def begin(self, F: Tensor, G: Tensor) -> Vector:
+        """Prepare for potentials; return the columns' ones to start from.
 
         Args:
-            F: ``(n,)`` potential that answers ``G``, or ``None`` where ``G`` may be far off.
-            G: ``(m,)`` potential; ``None`` for zeros on both sides.
+            F: ``(B, n)`` potentials that answer ``G``.
+            G: ``(B, m)`` potentials.
         """
-        return as_vector(torch.zeros_like(self.b) if G is None else G)
+        return as_vector(G)
+
+    def restart(self, i: int, G: Tensor) -> Vector:
+        """Prepare a problem anew for a potential that may be far off; return the one to go on from.
+
+        Args:
+            i: Which problem.
+            G: ``(m,)`` potential.
+        """
+        return as_vector(G)
 
     @abstractmethod
-    def sweep(self, G: Vector) -> Vector:
-        """Set ``F`` and return the columns' answer; not finite where the floating-point format does not bear ``G``."""
+    def sweep(self, G: Vector) -> tuple[Vector, Vector]:
+        """Answer ``(B, m)`` potentials; keep the rows' answers.
+
+        Returns:
+            ``(B, m)`` differences of the columns' best answers from ``G``, and the B marginal errors; not finite where
+            the floating-point format does not bear ``G``.
+        """
+
+    @property
+    @abstractmethod
+    def row_potentials(self) -> Vector:
+        """The ``(B, n)`` potentials of the rows after the last sweep."""
 
     def settle(self, G_next: Vector) -> None:  # noqa: B027
         """Absorb potentials that have drifted, after a sweep that was finite."""
 
     @abstractmethod
-    def plan_factors(self) -> Iterator[PlanFactors]:
-        """Yield the last sweep's plan, block by block."""
+    def plan_factors(self, i: int) -> Iterator[PlanFactors]:
+        """Yield the last sweep's plan of a problem, block by block."""
+
+    @abstractmethod
+    def mass(self, i: int) -> float:
+        """Return the mass of a problem's plan, once its factors were yielded."""
 
 
 class DenseKernel(Kernel):
-    """A kernel matrix in memory.
+    """Kernel matrices in memory.
 
     Args:
-        C: ``(n, m)`` costs.
-        K: ``(n, m)`` buffer.
+        C: ``(B, n, m)`` costs.
+        K: ``(B, n, m)`` buffer.
         a: See :class:`Kernel`.
         b: See :class:`Kernel`.
-        epsilon: See :class:`Kernel`.
-        rho: See :class:`Kernel`.
+        epsilons: See :class:`Kernel`.
+        rhos: See :class:`Kernel`.
+        symmetric: See :class:`Kernel`.
     """
 
-    def __init__(self, C: Tensor, K: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: float | None) -> None:
-        super().__init__(a, b, epsilon, rho)
+    def __init__(
+        self,
+        C: Tensor,
+        K: Tensor,
+        a: Tensor,
+        b: Tensor,
+        epsilons: Sequence[float],
+        rhos: Sequence[float | None],
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(a, b, epsilons, rhos, symmetric)
         self.C, self.K = C, K
+        self.matrices = as_vector(K)
+        self.F0, self.G0 = as_vector(torch.zeros_like(a)), as_vector(torch.zeros_like(b))
 
-    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
-        """Form the kernel; from an unknown ``G`` by hard c-transforms, so that no row or column is without a 1."""
-        if G is None:
-            torch.mul(self.C, -1 / self.epsilon, out=self.K)
-            F, G = torch.zeros_like(self.a), torch.zeros_like(self.b)
+    def __getitem__(self, part: slice) -> "DenseKernel":
+        """Return some of the problems, in the same memory."""
+        a, b = self.a[part], self.b[part]
+        return DenseKernel(self.C[part], self.K[part], a, b, self.epsilons[part], self.rhos[part], self.symmetric)
+
+    def begin(self, F: Tensor, G: Tensor) -> Vector:
+        """Form the kernels around the potentials."""
+        for i in range(len(F)):
+            self._absorb(i, F[i], G[i])
+        return as_vector(G.clone())
+
+    def restart(self, i: int, G: Tensor) -> Vector:
+        """Form a kernel around hard c-transforms, so that no row or column is without a 1."""
+        K = torch.mul(self.C[i], 1 / self.epsilons[i], out=self.K[i])
+        F = K.sub_(G).amin(dim=1)
+        G = G + K.sub_(F[:, None]).amin(dim=0)
+        self._absorb(i, F, G)
+        return as_vector(G)
+
+    def _absorb(self, i: int, F: Tensor, G: Tensor) -> None:
+        self.F0[i], self.G0[i] = as_vector(F), as_vector(G)
+        K = torch.sub(G, self.C[i], alpha=1 / self.epsilons[i], out=self.K[i])
+        if F.any():
+            K.add_(F[:, None])
+        exponentiate(K)
+
+    def sweep(self, G: Vector) -> tuple[Vector, Vector]:
+        """Two matrix-vector products for each problem; one for a measure against itself."""
+        self.G = G
+        scale = self.numerics.exp(G - self.G0)
+        self.v = scale * self.b_vector
+        self.s = (self.matrices @ self.v[..., None])[..., 0]
+        if self.symmetric:
+            self.w, sums = self.v, self.s
         else:
-            if F is None:
-                torch.mul(self.C, 1 / self.epsilon, out=self.K)
-                F = self.K.sub_(G).amin(dim=1)
-                G = G + self.K.sub_(F[:, None]).amin(dim=0)
-            torch.sub(G, self.C, alpha=1 / self.epsilon, out=self.K).add_(F[:, None])
-        self.K.clamp_min_(_LOWEST_EXPONENT).exp_()
-        self.F0, self.G0 = as_vector(F), as_vector(G)
-        self.matrix = as_vector(self.K)
-        return self.G0
-
-    def rows(self, G: Vector) -> Vector:
-        """Return the rows' answer to ``G``: one matrix-vector product."""
-        self.v = self.numerics.exp(G - self.G0) * self.b_vector
-        self.s = self.matrix @ self.v
-        F = self.F0 - self.numerics.log(self.s)
-        return F if self.damping == 1 else F * self.damping
-
-    def sweep(self, G: Vector) -> Vector:
-        """Two matrix-vector products."""
-        self.F = self.rows(G)
-        if self.damping == 1:
             self.w = self.a_vector / self.s
+            if self.damping is not None:
+                self.w = self.a_vector * self.numerics.exp(self.row_potentials - self.F0)
+            sums = (self.w[:, None] @ self.matrices)[:, 0]
+        if self.damping is None:
+            # The plan's columns, as shares of what they should be.
+            shares = scale * sums
+            residual = -self.numerics.log(shares)
+            shares -= 1
         else:
-            self.w = self.a_vector * self.numerics.exp(self.F - self.F0)
-        answer = self.G0 - self.numerics.log(self.w @ self.matrix)
-        return answer if self.damping == 1 else answer * self.damping
+            residual = self.damping * (self.G0 - self.numerics.log(sums)) - G
+            shares = self.numerics.expm1(-residual)
+        return residual, (self.b_vector * abs(shares)).sum(1)
+
+    @property
+    def row_potentials(self) -> Vector:
+        """The rows' answers, from their sums; a measure against itself has its one potential."""
+        if self.symmetric:
+            return self.G
+        F = self.F0 - self.numerics.log(self.s)
+        return F if self.damping is None else F * self.damping
 
     def settle(self, G_next: Vector) -> None:
-        """Form the kernel anew where the last sweep ended far from it."""
-        if not abs(G_next - self.G0).max() < _DRIFT:
-            self.begin(as_tensor(self.F), as_tensor(G_next))
+        """Form kernels anew where the last sweep ended far from them."""
+        far = ~(self.numerics.amax(abs(G_next - self.G0), 1) < _DRIFT)
+        if far.any():
+            F = G_next if self.symmetric else self.row_potentials
+            for i in far.nonzero()[0] if isinstance(far, np.ndarray) else far.nonzero()[:, 0].tolist():
+                self._absorb(int(i), as_tensor(F[i]), as_tensor(G_next[i]))
 
-    def plan_factors(self) -> Iterator[PlanFactors]:
+    def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """One block."""
-        self.mass = float(self.w @ self.s)
-        yield PlanFactors(slice(0, len(self.w)), as_tensor(self.w), self.K, as_tensor(self.v), self.C)
+        w, v = as_tensor(self.w[i]), as_tensor(self.v[i])
+        yield PlanFactors(slice(0, len(w)), w, self.K[i], v, self.C[i])
+
+    def mass(self, i: int) -> float:
+        """Return the mass of a problem's plan."""
+        return float(self.w[i] @ self.s[i])
 
 
 class BlockedKernel(Kernel):
-    """A kernel that is formed block by block, in ``O(block * m)`` memory.
+    """A kernel of one problem that is formed block by block, in ``O(block * m)`` memory.
 
     Args:
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
         cost: The ground cost.
-        a: See :class:`Kernel`.
-        b: See :class:`Kernel`.
+        a: ``(n,)`` weights of the rows.
+        b: ``(m,)`` weights of the columns.
         epsilon: See :class:`Kernel`.
         rho: See :class:`Kernel`.
+        symmetric: See :class:`Kernel`.
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, cost: Cost, a: Tensor, b: Tensor, epsilon: float, rho: float | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        cost: Cost,
+        a: Tensor,
+        b: Tensor,
+        epsilon: float,
+        rho: float | None,
+        symmetric: bool = False,
     ) -> None:
-        super().__init__(a, b, epsilon, rho)
-        self.x, self.y, self.cost = x, y, cost
-        self.fill = cost.filler(y)
+        super().__init__(a[None], b[None], [epsilon], [rho], symmetric)
+        self.x, self.y, self.cost, self.epsilon = x, y, cost, epsilon
+        self.share = damping(epsilon, rho)
 
-    def rows(self, G: Vector) -> Vector:
-        """Return the rows' answer to ``G``: one pass of exponentials."""
-        return as_vector(torch.cat([F for _, F, _, _, _ in self._blocks(as_tensor(G))]))
-
-    def sweep(self, G: Vector) -> Vector:
+    def sweep(self, G: Vector) -> tuple[Vector, Vector]:
         """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""
-        self.G = G
-        columns = torch.zeros_like(self.b, dtype=torch.float64)
-        parts = []
-        for rows, F, top, _, block in self._blocks(as_tensor(G)):
-            parts.append(F)
-            columns += as_tensor(as_vector((F + top).exp_().mul_(self.a[rows])) @ as_vector(block))
-        F = torch.cat(parts)
-        self.F = as_vector(F)
-        if float(columns.min()) > 0:
-            answer = (as_tensor(G).double() - columns.log()).to(F.dtype)
+        self.G = as_tensor(G)[0]
+        columns = torch.zeros_like(self.G, dtype=torch.float64)
+        self._F = torch.empty_like(self.a[0])
+
+        def visit(rows: slice, F: Tensor, top: Tensor, sums: Tensor, block: Tensor, columns: Tensor) -> None:
+            self._F[rows] = F
+            if not self.symmetric:
+                columns += as_tensor(as_vector((F + top).exp_().mul_(self.a[0, rows])) @ as_vector(block))
+
+        for part in self._visit_blocks(visit):
+            columns += part
+        if self.symmetric:
+            answer = self._F
+        elif float(columns.min()) > 0:
+            answer = (self.G.double() - columns.log()).to(self._F.dtype).mul_(self.share)
         else:
             # A column that no row reaches within the format's range: answer it through its own soft minimum.
-            answer = soft_minimum(self.y, self.x, self.a, F, self.cost.transposed(), self.epsilon)
-        return as_vector(answer if self.damping == 1 else answer.mul_(self.damping))
+            answer = soft_minimum(self.y, self.x, self.a[0], self._F, self.cost.transposed(), self.epsilon)
+            answer.mul_(self.share)
+        residual = as_vector(answer - self.G)[None]
+        if self.symmetric:
+            self._F = self.G
+        return residual, (self.b_vector * abs(self.numerics.expm1(-residual))).sum(1)
 
-    def _blocks(self, G: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    @property
+    def row_potentials(self) -> Vector:
+        """The rows' answers."""
+        return as_vector(self._F)[None]
+
+    def _blocks(self, rows_of: range) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
-        buffer = self.x.new_empty(min(len(self.x), block_rows(self.x, len(self.y))), len(self.y))
-        for rows in row_blocks(self.x, len(self.y)):
-            block = self.fill(buffer[: rows.stop - rows.start], self.x[rows])
-            torch.sub(G, block, alpha=1 / self.epsilon, out=block)
-            top = block.amax(dim=1)
-            block.sub_(top[:, None]).clamp_min_(_LOWEST_EXPONENT).exp_()
-            sums = as_tensor(as_vector(block) @ self.b_vector)
-            yield rows, (top + sums.log()).mul_(-self.damping), top, sums, block
+        m, fill = len(self.y), self.cost.exponents(self.y, self.G, self.epsilon)
+        height = block_rows(self.x, m)
+        buffer, b = self.x.new_empty(min(len(rows_of), height), m), self.b_vector[0]
+        for start in range(rows_of.start, rows_of.stop, height):
+            rows = slice(start, min(rows_of.stop, start + height))
+            block = fill(buffer[: rows.stop - start], self.x[rows])
+            exponents = as_vector(block)
+            highest = self.numerics.amax(exponents, 1)
+            exponents -= highest[:, None]
+            exponentiate(block, at_most=0)
+            top, sums = as_tensor(highest), as_tensor(as_vector(block) @ b)
+            yield rows, (top + sums.log()).mul_(-self.share), top, sums, block
 
-    def plan_factors(self) -> Iterator[PlanFactors]:
+    def _visit_blocks(self, visit: Callable[..., None]) -> list[Tensor]:
+        """Visit all blocks; return what each worker summed over the columns."""
+        n = len(self.x)
+        workers = min(torch.get_num_threads(), n) if self.cost.by_matrix_product and self.x.device.type == "cpu" else 1
+
+        def work(number: int) -> Tensor:
+            columns = torch.zeros_like(self.G, dtype=torch.float64)
+            with np.errstate(all="ignore"), torch.no_grad():
+                for block in self._blocks(range(number * n // workers, (number + 1) * n // workers)):
+                    visit(*block, columns)
+            return columns
+
+        if workers == 1:
+            return [work(0)]
+        with ThreadPoolExecutor(workers) as pool, _blas().limit(limits=1):
+            return list(pool.map(work, range(workers)))
+
+    def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """Block after block, formed once more."""
-        self.mass = 0.0
-        F = as_tensor(self.F)
-        for rows, _, top, sums, block in self._blocks(as_tensor(self.G)):
-            w = (F[rows] + top).exp_().mul_(self.a[rows])
-            self.mass += float(torch.dot(w, sums))
-            yield PlanFactors(rows, w, block, self.b, None)
+        self._mass = 0.0
+        F = self._F
+        for rows, _, top, sums, block in self._blocks(range(len(self.x))):
+            w = (F[rows] + top).exp_().mul_(self.a[0, rows])
+            self._mass += float(torch.dot(w, sums))
+            yield PlanFactors(rows, w, block, self.b[0], None)
 
-
-class SymmetricKernel(Kernel):
-    r"""A measure against itself: the averaged fixed point :math:`F \leftarrow \tfrac12 (F + T F)`.
-
-    It converges in a few sweeps of one update each (Feydy et al. 2019, section 3.2).
-
-    Args:
-        kernel: The kernel of the measure against itself; :class:`DenseKernel` or :class:`BlockedKernel`.
-    """
-
-    relaxation = 0.5
-
-    def __init__(self, kernel: DenseKernel | BlockedKernel) -> None:
-        super().__init__(kernel.a, kernel.a, kernel.epsilon, kernel.rho)
-        self.kernel = kernel
-
-    def begin(self, F: Tensor | None, G: Tensor | None) -> Vector:
-        """Form the kernel around one potential for both sides."""
-        return self.kernel.begin(G, G)
-
-    def sweep(self, G: Vector) -> Vector:
-        """One update."""
-        self.F = G
-        return self.kernel.rows(G)
-
-    def plan_factors(self) -> Iterator[PlanFactors]:
-        """The plan that has the same potential on both sides."""
-        kernel = self.kernel
-        if isinstance(kernel, DenseKernel):
-            kernel.w = kernel.v
-        else:
-            kernel.F = kernel.G = self.F
-        yield from kernel.plan_factors()
-        self.mass = kernel.mass
+    def mass(self, i: int) -> float:
+        """Return the mass of the plan that was yielded."""
+        return self._mass

@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.gap import monge_gap, sinkhorn_divergence
+from lightning_gap.monge.gap import divergence_and_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.samples import check_epsilon, check_pair
 from lightning_gap.monge.sinkhorn import CostLike, check_solver, share_of_mean_cost
@@ -208,22 +208,19 @@ class MongeMap(LightningModule):
 
     def _terms(self, stage: str, source: Tensor, target: Tensor, *, with_gap: bool) -> dict[str, Tensor]:
         mapped = self(source)
-        terms = {
-            "sinkhorn_divergence": sinkhorn_divergence(
-                mapped,
-                target,
-                cost=self.fitting_cost,
-                epsilon=_decided(self.fitting_epsilon),
-                reach=self.reach,
-                solver=self.solver,
-            )
-        }
-        terms["loss"] = terms["sinkhorn_divergence"]
+        fitting_epsilon, gap_epsilon = _decided(self.fitting_epsilon), _decided(self.gap_epsilon)
+        options: dict[str, Any] = {"reach": self.reach, "solver": self.solver}
+        terms: dict[str, Tensor] = {}
         if with_gap:
-            terms["monge_gap"] = monge_gap(
-                source, mapped, cost=self.cost, epsilon=_decided(self.gap_epsilon), solver=self.solver
+            terms["sinkhorn_divergence"], terms["monge_gap"] = divergence_and_gap(
+                source, mapped, target, fitting_cost=self.fitting_cost, fitting_epsilon=fitting_epsilon,
+                cost=self.cost, gap_epsilon=gap_epsilon, **options,
+            )  # fmt: skip
+            terms["loss"] = terms["sinkhorn_divergence"] + self.gap_weight * terms["monge_gap"]
+        else:
+            terms["loss"] = terms["sinkhorn_divergence"] = sinkhorn_divergence(
+                mapped, target, cost=self.fitting_cost, epsilon=fitting_epsilon, **options
             )
-            terms["loss"] = terms["loss"] + self.gap_weight * terms["monge_gap"]
         logged = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in terms.items()}
         with torch.no_grad():
             logged[f"lightning_gap/monge/{stage}_displacement"] = self.cost.paired(source, mapped).mean()

@@ -22,9 +22,9 @@ solver         how                                                             m
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -38,9 +38,10 @@ from lightning_gap.monge.kernels import (
     BlockedKernel,
     DenseKernel,
     Kernel,
-    SymmetricKernel,
+    blas_threads,
     buffers,
     damping,
+    exponentiate,
     row_blocks,
     soft_minimum,
 )
@@ -55,12 +56,16 @@ __all__ = [
     "check_solver",
     "optimal_transport",
     "share_of_mean_cost",
-    "solve",
+    "solve_all",
 ]
 
 Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "multiscale"]
 CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 
+# Numbers of the matrices that are solved together; more of them would fall out of a CPU's cache.
+_TOGETHER, _GPU_TOGETHER = 1 << 21, 1 << 27
+# Matrices of fewer bytes are not worth asking the system for its free memory.
+_SMALL_BYTES = 1 << 28
 # The ratio of successive epsilons in GeomLoss's annealing: .5, its default, leaves gradients 20 to 70 % off.
 _SCALING = 0.9
 
@@ -140,7 +145,7 @@ class OTResult:
                 assert self.f is not None
                 assert self.g is not None
                 p.cost.fill(block, p.x[rows], p.y)
-                block.sub_(self.f[rows, None]).sub_(self.g).mul_(-1 / self.epsilon).exp_()
+                exponentiate(block.sub_(self.f[rows, None]).sub_(self.g).mul_(-1 / self.epsilon))
                 block.mul_(p.a[rows, None]).mul_(p.b)
             yield rows, block
 
@@ -156,6 +161,8 @@ class Problem:
         b: ``(m,)`` weights.
         cost: The ground cost.
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+        epsilon: Regularization in units of the cost, or ``None``.
+        relative_epsilon: Where it is ``None``, its share of the mean cost.
     """
 
     x: Tensor
@@ -164,6 +171,8 @@ class Problem:
     b: Tensor
     cost: Cost
     rho: float | None
+    epsilon: float | None
+    relative_epsilon: float = 1.0
 
     @property
     def to_itself(self) -> bool:
@@ -173,8 +182,9 @@ class Problem:
     def detached(self) -> "Problem":
         """Return the same problem without a graph."""
         x, a = self.x.detach(), self.a.detach()
-        y, b = (x, a) if self.x is self.y and self.a is self.b else (self.y.detach(), self.b.detach())
-        return Problem(x, y, a, b, self.cost, self.rho)
+        same = self.x is self.y and self.a is self.b
+        y, b = (x, a) if same else (self.y.detach(), self.b.detach())
+        return replace(self, x=x, y=y, a=a, b=b)
 
 
 def optimal_transport(
@@ -243,33 +253,17 @@ def optimal_transport(
     cost.check_domain("x", x)
     if y is not x:
         cost.check_domain("y", y)
-    return solve(
-        Problem(x, y, a, b, cost, rho),
-        epsilon=epsilon,
-        relative_epsilon=relative_epsilon,
-        solver=solver,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        strict=strict,
-    )
+    problem = Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+    return solve_all([problem], solver=solver, tolerance=tolerance, max_iterations=max_iterations, strict=strict)[0]
 
 
-def solve(
-    problem: Problem,
-    *,
-    epsilon: float | None,
-    relative_epsilon: float,
-    solver: str,
-    tolerance: float,
-    max_iterations: int,
-    strict: bool = False,
-) -> OTResult:
-    """Solve a problem whose samples and weights have been checked: :func:`optimal_transport` without these checks.
+def solve_all(
+    problems: Sequence[Problem], *, solver: str, tolerance: float, max_iterations: int, strict: bool = False
+) -> list[OTResult]:
+    """Solve problems whose arguments have been checked; those of one shape together, which costs little more than one.
 
     Args:
-        problem: The problem.
-        epsilon: See :func:`optimal_transport`.
-        relative_epsilon: See :func:`optimal_transport`.
+        problems: The problems.
         solver: See :func:`optimal_transport`.
         tolerance: See :func:`optimal_transport`.
         max_iterations: See :func:`optimal_transport`.
@@ -279,35 +273,77 @@ def solve(
         raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
-    x, y, cost = problem.x, problem.y, problem.cost
-    check_solver(solver, regularized=epsilon is not None or problem.rho is not None)
-    chosen = _choose(solver, cost, x, y)
-    if chosen == "exact":
-        return _solve_exact(problem)
-    absolute = check_epsilon("epsilon", epsilon)
-    if absolute is None and check_epsilon("relative_epsilon", relative_epsilon) is None:
-        raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
-    with torch.autocast(x.device.type, enabled=False):
-        if chosen in ("dense", "blocked"):
-            result = _solve_ours(problem, chosen, absolute, relative_epsilon, tolerance, max_iterations)
-        else:
-            if absolute is None:
-                absolute = share_of_mean_cost(relative_epsilon, x, y, cost)
-            result = _solve_geomloss(problem, chosen, absolute, tolerance)
-    if not result.converged:
-        message = (
-            f"solver={chosen!r} stopped with a marginal error of {result.marginal_error:.2g}, above the tolerance of "
-            f"{tolerance:.2g}: "
-            + (
-                "its schedule is fixed, use 'dense'"
-                if chosen == "tensorized"
-                else f"raise max_iterations ({max_iterations} now) or epsilon ({result.epsilon:.3g} now)"
-            )
+    groups: dict[Any, list[int]] = {}
+    for number, p in enumerate(problems):
+        chosen = _choose(solver, p.cost, p.x, p.y)
+        shape: Any = number
+        if chosen == "dense":
+            shape = (len(p.x), len(p.y), p.x.dtype, p.x.device, p.to_itself, p.rho is None)
+        groups.setdefault((chosen, shape), []).append(number)
+    results: dict[int, OTResult] = {}
+    for (chosen, _), numbers in groups.items():
+        first = problems[numbers[0]]
+        most = _TOGETHER if first.x.device.type == "cpu" else _GPU_TOGETHER
+        together = max(1, most // (len(first.x) * len(first.y)))
+        for start in range(0, len(numbers), together):
+            part = numbers[start : start + together]
+            found = _solve_alike([problems[k] for k in part], chosen, tolerance, max_iterations)
+            results |= zip(part, found, strict=True)
+    for number in range(len(problems)):
+        if not results[number].converged:
+            _report(results[number], tolerance, max_iterations, strict)
+    return [results[number] for number in range(len(problems))]
+
+
+def _solve_alike(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
+    """Solve problems of one shape."""
+    if solver == "exact":
+        return [_solve_exact(p) for p in problems]
+    with torch.autocast(problems[0].x.device.type, enabled=False):
+        if solver in ("dense", "blocked"):
+            return _solve_ours(problems, solver, tolerance, max_iterations)
+        return [_solve_geomloss(p, solver, tolerance) for p in problems]
+
+
+def _report(result: OTResult, tolerance: float, max_iterations: int, strict: bool) -> None:
+    """Warn or raise for a result that did not converge."""
+    message = (
+        f"solver={result.solver!r} stopped with a marginal error of {result.marginal_error:.2g}, above the tolerance "
+        f"of {tolerance:.2g}: "
+        + (
+            "its schedule is fixed, use 'dense'"
+            if result.solver == "tensorized"
+            else f"raise max_iterations ({max_iterations} now) or epsilon ({result.epsilon:.3g} now)"
         )
-        if strict:
-            raise RuntimeError(message)
-        _warn_once(message)
-    return result
+    )
+    if strict:
+        raise RuntimeError(message)
+    _warn_once(message)
+
+
+def check_regularization(
+    epsilon: float | None, relative_epsilon: float, rho: float | None, solver: str
+) -> tuple[float | None, float]:
+    """Return epsilon, which may be ``None``, and its share of the mean cost.
+
+    Args:
+        epsilon: See :func:`optimal_transport`.
+        relative_epsilon: See :func:`optimal_transport`.
+        rho: Strength of soft marginals, or ``None``.
+        solver: The solver that is asked for.
+
+    Raises:
+        ValueError: One is not positive, or the solver does not regularize.
+    """
+    if check_solver(solver, regularized=epsilon is not None or rho is not None) == "exact":
+        return None, 1.0
+    absolute = check_epsilon("epsilon", epsilon)
+    if absolute is not None:
+        return absolute, 1.0
+    share = check_epsilon("relative_epsilon", relative_epsilon)
+    if share is None:
+        raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
+    return None, share
 
 
 def check_solver(solver: str, *, regularized: bool = False) -> str:
@@ -338,7 +374,7 @@ def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
         )
     if solver == "dense":
         needed = 2 * len(x) * len(y) * x.element_size()
-        if needed > _free_memory(x):
+        if needed > _SMALL_BYTES and needed > _free_memory(x):
             raise ValueError(
                 f"solver='dense' needs {needed / 1e9:.1f} GB for {len(x)} x {len(y)} samples, more than there is: "
                 "use 'blocked', or 'online' on a GPU"
@@ -390,59 +426,71 @@ def _share(share: float, mean: float, cost: Cost) -> float:
 # --- our own solvers ----------------------------------------------------------------------------------------------
 
 
-def _solve_ours(
-    problem: Problem,
-    solver: str,
-    epsilon: float | None,
-    share: float,
-    tolerance: float,
-    max_iterations: int,
-) -> OTResult:
-    p = problem.detached()
-    need = problem.x.requires_grad, problem.y.requires_grad
-    with torch.no_grad(), _kernel_factory(p, solver, epsilon, share) as (kernel, epsilon):
-        if isinstance(kernel, SymmetricKernel):
-            F, G = None, None
+def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
+    detached = [p.detached() for p in problems]
+    n, m = len(detached[0].x), len(detached[0].y)
+    with torch.no_grad(), blas_threads(n * m), _kernel(detached, solver) as kernel:
+        if kernel.symmetric:
+            start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         else:
-            F, G = coarse_start(kernel, p.x, p.y, p.cost)
-        found = iterate(kernel, kernel.begin(F, G), tolerance=tolerance, max_iterations=max_iterations)
-        gx = torch.zeros_like(p.x) if need[0] else None
-        gy = torch.zeros_like(p.y) if need[1] else None
-        if any(need) or isinstance(kernel, SymmetricKernel) or p.rho is not None:
-            for part in kernel.plan_factors():
-                if any(need):
-                    dx, dy = p.cost.plan_gradients(p.x[part.rows], p.y, part.w, part.K, part.v, need, part.C)
-                    if gx is not None and dx is not None:
-                        gx[part.rows] = dx
-                    if gy is not None and dy is not None:
-                        gy += dy
-        # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
-        mass = kernel.mass if isinstance(kernel, SymmetricKernel) or p.rho is not None else math.nan
-    f, g = found.F * epsilon, found.G * epsilon
-    value = _dual_value(p, f, g, epsilon, mass)
-    if any(need) or problem.a.requires_grad or problem.b.requires_grad:
-        inputs = problem.x, problem.y, problem.a, problem.b
-        value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
-    return OTResult(value, f, g, epsilon, found.marginal_error, found.iterations, found.converged, solver, p)
+            start = coarse_start(kernel, [p.x for p in detached], [p.y for p in detached], [p.cost for p in detached])
+        found = iterate(kernel, kernel.begin(*start), tolerance=tolerance, max_iterations=max_iterations)
+        results = []
+        for i, (problem, p) in enumerate(zip(problems, detached, strict=True)):
+            epsilon = kernel.epsilons[i]
+            need = problem.x.requires_grad, problem.y.requires_grad
+            gx, gy, mass = _gradients_and_mass(kernel, i, p, need)
+            f, g = found.F[i] * epsilon, found.G[i] * epsilon
+            value = _dual_value(p, f, g, epsilon, mass)
+            if any(need) or problem.a.requires_grad or problem.b.requires_grad:
+                inputs = problem.x, problem.y, problem.a, problem.b
+                with torch.enable_grad():
+                    value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
+            outcome = found.marginal_errors[i], found.iterations[i], found.converged[i]
+            results.append(OTResult(value, f, g, epsilon, *outcome, solver, p))
+    return results
+
+
+def _gradients_and_mass(
+    kernel: Kernel, i: int, p: Problem, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Return the envelope gradients that are needed, and the plan's mass, NaN where it is that of the weights."""
+    # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
+    inexact = kernel.symmetric or p.rho is not None
+    plan = kernel.plan_factors(i)
+    gx = gy = None
+    if any(need):
+        gx, gy = p.cost.plan_gradients(p.x, p.y, plan, (True, False) if kernel.symmetric else need)
+        if kernel.symmetric:
+            gy = gx
+    elif inexact:
+        for _ in plan:
+            pass
+    return gx, gy, kernel.mass(i) if inexact else math.nan
 
 
 @contextmanager
-def _kernel_factory(p: Problem, solver: str, epsilon: float | None, share: float) -> Iterator[tuple[Kernel, float]]:
-    """Lend the problem's kernel, and tell its epsilon."""
-    kernel: DenseKernel | BlockedKernel
-    with buffers(2 if solver == "dense" else 0, len(p.x), len(p.y), p.x) as matrices:
-        if solver == "dense":
-            p.cost.fill(matrices[0], p.x, p.y)
+def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
+    """Lend the kernel of problems of one shape."""
+    first, count = problems[0], len(problems)
+    n, m = len(first.x), len(first.y)
+    if solver == "blocked":
+        epsilon = first.epsilon
         if epsilon is None:
-            if solver == "dense":
-                epsilon = _share(share, float(matrices[0].mean()), p.cost)
-            else:
-                epsilon = share_of_mean_cost(share, p.x, p.y, p.cost)
-        if solver == "dense":
-            kernel = DenseKernel(matrices[0], matrices[1], p.a, p.b, epsilon, p.rho)
-        else:
-            kernel = BlockedKernel(p.x, p.y, p.cost, p.a, p.b, epsilon, p.rho)
-        yield SymmetricKernel(kernel) if p.to_itself else kernel, epsilon
+            epsilon = share_of_mean_cost(first.relative_epsilon, first.x, first.y, first.cost)
+        yield BlockedKernel(
+            first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, symmetric=first.to_itself
+        )
+        return
+    with buffers(2, count * n, m, first.x) as matrices:
+        C, K = (matrix.view(count, n, m) for matrix in matrices)
+        epsilons = []
+        for i, p in enumerate(problems):
+            p.cost.fill(C[i], p.x, p.y)
+            epsilons.append(p.epsilon or _share(p.relative_epsilon, float(C[i].mean()), p.cost))
+        a = first.a[None] if count == 1 else torch.stack([p.a for p in problems])
+        b = a if first.to_itself else first.b[None] if count == 1 else torch.stack([p.b for p in problems])
+        yield DenseKernel(C, K, a, b, epsilons, [p.rho for p in problems], symmetric=first.to_itself)
 
 
 def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: float) -> Tensor:
@@ -539,8 +587,11 @@ def _solve_exact(problem: Problem) -> OTResult:
 # --- GeomLoss -----------------------------------------------------------------------------------------------------
 
 
-def _solve_geomloss(problem: Problem, solver: str, epsilon: float, tolerance: float) -> OTResult:
+def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult:
     p = problem.detached()
+    epsilon = p.epsilon
+    if epsilon is None:
+        epsilon = share_of_mean_cost(p.relative_epsilon, p.x, p.y, p.cost)
     f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
     if p.rho is None:
         value = problem.a @ f + problem.b @ g

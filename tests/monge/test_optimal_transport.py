@@ -165,6 +165,7 @@ def test_bad_options(options, message):
 
 
 def test_dense_matrices_beyond_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(sinkhorn, "_SMALL_BYTES", 0)
     monkeypatch.setattr(sinkhorn, "_free_memory", lambda like: 1e3)
     with pytest.raises(ValueError, match=r"needs 0.0 GB for 100 x 100 samples, more than there is: use 'blocked'"):
         optimal_transport(draw(100), draw(100, seed=1), solver="dense")
