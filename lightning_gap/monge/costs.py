@@ -15,9 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
+from itertools import chain
 from numbers import Real
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "Elastic",
     "Euclidean",
     "Geodesic",
+    "Mahalanobis",
     "PNorm",
     "PlanFactors",
     "SqEuclidean",
@@ -154,6 +156,19 @@ class Cost(ABC):
             total += fill(block.new_empty(len(block), len(y)), block).sum(dtype=torch.float64).item()
         return total / (len(x) * len(y))
 
+    def std(self, x: Tensor, y: Tensor) -> float:
+        """Return the standard deviation of all costs ``c(x_i, y_j)``, detached, in blocks of bounded memory.
+
+        Args:
+            x: ``(n, d)`` points.
+            y: ``(m, d)`` points.
+        """
+        fill, mean, total = self.filler(y.detach()), self.mean(x, y), 0.0
+        for block in x.detach().split(max(1, _BLOCK_ELEMENTS // len(y))):
+            costs = fill(block.new_empty(len(block), len(y)), block)
+            total += costs.sub_(mean).square_().sum(dtype=torch.float64).item()
+        return math.sqrt(total / (len(x) * len(y)))
+
     # Whether ``exponents`` is a matrix product by NumPy, which several threads may take at once.
     by_matrix_product: ClassVar[bool] = False
 
@@ -212,6 +227,17 @@ class Cost(ABC):
     def keops_formula(self) -> str | None:
         """The cost as a KeOps formula in ``X`` and ``Y``, or ``None`` where KeOps cannot express it."""
         return None
+
+    def embedded(self, points: Tensor) -> "tuple[Cost, Tensor]":
+        """Return a cost whose KeOps formula needs no data of its own, and the points between which it is this cost.
+
+        Args:
+            points: ``(n, d)`` points.
+
+        Returns:
+            A cost, and ``(n, k)`` points, differentiable in the given ones.
+        """
+        return self, points
 
     def check_domain(self, name: str, points: Tensor) -> None:  # noqa: B027
         """Raise ``ValueError`` where the cost is not defined at some of the points.
@@ -406,6 +432,98 @@ class SqEuclidean(TranslationInvariantCost):
     def keops_formula(self) -> str:
         """``SqDist(X,Y)``."""
         return "SqDist(X,Y)"
+
+
+@dataclass(frozen=True)
+class Mahalanobis(TranslationInvariantCost):
+    r"""Squared distance after a linear map, :math:`c(x, y) = \|A (x - y)\|_2^2`; of low rank where A has few rows.
+
+    With :math:`A^\top A = \Sigma^{-1}` it is the squared Mahalanobis distance of the covariance :math:`\Sigma`.
+
+    Args:
+        factor: ``(k, d)`` matrix :math:`A`: a tensor, an array, or nested sequences; kept as nested tuples.
+
+    Example:
+        >>> import torch
+        >>> Mahalanobis([[2.0, 0.0]]).paired(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+        tensor([36.])
+    """
+
+    factor: Any
+    name: ClassVar[str] = "mahalanobis"
+    by_matrix_product: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        try:
+            rows = tuple(tuple(float(number) for number in row) for row in self.factor)
+        except (TypeError, ValueError):
+            rows = ()
+        if not rows or not rows[0] or len({len(row) for row in rows}) > 1 or not all(map(math.isfinite, chain(*rows))):
+            raise ValueError(f"factor must be a (k, d) matrix of finite numbers, got {self.factor!r}")
+        object.__setattr__(self, "factor", rows)
+
+    def image(self, x: Tensor) -> Tensor:
+        """Return ``A x``: ``(..., d)`` points to ``(..., k)`` points."""
+        with torch.autocast(x.device.type, enabled=False):
+            image: Tensor = x @ _matrix(self.factor, x.dtype, x.device).mT
+            return image
+
+    def h(self, z: Tensor) -> Tensor:
+        """Return ``|Az|²``."""
+        return self.image(z).square().sum(-1)
+
+    def grad_h_conjugate(self, w: Tensor) -> Tensor:
+        """Return ``(AᵀA)⁻¹ w / 2``; there is none where A has no full column rank."""
+        A = _matrix(self.factor, torch.float64, w.device)
+        if int(torch.linalg.matrix_rank(A)) < A.shape[1]:
+            return super().grad_h_conjugate(w)
+        inverse: Tensor = torch.linalg.inv(A.mT @ A) / 2
+        return w @ inverse.to(w.dtype)
+
+    def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return all squared distances of the images through one matrix product."""
+        return _squared_distances(self.image(_accurate(x)), self.image(_accurate(y))).to(x.dtype)
+
+    def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes one product of augmented images."""
+        fill = _squares_filler(self.image(y))
+        return lambda out, x: fill(out, self.image(x))
+
+    def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes one product of augmented images."""
+        fill = _squares_filler(self.image(y), G, -1 / epsilon)
+        return lambda out, x: fill(out, self.image(x))
+
+    def plan_gradients(
+        self, x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the images' gradients, through ``A``."""
+        A = _matrix(self.factor, x.dtype, x.device)
+        gx, gy = SqEuclidean().plan_gradients(self.image(x), self.image(y), plan, need)
+        return None if gx is None else gx @ A, None if gy is None else gy @ A
+
+    def check_domain(self, name: str, points: Tensor) -> None:
+        """Refuse points of another dimension."""
+        if points.shape[-1] != len(self.factor[0]):
+            raise ValueError(
+                f"{name} has dimension {points.shape[-1]}, but the factor of the mahalanobis cost has "
+                f"{len(self.factor[0])} columns: they must agree"
+            )
+
+    def embedded(self, points: Tensor) -> "tuple[Cost, Tensor]":
+        """Return the squared Euclidean cost, and the images."""
+        return SqEuclidean(), self.image(points)
+
+    @property
+    def keops_formula(self) -> str:
+        """``SqDist(X,Y)``, of the images."""
+        return "SqDist(X,Y)"
+
+
+@lru_cache(maxsize=32)
+def _matrix(factor: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(factor, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -622,6 +740,20 @@ class Cosine(Cost):
         """Return one minus all cosines, through one matrix product."""
         return (_squared_distances(_unit(x), _unit(y)) / 2).to(x.dtype)
 
+    by_matrix_product: ClassVar[bool] = True
+
+    def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes one product of augmented unit vectors."""
+        return self._half_squares(y, None, 0.5)
+
+    def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that writes one product of augmented unit vectors."""
+        return self._half_squares(y, G, -0.5 / epsilon)
+
+    def _half_squares(self, y: Tensor, offset: Tensor | None, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        fill = _squares_filler(_unit(y).to(y.dtype), offset, scale)
+        return lambda out, x: fill(out, _unit(x).to(x.dtype))
+
     @property
     def keops_formula(self) -> str:
         """Half the squared distance of the normalized vectors."""
@@ -727,7 +859,7 @@ class CallableCost(Cost):
 
 
 _BY_NAME: dict[str, type[Cost]] = {
-    cls.name: cls for cls in (SqEuclidean, Euclidean, PNorm, SqPNorm, Elastic, Cosine, Geodesic)
+    cls.name: cls for cls in (SqEuclidean, Euclidean, Mahalanobis, PNorm, SqPNorm, Elastic, Cosine, Geodesic)
 }
 
 

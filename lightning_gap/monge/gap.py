@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
-from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, check_regularization, solve_all
+from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
 
 __all__ = ["Convention", "check_convention", "divergence_and_gap", "monge_gap", "sinkhorn_divergence"]
 
@@ -22,6 +22,7 @@ def monge_gap(
     cost: CostLike = "sqeuclidean",
     epsilon: float | None = None,
     relative_epsilon: float = 0.01,
+    relative_to: RelativeTo = "mean",
     convention: Convention = "shannon",
     weights: Tensor | None = None,
     reach: float | None = None,
@@ -51,6 +52,7 @@ def monge_gap(
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``mapped`` (detached).
+        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
         convention: ``"shannon"`` (default), ``"kl"`` or ``"debiased"``.
         weights: ``(n,)`` weights of the samples, summing to 1; uniform by default.
         reach: Strength of soft marginals of the best rearrangement, in units of the cost; not with ``"shannon"``.
@@ -75,7 +77,7 @@ def monge_gap(
         True
     """
     check_convention(convention, reach)
-    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, solver
+    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
         each = _each("mapped", x, mapped, weights)
         problems = [_gap_problem(x, mapped, w, cost, *regularization) for x, mapped, w in each]
@@ -105,6 +107,7 @@ def sinkhorn_divergence(
     cost: CostLike = "sqeuclidean",
     epsilon: float | None = None,
     relative_epsilon: float = 0.05,
+    relative_to: RelativeTo = "mean",
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     reach: float | None = None,
     solver: str = "auto",
@@ -125,6 +128,7 @@ def sinkhorn_divergence(
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
+        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
         reach: Strength of the soft marginal constraints :math:`\rho`, in units of the cost, for unbalanced transport
             (Séjourné et al. 2019); ``None`` for balanced.
@@ -146,7 +150,7 @@ def sinkhorn_divergence(
         >>> round(float(sinkhorn_divergence(x, x + 3, epsilon=0.01)), 2)
         9.0
     """
-    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, solver
+    regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3:
         each = _each("y", x, y, *weights)
         problems = [_divergence_problem(x, y, w, cost, *regularization) for x, y, *w in each]
@@ -207,8 +211,8 @@ def divergence_and_gap(
         0.0
     """
     rho = check_epsilon("reach", reach)
-    fitting = _divergence_problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, solver)
-    regularizing = _gap_problem(x, mapped, None, cost, None, gap_epsilon, 0.01, solver)
+    fitting = _divergence_problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, "mean", solver)
+    regularizing = _gap_problem(x, mapped, None, cost, None, gap_epsilon, 0.01, "mean", solver)
     divergences, gaps = _values([fitting], [regularizing], "shannon", solver, tolerance, max_iterations)
     return divergences[0], gaps[0]
 
@@ -221,6 +225,7 @@ def _gap_problem(
     rho: float | None,
     epsilon: float | None,
     relative_epsilon: float,
+    relative_to: str,
     solver: str,
 ) -> Problem:
     check_pair("x", x, "mapped", mapped, same_length=True)
@@ -229,7 +234,9 @@ def _gap_problem(
     cost.check_domain("mapped", mapped)
     x, mapped = solver_precision(x), solver_precision(mapped)
     a = check_weights("weights", weights, x, balanced=rho is None)
-    return Problem(x, mapped, a, a, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+    return Problem(
+        x, mapped, a, a, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver)
+    )
 
 
 def _divergence_problem(
@@ -240,6 +247,7 @@ def _divergence_problem(
     rho: float | None,
     epsilon: float | None,
     relative_epsilon: float,
+    relative_to: str,
     solver: str,
 ) -> Problem:
     check_pair("x", x, "y", y)
@@ -249,7 +257,7 @@ def _divergence_problem(
     x, y = solver_precision(x), solver_precision(y)
     a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
     b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
-    return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+    return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
 
 
 def _values(

@@ -12,7 +12,7 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.samples import check_epsilon, check_pair
-from lightning_gap.monge.sinkhorn import CostLike, check_solver
+from lightning_gap.monge.sinkhorn import CostLike, RelativeTo, check_regularization
 
 __all__ = ["DisplacementCosine", "EnergyDistance", "MongeGap", "SinkhornDivergence", "UnexplainedVariance"]
 
@@ -80,6 +80,7 @@ class _TransportMetric(_SampleMetric):
         *,
         epsilon: float | None,
         relative_epsilon: float,
+        relative_to: str,
         reach: float | None,
         solver: str,
         tolerance: float,
@@ -87,15 +88,14 @@ class _TransportMetric(_SampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_solver(solver, regularized=epsilon is not None or reach is not None)
-        check_epsilon("epsilon", epsilon)
-        check_epsilon("relative_epsilon", relative_epsilon)
+        check_regularization(epsilon, relative_epsilon, relative_to, reach, solver)
         check_epsilon("reach", reach)
         self.cost = resolve(cost)
         self.options: dict[str, Any] = {
             "cost": self.cost,
             "epsilon": epsilon,
             "relative_epsilon": relative_epsilon,
+            "relative_to": relative_to,
             "reach": reach,
             "solver": solver,
             "tolerance": tolerance,
@@ -125,6 +125,7 @@ class MongeGap(_TransportMetric):
             if the metric is to be).
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between all ``x`` and all ``mapped``.
+        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
         convention: ``"shannon"`` (default), ``"kl"`` or ``"debiased"``.
         reach: Strength of soft marginals, in units of the cost; not with ``"shannon"``.
         solver: See :func:`optimal_transport`.
@@ -156,6 +157,7 @@ class MongeGap(_TransportMetric):
         *,
         epsilon: float | None = None,
         relative_epsilon: float = 0.01,
+        relative_to: RelativeTo = "mean",
         convention: Convention = "shannon",
         reach: float | None = None,
         solver: str = "auto",
@@ -167,6 +169,7 @@ class MongeGap(_TransportMetric):
             cost,
             epsilon=epsilon,
             relative_epsilon=relative_epsilon,
+            relative_to=relative_to,
             reach=reach,
             solver=solver,
             tolerance=tolerance,
@@ -210,6 +213,7 @@ class SinkhornDivergence(_TransportMetric):
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between all ``x`` and all ``y``.
+        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
         reach: Strength of soft marginals, in units of the cost; ``None`` for balanced transport.
         solver: See :func:`optimal_transport`; ``"exact"`` gives the transport cost itself.
         tolerance: L1 marginal error at which the solver stops.
@@ -239,6 +243,7 @@ class SinkhornDivergence(_TransportMetric):
         *,
         epsilon: float | None = None,
         relative_epsilon: float = 0.05,
+        relative_to: RelativeTo = "mean",
         reach: float | None = None,
         solver: str = "auto",
         tolerance: float = 1e-3,
@@ -249,6 +254,7 @@ class SinkhornDivergence(_TransportMetric):
             cost,
             epsilon=epsilon,
             relative_epsilon=relative_epsilon,
+            relative_to=relative_to,
             reach=reach,
             solver=solver,
             tolerance=tolerance,

@@ -52,6 +52,7 @@ __all__ = [
     "CostLike",
     "OTResult",
     "Problem",
+    "RelativeTo",
     "Solver",
     "check_solver",
     "optimal_transport",
@@ -59,6 +60,7 @@ __all__ = [
     "solve_all",
 ]
 
+RelativeTo = Literal["mean", "std"]
 Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "multiscale"]
 CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 
@@ -163,6 +165,7 @@ class Problem:
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
         epsilon: Regularization in units of the cost, or ``None``.
         relative_epsilon: Where it is ``None``, its share of the mean cost.
+        relative_to: ``"mean"``, or ``"std"`` for the standard deviation.
     """
 
     x: Tensor
@@ -173,6 +176,12 @@ class Problem:
     rho: float | None
     epsilon: float | None
     relative_epsilon: float = 1.0
+    relative_to: str = "mean"
+
+    def share(self) -> float:
+        """Return the epsilon that a relative one means, in blocks of bounded memory."""
+        scale = self.cost.std(self.x, self.y) if self.relative_to == "std" else self.cost.mean(self.x, self.y)
+        return _share(self.relative_epsilon, scale, self.cost, self.relative_to)
 
     @property
     def to_itself(self) -> bool:
@@ -194,6 +203,7 @@ def optimal_transport(
     cost: CostLike = "sqeuclidean",
     epsilon: float | None = None,
     relative_epsilon: float = 0.05,
+    relative_to: RelativeTo = "mean",
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     reach: float | None = None,
     solver: str = "auto",
@@ -215,6 +225,7 @@ def optimal_transport(
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
         relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
+        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
         reach: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
         solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
@@ -253,7 +264,7 @@ def optimal_transport(
     cost.check_domain("x", x)
     if y is not x:
         cost.check_domain("y", y)
-    problem = Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, rho, solver))
+    problem = Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
     return solve_all([problem], solver=solver, tolerance=tolerance, max_iterations=max_iterations, strict=strict)[0]
 
 
@@ -322,13 +333,14 @@ def _report(result: OTResult, tolerance: float, max_iterations: int, strict: boo
 
 
 def check_regularization(
-    epsilon: float | None, relative_epsilon: float, rho: float | None, solver: str
-) -> tuple[float | None, float]:
-    """Return epsilon, which may be ``None``, and its share of the mean cost.
+    epsilon: float | None, relative_epsilon: float, relative_to: str, rho: float | None, solver: str
+) -> tuple[float | None, float, str]:
+    """Return epsilon, which may be ``None``, what share it is, and of what.
 
     Args:
         epsilon: See :func:`optimal_transport`.
         relative_epsilon: See :func:`optimal_transport`.
+        relative_to: See :func:`optimal_transport`.
         rho: Strength of soft marginals, or ``None``.
         solver: The solver that is asked for.
 
@@ -336,14 +348,16 @@ def check_regularization(
         ValueError: One is not positive, or the solver does not regularize.
     """
     if check_solver(solver, regularized=epsilon is not None or rho is not None) == "exact":
-        return None, 1.0
+        return None, 1.0, "mean"
+    if relative_to not in get_args(RelativeTo):
+        raise ValueError(f"relative_to must be one of {', '.join(get_args(RelativeTo))}, got {relative_to!r}")
     absolute = check_epsilon("epsilon", epsilon)
     if absolute is not None:
-        return absolute, 1.0
+        return absolute, 1.0, "mean"
     share = check_epsilon("relative_epsilon", relative_epsilon)
     if share is None:
         raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
-    return None, share
+    return None, share, relative_to
 
 
 def check_solver(solver: str, *, regularized: bool = False) -> str:
@@ -417,10 +431,12 @@ def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
     return _share(share, cost.mean(x, y), cost)
 
 
-def _share(share: float, mean: float, cost: Cost) -> float:
-    if not mean > 0:
-        raise ValueError(f"the mean {cost} cost is {mean}, so no share of it can be epsilon: give an absolute epsilon")
-    return share * mean
+def _share(share: float, scale: float, cost: Cost, relative_to: str = "mean") -> float:
+    if not scale > 0:
+        raise ValueError(
+            f"the {relative_to} {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon"
+        )
+    return share * scale
 
 
 # --- our own solvers ----------------------------------------------------------------------------------------------
@@ -475,9 +491,7 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
     first, count = problems[0], len(problems)
     n, m = len(first.x), len(first.y)
     if solver == "blocked":
-        epsilon = first.epsilon
-        if epsilon is None:
-            epsilon = share_of_mean_cost(first.relative_epsilon, first.x, first.y, first.cost)
+        epsilon = first.share() if first.epsilon is None else first.epsilon
         yield BlockedKernel(
             first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, symmetric=first.to_itself
         )
@@ -487,7 +501,11 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
         epsilons = []
         for i, p in enumerate(problems):
             p.cost.fill(C[i], p.x, p.y)
-            epsilons.append(p.epsilon or _share(p.relative_epsilon, float(C[i].mean()), p.cost))
+            if p.epsilon is not None:
+                epsilons.append(p.epsilon)
+            else:
+                scale = C[i].std(correction=0) if p.relative_to == "std" else C[i].mean()
+                epsilons.append(_share(p.relative_epsilon, float(scale), p.cost, p.relative_to))
         a = first.a[None] if count == 1 else torch.stack([p.a for p in problems])
         b = a if first.to_itself else first.b[None] if count == 1 else torch.stack([p.b for p in problems])
         yield DenseKernel(C, K, a, b, epsilons, [p.rho for p in problems], symmetric=first.to_itself)
@@ -589,9 +607,7 @@ def _solve_exact(problem: Problem) -> OTResult:
 
 def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult:
     p = problem.detached()
-    epsilon = p.epsilon
-    if epsilon is None:
-        epsilon = share_of_mean_cost(p.relative_epsilon, p.x, p.y, p.cost)
+    epsilon = p.share() if p.epsilon is None else p.epsilon
     f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
     if p.rho is None:
         value = problem.a @ f + problem.b @ g
@@ -610,6 +626,8 @@ def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult
 def _samples_loss(p: Problem, solver: str, epsilon: float, *, potentials: bool) -> Any:
     if solver != "tensorized":
         _require_compiler(solver)
+    (cost, x), (_, y) = p.cost.embedded(p.x), p.cost.embedded(p.y)
+    p = replace(p, x=x, y=y, cost=cost)
     # With p = 1 GeomLoss's epsilon is its blur whatever the cost; multiscale wants its own p = 2, and halves the cost.
     halved = solver == "multiscale"
     with torch.no_grad():

@@ -299,6 +299,59 @@ def test_functions_that_do_not_reduce_the_last_dimension_are_refused(function, g
         costs.resolve(function).pairwise(torch.randn(7, 3), torch.randn(5, 3))
 
 
+FACTOR = [[1.0, -0.5, 0.0], [0.25, 2.0, -1.0], [0.0, 0.3, 0.7]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_mahalanobis_is_the_squared_distance_of_the_images(rows):
+    cost, A = costs.Mahalanobis(FACTOR[:rows]), torch.tensor(FACTOR[:rows], dtype=torch.float64)
+    x, y = points(cost, 7, 3), points(cost, 5, 3, seed=1)
+    z = x[:, None] - y
+    expected = torch.einsum("ijd,kd,ke,ije->ij", z, A, A, z)
+    torch.testing.assert_close(cost.pairwise(x, y), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cost.paired(x[:5], y), expected[:5].diagonal(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cost.fill(torch.empty(7, 5).double(), x, y), expected, rtol=1e-11, atol=1e-11)
+    assert torch.autograd.gradcheck(cost.pairwise, (x.requires_grad_(), y.requires_grad_()))
+    assert torch.autograd.gradgradcheck(cost.pairwise, (x, y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(cost.pairwise(x.detach(), y.detach()), expected.detach())
+
+
+def test_mahalanobis_is_read_back_from_its_name():
+    cost = costs.Mahalanobis(np.array(FACTOR))
+    assert costs.resolve(str(cost)) == cost == costs.Mahalanobis(torch.tensor(FACTOR, dtype=torch.float64))
+    assert {cost: 1}[pickle.loads(pickle.dumps(cost))] == 1
+
+
+def test_mahalanobis_has_a_conjugate_where_it_is_strictly_convex():
+    cost = costs.Mahalanobis(FACTOR)
+    z = points(cost, 10, 3).requires_grad_()
+    (w,) = torch.autograd.grad(cost.h(z).sum(), z)
+    torch.testing.assert_close(cost.grad_h_conjugate(w), z, rtol=1e-9, atol=1e-10)
+    with pytest.raises(NotImplementedError, match="not strictly convex"):
+        costs.Mahalanobis(FACTOR[:2]).grad_h_conjugate(w)
+
+
+@pytest.mark.parametrize("factor", [1.0, [], [[]], [[1.0], [1.0, 2.0]], [[float("nan")]], "ab"])
+def test_factors_that_are_no_matrix_are_refused(factor):
+    with pytest.raises(ValueError, match=r"factor must be a \(k, d\) matrix of finite numbers"):
+        costs.Mahalanobis(factor)
+
+
+def test_points_of_another_dimension_than_the_factor_are_refused():
+    with pytest.raises(ValueError, match="x has dimension 2, but the factor of the mahalanobis cost has 3 columns"):
+        costs.Mahalanobis(FACTOR).check_domain("x", torch.zeros(4, 2))
+
+
+@every_cost
+def test_std_is_that_of_all_costs(cost, monkeypatch):
+    x, y = points(cost, 7, 3), points(cost, 5, 3, seed=1)
+    monkeypatch.setattr("lightning_gap.monge.costs._BLOCK_ELEMENTS", 10)
+    matrix = cost.pairwise(x, y)
+    assert cost.std(x, y) == pytest.approx(float(matrix.std(correction=0)), rel=1e-9)
+    assert cost.mean(x, y) == pytest.approx(float(matrix.mean()), rel=1e-9)
+
+
 def test_zero_vectors_have_no_cosine():
     x = torch.ones(5, 2)
     x[3] = 0

@@ -6,12 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lightning_gap import costs
-from lightning_gap.monge import kernels
-from lightning_gap.monge.sinkhorn import optimal_transport
+from lightning_gap import costs, monge_gap, sinkhorn_divergence
+from lightning_gap.monge import divergence_and_gap, fixed_point, kernels
+from lightning_gap.monge import sinkhorn as sinkhorn_module
+from lightning_gap.monge.sinkhorn import ConvergenceWarning, Problem, optimal_transport, solve_all
 
-COSTS = ["sqeuclidean", "euclidean", "pnorm(p=1.5)", "sqpnorm(p=3)", "elastic(lam=0.5)", "cosine", "geodesic"]
+MAHALANOBIS = "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))"
+COSTS = [
+    "sqeuclidean",
+    "euclidean",
+    "pnorm(p=1.5)",
+    "sqpnorm(p=3)",
+    "elastic(lam=0.5)",
+    "cosine",
+    "geodesic",
+    MAHALANOBIS,
+]
 
 
 def sinkhorn(C, a, b, epsilon, rho=None, sweeps=20_000):
@@ -189,3 +201,133 @@ def test_the_plan_has_the_marginals_that_it_claims(n, m, d, scale, share, cost, 
     # Both are within their marginal errors of the one optimum.
     spread = float(costs.resolve(cost).pairwise(x, y).max())
     assert float(shuffled.value) == pytest.approx(float(result.value), rel=1e-3, abs=2e-3 * spread)
+
+
+def assert_alike(together, alone):
+    for name in ("value", "f", "g"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-6, atol=1e-8)
+    assert (together.iterations, together.converged) == (alone.iterations, alone.converged)
+    assert together.marginal_error == pytest.approx(alone.marginal_error, rel=1e-3)
+
+
+def problems(shares, *, reach=None, n=60, m=50):
+    """Problems of one shape that are as hard as their epsilons, with a cost and weights of their own."""
+    found = []
+    for seed, share in enumerate(shares):
+        x, y, a, b = problem(n, m, weighted=seed % 2 == 1, seed=seed)
+        cost = costs.resolve(("sqeuclidean", "euclidean", "elastic(lam=0.5)")[seed % 3])
+        found.append(Problem(x.requires_grad_(), y.requires_grad_(), a, b, cost, reach, None, share))
+    return found
+
+
+@pytest.mark.parametrize("reach", [None, 1.0])
+def test_problems_that_are_solved_together_are_those_solved_alone(reach):
+    # All start from zeros here, so that nothing but the sweeps could differ.
+    options = {"solver": "dense", "tolerance": 1e-7, "max_iterations": 5000}
+    given = problems([0.5, 0.1, 0.3, 0.05], reach=reach)
+    together = solve_all(given, **options)
+    assert len({result.iterations for result in together}) > 1
+    for p, result in zip(given, together, strict=True):
+        (alone,) = solve_all([p], **options)
+        assert_alike(result, alone)
+        inputs = p.x, p.y
+        for ours, theirs in zip(
+            torch.autograd.grad(result.value, inputs), torch.autograd.grad(alone.value, inputs), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [60, 300], ids=["annealed", "coarse"])
+def test_a_hard_problem_beside_an_easy_one(n):
+    options = {"solver": "dense", "tolerance": 1e-8, "max_iterations": 5000}
+    given = problems([0.5, 0.003, 0.5], n=n, m=n)
+    for p, result in zip(given, solve_all(given, **options), strict=True):
+        assert result.converged
+        (alone,) = solve_all([p], **options)
+        torch.testing.assert_close(result.value, alone.value, rtol=1e-7, atol=0)
+
+
+def test_one_problem_starts_anew_while_its_neighbour_goes_on():
+    # Clusters that no zero potential reaches in float32, beside a problem that is solved at once.
+    x, y, a, b = problem(40, 40, dtype=torch.float32)
+    far_x, far_y = x.clone(), y.clone()
+    far_x[20:] += 50
+    far_y[10:] += 50
+    cost = costs.resolve("sqeuclidean")
+    near = Problem(x, y, a, b, cost, None, 1.0)
+    far = Problem(far_x, far_y, a, b, cost, None, 1.0)
+    easy, hard = solve_all([near, far], solver="dense", tolerance=1e-4, max_iterations=5000)
+    assert easy.converged
+    assert hard.converged
+    assert_alike(easy, solve_all([near], solver="dense", tolerance=1e-4, max_iterations=5000)[0])
+
+
+def test_not_every_problem_of_a_batch_need_converge(monkeypatch):
+    monkeypatch.setattr(sinkhorn_module, "_warned", set())
+    given = problems([0.5, 1e-3], n=30, m=30)
+    with pytest.warns(ConvergenceWarning, match="stopped with a marginal error"):
+        easy, hard = solve_all(given, solver="dense", tolerance=1e-10, max_iterations=60)
+    assert (easy.converged, hard.converged) == (True, False)
+    assert hard.marginal_error > 1e-10
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_workers_share_the_blocks(threads, symmetric, monkeypatch):
+    x, y, a, b = problem(40, 40 if symmetric else 33, weighted=True)
+    y, b = (x, a) if symmetric else (y, b)
+    p = Problem(x, y, a, b, costs.resolve("sqeuclidean"), None, 0.5)
+    options = {"tolerance": 1e-9, "max_iterations": 5000}
+    (expected,) = solve_all([p], solver="dense", **options)
+    monkeypatch.setattr(kernels, "_BLOCK", 7 * 33)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    (found,) = solve_all([p], solver="blocked", **options)
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.plan(), expected.plan(), rtol=1e-5, atol=1e-9)
+
+
+def test_both_terms_together_are_each_alone():
+    x, y, _, _ = problem(80, 80)
+    mapped = (x * 0.7 + 0.3).requires_grad_()
+    options = {"tolerance": 1e-9, "max_iterations": 5000}
+    divergence, gap = divergence_and_gap(
+        x, mapped, y, fitting_epsilon=0.3, cost="euclidean", gap_epsilon=0.05, reach=2.0, **options
+    )
+    alone = (
+        sinkhorn_divergence(mapped, y, epsilon=0.3, reach=2.0, **options),
+        monge_gap(x, mapped, cost="euclidean", epsilon=0.05, **options),
+    )
+    for ours, theirs in zip((divergence, gap), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        found, expected = (torch.autograd.grad(value, mapped)[0] for value in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("reach", [None, 1.0])
+@pytest.mark.parametrize("n", [60, 300])
+def test_tensors_and_arrays_take_the_same_arithmetic(n, reach, solver, monkeypatch):
+    """What a GPU runs: vectors that are tensors."""
+    given = problems([0.3, 0.02], n=n, m=n, reach=reach)
+    x, _, a, _ = problem(n, n)
+    given.append(Problem(x.requires_grad_(), x, a, a, costs.resolve("sqeuclidean"), reach, 0.3))
+    options = {"solver": solver, "tolerance": 1e-7, "max_iterations": 5000}
+    expected = solve_all(given, **options)
+    for module in (kernels, fixed_point):
+        monkeypatch.setattr(module, "as_vector", Tensor.detach)
+    for p, arrays, tensors in zip(given, expected, solve_all(given, **options), strict=True):
+        torch.testing.assert_close(tensors.value, arrays.value, rtol=1e-9, atol=0)
+        found, awaited = (torch.autograd.grad(result.value, p.x)[0] for result in (tensors, arrays))
+        torch.testing.assert_close(found, awaited, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", "tensorized"])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.sinkhorn.ConvergenceWarning")
+def test_epsilon_relative_to_the_standard_deviation(cost, solver):
+    x, y, _, _ = problem(40, 33)
+    spread = float(costs.resolve(cost).pairwise(x, y).std(correction=0))
+    result = optimal_transport(x, y, cost=cost, relative_epsilon=0.1, relative_to="std", solver=solver)
+    assert result.epsilon == pytest.approx(0.1 * spread, rel=1e-9)
+    with pytest.raises(ValueError, match="relative_to must be one of mean, std, got 'median'"):
+        optimal_transport(x, y, cost=cost, relative_to="median", solver=solver)
