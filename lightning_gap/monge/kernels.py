@@ -40,11 +40,12 @@ __all__ = [
     "Vector",
     "as_tensor",
     "as_vector",
-    "blas_threads",
     "buffers",
     "damping",
+    "exponentiate",
     "row_blocks",
     "soft_minimum",
+    "threads",
 ]
 
 # Smaller exponents add nothing to a sum, but make subnormal numbers, on which a CPU is slow.
@@ -58,8 +59,8 @@ _GPU_BLOCK = 1 << 26
 _KEPT_BYTES = 1 << 28
 # NumPy's exponential takes half the time of torch's on one thread, but knows only that one.
 _FEW_THREADS, _FEW_NUMBERS = 2, 1 << 16
-# A matrix up to this size is multiplied by one thread: a second one gains little, and loses milliseconds in each
-# product where another process has its core.
+# A matrix up to this size takes one thread: waking others costs more than they do of so short an operation, and
+# milliseconds where another process has their cores.
 _ONE_THREAD_NUMBERS = 1 << 20
 
 
@@ -109,14 +110,20 @@ def _blas() -> Any:
 
 
 @contextmanager
-def blas_threads(numbers: int) -> Iterator[None]:
-    """Let NumPy's BLAS take one thread for small matrices, and no more than torch for large ones.
+def threads(numbers: int) -> Iterator[None]:
+    """Let torch and NumPy's BLAS take one thread for small matrices, and as many as torch has for large ones.
 
     Args:
         numbers: Size of the matrix.
     """
-    with _blas().limit(limits=1 if numbers <= _ONE_THREAD_NUMBERS else torch.get_num_threads()):
-        yield
+    before = torch.get_num_threads()
+    count = 1 if numbers <= _ONE_THREAD_NUMBERS else before
+    torch.set_num_threads(count)
+    try:
+        with _blas().limit(limits=count):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def block_rows(like: Tensor, m: int) -> int:

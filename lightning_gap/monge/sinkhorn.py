@@ -38,12 +38,12 @@ from lightning_gap.monge.kernels import (
     BlockedKernel,
     DenseKernel,
     Kernel,
-    blas_threads,
     buffers,
     damping,
     exponentiate,
     row_blocks,
     soft_minimum,
+    threads,
 )
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 
@@ -445,7 +445,7 @@ def _share(share: float, scale: float, cost: Cost, relative_to: str = "mean") ->
 def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
     detached = [p.detached() for p in problems]
     n, m = len(detached[0].x), len(detached[0].y)
-    with torch.no_grad(), blas_threads(n * m), _kernel(detached, solver) as kernel:
+    with torch.no_grad(), threads(n * m), _kernel(detached, solver) as kernel:
         if kernel.symmetric:
             start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         else:
