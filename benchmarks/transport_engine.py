@@ -5,7 +5,8 @@
 Peers: ``pip install -r benchmarks/requirements.txt`` beside this package. Each cell alternates our call and the peer's
 on the same samples, and prints medians, the median ratio, and what accuracy each one reached. OTT-JAX is jitted and
 warmed up; "best" is the fastest of its default, Anderson acceleration (memory 5) and momentum 1.5. GeomLoss runs
-tensorized at the smallest scaling whose gradient error is no more than ours.
+tensorized at the smallest of some scalings whose gradient error is no more than ours; ">" marks a cell where it was not
+yet as exact when its time was up.
 """
 
 import argparse
@@ -40,7 +41,12 @@ def interleaved(ours: Callable[[], object], peer: Callable[[], object], seconds:
     """Return the median milliseconds of both and the median of the pairs' ratios."""
     ours(), peer()
     times, start = [], time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - start < seconds and len(times) < 50):
+    # What takes many seconds is not timed five times.
+    while (
+        not times
+        or (len(times) < 5 and time.perf_counter() - start < 5 * seconds)
+        or (time.perf_counter() - start < seconds and len(times) < 50)
+    ):
         pair = []
         for call in (ours, peer):
             begin = time.perf_counter()
@@ -161,11 +167,14 @@ def cell(x: np.ndarray, y: np.ndarray, cost: str, share: float, args: argparse.N
     if args.geomloss:
         for scaling in (0.5, 0.9, 0.99, 0.995, 0.999):
             call = geomloss_call(x, y, cost, solved.epsilon, scaling)
+            begin = time.perf_counter()
             theirs_error = relative_error(call(), reference)
-            if theirs_error <= error:
+            if theirs_error <= error or time.perf_counter() - begin > 4 * args.seconds:
                 break
         mine, theirs, ratio = interleaved(ours, call, args.seconds)
-        texts = [f"{theirs:.1f} (scaling {scaling})", f"{theirs_error:.1e}", f"{ratio:.1f}"]
+        # Where it is not yet as exact as ours, it would have to take longer still.
+        sign = "" if theirs_error <= error else ">"
+        texts = [f"{theirs:.1f} (scaling {scaling})", f"{theirs_error:.1e}", f"{sign}{ratio:.1f}"]
         best_ratio = ratio
     else:
         calls = ott_calls(x, y, cost, share)

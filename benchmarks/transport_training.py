@@ -268,9 +268,15 @@ class Quality:
         gaps = (monge_gap(*pairs, cost=cost, solver="exact") for cost in ("euclidean", "sqeuclidean"))
         return cls(float(divergence), *map(float, gaps))
 
-    def texts(self) -> list[str]:
-        """Return the row's cells."""
-        return [f"{value:.4f}" for value in (self.divergence, self.gap_l2, self.gap_l22)]
+    @staticmethod
+    def texts(found: "list[Quality]") -> list[str]:
+        """Return the row's cells: means, and standard deviations where there are several runs."""
+        values = np.array([(q.divergence, q.gap_l2, q.gap_l22) for q in found])
+        spreads = values.std(axis=0, ddof=1) if len(found) > 1 else [None] * 3
+        return [
+            f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+            for mean, spread in zip(values.mean(axis=0), spreads, strict=True)
+        ]
 
 
 def main() -> None:
@@ -281,7 +287,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000, help="steps of training")
     parser.add_argument("--block", type=int, default=20, help="steps in a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
-    parser.add_argument("--seed", type=int, default=0, help="of both networks' first weights")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of both networks' first weights, one run each"
+    )
     parser.add_argument("--trainer", action="store_true", help="run ours through Lightning's Trainer")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -296,21 +304,25 @@ def main() -> None:
     for gap in args.gaps:
         for size in args.batches:
             console.print(f"gap {gap}, batch {size} ...", style="dim")
-            task = Task.make(gap, size, args.iterations, args.seed)
-            ours, theirs = Ours(task), Theirs(task)
-            times = (trainer_race if args.trainer else plain_race)(ours, theirs, args.block)
             # The last turn may be shorter than the others.
             steps = np.array([part.stop - part.start for part in turns(args.iterations, args.block)])
+            runs, qualities = [], []
+            for seed in args.seeds:
+                task = Task.make(gap, size, args.iterations, seed)
+                ours, theirs = Ours(task), Theirs(task)
+                runs.append((trainer_race if args.trainer else plain_race)(ours, theirs, args.block))
+                qualities.append([Quality.of(side.transport, task.fitting_epsilon) for side in (ours, theirs)])
+            times = np.concatenate(runs)
             ratio = float(np.median(times[:, 1] / times[:, 0]))
-            for name, side, spent in zip(("ours", "OTT-JAX"), (ours, theirs), times.T, strict=True):
+            for k, name in enumerate(("ours", "OTT-JAX")):
                 table.add_row(
-                    *((gap, str(size)) if side is ours else ("", "")),
+                    *((gap, str(size)) if k == 0 else ("", "")),
                     name,
-                    f"{1e3 * float(np.median(spent)):.2f}",
-                    f"{float(spent @ steps):.1f}",
-                    f"{ratio:.1f}" if side is ours else "",
-                    *Quality.of(side.transport, task.fitting_epsilon).texts(),
-                    end_section=side is theirs,
+                    f"{1e3 * float(np.median(times[:, k])):.2f}",
+                    f"{float(np.mean([run[:, k] @ steps for run in runs])):.1f}",
+                    f"{ratio:.1f}" if k == 0 else "",
+                    *Quality.texts([pair[k] for pair in qualities]),
+                    end_section=k == 1,
                 )
     console.print(table)
 

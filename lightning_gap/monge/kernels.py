@@ -118,12 +118,14 @@ def threads(numbers: int) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     count = 1 if numbers <= _ONE_THREAD_NUMBERS else before
-    torch.set_num_threads(count)
+    if count != before:
+        torch.set_num_threads(count)
     try:
         with _blas().limit(limits=count):
             yield
     finally:
-        torch.set_num_threads(before)
+        if count != before:
+            torch.set_num_threads(before)
 
 
 def block_rows(like: Tensor, m: int) -> int:

@@ -445,6 +445,7 @@ def _share(share: float, scale: float, cost: Cost, relative_to: str = "mean") ->
 def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
     detached = [p.detached() for p in problems]
     n, m = len(detached[0].x), len(detached[0].y)
+    graph = torch.is_grad_enabled()
     with torch.no_grad(), threads(n * m), _kernel(detached, solver) as kernel:
         if kernel.symmetric:
             start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
@@ -454,12 +455,12 @@ def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iter
         results = []
         for i, (problem, p) in enumerate(zip(problems, detached, strict=True)):
             epsilon = kernel.epsilons[i]
-            need = problem.x.requires_grad, problem.y.requires_grad
+            need = graph and problem.x.requires_grad, graph and problem.y.requires_grad
             gx, gy, mass = _gradients_and_mass(kernel, i, p, need)
             f, g = found.F[i] * epsilon, found.G[i] * epsilon
             value = _dual_value(p, f, g, epsilon, mass)
-            if any(need) or problem.a.requires_grad or problem.b.requires_grad:
-                inputs = problem.x, problem.y, problem.a, problem.b
+            inputs = problem.x, problem.y, problem.a, problem.b
+            if graph and any(t.requires_grad for t in inputs):
                 with torch.enable_grad():
                     value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
             outcome = found.marginal_errors[i], found.iterations[i], found.converged[i]

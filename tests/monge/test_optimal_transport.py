@@ -219,3 +219,24 @@ def test_half_precision_samples_give_a_float32_result(dtype):
     assert result.value.dtype == torch.float32
     assert result.converged
     assert optimal_transport(x, x).value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+def test_without_gradients_there_is_no_graph(solver):
+    x, y = draw(20).requires_grad_(), draw(20, seed=1)
+    with torch.no_grad():
+        assert not optimal_transport(x, y, solver=solver).value.requires_grad
+    assert optimal_transport(x, y, solver=solver).value.requires_grad
+
+
+def test_threads_are_left_as_they_were():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        optimal_transport(draw(20), draw(20, seed=1))
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="must reduce the last dimension"):
+            optimal_transport(draw(20), draw(20, seed=1), cost=lambda x, y: x - y)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
