@@ -49,6 +49,9 @@ def interleaved(ours: Callable[[], object], peer: Callable[[], object], seconds:
     ):
         pair = []
         for call in (ours, peer):
+            # Once without a clock: what the other side left in the caches, and its threads that still spin, go first.
+            if len(times) < 2 or times[-1][0] + times[-1][1] < 1000:
+                call()
             begin = time.perf_counter()
             call()
             pair.append(1e3 * (time.perf_counter() - begin))
