@@ -105,8 +105,21 @@ def buffers(count: int, n: int, m: int, like: Tensor) -> Iterator[list[Tensor]]:
 
 
 @cache
-def _blas() -> Any:
-    return ThreadpoolController().select(user_api="blas")
+def _blas() -> list[Any]:
+    """NumPy's and SciPy's BLAS, as threadpoolctl's controllers; its context costs as much as a small solve's sweep."""
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+
+
+@contextmanager
+def _blas_threads(count: int) -> Iterator[None]:
+    before = [library.get_num_threads() for library in _blas()]
+    for library in _blas():
+        library.set_num_threads(count)
+    try:
+        yield
+    finally:
+        for library, threads_before in zip(_blas(), before, strict=True):
+            library.set_num_threads(threads_before)
 
 
 @contextmanager
@@ -121,7 +134,7 @@ def threads(numbers: int) -> Iterator[None]:
     if count != before:
         torch.set_num_threads(count)
     try:
-        with _blas().limit(limits=count):
+        with _blas_threads(count):
             yield
     finally:
         if count != before:
@@ -463,7 +476,7 @@ class BlockedKernel(Kernel):
 
         if workers == 1:
             return [work(0)]
-        with ThreadPoolExecutor(workers) as pool, _blas().limit(limits=1):
+        with ThreadPoolExecutor(workers) as pool, _blas_threads(1):
             return list(pool.map(work, range(workers)))
 
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
