@@ -35,6 +35,8 @@ _STRIDE = 4
 _FLAT = 60.0
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 _MEMORY = 15
+# A measure against itself is nearly always solved after so many averaged sweeps, each cheaper than an extrapolation.
+_PLAIN_SWEEPS = 8
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
 _LONGEST_JUMP = 20.0
 
@@ -187,7 +189,10 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         if iterations < 4 or iterations % 4 == 0:
             kernel.settle(image)
         safe = image
-        G = anderson.extrapolate(image, residual * root)
+        if kernel.symmetric and iterations < _PLAIN_SWEEPS:
+            G = image
+        else:
+            G = anderson.extrapolate(image, residual * root)
 
 
 def coarse_start(
