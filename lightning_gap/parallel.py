@@ -1,18 +1,24 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = [
+    "RankGroup",
+    "data_parallel_group",
     "data_parallel_rank",
     "data_parallel_size",
+    "data_parallel_subgroup",
     "holds_whole_weights",
     "injects_sampler",
     "local_shard",
@@ -23,6 +29,7 @@ __all__ = [
     "shards_by_dtensor",
     "strategy_name",
     "sum_over_ranks",
+    "unwrapped",
     "whole_tensor",
 ]
 
@@ -158,3 +165,103 @@ def injects_sampler(trainer: Trainer) -> bool:
     """
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+class RankGroup:
+    """Some ranks that work together on one quantity. Every one of them must make the same calls.
+
+    A copy of what holds a group holds the same group; a pickle of it holds None, for groups do not outlive a process.
+
+    Args:
+        group: The process group; None for all ranks.
+
+    Raises:
+        RuntimeError: If no process group has been initialized.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("a group of ranks needs torch.distributed.init_process_group() first")
+        self.group = group
+        self.size = dist.get_world_size(group)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Return ``value`` of every rank, (ranks, ...), in the order of the ranks; detached.
+
+        Args:
+            value: A tensor of the same shape on every rank, on the device of the group's backend.
+        """
+        value = value.detach().contiguous()
+        every = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(every, value, group=self.group)
+        return torch.stack(every)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over the ranks, detached.
+
+        Args:
+            value: A tensor of the same shape on every rank, on the device of the group's backend.
+        """
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
+        return total
+
+    def __deepcopy__(self, memo: Any) -> "RankGroup":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _no_group, ()
+
+
+def _no_group() -> None:
+    return None
+
+
+def data_parallel_group(trainer: Trainer) -> RankGroup | None:
+    """Return the ranks that see different samples, this one among them; None where there is one.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    if data_parallel_size(trainer) == 1:
+        return None
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return RankGroup(trainer.strategy.device_mesh["data_parallel"].get_group())
+    return RankGroup()
+
+
+def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False) -> RankGroup:
+    """Return this rank's part of the ranks that see different samples, split into parts of ``size``. Collective.
+
+    Every rank creates all groups in the same order, once: a second call finds them.
+
+    Args:
+        trainer: The trainer that runs.
+        size: Ranks in a part; it divides their number.
+        strided: Whether ranks 0, P, 2P, ... are together, with P parts, and not 0 .. size-1.
+    """
+    whole = data_parallel_group(trainer)
+    assert whole is not None
+    here = dist.get_process_group_ranks(dist.group.WORLD if whole.group is None else whole.group)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, here)
+    layout: list[tuple[int, ...]] = []
+    for ranks in sorted(set(map(tuple, every))):
+        parts = len(ranks) // size
+        layout += [ranks[i::parts] if strided else ranks[i * size : (i + 1) * size] for i in range(parts)]
+    return RankGroup(_subgroup(dist.group.WORLD, tuple(layout)))
+
+
+@lru_cache(maxsize=None)
+def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    groups = [dist.new_group(list(ranks)) for ranks in layout]
+    return next(group for group, ranks in zip(groups, layout, strict=True) if dist.get_rank() in ranks)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what a data-parallel wrapper holds: its forward pass would overwrite the buffers of other ranks.
+
+    Args:
+        module: Any module.
+    """
+    return module.module if isinstance(module, (DistributedDataParallel, DataParallel)) else module

@@ -1,17 +1,20 @@
 """Ghost batch normalization as a function: which samples share statistics, their normalization, the running averages.
 
-Three parts, each of which can be replaced without the others: :func:`ghost_slices` decides the partition, two kernels
-normalize over a partition (native batch-norm kernels, or a formula that ``torch.compile`` fuses), and
-:func:`ghost_batch_norm` averages the statistics of all ghosts into the running ones.
+:func:`ghost_slices` says which samples form a ghost; :func:`ghost_batch_norm` has the kernels normalize each, and
+averages the statistics of all into the running ones.
 """
 
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
+from lightning_gap.parallel import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
 
@@ -139,6 +142,7 @@ def ghost_batch_norm(
     running_stats: RunningStats = "sequential",
     grouping: Grouping = "contiguous",
     num_batches_tracked: Tensor | None = None,
+    process_group: ProcessGroup | RankGroup | None = None,
 ) -> Tensor:
     r"""Normalize each ghost batch of ``ghost_batch_size`` samples by its own mean and variance.
 
@@ -173,6 +177,10 @@ def ghost_batch_norm(
         grouping: Which samples form a ghost, ``"contiguous"`` (the paper's) or ``"strided"``.
         num_batches_tracked: Scalar count of the updates so far, increased in place: by G if sequential, by 1 if per
             step. Needed by ``momentum=None``.
+        process_group: Ranks whose samples, all together, are one ghost, for batches that are smaller than a ghost. The
+            caller sees to it that they add up to ``ghost_batch_size``; a rank may have more of them than another, or
+            none. Each rank of the group must make the same calls, backward passes included; one collective each.
+            First derivatives only; ``torch.compile`` breaks its graph here.
 
     Returns:
         The normalized tensor, of the shape and dtype of ``x``.
@@ -204,53 +212,65 @@ def ghost_batch_norm(
     if not eps > 0:
         raise ValueError(f"eps must be positive in training, got {eps!r}")
 
-    parts = _Partition.of(x, ghost_batch_size, grouping)
-    if parts.ghosts == 1 or x.numel() == 0:
+    if process_group is not None:
+        ranks = process_group if isinstance(process_group, RankGroup) else RankGroup(process_group)
+        if ranks.size > 1:
+            y, mean, var = normalize_over_ranks(x, weight, bias, eps, ranks)
+            _update(running_mean, running_var, mean, var, momentum, running_stats, num_batches_tracked)
+            return y
+    n, values = x.shape[0], prod(x.shape[2:])
+    if n <= ghost_batch_size or x.numel() == 0:
         return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
-    if ghost_batch_size == parts.values == 1:
+    if ghost_batch_size == values == 1:
         raise ValueError(
             f"Expected more than 1 value per channel in each ghost batch when training, got input size "
             f"{tuple(x.shape)} and ghost_batch_size=1: raise ghost_batch_size"
         )
-    native = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-    y, mean, var = (_normalize_by_kernels if native else _normalize_by_formula)(x, weight, bias, eps, parts)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(parts.ghosts if running_stats == "sequential" else 1)
-    if running_mean is not None and running_var is not None:
-        weights, decay = _average_weights(parts.ghosts, momentum, running_stats, num_batches_tracked, mean)
-        for running, stat in ((running_mean, mean), (running_var, var)):
-            running.copy_(running.to(stat.dtype) * decay + (weights[:, None] * stat).sum(0))
+    full, rest = n // ghost_batch_size, n % ghost_batch_size  # divmod is not for symbolic sizes
+    lone = rest * values == 1
+    if full == 1 and lone:
+        return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
+    order = None
+    if lone and grouping == "strided":
+        # The last sample joins the first ghost: a view cannot say so.
+        order = torch.arange(n, device=x.device).remainder(full).argsort(stable=True)
+        x = x.index_select(0, order)
+    y, mean, var = normalize(x, weight, bias, eps, _runs(full, rest, ghost_batch_size, lone, grouping))
+    if order is not None:
+        y = y.index_select(0, order.argsort())
+    _update(running_mean, running_var, mean, var, momentum, running_stats, num_batches_tracked)
     return y
 
 
-class _Partition(NamedTuple):
-    """How a batch falls into ghosts, as numbers that may be symbolic under ``torch.compile``."""
+def _runs(full: int, rest: int, size: int, lone: bool, grouping: Grouping) -> list[Run]:
+    """Return the partition of :func:`ghost_slices` as stretches of equal ghosts; numbers may be symbolic."""
+    whole = full * size
+    strided = grouping == "strided"
+    if not lone:
+        return [Run(0, whole, full, strided)] + ([Run(whole, whole + rest, 1)] if rest else [])
+    if strided:  # already in the order of the ghosts, the first of which has one more
+        return [Run(0, size + 1, 1), Run(size + 1, whole + 1, full - 1)]
+    return [Run(0, whole - size, full - 1), Run(whole - size, whole + 1, 1)]
 
-    batch: int
-    ghost_size: int
-    full: int  # full ghosts
-    rest: int  # samples that fill none
-    values: int  # values per sample and channel
-    grouping: Grouping
 
-    @classmethod
-    def of(cls, x: Tensor, ghost_batch_size: int, grouping: Grouping) -> "_Partition":
-        n = x.shape[0]
-        full, rest = n // ghost_batch_size, n % ghost_batch_size  # divmod is not for symbolic sizes
-        return cls(n, ghost_batch_size, full, rest, prod(x.shape[2:]), grouping)
-
-    @property
-    def lone(self) -> bool:
-        """Whether the rest is one value per channel, which joins a full ghost."""
-        return self.full > 0 and self.rest * self.values == 1
-
-    @property
-    def ghosts(self) -> int:
-        return self.full + int(self.rest > 0 and not self.lone)
-
-    @property
-    def whole(self) -> int:
-        return self.full * self.ghost_size
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    running_stats: RunningStats,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Average the statistics (ghosts, C) into the running ones."""
+    ghosts = mean.shape[0]
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(ghosts if running_stats == "sequential" else 1)
+    if running_mean is None or running_var is None:
+        return
+    weights, decay = _average_weights(ghosts, momentum, running_stats, num_batches_tracked, mean)
+    for running, stat in ((running_mean, mean), (running_var, var)):
+        running.copy_(running.to(stat.dtype).mul(decay).addmv(stat.t(), weights))
 
 
 def _one_ghost(
@@ -283,169 +303,3 @@ def _average_weights(
     keep = 1 - momentum if running_stats == "sequential" else (1 - momentum) ** (1 / ghosts)
     age = torch.arange(ghosts - 1, -1, -1, device=like.device, dtype=like.dtype)
     return (1 - keep) * keep**age, keep**ghosts
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-# --- Kernels: eager CPU and CUDA ---------------------------------------------------------------------------------
-
-
-class _Group(NamedTuple):
-    """Ghosts that one kernel call normalizes: ``width`` of them, laid side by side along the channels."""
-
-    samples: slice
-    width: int
-
-    def of(self, t: Tensor) -> Tensor:
-        part = t[self.samples]
-        if self.width == 1:
-            return part
-        return part.reshape(part.shape[0] // self.width, self.width * part.shape[1], *part.shape[2:])
-
-    def repeat(self, t: Tensor | None) -> Tensor | None:
-        return t if t is None or self.width == 1 else t.repeat(self.width)
-
-
-def _groups(x: Tensor, parts: _Partition) -> list[_Group]:
-    if parts.grouping == "strided" and x.is_contiguous() and not parts.lone:
-        # Sample k·F + s is row k, channels s·C .. s·C + C-1 of a view: all full ghosts in one kernel call.
-        rest = [_Group(slice(parts.whole, parts.batch, 1), 1)] if parts.rest else []
-        return [_Group(slice(0, parts.whole, 1), parts.full), *rest]
-    slices = ghost_slices(parts.batch, parts.ghost_size, grouping=parts.grouping, values_per_sample=parts.values)
-    return [_Group(samples, 1) for samples in slices]
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the kernels take their fast path, and can write in place; others get a dense copy for speed."""
-    return (
-        t.is_contiguous()
-        or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-        or (t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d))
-    )
-
-
-class _NativeGhostNorm(torch.autograd.Function):
-    """Native batch-norm kernels, group by group, into one output; differentiable twice."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: list[_Group]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y = torch.empty_like(x)
-        ghosts = sum(group.width for group in groups)
-        # Zeros, not scratch: the kernels blend them in with weight 0, and 0 · NaN is NaN.
-        shape, dtype = (ghosts, x.shape[1]), _statistics_dtype(x)
-        mean, var, invstd, spare = (x.new_zeros(shape, dtype=dtype) for _ in range(4))
-        first = 0
-        for group in groups:
-            rows = slice(first, first + group.width)
-            first += group.width
-            part, out = group.of(x), group.of(y)
-            # With momentum 1 the kernel's running statistics are the ghost's own mean and unbiased variance.
-            arguments = (
-                group.repeat(weight), group.repeat(bias), spare[rows].view(-1), var[rows].view(-1), True, 1.0, eps
-            )  # fmt: skip
-            saved = mean[rows].view(-1), invstd[rows].view(-1)
-            if _is_dense(part) and _is_dense(out):
-                torch.ops.aten.native_batch_norm.out(
-                    part, *arguments, out=out, save_mean=saved[0], save_invstd=saved[1]
-                )
-            else:
-                results = torch.ops.aten.native_batch_norm(part.clone(), *arguments)
-                for target, result in zip((out, *saved), results, strict=True):
-                    target.copy_(result)
-        return y, mean, var, invstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.eps, ctx.groups = inputs
-        _, mean, var, invstd = output
-        ctx.mark_non_differentiable(mean, var, invstd)
-        ctx.save_for_backward(x, weight, mean, invstd)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:3])
-        grad_x = torch.empty_like(x) if mask[0] else None
-        sums: list[list[Tensor]] = [[], []]
-        first = 0
-        for group in ctx.groups:
-            rows = slice(first, first + group.width)
-            first += group.width
-            part, grad_part = group.of(x), group.of(grad_y)
-            # The kernel's own derivative counts what flows through the saved statistics: a second backward is right.
-            gradients = torch.ops.aten.native_batch_norm_backward(
-                grad_part if _is_dense(grad_part) else grad_part.clone(),
-                part if _is_dense(part) else part.clone(),
-                group.repeat(weight), None, None, mean[rows].view(-1), invstd[rows].view(-1), True, ctx.eps, mask,
-            )  # fmt: skip
-            if grad_x is not None:
-                group.of(grad_x).copy_(gradients[0])
-            for parts, wanted, gradient in zip(sums, mask[1:], gradients[1:], strict=True):
-                if wanted:
-                    parts.append(gradient.view(group.width, -1))
-        grad_weight, grad_bias = (torch.cat(parts).sum(0) if parts else None for parts in sums)
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def _normalize_by_kernels(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: _Partition
-) -> tuple[Tensor, Tensor, Tensor]:
-    # float32 scale and shift beside a half-precision input make the kernels keep their statistics in float32
-    weight, bias = (t if t is None or t.dtype == x.dtype == _statistics_dtype(x) else t.float() for t in (weight, bias))
-    groups = _groups(x, parts)
-    y, mean, var, _ = _NativeGhostNorm.apply(x, weight, bias, eps, groups)  # type: ignore[no-untyped-call]
-    return y, mean, var
-
-
-# --- Formula: torch.compile, torch.export, other devices ---------------------------------------------------------
-
-
-def _normalize_by_formula(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, parts: _Partition
-) -> tuple[Tensor, Tensor, Tensor]:
-    order = None
-    if parts.grouping == "strided":
-        sample = torch.arange(parts.batch, device=x.device)
-        ghost = sample % parts.full
-        if not parts.lone:
-            ghost = torch.where(sample < parts.whole, ghost, parts.full)
-        order = ghost.argsort(stable=True)
-        x = x.index_select(0, order)
-    results = [_normalize_run(x[start:stop], count, weight, bias, eps) for start, stop, count in _runs(parts)]
-    y, mean, var = (torch.cat(column) for column in zip(*results, strict=True))
-    if order is not None:
-        y = y.index_select(0, order.argsort())
-    return y, mean.detach(), var.detach()
-
-
-def _runs(parts: _Partition) -> list[tuple[int, int, int]]:
-    """Return start, stop and count of the runs of equal ghosts, once the samples lie in the order of their ghosts."""
-    n, whole = parts.batch, parts.whole
-    if not parts.lone:
-        runs = [(0, whole, parts.full), (whole, n, 1)]
-    elif parts.grouping == "contiguous":
-        runs = [(0, whole - parts.ghost_size, parts.full - 1), (whole - parts.ghost_size, n, 1)]
-    else:
-        runs = [(0, parts.ghost_size + 1, 1), (parts.ghost_size + 1, n, parts.full - 1)]
-    return [run for run in runs if run[0] < run[1]]
-
-
-def _normalize_run(
-    x: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    ghosts = x.unflatten(0, (count, x.shape[0] // count)).to(_statistics_dtype(x))
-    over = [1, *range(3, ghosts.dim())]
-    var, mean = torch.var_mean(ghosts, over, correction=0, keepdim=True)
-    y = (ghosts - mean) * torch.rsqrt(var + eps)
-    per_channel = (-1, *(1,) * (x.dim() - 2))
-    if weight is not None:
-        y = y * weight.view(per_channel)
-    if bias is not None:
-        y = y + bias.view(per_channel)
-    values = ghosts.shape[1] * prod(x.shape[2:])
-    unbiased = var * (values / (values - 1))
-    return y.flatten(0, 1).to(x.dtype), mean.reshape(count, -1), unbiased.reshape(count, -1)

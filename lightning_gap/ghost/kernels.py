@@ -1,0 +1,476 @@
+"""Kernels of ghost batch normalization: one partition of a batch, several ways to normalize over it.
+
+A partition is a list of *runs*: stretches of the batch that hold equal ghosts. In eager mode a run goes to one of three
+kernels, which all write into one output and give the same numbers:
+
+* ``one by one``: native batch-norm kernels on each ghost, for ghosts that fill the cache;
+* ``side by side``: elementwise operations on blocks of many small ghosts, where a call for each would cost more than
+  its arithmetic;
+* ``as channels``: strided ghosts of a dense batch are the channels of a view, which one native call normalizes.
+
+``torch.compile``, ``torch.export`` and other devices get the defining formula, which compilers fuse. Ghosts that span
+ranks are kernels of their own, with one collective forward and one backward.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_gap.parallel import RankGroup
+
+__all__ = ["Run", "normalize", "normalize_over_ranks"]
+
+# Elements of a ghost from which a native call for each pays, and of a block that stays in a core's cache: measured.
+_LARGE_GHOST = 1 << 17
+_BLOCK = 1 << 17
+
+Normalized = tuple[Tensor, Tensor, Tensor]  # output, means and unbiased variances (ghosts, channels)
+
+
+class Run(NamedTuple):
+    """Samples ``start`` to ``stop`` of a batch, which hold ``ghosts`` equal ghosts, contiguous or strided."""
+
+    start: int
+    stop: int
+    ghosts: int
+    strided: bool = False
+
+    def split(self, samples: Tensor) -> Tensor:
+        """Return the run of ``samples`` as (ghosts, size, ...), or (size, ghosts, ...) if strided."""
+        size = (self.stop - self.start) // self.ghosts
+        shape = (size, self.ghosts) if self.strided else (self.ghosts, size)
+        return samples[self.start : self.stop].unflatten(0, shape)
+
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[Run]) -> Normalized:
+    """Normalize each ghost of ``x`` by its own statistics.
+
+    Args:
+        x: (N, C) or (N, C, ...).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: Added to the variance.
+        runs: The partition, which covers the batch in order.
+
+    Returns:
+        The output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
+    """
+    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+        return _formula(x, weight, bias, eps, runs)
+    y, mean, var, _ = _GhostNorm.apply(_dense(x), *_in_statistics_dtype(x, weight, bias), eps, runs)  # type: ignore[no-untyped-call]
+    return y, mean, var
+
+
+@torch.compiler.disable
+def normalize_over_ranks(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: RankGroup
+) -> Normalized:
+    """Normalize all samples of all ``ranks`` as one ghost; collective, in the backward pass too.
+
+    Args:
+        x: This rank's samples, (N, C) or (N, C, ...); as many as it has, none included.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: Added to the variance.
+        ranks: The ranks that share the ghost.
+
+    Returns:
+        This rank's output, and the ghost's mean and unbiased variance, (1, C), detached.
+    """
+    weight, bias = _in_statistics_dtype(x, weight, bias)
+    y, mean, var, *_ = _RankGhostNorm.apply(_dense(x), weight, bias, eps, ranks)  # type: ignore[no-untyped-call]
+    return y, mean, var
+
+
+# --- The formula ---------------------------------------------------------------------------------------------------
+
+
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[Run]) -> Normalized:
+    results = [_formula_of_run(run.split(x), run.strided, weight, bias, eps) for run in runs]
+    y, mean, var = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
+    return y, mean.detach(), var.detach()
+
+
+def _formula_of_run(
+    ghosts: Tensor, strided: bool, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Normalized:
+    samples = int(not strided)
+    over = [samples, *range(3, ghosts.dim())]
+    wide = ghosts.to(_statistics_dtype(ghosts))
+    var, mean = torch.var_mean(wide, over, correction=0, keepdim=True)
+    y = (wide - mean) * torch.rsqrt(var + eps)
+    per_channel = (-1, *(1,) * (ghosts.dim() - 3))
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    values = ghosts.shape[samples] * math.prod(ghosts.shape[3:])
+    mean, var = (t.reshape(ghosts.shape[1 - samples], ghosts.shape[2]) for t in (mean, var * (values / (values - 1))))
+    return y.flatten(0, 1).to(ghosts.dtype), mean, var
+
+
+# --- Layouts -------------------------------------------------------------------------------------------------------
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _in_statistics_dtype(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Float32 scale and shift beside a half-precision input make the native kernels keep float32 statistics."""
+    dtype = _statistics_dtype(x)
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in parameters]
+
+
+def _channels_inside(x: Tensor) -> bool:
+    """Whether the channels of a sample's position lie side by side: (N, C), channels_last, a transposed sequence."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if _channels_inside(x) else x.contiguous()
+
+
+def _flat(t: Tensor, channels_inside: bool) -> tuple[Tensor, int]:
+    """Return a dense view (rows, C) or (samples, C, positions), and how many of its first dimension make a sample."""
+    if not channels_inside:
+        return t.flatten(2), 1
+    rows = t.movedim(1, -1)
+    return rows.reshape(-1, t.shape[1]), math.prod(t.shape[2:])
+
+
+def _like(t: Tensor, channels_inside: bool) -> Tensor:
+    """Return ``t``, such as a gradient, dense and in the wanted order of dimensions."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_inside else t.contiguous()
+
+
+class _Part(NamedTuple):
+    """A run of a batch, and the kernel for it."""
+
+    run: Run
+    rows: slice  # of the flat view
+    ghosts: slice  # of the tables of statistics
+    kernel: "_Kernel"
+
+
+def _parts(flat: Tensor, per_sample: int, runs: list[Run]) -> list[_Part]:
+    parts, first = [], 0
+    for run in runs:
+        rows = slice(run.start * per_sample, run.stop * per_sample)
+        ghost = flat[rows].numel() // run.ghosts
+        if run.strided and per_sample == 1:
+            kernel = _AS_CHANNELS
+        elif run.ghosts == 1 or (ghost >= _LARGE_GHOST and not run.strided):
+            kernel = _ONE_BY_ONE
+        else:
+            kernel = _SIDE_BY_SIDE
+        parts.append(_Part(run, rows, slice(first, first + run.ghosts), kernel))
+        first += run.ghosts
+    return parts
+
+
+# --- Kernels -------------------------------------------------------------------------------------------------------
+
+
+class _Tables(NamedTuple):
+    """What is known of some ghosts, each (ghosts, C)."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+
+
+class _Kernel(NamedTuple):
+    """How to normalize a run.
+
+    ``forward(run, x, y, weight, bias, eps, tables)`` fills ``y`` and the tables. ``backward(run, x, grad_y, weight,
+    tables, out)`` returns the gradients of x (written to ``out``; None if ``out`` is), weight and bias.
+    """
+
+    forward: Callable[[Run, Tensor, Tensor, Tensor | None, Tensor | None, float, _Tables], None]
+    backward: Callable[[Run, Tensor, Tensor, Tensor | None, _Tables, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _native_forward(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+) -> None:
+    # With momentum 1 the kernel's running statistics are the batch's own mean and unbiased variance. They are blended
+    # with what the buffers hold at weight 0, which must not be NaN: the tables come as zeros.
+    mean, var, invstd = tables
+    torch.ops.aten.native_batch_norm.out(
+        x, weight, bias, torch.zeros_like(mean), var, True, 1.0, eps, out=y, save_mean=mean, save_invstd=invstd
+    )
+
+
+def _native_sums(x: Tensor, grad_y: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """Return Σ dy·(x − μ)/σ and Σ dy of each channel, (2, C)."""
+    # The weight has no part in the sums; with half-precision inputs its dtype is that of the statistics.
+    _, *sums = torch.ops.aten.native_batch_norm_backward(
+        grad_y, x, mean, None, None, mean, invstd, True, 0.0, [False, True, True]
+    )
+    return torch.stack(sums)
+
+
+def _input_gradient(
+    x: Tensor, grad_y: Tensor, out: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, means: Tensor
+) -> None:
+    """Write γ/σ·(dy − x̂·mean(dy·x̂) − mean(dy)) of one ghost, with the two means over all its values."""
+    scale = invstd if weight is None else invstd * weight
+    slope = -scale * invstd * means[0]
+    shift = -scale * means[1] - slope * mean
+    shift, slope, scale = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (shift, slope, scale))
+    rows = max(1, 2 * _BLOCK // x[0].numel())
+    for part, grad, target in zip(x.split(rows), grad_y.split(rows), out.split(rows), strict=True):
+        if target.dtype == scale.dtype:
+            torch.addcmul(shift, part, slope, out=target).addcmul_(grad, scale)
+        else:
+            target.copy_(torch.addcmul(shift, part, slope).addcmul_(grad, scale))
+
+
+def _addcmul(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> None:
+    if out.dtype == scale.dtype:
+        torch.addcmul(shift, x, scale, out=out)
+    else:
+        out.copy_(torch.addcmul(shift, x, scale))
+
+
+def _forward_one_by_one(
+    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+) -> None:
+    rows = len(x) // run.ghosts
+    for part, out, *row in zip(x.split(rows), y.split(rows), *tables, strict=True):
+        _native_forward(part, out, weight, bias, eps, _Tables(*row))
+
+
+def _backward_one_by_one(
+    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = len(x) // run.ghosts
+    values = x.numel() // (run.ghosts * x.shape[1])
+    total = tables.mean.new_zeros(2, x.shape[1])
+    for i, (part, grad) in enumerate(zip(x.split(rows), grad_y.split(rows), strict=True)):
+        mean, invstd = tables.mean[i], tables.invstd[i]
+        sums = _native_sums(part, grad, mean, invstd)
+        total += sums
+        if out is not None:
+            _input_gradient(part, grad, out[i * rows : (i + 1) * rows], weight, mean, invstd, sums / values)
+    return total[0], total[1]
+
+
+class _Blocks:
+    """Blocks of small ghosts: their samples, and their statistics, in shapes that broadcast against each other."""
+
+    over = (0, 2, 4)  # of (samples apart, ghosts, rows together, channels, positions)
+
+    def __init__(self, run: Run, flat: Tensor) -> None:
+        self.ghosts, self.channels = run.ghosts, flat.shape[1]
+        self.values = flat.numel() // (self.ghosts * self.channels)
+        apart = (run.stop - run.start) // run.ghosts if run.strided else 1
+        together = len(flat) // (apart * run.ghosts)
+        self.shape = (apart, run.ghosts, together, self.channels, *flat.shape[2:], *(1,) * (3 - flat.dim()))
+        self.each = max(1, _BLOCK // (self.values * self.channels))
+
+    def samples(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.view(self.shape).split(self.each, 1)
+
+    def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
+        return table.view(1, self.ghosts, 1, self.channels, 1).split(self.each, 1)
+
+    def parameter(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.view(1, 1, 1, self.channels, 1)
+
+
+def _forward_side_by_side(
+    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+) -> None:
+    blocks = _Blocks(run, x)
+    n = blocks.values
+    weight, bias = blocks.parameter(weight), blocks.parameter(bias)
+    tensors = (blocks.samples(x), blocks.samples(y), *map(blocks.statistics, tables))
+    for part, out, mean, var, invstd in zip(*tensors, strict=True):
+        torch.sum(part, blocks.over, True, dtype=mean.dtype, out=mean).div_(n)
+        deviations = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
+        torch.sub(part, mean, out=deviations).mul_(deviations)
+        torch.sum(deviations, blocks.over, True, out=var)
+        torch.div(var, n, out=invstd).add_(eps).rsqrt_()
+        var.div_(n - 1)
+        scale = invstd if weight is None else invstd * weight
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+        _addcmul(shift, part, scale, out)
+
+
+def _backward_side_by_side(
+    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    blocks = _Blocks(run, x)
+    n = blocks.values
+    weight = blocks.parameter(weight)
+    sums = torch.empty_like(tables.mean), torch.empty_like(tables.mean)
+    parts = blocks.samples(x)
+    outs = (None,) * len(parts) if out is None else blocks.samples(out)
+    buffer = torch.empty_like(parts[0], dtype=sums[0].dtype)
+    tensors = (parts, blocks.samples(grad_y), outs, *map(blocks.statistics, (*tables, *sums)))
+    for part, grad, target, mean, _, invstd, product, total in zip(*tensors, strict=True):
+        spare = target if target is not None and target.dtype == mean.dtype else torch.empty_like(buffer)
+        deviations = torch.sub(part, mean, out=spare[:, : part.shape[1]])
+        torch.sum(torch.mul(deviations, grad, out=buffer[:, : part.shape[1]]), blocks.over, True, out=product)
+        torch.sum(grad, blocks.over, True, dtype=mean.dtype, out=total)
+        product.mul_(invstd)
+        if target is not None:
+            scale = invstd if weight is None else invstd * weight
+            torch.addcmul(grad, deviations, product * invstd / -n, out=deviations)
+            _addcmul(total * scale / -n, deviations, scale, target)
+    return sums[0].sum(0), sums[1].sum(0)
+
+
+def _forward_as_channels(
+    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+) -> None:
+    weight, bias = (t if t is None else t.repeat(run.ghosts) for t in (weight, bias))
+    shape = _shape_as_channels(run, x)
+    _native_forward(x.view(shape), y.view(shape), weight, bias, eps, _Tables(*(t.view(-1) for t in tables)))
+
+
+def _backward_as_channels(
+    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = _shape_as_channels(run, x)
+    scale = tables.mean.new_ones(x.shape[1]) if weight is None else weight
+    grad_x, *sums = torch.ops.aten.native_batch_norm_backward(
+        grad_y.view(shape), x.view(shape), scale.repeat(run.ghosts), None, None,
+        tables.mean.view(-1), tables.invstd.view(-1), True, 0.0, [out is not None, True, True],
+    )  # fmt: skip
+    if out is not None:
+        out.copy_(grad_x.view_as(out))
+    grad_weight, grad_bias = (t.view(run.ghosts, -1).sum(0) for t in sums)
+    return grad_weight, grad_bias
+
+
+def _shape_as_channels(run: Run, x: Tensor) -> tuple[int, ...]:
+    # Sample k·ghosts + s is row k, channels s·C .. s·C + C-1 of this view.
+    return len(x) // run.ghosts, run.ghosts * x.shape[1], *x.shape[2:]
+
+
+_ONE_BY_ONE = _Kernel(_forward_one_by_one, _backward_one_by_one)
+_SIDE_BY_SIDE = _Kernel(_forward_side_by_side, _backward_side_by_side)
+_AS_CHANNELS = _Kernel(_forward_as_channels, _backward_as_channels)
+
+
+# --- Differentiation -----------------------------------------------------------------------------------------------
+
+
+class _GhostNorm(torch.autograd.Function):
+    """The eager kernels; a second derivative goes through the formula."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[Run]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, inside = torch.empty_like(x), _channels_inside(x)
+        ghosts = sum(run.ghosts for run in runs)
+        tables = [x.new_zeros(ghosts, x.shape[1], dtype=_statistics_dtype(x)) for _ in range(3)]
+        flat, per_sample = _flat(x, inside)
+        flat_y, _ = _flat(y, inside)
+        for run, rows, which, kernel in _parts(flat, per_sample, runs):
+            kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, _Tables(*(t[which] for t in tables)))
+        return y, *tables
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, ctx.eps, ctx.runs = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_backward(ctx, x, weight, bias, grad_y), None, None
+        inside = _channels_inside(x)
+        flat, per_sample = _flat(x, inside)
+        flat_grad, _ = _flat(_like(grad_y, inside), inside)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        out = None if grad_x is None else _flat(grad_x, inside)[0]
+        total = tables[0].new_zeros(2, x.shape[1])
+        for run, rows, which, kernel in _parts(flat, per_sample, ctx.runs):
+            part = None if out is None else out[rows]
+            total += torch.stack(
+                kernel.backward(run, flat[rows], flat_grad[rows], weight, _Tables(*(t[which] for t in tables)), part)
+            )
+        return grad_x, *_where_wanted(ctx, total), None, None
+
+
+def _differentiable_backward(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor
+) -> list[Tensor | None]:
+    inputs = (x, weight, bias)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+    y, *_ = _formula(*inputs, ctx.eps, ctx.runs)
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad_y, create_graph=True)
+    gradients: list[Tensor | None] = [None, None, None]
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def _where_wanted(ctx: Any, gradients: Tensor) -> list[Tensor | None]:
+    wanted = ctx.needs_input_grad[1:3]
+    return [gradient if yes else None for yes, gradient in zip(wanted, gradients, strict=True)]
+
+
+class _RankGhostNorm(torch.autograd.Function):
+    """One ghost over several ranks: its moments are gathered forward, its two sums of gradients are added backward."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: RankGroup
+    ) -> tuple[Tensor, ...]:
+        y, inside, channels = torch.empty_like(x), _channels_inside(x), x.shape[1]
+        flat, _ = _flat(x, inside)
+        values = flat.numel() // channels
+        mean, var = flat.new_zeros(2, channels, dtype=_statistics_dtype(x))
+        if values:
+            unused = torch.zeros_like(mean), torch.zeros_like(mean)
+            mean, var = torch.batch_norm_update_stats(flat, *unused, 0.0)
+        own = torch.cat((mean, var * values, mean.new_tensor([values])))
+        every = ranks.gather(own)
+        counts, means, squares = every[:, -1:], every[:, :channels], every[:, channels:-1]
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        squares = (squares + counts * (means - mean) ** 2).sum(0)  # Welford's, for parts of any size
+        var, unbiased = squares / count, squares / (count - 1)
+        if values:
+            flat_y, _ = _flat(y, inside)
+            none = mean.new_empty(0)
+            torch.ops.aten.native_batch_norm.out(
+                flat, weight, bias, mean, var, False, 0.0, eps, out=flat_y, save_mean=none, save_invstd=none
+            )
+        return y, mean[None], unbiased[None], (var + eps).rsqrt(), count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, _, ctx.ranks = inputs
+        _, mean, _, invstd, count = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, mean, invstd, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, count = ctx.saved_tensors
+        inside, mean = _channels_inside(x), mean[0]
+        flat, _ = _flat(x, inside)
+        flat_grad, _ = _flat(_like(grad_y, inside), inside)
+        own = _native_sums(flat, flat_grad, mean, invstd) if flat.numel() else torch.zeros_like(mean).expand(2, -1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            means = ctx.ranks.sum(own) / count
+            if flat.numel():
+                _input_gradient(flat, flat_grad, _flat(grad_x, inside)[0], weight, mean, invstd, means)
+        # Of weight and bias this rank's share: the strategy adds them up.
+        return grad_x, *_where_wanted(ctx, own), None, None
