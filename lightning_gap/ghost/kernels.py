@@ -24,9 +24,9 @@ from lightning_gap.parallel import RankGroup
 
 __all__ = ["Run", "normalize", "normalize_over_ranks"]
 
-# Elements of a ghost from which a native call for each pays, and of a block that stays in a core's cache: measured.
+# Elements of a ghost from which a native call for each pays, and of a block that a core's cache can hold: measured.
 _LARGE_GHOST = 1 << 17
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 
 Normalized = tuple[Tensor, Tensor, Tensor]  # output, means and unbiased variances (ghosts, channels)
 
@@ -148,6 +148,11 @@ def _like(t: Tensor, channels_inside: bool) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_inside else t.contiguous()
 
 
+def _block(x: Tensor) -> int:
+    """Return how many elements to take at a time: what the caches hold, or on a GPU, without such caches, all."""
+    return _BLOCK * torch.get_num_threads() if x.device.type == "cpu" else max(1, x.numel())
+
+
 class _Part(NamedTuple):
     """A run of a batch, and the kernel for it."""
 
@@ -188,11 +193,11 @@ class _Kernel(NamedTuple):
     """How to normalize a run.
 
     ``forward(run, x, y, weight, bias, eps, tables)`` fills ``y`` and the tables. ``backward(run, x, grad_y, weight,
-    tables, out)`` returns the gradients of x (written to ``out``; None if ``out`` is), weight and bias.
+    tables, out)`` fills ``out``, if given, with the gradient of x, and returns those of weight and bias, (2, C).
     """
 
     forward: Callable[[Run, Tensor, Tensor, Tensor | None, Tensor | None, float, _Tables], None]
-    backward: Callable[[Run, Tensor, Tensor, Tensor | None, _Tables, Tensor | None], tuple[Tensor, Tensor]]
+    backward: Callable[[Run, Tensor, Tensor, Tensor | None, _Tables, Tensor | None], Tensor]
 
 
 def _native_forward(
@@ -223,7 +228,7 @@ def _input_gradient(
     slope = -scale * invstd * means[0]
     shift = -scale * means[1] - slope * mean
     shift, slope, scale = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (shift, slope, scale))
-    rows = max(1, 2 * _BLOCK // x[0].numel())
+    rows = max(1, _block(x) // x[0].numel())
     for part, grad, target in zip(x.split(rows), grad_y.split(rows), out.split(rows), strict=True):
         if target.dtype == scale.dtype:
             torch.addcmul(shift, part, slope, out=target).addcmul_(grad, scale)
@@ -248,7 +253,7 @@ def _forward_one_by_one(
 
 def _backward_one_by_one(
     run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     rows = len(x) // run.ghosts
     values = x.numel() // (run.ghosts * x.shape[1])
     total = tables.mean.new_zeros(2, x.shape[1])
@@ -258,7 +263,7 @@ def _backward_one_by_one(
         total += sums
         if out is not None:
             _input_gradient(part, grad, out[i * rows : (i + 1) * rows], weight, mean, invstd, sums / values)
-    return total[0], total[1]
+    return total
 
 
 class _Blocks:
@@ -272,7 +277,7 @@ class _Blocks:
         apart = (run.stop - run.start) // run.ghosts if run.strided else 1
         together = len(flat) // (apart * run.ghosts)
         self.shape = (apart, run.ghosts, together, self.channels, *flat.shape[2:], *(1,) * (3 - flat.dim()))
-        self.each = max(1, _BLOCK // (self.values * self.channels))
+        self.each = max(1, _block(flat) // (self.values * self.channels))
 
     def samples(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.view(self.shape).split(self.each, 1)
@@ -305,11 +310,11 @@ def _forward_side_by_side(
 
 def _backward_side_by_side(
     run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     blocks = _Blocks(run, x)
     n = blocks.values
     weight = blocks.parameter(weight)
-    sums = torch.empty_like(tables.mean), torch.empty_like(tables.mean)
+    sums = torch.empty_like(tables.mean[None].expand(2, -1, -1), memory_format=torch.contiguous_format)
     parts = blocks.samples(x)
     outs = (None,) * len(parts) if out is None else blocks.samples(out)
     buffer = torch.empty_like(parts[0], dtype=sums[0].dtype)
@@ -324,7 +329,7 @@ def _backward_side_by_side(
             scale = invstd if weight is None else invstd * weight
             torch.addcmul(grad, deviations, product * invstd / -n, out=deviations)
             _addcmul(total * scale / -n, deviations, scale, target)
-    return sums[0].sum(0), sums[1].sum(0)
+    return sums.sum(1)
 
 
 def _forward_as_channels(
@@ -337,17 +342,23 @@ def _forward_as_channels(
 
 def _backward_as_channels(
     run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
+) -> Tensor:
+    grad_x, sums = _gradients_as_channels(run, x, grad_y, weight, tables, out is not None)
+    if out is not None:
+        out.copy_(grad_x.view_as(out))
+    return sums
+
+
+def _gradients_as_channels(
+    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     shape = _shape_as_channels(run, x)
     scale = tables.mean.new_ones(x.shape[1]) if weight is None else weight
     grad_x, *sums = torch.ops.aten.native_batch_norm_backward(
         grad_y.view(shape), x.view(shape), scale.repeat(run.ghosts), None, None,
-        tables.mean.view(-1), tables.invstd.view(-1), True, 0.0, [out is not None, True, True],
+        tables.mean.view(-1), tables.invstd.view(-1), True, 0.0, [wanted, True, True],
     )  # fmt: skip
-    if out is not None:
-        out.copy_(grad_x.view_as(out))
-    grad_weight, grad_bias = (t.view(run.ghosts, -1).sum(0) for t in sums)
-    return grad_weight, grad_bias
+    return grad_x, torch.stack(sums).view(2, run.ghosts, -1).sum(1)
 
 
 def _shape_as_channels(run: Run, x: Tensor) -> tuple[int, ...]:
@@ -393,14 +404,18 @@ class _GhostNorm(torch.autograd.Function):
         inside = _channels_inside(x)
         flat, per_sample = _flat(x, inside)
         flat_grad, _ = _flat(_like(grad_y, inside), inside)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        parts, wanted = _parts(flat, per_sample, ctx.runs), ctx.needs_input_grad[0]
+        if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS:  # its gradient is the whole: no copy
+            arguments = parts[0].run, flat, flat_grad, weight, _Tables(*tables), wanted
+            grad_x, total = _gradients_as_channels(*arguments)
+            return grad_x.view_as(x) if wanted else None, *_where_wanted(ctx, total), None, None
+        grad_x = torch.empty_like(x) if wanted else None
         out = None if grad_x is None else _flat(grad_x, inside)[0]
         total = tables[0].new_zeros(2, x.shape[1])
-        for run, rows, which, kernel in _parts(flat, per_sample, ctx.runs):
-            part = None if out is None else out[rows]
-            total += torch.stack(
-                kernel.backward(run, flat[rows], flat_grad[rows], weight, _Tables(*(t[which] for t in tables)), part)
-            )
+        for run, rows, which, kernel in parts:
+            target = None if out is None else out[rows]
+            part = _Tables(*(t[which] for t in tables))
+            total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
         return grad_x, *_where_wanted(ctx, total), None, None
 
 
