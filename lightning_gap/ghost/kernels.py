@@ -285,27 +285,27 @@ class _Blocks:
     def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
         return table.view(1, self.ghosts, 1, self.channels, 1).split(self.each, 1)
 
-    def parameter(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.view(1, 1, 1, self.channels, 1)
-
 
 def _forward_side_by_side(
     run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
 ) -> None:
-    blocks = _Blocks(run, x)
+    blocks, channels = _Blocks(run, x), x.shape[1]
     n = blocks.values
-    weight, bias = blocks.parameter(weight), blocks.parameter(bias)
+    # Factors of n are left to whole tables: a call for each block costs more than its arithmetic.
+    root = math.sqrt(n)
+    factor = (tables.mean.new_full((channels,), root) if weight is None else weight * root).view(-1, 1)
+    shift = tables.mean.new_zeros(channels, 1) if bias is None else bias.view(-1, 1)
     tensors = (blocks.samples(x), blocks.samples(y), *map(blocks.statistics, tables))
-    for part, out, mean, var, invstd in zip(*tensors, strict=True):
+    for part, out, mean, squares, over_root in zip(*tensors, strict=True):
         torch.sum(part, blocks.over, True, dtype=mean.dtype, out=mean).div_(n)
         deviations = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
         torch.sub(part, mean, out=deviations).mul_(deviations)
-        torch.sum(deviations, blocks.over, True, out=var)
-        torch.div(var, n, out=invstd).add_(eps).rsqrt_()
-        var.div_(n - 1)
-        scale = invstd if weight is None else invstd * weight
-        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-        _addcmul(shift, part, scale, out)
+        torch.sum(deviations, blocks.over, True, out=squares)
+        torch.add(squares, eps * n, out=over_root).rsqrt_()
+        scale = over_root * factor
+        _addcmul(torch.addcmul(shift, mean, scale, value=-1), part, scale, out)
+    tables.var.div_(n - 1)
+    tables.invstd.mul_(root)
 
 
 def _backward_side_by_side(
@@ -313,22 +313,22 @@ def _backward_side_by_side(
 ) -> Tensor:
     blocks = _Blocks(run, x)
     n = blocks.values
-    weight = blocks.parameter(weight)
-    sums = torch.empty_like(tables.mean[None].expand(2, -1, -1), memory_format=torch.contiguous_format)
+    scale = tables.invstd if weight is None else tables.invstd * weight
+    sums = x.new_empty(2, run.ghosts, x.shape[1], dtype=scale.dtype)
     parts = blocks.samples(x)
     outs = (None,) * len(parts) if out is None else blocks.samples(out)
-    buffer = torch.empty_like(parts[0], dtype=sums[0].dtype)
-    tensors = (parts, blocks.samples(grad_y), outs, *map(blocks.statistics, (*tables, *sums)))
-    for part, grad, target, mean, _, invstd, product, total in zip(*tensors, strict=True):
+    buffer = torch.empty_like(parts[0], dtype=scale.dtype)
+    statistics = map(blocks.statistics, (tables.mean, tables.invstd, scale, scale / -n, *sums))
+    tensors = (parts, blocks.samples(grad_y), outs, *statistics)
+    for part, grad, target, mean, invstd, factor, minus_factor_over_n, product, total in zip(*tensors, strict=True):
         spare = target if target is not None and target.dtype == mean.dtype else torch.empty_like(buffer)
         deviations = torch.sub(part, mean, out=spare[:, : part.shape[1]])
         torch.sum(torch.mul(deviations, grad, out=buffer[:, : part.shape[1]]), blocks.over, True, out=product)
         torch.sum(grad, blocks.over, True, dtype=mean.dtype, out=total)
         product.mul_(invstd)
         if target is not None:
-            scale = invstd if weight is None else invstd * weight
-            torch.addcmul(grad, deviations, product * invstd / -n, out=deviations)
-            _addcmul(total * scale / -n, deviations, scale, target)
+            torch.addcmul(grad, deviations, product * invstd, value=-1 / n, out=deviations)
+            _addcmul(total * minus_factor_over_n, deviations, factor, target)
     return sums.sum(1)
 
 
