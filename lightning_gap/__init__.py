@@ -24,6 +24,7 @@ _HOME = {
     "convert_ghost_batchnorm": "lightning_gap.ghost",
     "effective_batch_size": "lightning_gap.regime",
     "monge_gap": "lightning_gap.monge",
+    "recalibrate_batchnorm": "lightning_gap.ghost",
     "revert_ghost_batchnorm": "lightning_gap.ghost",
     "sinkhorn_divergence": "lightning_gap.monge",
 }
@@ -39,13 +40,19 @@ __all__ = [
     "costs",
     "effective_batch_size",
     "monge_gap",
+    "recalibrate_batchnorm",
     "revert_ghost_batchnorm",
     "sinkhorn_divergence",
 ]
 
 if TYPE_CHECKING:
     from lightning_gap.diffusion import UltraSlowDiffusion
-    from lightning_gap.ghost import GhostBatchNorm, convert_ghost_batchnorm, revert_ghost_batchnorm
+    from lightning_gap.ghost import (
+        GhostBatchNorm,
+        convert_ghost_batchnorm,
+        recalibrate_batchnorm,
+        revert_ghost_batchnorm,
+    )
     from lightning_gap.monge import MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
     from lightning_gap.regime import LargeBatchRegime, effective_batch_size
 

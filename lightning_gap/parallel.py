@@ -1,7 +1,7 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -252,9 +252,9 @@ def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False
     return RankGroup(_subgroup(dist.group.WORLD, tuple(layout)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    groups = [dist.new_group(list(ranks)) for ranks in layout]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks)) for ranks in layout]
     return next(group for group, ranks in zip(groups, layout, strict=True) if dist.get_rank() in ranks)
 
 

@@ -4,24 +4,34 @@ Only the class of a layer changes. Parameters, buffers, hooks, state-dict keys a
 averaged copies, tied layers, wrappers such as ``DistributedDataParallel``) are those of before.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from warnings import warn
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings
-from lightning_gap.ghost.layers import GhostNorm, ghost_class, is_made
+from lightning_gap.ghost.layers import GhostNorm, ghost_class, is_made, keeps_forward, rank_group
+from lightning_gap.parallel import RankGroup
 
 __all__ = ["GhostConversion", "Skip", "convert_ghost_batchnorm", "plan_ghost_batchnorm", "revert_ghost_batchnorm"]
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
-_SETTINGS = ("ghost_batch_size", "running_stats", "grouping")
+
+class _Settings(NamedTuple):
+    """The attributes of a ghost layer that a plain one has not."""
+
+    ghost_batch_size: int
+    running_stats: RunningStats
+    grouping: Grouping
+    process_group: RankGroup | None
 
 
 @dataclass(frozen=True)
@@ -38,29 +48,37 @@ class GhostConversion:
     asked_to_skip: tuple[str, ...]
     unable: dict[str, str]
 
-    def apply(self, ghost_batch_size: int, running_stats: RunningStats, grouping: Grouping) -> Callable[[], None]:
+    def apply(
+        self,
+        ghost_batch_size: int,
+        running_stats: RunningStats,
+        grouping: Grouping,
+        process_group: ProcessGroup | RankGroup | None = None,
+    ) -> Callable[[], None]:
         """Convert the layers, and return a function that puts each back to what it was.
 
         Args:
             ghost_batch_size: Samples that share statistics.
             running_stats: ``"sequential"`` or ``"per_step"``.
             grouping: ``"contiguous"`` or ``"strided"``.
+            process_group: Ranks whose batches together are one ghost.
 
         Raises:
             TypeError: If ``ghost_batch_size`` is not an int.
             ValueError: If an argument is out of range.
         """
         check_settings(ghost_batch_size, running_stats, grouping)
+        settings = _Settings(ghost_batch_size, running_stats, grouping, rank_group(process_group))
         before = [(layer, _settings(layer)) for layer in self.layers.values()]
         for layer in self.layers.values():
-            _set(layer, ghost_batch_size, running_stats, grouping)
+            _set(layer, settings)
 
         def undo() -> None:
             for layer, settings in before:
                 if settings is None:
                     _revert(layer)
                 elif isinstance(layer, GhostNorm):  # else reverted in the meantime
-                    _set(layer, *settings)
+                    _set(layer, settings)
 
         return undo
 
@@ -132,6 +150,7 @@ def convert_ghost_batchnorm(
     running_stats: RunningStats = "sequential",
     grouping: Grouping = "contiguous",
     skip: Skip | Iterable[Skip] = (),
+    process_group: ProcessGroup | RankGroup | None = None,
 ) -> Module:
     """Turn the BatchNorm layers of ``module`` into ghost batch normalization, in place.
 
@@ -140,7 +159,8 @@ def convert_ghost_batchnorm(
     layer changes: parameters, buffers, hooks and state-dict keys are kept, so it does not matter whether an optimizer
     or a wrapper has seen the model. Layers that are ghost layers already get the new settings.
 
-    Subclasses with a ``forward`` of their own (a fused activation, say) are left as they are, with a warning.
+    Subclasses with a ``forward`` of their own (a fused activation, say) keep it; the call to ``batch_norm`` within it
+    goes over ghosts. If it takes more than the input, the layer is left as it is, with a warning.
 
     Args:
         module: Any module; it may be a BatchNorm layer itself.
@@ -149,6 +169,8 @@ def convert_ghost_batchnorm(
         grouping: ``"contiguous"`` or ``"strided"``.
         skip: Layers to leave as they are: names (of the layer or of a module around it; ``*`` as in file names),
             module classes, functions of name and layer that return a bool, or several of these.
+        process_group: Ranks whose batches together are one ghost, for batches below ``ghost_batch_size``; see
+            :func:`~lightning_gap.ghost.ghost_batch_norm`.
 
     Returns:
         ``module`` itself.
@@ -170,7 +192,7 @@ def convert_ghost_batchnorm(
     plan = plan_ghost_batchnorm(module, skip)
     for name, reason in plan.unable.items():
         warn(f"layer {name!r} is left as it is: it {reason}; add it to skip to silence this warning", stacklevel=2)
-    plan.apply(ghost_batch_size, running_stats, grouping)
+    plan.apply(ghost_batch_size, running_stats, grouping, process_group)
     return module
 
 
@@ -215,22 +237,24 @@ def _cannot(layer: _BatchNorm) -> str | None:
     """Say why a layer cannot become a ghost layer by a change of class, or None if it can."""
     if "forward" in vars(layer):
         return "has had its forward replaced"
-    if not isinstance(layer, GhostNorm) and type(layer).forward is not _BatchNorm.forward:
-        return f"is a {type(layer).__name__} with a forward of its own"
+    cls = type(layer)
+    if isinstance(layer, GhostNorm) or keeps_forward(cls):
+        return None
+    _, *arguments = inspect.signature(cls.forward).parameters.values()  # without self
+    named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if any(a.default is a.empty for a in named[1:]):
+        return f"is a {cls.__name__}, whose forward takes more than the input"
     return None
 
 
-def _settings(layer: _BatchNorm) -> tuple[int, RunningStats, Grouping] | None:
-    if not isinstance(layer, GhostNorm):
-        return None
-    return layer.ghost_batch_size, layer.running_stats, layer.grouping
+def _settings(layer: _BatchNorm) -> _Settings | None:
+    return _Settings(*(getattr(layer, name) for name in _Settings._fields)) if isinstance(layer, GhostNorm) else None
 
 
-def _set(layer: _BatchNorm, ghost_batch_size: int, running_stats: RunningStats, grouping: Grouping) -> None:
+def _set(layer: _BatchNorm, settings: _Settings) -> None:
     if not isinstance(layer, GhostNorm):
         layer.__class__ = ghost_class(type(layer))
-    for name, value in zip(_SETTINGS, (ghost_batch_size, running_stats, grouping), strict=True):
-        setattr(layer, name, value)
+    vars(layer).update(settings._asdict())
 
 
 def _revert(layer: _BatchNorm) -> None:
@@ -241,5 +265,5 @@ def _revert(layer: _BatchNorm) -> None:
         warn(f"a {cls.__name__} layer stays a ghost layer: it has no plain class of its own", stacklevel=3)
         return
     layer.__class__ = cls.plain_class
-    for name in _SETTINGS:
+    for name in _Settings._fields:
         vars(layer).pop(name, None)

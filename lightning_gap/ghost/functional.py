@@ -215,9 +215,9 @@ def ghost_batch_norm(
     if process_group is not None:
         ranks = process_group if isinstance(process_group, RankGroup) else RankGroup(process_group)
         if ranks.size > 1:
-            y, mean, var = normalize_over_ranks(x, weight, bias, eps, ranks)
-            _update(running_mean, running_var, mean, var, momentum, running_stats, num_batches_tracked)
-            return y
+            spanning: tuple[Tensor, Tensor, Tensor] = normalize_over_ranks(x, weight, bias, eps, ranks)
+            _update(running_mean, running_var, *spanning[1:], momentum, running_stats, num_batches_tracked)
+            return spanning[0]
     n, values = x.shape[0], prod(x.shape[2:])
     if n <= ghost_batch_size or x.numel() == 0:
         return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)

@@ -43,7 +43,8 @@ class Run(NamedTuple):
         """Return the run of ``samples`` as (ghosts, size, ...), or (size, ghosts, ...) if strided."""
         size = (self.stop - self.start) // self.ghosts
         shape = (size, self.ghosts) if self.strided else (self.ghosts, size)
-        return samples[self.start : self.stop].unflatten(0, shape)
+        run: Tensor = samples[self.start : self.stop].unflatten(0, shape)
+        return run
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[Run]) -> Normalized:
@@ -65,7 +66,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     return y, mean, var
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def normalize_over_ranks(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: RankGroup
 ) -> Normalized:
@@ -135,12 +136,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if _channels_inside(x) else x.contiguous()
 
 
-def _flat(t: Tensor, channels_inside: bool) -> tuple[Tensor, int]:
-    """Return a dense view (rows, C) or (samples, C, positions), and how many of its first dimension make a sample."""
-    if not channels_inside:
-        return t.flatten(2), 1
-    rows = t.movedim(1, -1)
-    return rows.reshape(-1, t.shape[1]), math.prod(t.shape[2:])
+def _flat(t: Tensor, channels_inside: bool) -> Tensor:
+    """Return a dense view (rows, C), or (samples, C, positions)."""
+    return t.movedim(1, -1).reshape(-1, t.shape[1]) if channels_inside else t.flatten(2)
 
 
 def _like(t: Tensor, channels_inside: bool) -> Tensor:
@@ -162,8 +160,9 @@ class _Part(NamedTuple):
     kernel: "_Kernel"
 
 
-def _parts(flat: Tensor, per_sample: int, runs: list[Run]) -> list[_Part]:
+def _parts(flat: Tensor, runs: list[Run]) -> list[_Part]:
     parts, first = [], 0
+    per_sample = len(flat) // runs[-1].stop
     for run in runs:
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
@@ -280,10 +279,10 @@ class _Blocks:
         self.each = max(1, _block(flat) // (self.values * self.channels))
 
     def samples(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat.view(self.shape).split(self.each, 1)
+        return tuple(flat.view(self.shape).split(self.each, 1))
 
     def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
-        return table.view(1, self.ghosts, 1, self.channels, 1).split(self.each, 1)
+        return tuple(table.view(1, self.ghosts, 1, self.channels, 1).split(self.each, 1))
 
 
 def _forward_side_by_side(
@@ -380,13 +379,13 @@ class _GhostNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[Run]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         y, inside = torch.empty_like(x), _channels_inside(x)
         ghosts = sum(run.ghosts for run in runs)
         tables = [x.new_zeros(ghosts, x.shape[1], dtype=_statistics_dtype(x)) for _ in range(3)]
-        flat, per_sample = _flat(x, inside)
-        flat_y, _ = _flat(y, inside)
-        for run, rows, which, kernel in _parts(flat, per_sample, runs):
+        flat = _flat(x, inside)
+        flat_y = _flat(y, inside)
+        for run, rows, which, kernel in _parts(flat, runs):
             kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, _Tables(*(t[which] for t in tables)))
         return y, *tables
 
@@ -402,34 +401,31 @@ class _GhostNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiable_backward(ctx, x, weight, bias, grad_y), None, None
         inside = _channels_inside(x)
-        flat, per_sample = _flat(x, inside)
-        flat_grad, _ = _flat(_like(grad_y, inside), inside)
-        parts, wanted = _parts(flat, per_sample, ctx.runs), ctx.needs_input_grad[0]
+        flat = _flat(x, inside)
+        flat_grad = _flat(_like(grad_y, inside), inside)
+        parts, wanted = _parts(flat, ctx.runs), ctx.needs_input_grad[0]
         if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS:  # its gradient is the whole: no copy
             arguments = parts[0].run, flat, flat_grad, weight, _Tables(*tables), wanted
             grad_x, total = _gradients_as_channels(*arguments)
             return grad_x.view_as(x) if wanted else None, *_where_wanted(ctx, total), None, None
-        grad_x = torch.empty_like(x) if wanted else None
-        out = None if grad_x is None else _flat(grad_x, inside)[0]
+        own = torch.empty_like(x) if wanted else None
+        out = None if own is None else _flat(own, inside)
         total = tables[0].new_zeros(2, x.shape[1])
         for run, rows, which, kernel in parts:
             target = None if out is None else out[rows]
             part = _Tables(*(t[which] for t in tables))
             total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
-        return grad_x, *_where_wanted(ctx, total), None, None
+        return own, *_where_wanted(ctx, total), None, None
 
 
 def _differentiable_backward(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor
 ) -> list[Tensor | None]:
-    inputs = (x, weight, bias)
-    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-    y, *_ = _formula(*inputs, ctx.eps, ctx.runs)
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad_y, create_graph=True)
-    gradients: list[Tensor | None] = [None, None, None]
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
+    y, *_ = _formula(x, weight, bias, ctx.eps, ctx.runs)
+    wanted = ctx.needs_input_grad[:3]
+    inputs = [t for t, yes in zip((x, weight, bias), wanted, strict=True) if t is not None and yes]
+    gradients = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
+    return [next(gradients) if yes else None for yes in wanted]
 
 
 def _where_wanted(ctx: Any, gradients: Tensor) -> list[Tensor | None]:
@@ -445,7 +441,7 @@ class _RankGhostNorm(torch.autograd.Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: RankGroup
     ) -> tuple[Tensor, ...]:
         y, inside, channels = torch.empty_like(x), _channels_inside(x), x.shape[1]
-        flat, _ = _flat(x, inside)
+        flat = _flat(x, inside)
         values = flat.numel() // channels
         mean, var = flat.new_zeros(2, channels, dtype=_statistics_dtype(x))
         if values:
@@ -459,7 +455,7 @@ class _RankGhostNorm(torch.autograd.Function):
         squares = (squares + counts * (means - mean) ** 2).sum(0)  # Welford's, for parts of any size
         var, unbiased = squares / count, squares / (count - 1)
         if values:
-            flat_y, _ = _flat(y, inside)
+            flat_y = _flat(y, inside)
             none = mean.new_empty(0)
             torch.ops.aten.native_batch_norm.out(
                 flat, weight, bias, mean, var, False, 0.0, eps, out=flat_y, save_mean=none, save_invstd=none
@@ -478,14 +474,14 @@ class _RankGhostNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, count = ctx.saved_tensors
         inside, mean = _channels_inside(x), mean[0]
-        flat, _ = _flat(x, inside)
-        flat_grad, _ = _flat(_like(grad_y, inside), inside)
-        own = _native_sums(flat, flat_grad, mean, invstd) if flat.numel() else torch.zeros_like(mean).expand(2, -1)
+        flat = _flat(x, inside)
+        flat_grad = _flat(_like(grad_y, inside), inside)
+        own = _native_sums(flat, flat_grad, mean, invstd) if flat.numel() else mean.new_zeros(2, len(mean))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
             means = ctx.ranks.sum(own) / count
             if flat.numel():
-                _input_gradient(flat, flat_grad, _flat(grad_x, inside)[0], weight, mean, invstd, means)
+                _input_gradient(flat, flat_grad, _flat(grad_x, inside), weight, mean, invstd, means)
         # Of weight and bias this rank's share: the strategy adds them up.
         return grad_x, *_where_wanted(ctx, own), None, None

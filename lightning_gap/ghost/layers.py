@@ -1,11 +1,16 @@
 """Ghost batch normalization layers: subclasses of torch's, so that whatever looks for BatchNorm finds it."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings, ghost_batch_norm
+from lightning_gap.parallel import RankGroup
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class"]
 
@@ -16,11 +21,15 @@ class GhostNorm(_BatchNorm):
     Use :class:`GhostBatchNorm1d`, :class:`GhostBatchNorm2d` or :class:`GhostBatchNorm3d`; test for this class to find
     any of them. A layer keeps no tensors beyond BatchNorm's own, so state dicts go both ways unchanged.
 
+    Where the plain class has a ``forward`` of its own (with an activation fused to it, say), that one runs, and the
+    call to ``batch_norm`` within it goes over ghosts.
+
     Args:
         *args: As for ``torch.nn.BatchNorm*d``: ``num_features, eps, momentum, affine, track_running_stats``.
         ghost_batch_size: Samples that share statistics in training.
         running_stats: ``"sequential"`` or ``"per_step"``, see :func:`~lightning_gap.ghost.ghost_batch_norm`.
         grouping: ``"contiguous"`` or ``"strided"``, see :func:`~lightning_gap.ghost.ghost_slices`.
+        process_group: Ranks whose batches together are one ghost, see :func:`~lightning_gap.ghost.ghost_batch_norm`.
         **kwargs: As for ``torch.nn.BatchNorm*d``, by name.
 
     Raises:
@@ -32,6 +41,7 @@ class GhostNorm(_BatchNorm):
     ghost_batch_size: int
     running_stats: RunningStats
     grouping: Grouping
+    process_group: RankGroup | None
 
     def __init__(
         self,
@@ -39,6 +49,7 @@ class GhostNorm(_BatchNorm):
         ghost_batch_size: int = 128,
         running_stats: RunningStats = "sequential",
         grouping: Grouping = "contiguous",
+        process_group: torch.distributed.ProcessGroup | RankGroup | None = None,
         **kwargs: Any,
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
@@ -46,6 +57,7 @@ class GhostNorm(_BatchNorm):
         self.ghost_batch_size = ghost_batch_size
         self.running_stats = running_stats
         self.grouping = grouping
+        self.process_group = rank_group(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over ghost batches in training, by the running statistics in evaluation.
@@ -55,25 +67,54 @@ class GhostNorm(_BatchNorm):
         """
         if not self.training:
             return super().forward(input)
+        if not keeps_forward(type(self).plain_class):
+            return self._own_forward(super().forward, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracks = self.track_running_stats  # freezing callbacks switch it off while the buffers are still there
+        return self._over_ghosts(
+            input, self.running_mean if tracks else None, self.running_var if tracks else None, self.weight, self.bias
+        )
+
+    def _over_ghosts(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
         return ghost_batch_norm(
             input,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
-            self.weight,
-            self.bias,
+            running_mean,
+            running_var,
+            weight,
+            bias,
             ghost_batch_size=self.ghost_batch_size,
             momentum=self.momentum,
             eps=self.eps,
             running_stats=self.running_stats,
             grouping=self.grouping,
-            num_batches_tracked=self.num_batches_tracked if tracks else None,
+            num_batches_tracked=self.num_batches_tracked if running_mean is not None else None,
+            process_group=self.process_group,
         )
+
+    def _own_forward(self, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        updates = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
+        with _OverGhosts(self, updates) as calls:
+            output = forward(input)
+        if not calls.redirected:
+            name = type(self).plain_class.__name__
+            raise RuntimeError(
+                f"the forward of {name} does not call torch.nn.functional.batch_norm with its own running statistics "
+                f"in training, so it cannot normalize over ghosts; convert with skip={name}"
+            )
+        return output
 
     def extra_repr(self) -> str:
         """Describe the layer as BatchNorm does, and its ghosts."""
         own = f"ghost_batch_size={self.ghost_batch_size}, running_stats={self.running_stats}, grouping={self.grouping}"
+        if self.process_group is not None:
+            own += f", over {self.process_group.size} ranks"
         return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -82,6 +123,37 @@ class GhostNorm(_BatchNorm):
         if type(self) in _NAMED or not is_made(type(self)):
             return reduced
         return (_empty_layer, (self.plain_class,), *reduced[2:])
+
+
+class _OverGhosts(TorchFunctionMode):
+    """Sends the call to ``batch_norm`` that a layer's own forward makes in training to the ghosts."""
+
+    def __init__(self, layer: GhostNorm, updates: Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.updates, self.redirected = layer, updates, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **kwargs or {})
+        return self._batch_norm(*args, **kwargs or {})
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        self.redirected = True
+        if self.updates is not None and self.layer.num_batches_tracked is not None:
+            self.layer.num_batches_tracked.copy_(self.updates)  # the forward has counted one; the ghosts count theirs
+        return self.layer._over_ghosts(input, running_mean, running_var, weight, bias)
 
 
 class GhostBatchNorm1d(GhostNorm, nn.BatchNorm1d):
@@ -133,6 +205,26 @@ class GhostBatchNorm3d(GhostNorm, nn.BatchNorm3d):
 _NAMED = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
 
 
+def rank_group(process_group: torch.distributed.ProcessGroup | RankGroup | None) -> RankGroup | None:
+    """Return a process group as a :class:`~lightning_gap.parallel.RankGroup`.
+
+    Args:
+        process_group: A process group, already a rank group, or None for none.
+    """
+    if process_group is None or isinstance(process_group, RankGroup):
+        return process_group
+    return RankGroup(process_group)
+
+
+def keeps_forward(plain: type[_BatchNorm]) -> bool:
+    """Return whether a BatchNorm class has torch's ``forward`` and no other.
+
+    Args:
+        plain: Any BatchNorm class.
+    """
+    return plain.forward is _BatchNorm.forward
+
+
 def is_made(cls: type[nn.Module]) -> bool:
     """Return whether ``cls`` stands for one plain class, and is no further subclass that someone else derived.
 
@@ -145,11 +237,11 @@ def is_made(cls: type[nn.Module]) -> bool:
 def ghost_class(plain: type[_BatchNorm]) -> type[GhostNorm]:
     """Return the ghost class of a BatchNorm class, made on first use where it is not one of torch's three.
 
-    Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses that keep
-    BatchNorm's ``forward`` get a class of their own, so that a converted layer is still what it was.
+    Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses
+    get a class of their own, so that a converted layer is still what it was.
 
     Args:
-        plain: A BatchNorm class that inherits ``forward`` from torch's.
+        plain: A BatchNorm class.
 
     Example:
         >>> ghost_class(nn.BatchNorm2d) is GhostBatchNorm2d
