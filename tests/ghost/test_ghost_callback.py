@@ -7,7 +7,7 @@ from ghost_reference import one_after_another
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -221,21 +221,19 @@ def test_report_and_hyper_parameters(tmp_path, capsys):
         logged = yaml.safe_load(file)
     expected = {
         "ghost_batch_size": 4, "running_stats": "sequential", "grouping": "strided",
-        "converted_layers": 1, "skipped_layers": 1,
+        "converted_layers": 1, "skipped_layers": 1, "ranks_per_ghost": 1, "ghosts": "4 on each of 1 ranks",
     }  # fmt: skip
     assert logged == {f"lightning_gap/ghost/{name}": value for name, value in expected.items()}
 
 
 def test_layers_that_cannot_be_converted_are_reported(capsys):
-    class Own(nn.BatchNorm1d):
-        def forward(self, x):
-            return super().forward(x)
-
     model = net()
-    model.net[1] = Own(8)
-    with pytest.warns(UserWarning, match=r"leaves layer 'net.1' as it is: it is a Own with a forward of its own"):
+    plain = model.net[1].forward
+    model.net[1].forward = lambda x: plain(x)
+    with pytest.warns(UserWarning, match=r"leaves layer 'net.1' as it is: it has had its forward replaced"):
         trainer(GhostBatchNorm(4)).fit(model, data())
-    assert type(model.net[1]) is Own
+    assert int(model.net[1].num_batches_tracked) == 4
+    assert int(model.net[4].num_batches_tracked) == 16
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -278,11 +276,13 @@ def test_stochastic_weight_averaging_updates_statistics_over_ghosts():
     torch.testing.assert_close(model.net[1].running_mean, inputs.mean)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-def test_sharding_strategies_are_refused(strategy):
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_shard_by_other_means_are_refused(strategy):
     run, model = trainer(GhostBatchNorm(4)), net()
     run.strategy.__class__ = strategy  # building the real one needs CUDA or several processes
-    with pytest.raises(MisconfigurationException, match=f"does not handle {strategy.__name__}.*strategy='ddp'"):
+    with pytest.raises(
+        MisconfigurationException, match=f"does not handle {strategy.__name__}.*strategy='ddp', ModelParallel"
+    ):
         run.callbacks[0].setup(run, model, stage="fit")
     run.callbacks[0].setup(run, model, stage="validate")
 
@@ -319,6 +319,34 @@ def test_bad_arguments_are_refused_when_the_callback_is_made():
         GhostBatchNorm(4, running_stats="ema")
     with pytest.raises(ValueError, match="grouping"):
         GhostBatchNorm(4, grouping="random")
+    with pytest.raises(TypeError, match="ranks_per_ghost"):
+        GhostBatchNorm(4, ranks_per_ghost=2.0)
+    with pytest.raises(ValueError, match="ranks_per_ghost"):
+        GhostBatchNorm(4, ranks_per_ghost=0)
+
+
+def test_manual_optimization_and_two_forwards():
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    model = net(Manual)
+    trainer(GhostBatchNorm(4)).fit(model, data())
+    assert int(model.net[1].num_batches_tracked) == 2 * 16
+
+
+def test_mixed_precision_keeps_float32_statistics():
+    model = net()
+    trainer(GhostBatchNorm(4), precision="bf16-mixed").fit(model, data())
+    assert model.net[1].running_mean.dtype == torch.float32
+    assert int(model.net[1].num_batches_tracked) == 16
 
 
 @pytest.mark.compiler

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from ghost_reference import one_after_another
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
 from torch.nn.utils import parametrize
@@ -16,6 +17,7 @@ from lightning_gap.ghost import (
     GhostNorm,
     convert_ghost_batchnorm,
     plan_ghost_batchnorm,
+    recalibrate_batchnorm,
     revert_ghost_batchnorm,
 )
 
@@ -203,13 +205,72 @@ def test_other_norms_are_left_alone():
     assert ghosts(convert_ghost_batchnorm(model, 4)) == ["0"]
 
 
-def test_own_forward_is_left_alone_with_a_warning():
-    model = nn.Sequential(nn.BatchNorm2d(3), ActivatedNorm(3))
-    with pytest.warns(UserWarning, match=r"'1' is left as it is: it is a ActivatedNorm with a forward of its own"):
+@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_own_forward_runs_over_ghosts(momentum, grouping):
+    plain = ActivatedNorm(3, momentum=momentum).double()
+    ghost = convert_ghost_batchnorm(copy.deepcopy(plain), 4, grouping=grouping)
+    x = torch.randn(10, 3, 2, 2, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(ghost(x), one_after_another(plain, x, 4, grouping=grouping))
+    for name, value in ghost.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    assert isinstance(ghost, ActivatedNorm)
+    assert type(pickle.loads(pickle.dumps(ghost))) is type(ghost)
+    torch.testing.assert_close(ghost.eval()(x), plain.eval()(x))
+    assert type(revert_ghost_batchnorm(ghost)) is ActivatedNorm
+
+
+class FusedNorm(nn.BatchNorm2d):
+    """A norm that calls the function itself and counts itself, as image libraries' fused layers do."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        training = self.training or self.running_mean is None
+        x = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, factor, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+def test_fused_layers_of_image_libraries():
+    plain = FusedNorm(3).double()
+    ghost = convert_ghost_batchnorm(copy.deepcopy(plain), 4)
+    x = torch.randn(11, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(ghost(x), one_after_another(plain, x, 4))
+    for name, value in ghost.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    recalibrate_batchnorm(ghost, [x, x])
+    assert ghost.momentum == 0.1
+    assert int(ghost.num_batches_tracked) == 6
+
+
+def test_forwards_that_cannot_be_led_over_ghosts():
+    class Conditional(nn.BatchNorm1d):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    model = nn.Sequential(nn.BatchNorm1d(3), Conditional(3))
+    with pytest.warns(UserWarning, match=r"'1' is left as it is: it is a Conditional, whose forward takes more"):
         convert_ghost_batchnorm(model, 4)
     assert ghosts(model) == ["0"]
-    assert type(model[1]) is ActivatedNorm
-    convert_ghost_batchnorm(model, 4, skip=ActivatedNorm)  # asked for, hence silent
+    assert type(model[1]) is Conditional
+    convert_ghost_batchnorm(model, 4, skip=Conditional)  # asked for, hence silent
+
+    class Foreign(nn.BatchNorm1d):
+        def forward(self, x):
+            return (x - x.mean(0)) / x.std(0)
+
+    with pytest.raises(RuntimeError, match=r"forward of Foreign does not call.*skip=Foreign"):
+        convert_ghost_batchnorm(Foreign(3), 4)(torch.randn(8, 3))
     replaced = nn.BatchNorm1d(3)
     replaced.forward = lambda x: x
     with pytest.raises(ValueError, match="forward replaced"):
