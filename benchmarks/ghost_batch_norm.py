@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_gap import convert_ghost_batchnorm
@@ -139,9 +137,7 @@ def shapes_for(arguments: argparse.Namespace) -> list[tuple[tuple[int, ...], str
 
 def op(arguments: argparse.Namespace) -> None:
     names = ("contiguous", "strided", "chunks", "splits", "tabnet")
-    table = new_table(
-        f"forward + backward, {arguments.dtype}", "input", "format", "ghost", "threads", "plain, ms", *names
-    )
+    header(f"forward + backward, {arguments.dtype}", "input", "format", "ghost", "threads", "plain, ms", *names)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for shape, memory in shapes_for(arguments):
@@ -150,11 +146,10 @@ def op(arguments: argparse.Namespace) -> None:
                 modules = rivals(shape, memory, size, arguments.device)
                 repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
                 seconds = in_turns({k: passes(m, x, upstream) for k, m in modules.items()}, repeat, arguments.device)
-                table.add_row(
+                row(
                     str(shape), memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
                     *(f"{ratio(seconds[n], seconds['plain']):.2f}" if n in seconds else "-" for n in names),
                 )  # fmt: skip
-    Console(width=140).print(table)
 
 
 def cnn() -> tuple[nn.Module, Tensor]:
@@ -176,7 +171,7 @@ def mlp() -> tuple[nn.Module, Tensor]:
 
 def step(arguments: argparse.Namespace) -> None:
     names = ("contiguous", "strided", "chunks")
-    table = new_table("a training step, SGD with momentum", "model", "format", "ghost", "threads", "plain, ms", *names)
+    header("a training step, SGD with momentum", "model", "format", "ghost", "threads", "plain, ms", *names)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for label, build in (("CNN, 6 convolutions, 256 x 32 x 32", cnn), ("MLP, 4 layers of 256, 4096", mlp)):
@@ -198,11 +193,10 @@ def step(arguments: argparse.Namespace) -> None:
                                 )
                         runs[name] = training_step(net, x, target)
                     seconds = in_turns(runs, arguments.repeat * (2 if build is mlp else 1), "cpu")
-                    table.add_row(
+                    row(
                         label, memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.1f}",
                         *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in names),
                     )  # fmt: skip
-    Console(width=140).print(table)
 
 
 def training_step(net: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
@@ -218,9 +212,7 @@ def training_step(net: nn.Module, x: Tensor, target: Tensor) -> Callable[[], Non
 
 def compiled(arguments: argparse.Namespace) -> None:
     names = ("contiguous", "strided")
-    table = new_table(
-        "forward + backward, torch.compile", "input", "format", "ghost", "threads", "compiled plain, ms", *names
-    )
+    header("forward + backward, torch.compile", "input", "format", "ghost", "threads", "compiled plain, ms", *names)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for shape, memory in shapes_for(arguments):
@@ -233,16 +225,15 @@ def compiled(arguments: argparse.Namespace) -> None:
                 runs = {k: passes(torch.compile(m, fullgraph=True), x, upstream) for k, m in modules.items()}
                 repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
                 seconds = in_turns(runs, repeat, arguments.device)
-                table.add_row(
+                row(
                     str(shape), memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
                     *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in names),
                 )  # fmt: skip
-    Console(width=140).print(table)
 
 
 def memory(arguments: argparse.Namespace) -> None:
     names = ("contiguous", "strided", "chunks")
-    table = new_table("highest memory of forward + backward", "input", "format", "ghost", "plain, MiB", *names)
+    header("highest memory of forward + backward", "input", "format", "ghost", "plain, MiB", *names)
     torch.set_num_threads(1)
     for shape, order in shapes_for(arguments):
         x, upstream = tensors(shape, order, "cpu", torch.float32)
@@ -250,11 +241,10 @@ def memory(arguments: argparse.Namespace) -> None:
             modules = rivals(shape, order, size, "cpu")
             peaks = {name: [peak(passes(modules[name], x, upstream)) for _ in range(5)] for name in ("plain", *names)}
             least = {name: statistics.median(values) for name, values in peaks.items()}
-            table.add_row(
+            row(
                 str(shape), order, str(size), f"{least['plain']:.0f}",
                 *(f"{least[name] / least['plain']:.2f}" for name in names),
             )  # fmt: skip
-    Console(width=140).print(table)
 
 
 def peak(run: Callable[[], None]) -> float:
@@ -286,11 +276,14 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"ResNet-50, {layers} layers: {1e3 * statistics.median(seconds):.2f} ms")
 
 
-def new_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+def header(title: str, *columns: str) -> None:
+    print(f"{title}\n")
+    row(*columns)
+    row(*("---" for _ in columns))
+
+
+def row(*cells: str) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 def keep_freed_memory() -> None:

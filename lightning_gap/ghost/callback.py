@@ -123,6 +123,7 @@ class GhostBatchNorm(Callback):
         self._undo: Callable[[], None] | None = None
         self._plan: GhostConversion | None = None
         self._sync: RunningStatisticsSync | None = None
+        self._largest: int | None = None  # samples of this rank in a ghost over ranks
         self._seen_a_batch = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -165,6 +166,12 @@ class GhostBatchNorm(Callback):
         if not self._seen_a_batch:
             self._seen_a_batch = True
             self._lay_out(trainer, _samples(batch))
+        elif self._largest is not None and (_samples(batch) or 0) > self._largest:
+            rank_zero_warn(
+                f"GhostBatchNorm: a micro-batch has more than the {self._largest} samples of the first one, so that its "
+                f"ghosts over ranks have more than ghost_batch_size={self.ghost_batch_size}; keep the batch size"
+            )
+            self._largest = None
         if self._sync is not None:
             self._sync.remember()
 
@@ -187,6 +194,8 @@ class GhostBatchNorm(Callback):
             group = data_parallel_subgroup(trainer, together, strided=strided)
             for layer in layers:
                 layer.process_group = group
+            self._largest = micro_batch
+            self._warn_of_other_sizes(sizes, together)
         elif all(sizes) and min(sizes) < self.ghost_batch_size:
             self._warn_of_small_batches(trainer, min(sizes), len(sizes))
         wanted = shards_by_dtensor(trainer) if self.sync_running_stats is None else self.sync_running_stats
@@ -195,6 +204,15 @@ class GhostBatchNorm(Callback):
             one_of_each = range(parts) if strided else range(0, len(sizes), together)
             self._sync = RunningStatisticsSync(layers, ranks, one_of_each)
         self._report(trainer, self._plan, together, _describe(sizes, self.ghost_batch_size, together))
+
+    def _warn_of_other_sizes(self, sizes: list[int], together: int) -> None:
+        total, share = sum(sizes), len(sizes) // together
+        if all(sizes) and total != share * self.ghost_batch_size:
+            rank_zero_warn(
+                f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}, ranks_per_ghost={together}): the micro-batches "
+                f"make ghosts of {total / share:g} samples. Use batches of {self.ghost_batch_size / together:g} samples, or "
+                f"ranks_per_ghost='auto'."
+            )
 
     def _warn_of_small_batches(self, trainer: Trainer, micro_batch: int, ranks: int) -> None:
         wanted = self.ghost_batch_size
@@ -218,7 +236,7 @@ class GhostBatchNorm(Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
-        self._plan = self._sync = None
+        self._plan = self._sync = self._largest = None
 
     @rank_zero_only
     def _report(self, trainer: Trainer, plan: GhostConversion, ranks_per_ghost: int, lie: str) -> None:

@@ -453,6 +453,8 @@ class _RankGhostNorm(torch.autograd.Function):
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         squares = (squares + counts * (means - mean) ** 2).sum(0)  # Welford's, for parts of any size
+        if count.device.type == "cpu" and count <= 1:  # a GPU is not waited for
+            raise ValueError(f"Expected more than 1 value per channel in a ghost over {ranks.size} ranks when training")
         var, unbiased = squares / count, squares / (count - 1)
         if values:
             flat_y = _flat(y, inside)
