@@ -168,7 +168,7 @@ class GhostBatchNorm(Callback):
             self._lay_out(trainer, _samples(batch))
         elif self._largest is not None and (_samples(batch) or 0) > self._largest:
             rank_zero_warn(
-                f"GhostBatchNorm: a micro-batch has more than the {self._largest} samples of the first one, so that its "
+                f"GhostBatchNorm: a micro-batch has more than the first one, {self._largest} samples, so that "
                 f"ghosts over ranks have more than ghost_batch_size={self.ghost_batch_size}; keep the batch size"
             )
             self._largest = None
@@ -209,9 +209,9 @@ class GhostBatchNorm(Callback):
         total, share = sum(sizes), len(sizes) // together
         if all(sizes) and total != share * self.ghost_batch_size:
             rank_zero_warn(
-                f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}, ranks_per_ghost={together}): the micro-batches "
-                f"make ghosts of {total / share:g} samples. Use batches of {self.ghost_batch_size / together:g} samples, or "
-                f"ranks_per_ghost='auto'."
+                f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}, ranks_per_ghost={together}): ghosts have "
+                f"{total / share:g} samples. Use micro-batches of {self.ghost_batch_size / together:g}, or "
+                "ranks_per_ghost='auto'."
             )
 
     def _warn_of_small_batches(self, trainer: Trainer, micro_batch: int, ranks: int) -> None:
