@@ -132,7 +132,7 @@ def passes(module: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> C
 def shapes_for(arguments: argparse.Namespace) -> list[tuple[tuple[int, ...], str]]:
     if arguments.device != "cpu":
         return RESNET50
-    return {"all": FEATURES + IMAGES, "1d": FEATURES, "2d": IMAGES}[arguments.shapes]
+    return {"all": FEATURES + IMAGES, "1d": FEATURES, "2d": IMAGES, "16x16": IMAGES[2:]}[arguments.shapes]
 
 
 def op(arguments: argparse.Namespace) -> None:
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("section", choices=sections)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ghosts", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--shapes", choices=("all", "1d", "2d"), default="all")
+    parser.add_argument("--shapes", choices=("all", "1d", "2d", "16x16"), default="all")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
