@@ -169,12 +169,15 @@ def mlp() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers, nn.Linear(256, 10)), torch.randn(4096, 256)
 
 
+MODELS = {"cnn": ("CNN, 6 convolutions, 256 x 32 x 32", cnn), "mlp": ("MLP, 4 layers of 256, 4096", mlp)}
+
+
 def step(arguments: argparse.Namespace) -> None:
     names = ("contiguous", "strided", "chunks")
     header("a training step, SGD with momentum", "model", "format", "ghost", "threads", "plain, ms", *names)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for label, build in (("CNN, 6 convolutions, 256 x 32 x 32", cnn), ("MLP, 4 layers of 256, 4096", mlp)):
+        for label, build in (MODELS[name] for name in arguments.models):
             for memory in ("NCHW", "channels_last") if build is cnn else ("1-d",):
                 for size in arguments.ghosts[:: max(1, len(arguments.ghosts) - 1)]:
                     runs = {}
@@ -299,6 +302,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ghosts", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--shapes", choices=("all", "1d", "2d", "16x16"), default="all")
+    parser.add_argument("--models", choices=("cnn", "mlp"), nargs="+", default=["mlp", "cnn"])
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -13,6 +13,7 @@ from lightning_gap.ghost import (
     convert_ghost_batchnorm,
     ghost_batch_norm,
     ghost_slices,
+    kernels,
 )
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -78,7 +79,7 @@ def test_every_batch_size_equals_one_ghost_after_another(dim, grouping):
 @pytest.mark.parametrize("memory_format", ["channels_last", "sliced", "transposed"])
 @pytest.mark.parametrize("dim", [2, 3, 4, 5])
 def test_memory_formats(dim, memory_format, grouping):
-    for n in (G, 2 * G, 2 * G + 1, 3 * G - 1):
+    for n in range(2, 3 * G + 2):
         compare(make(dim), randn(n, dim), grouping=grouping, memory_format=memory_format, steps=1)
 
 
@@ -292,6 +293,22 @@ def test_formula_equals_kernels(dim, grouping, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for n in range(2, 3 * G + 2):
         compare(make(dim), randn(n, dim), grouping=grouping, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
+@pytest.mark.parametrize("sizes", [{"_LARGE_GHOST": 1}, {"_BLOCK": 1}, {"_BLOCK": 300}])
+def test_every_kernel(sizes, grouping, dtype, monkeypatch):
+    # Large ghosts go one by one, small ones in blocks: of one ghost here, or of a few with a last block of fewer.
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernels, name, value)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    for dim in (2, 3, 4, 5):
+        for memory_format in ("contiguous", "channels_last", "transposed"):
+            for n in (5 * G, 6 * G + 1, 7 * G + 3):
+                plain = make(dim) if dtype == torch.float64 else make(dim).float()
+                x = randn(n, dim).to(dtype)
+                compare(plain, x, grouping=grouping, memory_format=memory_format, steps=1, tolerance=tolerance)
 
 
 @pytest.mark.compiler
