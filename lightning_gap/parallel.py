@@ -1,6 +1,8 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -8,23 +10,29 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
+    "from_rank_zero",
     "holds_whole_weights",
     "injects_sampler",
+    "load_shards",
     "local_shard",
     "mean_over_ranks",
     "replaces_batchnorm_by_syncbatchnorm",
+    "save_shards",
     "shard_copies",
     "shard_like",
     "shards_by_dtensor",
     "strategy_name",
     "sum_over_ranks",
-    "whole_tensor",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def data_parallel_size(trainer: Trainer) -> int:
@@ -99,18 +107,29 @@ def shard_copies(tensor: Tensor) -> int:
     return ranks // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
-def whole_tensor(tensor: Tensor) -> Tensor | None:
-    """Return a ``DTensor`` whole in CPU memory on rank zero, None on other ranks; a plain tensor itself. Collective."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole: Tensor = tensor.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else None
-
-
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return ``whole``, known on all ranks, on the device and in the shards of ``like``. Collective."""
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: str) -> None:
+    """Write ``DTensor`` shards and plain tensors, each rank its own, into a distributed checkpoint. Collective."""
+    checkpoint.save(dict(tensors), checkpoint_id=folder, no_dist=not _is_distributed())
+
+
+def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
+    """Return what :func:`save_shards` wrote, on the devices and in the shards of ``like``. Collective.
+
+    Any number of ranks may load what any other number wrote.
+    """
+    tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
+    checkpoint.load(tensors, checkpoint_id=folder, no_dist=not _is_distributed())
+    return tensors
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
@@ -158,3 +177,14 @@ def injects_sampler(trainer: Trainer) -> bool:
     """
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def from_rank_zero(trainer: Trainer, value: _T) -> _T:
+    """Return rank zero's value on all ranks. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        value: Anything that can be pickled.
+    """
+    result: _T = trainer.strategy.broadcast(value)
+    return result

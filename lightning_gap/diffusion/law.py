@@ -81,6 +81,17 @@ class DiffusionFit:
         """The law with the larger Akaike weight."""
         return "log" if self.log_weight >= 0.5 else "power"
 
+    def numbers(self) -> dict[str, float]:
+        """Return what is logged: slope, exponent, both R², Akaike weight, α, and the ends of their intervals.
+
+        The ends of an interval are under ``NAME_low`` and ``NAME_high``.
+        """
+        names = ("log_slope", "log_r2", "power_exponent", "power_r2", "log_weight", "alpha")
+        numbers: dict[str, float] = {name: getattr(self, name) for name in names}
+        for name in ("log_slope", "power_exponent", "alpha"):
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = getattr(self, f"{name}_interval")
+        return numbers
+
     def log_law(self, updates: Sequence[float] | Tensor) -> Tensor:
         """Return a + b·log t at these updates."""
         return self.log_intercept + self.log_slope * torch.as_tensor(updates, dtype=torch.float64).log()

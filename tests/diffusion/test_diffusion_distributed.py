@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.diffusion import UltraSlowDiffusion, weight_displacement
@@ -107,14 +107,14 @@ def sharded(folder):
     run([UltraSlowDiffusion(points_per_decade=10)], 13).save_checkpoint(f"{folder}/sharded.ckpt")
     resumed = UltraSlowDiffusion(points_per_decade=10)
     run([resumed], 40, f"{folder}/sharded.ckpt")
-    replicated = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Replicate()])
-    held = [p.to_local() if hasattr(p, "to_local") else p for p in resumed._anchor.values()]
+    mesh = init_device_mesh("cpu", (2,))
+    split, replicated = (distribute_tensor(torch.ones(4), mesh, [place]) for place in (Shard(0), Replicate()))
     return {
         "trace": whole.trace,
         "resumed": resumed.trace,
         "reference": reference.displacement,
-        "held": sum(p.numel() for p in held),
-        "copies": [shard_copies(p) for p in (resumed._anchor["net.0.weight"], replicated, torch.ones(4))],
+        "held": sum(p.numel() for p in resumed._anchor.values()),
+        "copies": [shard_copies(p) for p in (split, replicated, torch.ones(4))],
     }
 
 
