@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
@@ -115,7 +116,7 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
 def save_shards(tensors: Mapping[str, Tensor], folder: str) -> None:
     """Write ``DTensor`` shards and plain tensors, each rank its own, into a distributed checkpoint. Collective."""
-    checkpoint.save(dict(tensors), checkpoint_id=folder, no_dist=not _is_distributed())
+    save(dict(tensors), checkpoint_id=folder, no_dist=not _is_distributed())
 
 
 def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
     Any number of ranks may load what any other number wrote.
     """
     tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    checkpoint.load(tensors, checkpoint_id=folder, no_dist=not _is_distributed())
+    load(tensors, checkpoint_id=folder, no_dist=not _is_distributed())
     return tensors
 
 

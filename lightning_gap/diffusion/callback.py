@@ -30,6 +30,7 @@ from lightning_gap.diffusion.distance import (
 from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, forecast_updates, next_log_update
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun, advice, read_reference, write_trace
+from lightning_gap.diffusion.results import define_axes, publish, summary
 from lightning_gap.parallel import (
     from_rank_zero,
     holds_whole_weights,
@@ -247,7 +248,9 @@ class UltraSlowDiffusion(Callback):
             self._check_model(pl_module, self._shapes)
         self._recording = True
         self._compare_with_reference()
-        _define_axes(trainer, self._trace)
+        if trainer.is_global_zero:
+            names = [name for name in (*self._trace, *_OVERLAY, *_FORECAST) if name != "updates"]
+            define_axes(trainer.loggers, _PREFIX + "updates", [_PREFIX + name for name in names])
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -272,18 +275,19 @@ class UltraSlowDiffusion(Callback):
         if not self._recording:
             return
         self._write_trace()
+        fit: DiffusionFit | None = None
         try:
             fit, whole = self._fit()
         except ValueError as reason:
-            fit = None
             _print(f"UltraSlowDiffusion: {len(self._trace['updates'])} points recorded, no law fitted: {reason}")
         else:
             _log(trainer, {_PREFIX + name: x for name, x in fit.numbers().items() if math.isfinite(x)})
-            _print(_summary(fit, varied=whole))
+            _print(summary(fit, varied=whole))
         if said := self.advice:
             _print(f"UltraSlowDiffusion: {said}")
         if trainer.is_global_zero and self._trace["updates"] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            _publish(trainer, self._trace, fit, self._reference_run)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            publish(trainer.loggers, _PREFIX, step, self._trace, fit, self._reference_run)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -311,7 +315,8 @@ class UltraSlowDiffusion(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._evaluating:  # testing an older checkpoint must not cut the trace of the finished run
             return
-        self._anchor, self._loaded = None, dict(state_dict)
+        self._anchor, self._loaded = None, dict(state_dict)  # the model is not known yet
+        self._trace = {column: list(values) for column, values in state_dict["trace"].items()}
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -353,10 +358,9 @@ class UltraSlowDiffusion(Callback):
         self._keep(weights, start)
         self._start_squares = state["start_squares"]  # of weights that were not rounded
         self._rows, self._stem = rows, state["stem"]
-        trace = state["trace"]
-        points = len(trace["updates"])
+        unknown = [math.nan] * len(state["trace"]["updates"])  # for groups that are new
         columns = (*_COLUMNS, *_group_columns(rows))
-        self._trace = {column: list(trace.get(column, [math.nan] * points)) for column in columns}
+        self._trace = {column: list(state["trace"].get(column, unknown)) for column in columns}
 
     def _check_model(self, pl_module: LightningModule, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Return the weights that belong to the anchor, or refuse a model or an ``exclude`` that do not."""
@@ -563,79 +567,11 @@ def _existing(folder: str, ckpt_path: Any) -> str:
     )
 
 
-def _summary(fit: DiffusionFit, *, varied: bool) -> Table:
-    span = f"updates {fit.first_update:g} to {fit.last_update:g}, {fit.points} points"
-    rate = "the learning rate varied: read with care" if varied else "at constant learning rate"
-    table = Table("law", "fit", f"{fit.confidence:.0%} interval", "R²", "Akaike weight")
-    table.title = f"‖w_t − w_0‖ over {span}, {rate}"
-    log = f"{fit.log_intercept:.4g} + {fit.log_slope:.4g}·log t"
-    power = f"{fit.power_coefficient:.4g}·t^{fit.power_exponent:.4g}"
-    slope, exponent = _range(fit.log_slope_interval), _range(fit.power_exponent_interval)
-    table.add_row("ultra-slow", log, f"slope {slope}", f"{fit.log_r2:.4f}", f"{fit.log_weight:.3f}")
-    table.add_row("power", power, f"exponent {exponent}", f"{fit.power_r2:.4f}", f"{1 - fit.log_weight:.3f}")
-    name = "ultra-slow" if fit.preferred == "log" else "power"
-    alpha = f"; α = {fit.alpha:.3g} ({_range(fit.alpha_interval)})" if math.isfinite(fit.alpha) else ""
-    table.caption = f"preferred: {name}{alpha}"
-    return table
-
-
-def _range(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.3g} to {interval[1]:.3g}"
-
-
 def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     # As Lightning's own monitors do: `pl_module.log` would keep one point in `log_every_n_steps`.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
-
-
-@rank_zero_only
-def _define_axes(trainer: Trainer, columns: Mapping[str, Any]) -> None:
-    """Let W&B draw everything against the number of updates."""
-    for logger in trainer.loggers:
-        define = getattr(logger.experiment, "define_metric", None)
-        if define is not None:
-            define(_PREFIX + "updates", hidden=True)
-            for name in (*columns, *_OVERLAY, *_FORECAST):
-                if name != "updates":
-                    define(_PREFIX + name, step_metric=_PREFIX + "updates")
-
-
-def _publish(
-    trainer: Trainer, trace: Mapping[str, Sequence[float]], fit: DiffusionFit | None, reference: ReferenceRun | None
-) -> None:
-    """Send the trace and its figure to the loggers that take tables and figures."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    rows = [list(row) for row in zip(*trace.values(), strict=True)]
-    figure = _figure(trace, fit, reference)
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):  # W&B
-            logger.log_table(_PREFIX + "trace", columns=list(trace), data=rows)
-            if figure is not None:
-                logger.log_image(_PREFIX + "figure", [figure])  # type: ignore[attr-defined]
-        elif hasattr(logger.experiment, "add_figure"):  # TensorBoard
-            logger.experiment.add_text(_PREFIX + "trace", _markdown(list(trace), rows), step)
-            if figure is not None:
-                logger.experiment.add_figure(_PREFIX + "figure", figure, step)
-
-
-def _figure(
-    trace: Mapping[str, Sequence[float]], fit: DiffusionFit | None, reference: ReferenceRun | None
-) -> Any | None:
-    """Return a figure that no window shows, or None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    plot_diffusion(trace, fit, reference, ax=figure.add_subplot())
-    return figure
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([f"{value:.6g}" for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @rank_zero_only

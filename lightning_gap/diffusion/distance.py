@@ -148,7 +148,8 @@ def weight_displacement(
     check_same_tensors(weights, anchor)
     if anchor_norm is None:
         anchor_norm = weight_norm(anchor)
-    return displacement_from_squares(*square_sums(weights, anchor).sum(0).tolist(), anchor_norm)
+    distance2, norm2 = square_sums(weights, anchor).sum(0).tolist()
+    return displacement_from_squares(distance2, norm2, anchor_norm)
 
 
 def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
@@ -169,8 +170,8 @@ def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> 
                 norms = torch.stack([torch.linalg.vector_norm(now - start), torch.linalg.vector_norm(now)])
                 waiting.setdefault(now.device, []).append((row, norms))
     for pieces in waiting.values():  # the only wait for the device
-        rows, norms = zip(*pieces, strict=True)
-        sums.index_add_(0, torch.tensor(rows), torch.stack(norms).to("cpu", torch.float64).square())
+        rows = torch.tensor([row for row, _ in pieces])
+        sums.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).to("cpu", torch.float64).square())
     return sums
 
 

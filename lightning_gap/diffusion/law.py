@@ -335,7 +335,7 @@ def _fit(
 
 
 def _vector(name: str, values: Sequence[float] | Tensor) -> Vector:
-    vector: Vector = torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
+    vector: Vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one vector (n,), got shape {vector.shape}: flatten it, or fit each row")
     if not np.isfinite(vector).all():

@@ -49,7 +49,7 @@ class WeightDistance(Metric):
         ...     _ = layer.weight.add_(0.5)
         >>> metric.update(layer)
         >>> metric.compute()
-        tensor(1.0000, dtype=torch.float64)
+        tensor(1., dtype=torch.float64)
     """
 
     is_differentiable: bool = False

@@ -44,7 +44,7 @@ def plot_diffusion(
         ax.plot(reference.updates, reference.distances, color="0.6", label="reference")
     ax.plot(updates, trace["distance"], ".", color="C0", label="this run")
     if fit is not None:
-        t = np.geomspace(fit.first_update, fit.last_update, 200)
+        t = np.geomspace(fit.first_update, fit.last_update, 200).tolist()
         ax.plot(t, fit.log_law(t), "-", color="C1", label=f"a + b·log t, R² {fit.log_r2:.4f}")
         ax.plot(t, fit.power_law(t), "--", color="C2", label=f"c·tᵖ, R² {fit.power_r2:.4f}")
     drops = [segment.start for segment in constant_lr_segments(list(trace.get("learning_rate", ())))][1:]

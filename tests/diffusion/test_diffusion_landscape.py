@@ -9,7 +9,7 @@ from lightning_gap.diffusion import landscape as landscape_module
 
 
 class RandomPotential(nn.Module):
-    """A Gaussian field with E(L(w) − L(0))² ~ ‖w‖^α, by plane waves whose amplitudes fall as a power of their frequency.
+    """A Gaussian field with E(L(w) − L(0))² ~ ‖w‖^α, by plane waves, weaker the higher their frequency.
 
     Beyond α = 2 increments of first order do not exist: the gradient at w_0 = 0 is taken out, and the second-order
     ones grow as ‖w‖^α. α = 2 is a random plane.
@@ -90,7 +90,7 @@ def test_spread_equals_a_plain_loop():
 
 
 def test_rms_holds_the_growth_of_the_mean():
-    bowl = lambda layer: (layer.weight - start).square().sum() + 1e-3 * layer.weight.sum()  # noqa: E731
+    bowl = lambda layer: (layer.weight - start).square().sum() + 2e-2 * layer.weight.sum()  # noqa: E731
     layer = nn.Linear(40, 1, bias=False)
     start = layer.weight.detach().clone()
     assert estimate_alpha(layer, bowl, radius=1.0, samples=300, statistic="rms").alpha == pytest.approx(4, abs=0.1)
@@ -215,7 +215,7 @@ def test_bad_arguments_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda m: m.weight, "scalar tensor, got Tensor"),
+        (lambda m: m.weight, "scalar tensor, got Parameter"),
         (lambda m: 1.0, "scalar tensor, got float"),
         (lambda m: m.weight.sum() / 0, "loss is -?inf at distance 0: take a smaller radius"),
         (lambda m: torch.ones(()), "loss does not change"),
