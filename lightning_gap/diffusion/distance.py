@@ -5,7 +5,7 @@ Hoffer, Hubara, Soudry 2017, "Train longer, generalize better" (arXiv:1705.08741
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ _ACCELERATOR_PIECE = 1 << 22
 # Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
 _ROW = 1 << 11
 
-Scratch = dict[np.dtype[Any], NDArray[Any]]
+Scratch = dict[torch.dtype, NDArray[Any]]
 
 # Which parameters: a regular expression searched for in the name, or a function of name and parameter.
 ParameterFilter = str | Callable[[str, Tensor], bool]
@@ -159,20 +159,26 @@ def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> 
         weights: w_t, or this rank's shards of it, name -> tensor.
         anchor: w_0, the same names and shapes.
     """
-    sums = torch.zeros(len(weights), 2, dtype=torch.float64)
+    sums: list[tuple[float, float]] = []
     waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
     scratch: Scratch = {}
     for row, (name, weight) in enumerate(weights.items()):
-        for now, start in _pieces(weight, anchor[name]):
-            if now.device.type == "cpu":
-                sums[row] += _cpu_square_sums(now, start, scratch)
-            else:
-                norms = torch.stack([torch.linalg.vector_norm(now - start), torch.linalg.vector_norm(now)])
-                waiting.setdefault(now.device, []).append((row, norms))
+        now, start = _flat(weight, weight), _flat(anchor[name], weight)
+        # The difference of two bfloat16 is not a bfloat16.
+        dtype = torch.float64 if now.dtype == torch.float64 else torch.float32
+        if now.device.type == "cpu":
+            sums.append(_cpu_square_sums(now, start, dtype, scratch))
+            continue
+        sums.append((0.0, 0.0))
+        for w, a in zip(now.split(_ACCELERATOR_PIECE), start.split(_ACCELERATOR_PIECE), strict=True):
+            w, a = w.to(dtype), a.to(w.device, dtype)
+            norms = torch.stack([torch.linalg.vector_norm(w - a), torch.linalg.vector_norm(w)])
+            waiting.setdefault(w.device, []).append((row, norms))
+    total = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
     for pieces in waiting.values():  # the only wait for the device
         rows = torch.tensor([row for row, _ in pieces])
-        sums.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).to("cpu", torch.float64).square())
-    return sums
+        total.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).to("cpu", torch.float64).square())
+    return total
 
 
 def displacement_from_squares(distance2: float, norm2: float, anchor_norm: float) -> WeightDisplacement:
@@ -205,29 +211,31 @@ def _flat(tensor: Tensor, layout: Tensor) -> Tensor:
     """Flatten in the memory order of ``layout``, which is a view for channels-last weights too."""
     if layout.is_complex():
         tensor, layout = torch.view_as_real(tensor), torch.view_as_real(layout)
+    if layout.is_contiguous():
+        return tensor.reshape(-1)
     return tensor.permute(sorted(range(layout.ndim), key=layout.stride, reverse=True)).reshape(-1)
 
 
-def _pieces(weight: Tensor, anchor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    # The difference of two bfloat16 is not a bfloat16.
-    dtype = torch.float64 if weight.dtype in (torch.float64, torch.complex128) else torch.float32
-    size = _CPU_PIECE if weight.device.type == "cpu" else _ACCELERATOR_PIECE
-    pieces = zip(torch.split(_flat(weight, weight), size), torch.split(_flat(anchor, weight), size), strict=True)
-    for now, start in pieces:
-        yield now.to(dtype), start.to(now.device, dtype)
-
-
-def _cpu_square_sums(now: Tensor, start: Tensor, scratch: Scratch) -> Tensor:
-    """‖now − start‖² and ‖now‖² of one piece, by NumPy, whose calls cost less than torch's."""
-    w, a = now.numpy(), start.numpy()
-    if w.dtype not in scratch:
-        scratch[w.dtype] = torch.empty(_CPU_PIECE, dtype=now.dtype).numpy()  # torch aligns it with the cache's lines
-    difference = scratch[w.dtype][: len(w)]
-    np.subtract(w, a, out=difference)
-    return torch.tensor([_square_sum(difference), _square_sum(w)], dtype=torch.float64)
+def _cpu_square_sums(now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[float, float]:
+    """‖now − start‖² and ‖now‖² of vectors, by NumPy, whose calls cost less than torch's."""
+    if dtype not in scratch:
+        scratch[dtype] = torch.empty(_CPU_PIECE, dtype=dtype).numpy()  # torch aligns it with the cache's lines
+    distance2 = norm2 = 0.0
+    for first in range(0, len(now), _CPU_PIECE):
+        piece = slice(first, first + _CPU_PIECE)
+        w, a = now[piece].to(dtype).numpy(), start[piece].to("cpu", dtype).numpy()
+        difference = scratch[dtype][: len(w)]
+        np.subtract(w, a, out=difference)
+        distance2 += _square_sum(difference)
+        norm2 += _square_sum(w)
+    return distance2, norm2
 
 
 def _square_sum(vector: NDArray[Any]) -> float:
     whole = len(vector) // _ROW * _ROW
-    rows, rest = vector[:whole].reshape(-1, 1, _ROW), vector[whole:]
-    return float(np.matmul(rows, rows.transpose(0, 2, 1)).sum(dtype=np.float64)) + float(np.dot(rest, rest))
+    rest = vector[whole:]
+    total = float(np.dot(rest, rest))
+    if whole:
+        rows = vector[:whole].reshape(-1, 1, _ROW)
+        total += float(np.matmul(rows, rows.transpose(0, 2, 1)).sum(dtype=np.float64))
+    return total
