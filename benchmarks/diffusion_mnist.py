@@ -176,8 +176,8 @@ def tables(runs: list[dict[str, Any]]) -> None:
 
 
 def probe(data: dict[str, Tensor], seeds: list[int]) -> None:
-    """Print α of the random potential around the initial weights, on 1000 images."""
-    images, labels = data["train_images"][:1000], data["train_labels"][:1000]
+    """Print α of the random potential around the initial weights, on 256 images."""
+    images, labels = data["train_images"][:256], data["train_labels"][:256]
     for radius in (10.0, 50.0):
         for seed in seeds:
             seed_everything(seed, verbose=False)
