@@ -32,7 +32,7 @@ _ACCELERATOR_PIECE = 1 << 22
 # Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
 _ROW = 1 << 11
 
-Scratch = dict[torch.dtype, NDArray[Any]]
+Scratch = dict[torch.dtype, Tensor]
 
 # Which parameters: a regular expression searched for in the name, or a function of name and parameter.
 ParameterFilter = str | Callable[[str, Tensor], bool]
@@ -219,16 +219,27 @@ def _flat(tensor: Tensor, layout: Tensor) -> Tensor:
 def _cpu_square_sums(now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[float, float]:
     """‖now − start‖² and ‖now‖² of vectors, by NumPy, whose calls cost less than torch's."""
     if dtype not in scratch:
-        scratch[dtype] = torch.empty(_CPU_PIECE, dtype=dtype).numpy()  # torch aligns it with the cache's lines
+        scratch[dtype] = torch.empty(3, _CPU_PIECE, dtype=dtype)  # new memory for each piece would cost page faults
+    difference = scratch[dtype][2].numpy()
     distance2 = norm2 = 0.0
     for first in range(0, len(now), _CPU_PIECE):
-        piece = slice(first, first + _CPU_PIECE)
-        w, a = now[piece].to(dtype).numpy(), start[piece].to("cpu", dtype).numpy()
-        difference = scratch[dtype][: len(w)]
-        np.subtract(w, a, out=difference)
-        distance2 += _square_sum(difference)
+        w, a = (
+            _as_numpy(vector[first : first + _CPU_PIECE], buffer)
+            for vector, buffer in zip((now, start), scratch[dtype], strict=False)
+        )
+        moved = np.subtract(w, a, out=difference[: len(w)])
+        distance2 += _square_sum(moved)
         norm2 += _square_sum(w)
     return distance2, norm2
+
+
+def _as_numpy(vector: Tensor, buffer: Tensor) -> NDArray[Any]:
+    """A CPU tensor of the buffer's dtype itself, anything else copied into the buffer."""
+    if vector.dtype == buffer.dtype and vector.device.type == "cpu":
+        array: NDArray[Any] = vector.numpy()
+        return array
+    copied: NDArray[Any] = buffer[: len(vector)].copy_(vector).numpy()
+    return copied
 
 
 def _square_sum(vector: NDArray[Any]) -> float:
