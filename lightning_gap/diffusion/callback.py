@@ -524,7 +524,7 @@ class UltraSlowDiffusion(Callback):
         if self._folder is None or not self._trace["updates"]:
             return
         filesystem, path = fsspec.core.url_to_fs(f"{self._folder}/{self._stem}.csv")
-        filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         with filesystem.open(path, "w") as file:
             write_trace(file, self._trace, self._parameters)
 
