@@ -356,7 +356,12 @@ class UltraSlowDiffusion(Callback):
             self._anchor_folder = from_rank_zero(trainer, _existing(self._anchor_folder, trainer.ckpt_path))
             start = load_shards(weights, self._anchor_folder)
         self._keep(weights, start)
-        self._start_squares = state["start_squares"]  # of weights that were not rounded
+        rounding = self._start_squares[:, 0]
+        self._start_squares = state["start_squares"].clone()
+        if self._anchor_folder is None:  # may have been rounded before, and rounded again now
+            self._start_squares[:, 0] += rounding
+        else:
+            self._start_squares[:, 0] = rounding
         self._rows, self._stem = rows, state["stem"]
         unknown = [math.nan] * len(state["trace"]["updates"])  # for groups that are new
         columns = (*_COLUMNS, *_group_columns(rows))
@@ -387,10 +392,14 @@ class UltraSlowDiffusion(Callback):
                 f"UltraSlowDiffusion: groups[{empty[0]!r}] matches no tracked parameter; they are named "
                 f"{', '.join(list(weights)[:5])}, ..."
             )
-        if self.per_layer:
-            for row, name in enumerate(weights):
-                members.setdefault(layer_of(name), []).append(row)
-        return {group: torch.tensor(rows) for group, rows in members.items()}
+        layers: dict[str, list[int]] = {}
+        for row, name in enumerate(weights if self.per_layer else ()):
+            layers.setdefault(layer_of(name), []).append(row)
+        if both := sorted(layers.keys() & members.keys()):
+            raise MisconfigurationException(
+                f"UltraSlowDiffusion: {both[0]!r} is the name of a layer and one of `groups`: rename the group."
+            )
+        return {group: torch.tensor(rows) for group, rows in (members | layers).items()}
 
     def _keep(self, weights: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
         """Keep a copy of ``start``, this rank's part of it, as the anchor."""

@@ -522,6 +522,28 @@ def test_resume_with_options_equals_the_uninterrupted_run(tmp_path, options):
     assert resumed.diffusion_fit == whole.diffusion_fit
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "float16"), ("float16", None)])
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_another_anchor_dtype_on_resume(tmp_path, before, after):
+    def run(diffusion, *callbacks, **kwargs):
+        torch.manual_seed(0)
+        net = Net()
+        net.net = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 1))
+        fit(tmp_path, diffusion, *callbacks, model=net, data=loader(n=8, shuffle=False), max_epochs=40, **kwargs)
+        return diffusion.trace
+
+    exact = run(UltraSlowDiffusion())
+    run(UltraSlowDiffusion(anchor_dtype=before), saver(tmp_path / "stop.ckpt", 20))
+    resumed = run(UltraSlowDiffusion(anchor_dtype=after), ckpt_path=tmp_path / "stop.ckpt")
+    assert resumed["updates"] == exact["updates"]
+    assert resumed["distance"][5:] == pytest.approx(exact["distance"][5:], rel=1e-4)
+
+
+def test_group_named_as_a_layer_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"'net\.0' is the name of a layer and one of `groups`"):
+        fit(tmp_path, UltraSlowDiffusion(per_layer=True, groups={"net.0": "bias"}))
+
+
 def test_another_exclude_on_resume_is_refused(tmp_path):
     fit(tmp_path, UltraSlowDiffusion(), saver(tmp_path / "stop.ckpt", 3), max_epochs=1)
     with pytest.raises(MisconfigurationException, match=r"net\.0\.bias is excluded now.*same `exclude`"):
