@@ -162,20 +162,12 @@ def start(world, folder):
     return [torch.load(folder / f"world{world}rank{rank}.pt") for rank in range(world)]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    return {world: start(world, folder) for world in (4, 2)}
-
-
 def assert_trace_is_that_of(reference, trace):
     for i, t in enumerate(trace["updates"]):
         assert [trace[name][i] for name in WEIGHTS] == pytest.approx(reference[t], rel=1e-6)
 
 
-@pytest.mark.distributed
-@pytest.mark.xdist_group("diffusion")
-def test_ddp_is_bit_equal_with_and_without(ranks):
+def assert_ddp_is_bit_equal_with_and_without(ranks):
     for seen in (rank["ddp"] for rank in ranks[2]):
         torch.testing.assert_close(seen["observed"], seen["plain"], rtol=0, atol=0)
         assert seen["trace"] == ranks[2][0]["ddp"]["trace"]
@@ -183,10 +175,7 @@ def test_ddp_is_bit_equal_with_and_without(ranks):
         assert_trace_is_that_of(seen["reference"], seen["trace"])
 
 
-@pytest.mark.distributed
-@pytest.mark.xdist_group("diffusion")
-@pytest.mark.parametrize("world", [2, 4])
-def test_shards_equal_the_whole_weights_in_float64(ranks, world):
+def assert_shards_equal_the_whole_weights_in_float64(ranks, world):
     for seen in (rank["sharded"] for rank in ranks[world]):
         assert seen["trace"] == ranks[world][0]["sharded"]["trace"]
         assert len(seen["trace"]["updates"]) == 14
@@ -202,11 +191,19 @@ def test_shards_equal_the_whole_weights_in_float64(ranks, world):
     assert [rank["sharded"]["held"] for rank in ranks[world]] == held
 
 
-@pytest.mark.distributed
-@pytest.mark.xdist_group("diffusion")
-def test_two_processes_resume_what_four_saved(ranks):
+def assert_two_processes_resume_what_four_saved(ranks):
     four, two = (ranks[world][0][name]["trace"] for world, name in ((4, "sharded"), (2, "adopted")))
     assert two["updates"] == four["updates"][:11]
     for name in WEIGHTS:  # other batches after update 13, and the same start
         assert two[name][:9] == four[name][:9]
         assert all(a > 0 for a in two[name][9:])
+
+
+@pytest.mark.distributed
+def test_two_and_four_processes(tmp_path):
+    """One test, for starting the processes is what takes the time."""
+    ranks = {world: start(world, tmp_path) for world in (4, 2)}
+    assert_ddp_is_bit_equal_with_and_without(ranks)
+    for world in ranks:
+        assert_shards_equal_the_whole_weights_in_float64(ranks, world)
+    assert_two_processes_resume_what_four_saved(ranks)
