@@ -1,21 +1,38 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 __all__ = [
+    "clip_gradients",
+    "clips_gradients",
     "data_parallel_rank",
     "data_parallel_size",
+    "from_rank_zero",
+    "gradients_stay_scaled",
     "holds_whole_weights",
     "injects_sampler",
+    "leaves_updates_to_torch",
     "local_shard",
+    "loss_scale",
     "mean_over_ranks",
     "replaces_batchnorm_by_syncbatchnorm",
     "shard_copies",
@@ -25,6 +42,9 @@ __all__ = [
     "sum_over_ranks",
     "whole_tensor",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def data_parallel_size(trainer: Trainer) -> int:
@@ -158,3 +178,88 @@ def injects_sampler(trainer: Trainer) -> bool:
     """
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def leaves_updates_to_torch(trainer: Trainer) -> bool:
+    """Return whether torch's own optimizers make the updates: one device, DDP, FSDP, and ``ModelParallelStrategy``.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return holds_whole_weights(trainer) or isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def from_rank_zero(trainer: Trainer, value: _T) -> _T:
+    """Return rank zero's value on all ranks. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        value: Anything that can be pickled.
+    """
+    result: _T = trainer.strategy.broadcast(value)
+    return result
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return whether gradients keep the loss scale until the optimizer, a fused one, takes it away inside its step.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: One of its optimizers.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def clips_gradients(trainer: Trainer) -> bool:
+    """Return whether :func:`clip_gradients` knows the norm over all shards; not if only parts of a model are FSDP's.
+
+    Args:
+        trainer: The trainer that runs, with its model wrapped.
+    """
+    strategy = trainer.strategy
+    return not isinstance(strategy, FSDPStrategy) or isinstance(strategy.model, FullyShardedDataParallel)
+
+
+def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale an optimizer's gradients down, in place, to a norm over all of them and all shards. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: The optimizer, whose parameters have their gradients.
+        max_norm: The L2 norm that is not exceeded.
+
+    Returns:
+        The norm before, a scalar tensor, the same on all ranks that hold the same model.
+    """
+    strategy = cast(Any, trainer.strategy)
+    if isinstance(trainer.strategy, FSDPStrategy):
+        norm: Tensor = strategy.model.clip_grad_norm_(max_norm)
+        return norm
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not shards_by_dtensor(trainer):
+        norm = get_total_norm(gradients)
+        clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+    norm = sum_over_ranks(_local_square(gradients, strategy.root_device)).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
+    for gradient in gradients:
+        local_shard(gradient).mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def _local_square(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return this rank's share of the squared norm, such that the sum over ranks counts every element once."""
+    squares = [local_shard(gradient).float().square().sum() / shard_copies(gradient) for gradient in gradients]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
