@@ -154,6 +154,8 @@ class LargeBatchRegime(Callback):
         self._pass: Pass | None = None
         self._effective = 0  # what an update sees by the trainer's account
         self._clocks: list[ReferenceClock] = []
+        self._plateaus: list[tuple[LRSchedulerConfig, int]] = []  # with the user's frequency
+        self._metrics: dict[str, float] = {}  # the latest values that plateaus look at
         self._counters: list[EpochCounter] = []
         self._warmups: list[Warmup] = []
         self._noise: SampleNoise | None = None
@@ -299,15 +301,14 @@ class LargeBatchRegime(Callback):
         fates = [self._take_over(config, plan) for config in configs]
         # Within one update, Lightning steps the schedulers of every update before those of every epoch.
         self._clocks.sort(key=lambda clock: clock.interval == "epoch")
-        companions = list(epoch_counters(trainer)) if plan.reclocked else []
-        self._counters += companions
         if plan.reclocked:
+            self._counters = list(epoch_counters(trainer))
             warn_of_other_counters(trainer, plan)
         self.plan = replace(
             plan,
             learning_rates=tuple(zip(before, _learning_rates(trainer), strict=True)),
             schedulers=tuple(fates),
-            companions=tuple(counter.fate for counter in companions),
+            companions=tuple(counter.fate for counter in self._counters),
         )
         self._report(trainer, self.plan)
 
@@ -330,14 +331,19 @@ class LargeBatchRegime(Callback):
         if not plan.reclocked or (interval == "step" and frequency == 1 and plan.pace == 1):
             return f"{name}: every {frequency} {interval}(s), as it was"
         if config.reduce_on_plateau:
-            counter = EpochCounter(name, config, "frequency", frequency)
-            self._counters.append(counter)
-            return counter.fate
-        reference_epoch = cast(int, plan.reference_updates_per_epoch)
+            self._plateaus.append((config, frequency))
+            config.interval, config.frequency = "step", NEVER
+            return f"{name}: every {frequency} reference epoch(s), at the end of an epoch of this run"
         by_epoch = interval == "epoch"
-        self._clocks.append(
-            ReferenceClock(config.scheduler, "epoch" if by_epoch else "step", frequency, reference_epoch, plan.pace)
+        clock = ReferenceClock(
+            config.scheduler,
+            "epoch" if by_epoch else "step",
+            frequency,
+            cast(int, plan.reference_updates_per_epoch),
+            plan.pace,
+            plan.reference_updates,
         )
+        self._clocks.append(clock)
         # A frequency that no epoch has as many batches as: Lightning itself never steps the scheduler.
         config.interval, config.frequency = "step", NEVER
         every = frequency * (cast(Any, plan.stretched_epoch) if by_epoch else 1 / plan.pace)
@@ -413,6 +419,13 @@ class LargeBatchRegime(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what happens at the end of this epoch."""
+        for config, _ in self._plateaus:
+            used, now = self._metrics.get(str(config.monitor)), trainer.callback_metrics.get(str(config.monitor))
+            if used is not None and now is not None and used != float(now) and not math.isnan(used):
+                rank_zero_warn(
+                    f"LargeBatchRegime: {type(config.scheduler).__name__} looks at {config.monitor} before "
+                    "LightningModule.on_train_epoch_end logs it, so at the value of an epoch before. Log it in a step."
+                )
         self._arm(trainer.global_step)
 
     def _arm(self, start: int) -> None:
@@ -447,6 +460,39 @@ class LargeBatchRegime(Callback):
         # A tensor, so that a GPU does not wait here.
         self._clipped = self._clipped + ((norm > plan.clip_norm) & norm.isfinite()).long()
         self._clippable += 1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what plateaus look at, for a checkpoint that is written now."""
+        if self._plateaus and not trainer.sanity_checking:
+            self._read_metrics(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step the schedulers that look at a metric, if a reference epoch has ended; before a checkpoint is written.
+
+        Lightning itself would do so after the checkpoint, and not at all in the first epoch of a resumed run.
+        """
+        if not self._plateaus:
+            return
+        self._read_metrics(trainer)
+        plan = _planned(self.plan)
+        start, end = (plan.reference_epochs_in(updates) for updates in (self._epoch_start, trainer.global_step))
+        for config, every in self._plateaus:
+            if end // every == start // every:
+                continue
+            metric = self._metrics.get(str(config.monitor))
+            if metric is None:
+                missing = f"{type(config.scheduler).__name__} looks at {config.monitor}, which nothing has logged yet"
+                if config.strict:
+                    known = sorted(trainer.callback_metrics)
+                    raise MisconfigurationException(f"{missing}. There are {known}: set monitor to one of these.")
+                rank_zero_warn(f"{missing}; it is not stepped.")
+            else:
+                pl_module.lr_scheduler_step(cast(Any, config.scheduler), metric)
+
+    def _read_metrics(self, trainer: Trainer) -> None:
+        known = trainer.callback_metrics
+        keys = [str(config.monitor) for config, _ in self._plateaus]
+        self._metrics.update({key: float(known[key]) for key in keys if key in known})
 
     def _warmup_of(self, trainer: Trainer, optimizer: Optimizer) -> Warmup:
         return next(w for o, w in zip(trainer.optimizers, self._warmups, strict=True) if o is optimizer)
@@ -505,6 +551,7 @@ class LargeBatchRegime(Callback):
             "ticked": self._ticked,
             "epoch_start": self._epoch_start,
             "samples": self._samples,
+            "metrics": dict(self._metrics),
             "made": [warmup.made for warmup in self._warmups],
             "clipped": [int(self._clipped), self._clippable],
             "noise": None if self._noise is None else [self._noise.seed, self._noise.draws],
@@ -531,7 +578,7 @@ class LargeBatchRegime(Callback):
             return  # written before training, by LearningRateFinder
         self._restored = state_dict
         self._ticked, self._epoch_start = state_dict["ticked"], state_dict["epoch_start"]
-        self._samples = state_dict["samples"]
+        self._samples, self._metrics = state_dict["samples"], state_dict["metrics"]
         self._clipped, self._clippable = state_dict["clipped"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -83,9 +83,9 @@ def rule_name(rule: LRRule) -> str:
 
     Example:
         >>> rule_name("sqrt"), rule_name(math.cbrt)
-        ('sqrt', 'cbrt')
+        ('sqrt', 'cbrt()')
     """
-    return rule if isinstance(rule, str) else str(getattr(rule, "__name__", type(rule).__name__))
+    return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"
 
 
 def scaled(value: Any, factor: float) -> Any:

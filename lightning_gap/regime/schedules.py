@@ -111,6 +111,7 @@ class ReferenceClock(NamedTuple):
         frequency: Every how many epochs, or every how many updates within an epoch.
         updates_per_epoch: The updates of one reference epoch.
         pace: Reference updates that pass in one update of this run; 1 where it makes as many.
+        last: The last reference update; ``None`` where nothing limits them.
 
     Example:
         >>> clock = ReferenceClock(None, "epoch", 2, 5)
@@ -129,6 +130,7 @@ class ReferenceClock(NamedTuple):
     frequency: int
     updates_per_epoch: int
     pace: Fraction = Fraction(1)
+    last: int | None = None
 
     def steps(self, update: int) -> int:
         """Return how many times the reference run steps the scheduler between the update before and this one.
@@ -136,9 +138,12 @@ class ReferenceClock(NamedTuple):
         Args:
             update: The number of the update, from 1.
         """
-        return self._steps_until(floor(self.pace * update)) - self._steps_until(floor(self.pace * (update - 1)))
+        return self._steps_until(update) - self._steps_until(update - 1)
 
-    def _steps_until(self, reference_update: int) -> int:
+    def _steps_until(self, update: int) -> int:
+        reference_update = floor(self.pace * update)
+        if self.last is not None:
+            reference_update = min(reference_update, self.last)
         epochs, within = divmod(reference_update, self.updates_per_epoch)
         if self.interval == "epoch":
             return epochs // self.frequency
