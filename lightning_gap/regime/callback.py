@@ -159,7 +159,7 @@ class LargeBatchRegime(Callback):
         self._counters: list[EpochCounter] = []
         self._warmups: list[Warmup] = []
         self._noise: SampleNoise | None = None
-        self._groups = 0
+        self._groups: list[int] = []  # of each optimizer, how many
         self._restored: dict[str, Any] = {}
         self._ticked: int | None = None  # up to which update the clocks have been read
         self._epoch_start = 0  # updates made before the present epoch
@@ -297,7 +297,7 @@ class LargeBatchRegime(Callback):
         self._warmups = [
             Warmup(optimizer, updates=plan.warmup_updates, factor=plan.lr_factor) for optimizer in trainer.optimizers
         ]
-        self._groups = len(before)
+        self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         fates = [self._take_over(config, plan) for config in configs]
         # Within one update, Lightning steps the schedulers of every update before those of every epoch.
         self._clocks.sort(key=lambda clock: clock.interval == "epoch")
@@ -525,13 +525,15 @@ class LargeBatchRegime(Callback):
             pl_module.log(f"lightning_gap/regime/{name}", value)
 
     def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if len(groups) > self._groups and plan.lr_factor != 1.0:
-            rank_zero_warn(
-                f"LargeBatchRegime: a parameter group was added with the learning rate {float(groups[-1]['lr']):g}, "
-                "which is taken as it is. A group without a rate of its own gets the optimizer's, which is scaled."
-            )
-        self._groups = len(groups)
+        sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        for optimizer, size, before in zip(trainer.optimizers, sizes, self._groups, strict=True):
+            rate = optimizer.param_groups[-1]["lr"]
+            if size > before and plan.lr_factor != 1.0 and rate != optimizer.defaults["lr"]:
+                rank_zero_warn(
+                    f"LargeBatchRegime: a parameter group was added with the learning rate {float(rate):g}, which is "
+                    "taken as it is. A group without a rate of its own gets the optimizer's, which is scaled."
+                )
+        self._groups = sizes
 
     def _tick(self, update: int) -> None:
         for passed in range(cast(int, self._ticked) + 1, update + 1):
