@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,19 +11,16 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 __all__ = [
     "clip_gradients",
-    "clips_gradients",
     "data_parallel_rank",
     "data_parallel_size",
     "from_rank_zero",
@@ -181,12 +178,12 @@ def injects_sampler(trainer: Trainer) -> bool:
 
 
 def leaves_updates_to_torch(trainer: Trainer) -> bool:
-    """Return whether torch's own optimizers make the updates: one device, DDP, FSDP, and ``ModelParallelStrategy``.
+    """Return whether torch's own optimizers make the updates, of whole weights or of ``DTensor`` shards.
 
     Args:
         trainer: The trainer that runs, or is about to run.
     """
-    return holds_whole_weights(trainer) or isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    return holds_whole_weights(trainer) or shards_by_dtensor(trainer)
 
 
 def from_rank_zero(trainer: Trainer, value: _T) -> _T:
@@ -221,16 +218,6 @@ def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
     return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def clips_gradients(trainer: Trainer) -> bool:
-    """Return whether :func:`clip_gradients` knows the norm over all shards; not if only parts of a model are FSDP's.
-
-    Args:
-        trainer: The trainer that runs, with its model wrapped.
-    """
-    strategy = trainer.strategy
-    return not isinstance(strategy, FSDPStrategy) or isinstance(strategy.model, FullyShardedDataParallel)
-
-
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:
     """Scale an optimizer's gradients down, in place, to a norm over all of them and all shards. Collective.
 
@@ -242,17 +229,13 @@ def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> T
     Returns:
         The norm before, a scalar tensor, the same on all ranks that hold the same model.
     """
-    strategy = cast(Any, trainer.strategy)
-    if isinstance(trainer.strategy, FSDPStrategy):
-        norm: Tensor = strategy.model.clip_grad_norm_(max_norm)
-        return norm
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not shards_by_dtensor(trainer):
         norm = get_total_norm(gradients)
         clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
-    norm = sum_over_ranks(_local_square(gradients, strategy.root_device)).sqrt()
+    norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
     for gradient in gradients:
         local_shard(gradient).mul_(factor.to(gradient.dtype))

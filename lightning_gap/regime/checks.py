@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.parallel import clips_gradients, gradients_stay_scaled, leaves_updates_to_torch, strategy_name
+from lightning_gap.parallel import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_moments
 from lightning_gap.regime.schedules import horizons
@@ -34,7 +34,7 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
     refusals = (
         (
             not leaves_updates_to_torch(trainer),
-            f"{strategy_name(trainer)} is not supported. Use one device, DDP, FSDP or ModelParallelStrategy.",
+            f"{strategy_name(trainer)} is not supported. Use one device, DDP, or ModelParallelStrategy (FSDP2).",
         ),
         (
             not pl_module.automatic_optimization and train_longer,
@@ -100,11 +100,6 @@ def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
                 f"clip_norm={plan.clip_norm} cannot clip for a fused {type(optimizer).__name__} with 16-bit mixed "
                 "precision, which unscales gradients inside its step. Pass fused=False to it, or use bf16-mixed."
             )
-    if plan.clip_norm is not None and not clips_gradients(trainer):
-        raise MisconfigurationException(
-            f"clip_norm={plan.clip_norm} needs the whole LightningModule wrapped by FSDPStrategy, not parts of it. "
-            "Leave the wrapping to the strategy, or use ModelParallelStrategy."
-        )
 
 
 def _check_rule(optimizer: Optimizer, plan: RegimePlan) -> None:
