@@ -161,6 +161,7 @@ class LargeBatchRegime(Callback):
         self._noise: SampleNoise | None = None
         self._groups: list[int] = []  # of each optimizer, how many
         self._restored: dict[str, Any] = {}
+        self._resuming = False
         self._ticked: int | None = None  # up to which update the clocks have been read
         self._epoch_start = 0  # updates made before the present epoch
         self._samples = 0
@@ -287,6 +288,8 @@ class LargeBatchRegime(Callback):
             # With max_steps set, Lightning resumes from the end of an epoch by one stray batch of that epoch. So it is
             # set while configure_optimizers may read it, and again once a checkpoint is restored.
             trainer.fit_loop.epoch_loop.max_steps = -1
+        if self._resuming:
+            self._lift_epochs(trainer)
         configs = trainer.lr_scheduler_configs
         check_optimizers(trainer, plan)
         check_schedulers(trainer, pl_module, plan, self.stretch_schedulers)
@@ -311,6 +314,11 @@ class LargeBatchRegime(Callback):
             companions=tuple(counter.fate for counter in self._counters),
         )
         self._report(trainer, self.plan)
+
+    def _lift_epochs(self, trainer: Trainer) -> None:
+        """Let a checkpoint be restored that has more epochs behind it, of a larger batch, than this run has in all."""
+        if self._limits is not None:
+            trainer.fit_loop.max_epochs = -1
 
     def _weigh_samples(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> SampleNoise:
         try:
@@ -366,6 +374,7 @@ class LargeBatchRegime(Callback):
             loop = trainer.fit_loop
             loop.epoch_loop.max_steps = plan.max_steps
             if plan.epochs is not None:
+                loop.max_epochs = plan.epochs
                 epochs = plan.epochs_from(trainer.current_epoch, trainer.global_step)
                 if epochs > plan.epochs or changed:
                     # The checkpoint's epochs were not all of this plan's length: its last one cut short and not taken
@@ -594,6 +603,9 @@ class LargeBatchRegime(Callback):
                 "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
                 "from its weights."
             )
+        self._resuming = True
+        if self._warmups:  # this strategy restores after on_fit_start
+            self._lift_epochs(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the trainer the user's limits back."""

@@ -260,6 +260,16 @@ def test_going_on_twice_at_other_batches(tmp_path):
     torch.testing.assert_close(third.tensor, 2 * reference.tensor[25:], rtol=1e-9, atol=0)
 
 
+def test_more_epochs_may_be_over_than_the_run_would_have_had(tmp_path):
+    run(Regression(EPOCH_SCHEDULES["StepLR"]), loader(64), Stop(tmp_path / "a.ckpt", 40), LargeBatchRegime(4))
+    trainer, trace = run(
+        Regression(EPOCH_SCHEDULES["StepLR"]), loader(8), LargeBatchRegime(4), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert trainer.global_step == 90
+    _, reference = run(Regression(EPOCH_SCHEDULES["StepLR"]), loader(4))
+    torch.testing.assert_close(trace.tensor, math.sqrt(2) * reference.tensor[40:], rtol=1e-9, atol=0)
+
+
 def test_going_on_at_another_batch_scales_adams_moments_once(tmp_path):
     def adam():
         return Regression(optimizer=partial(torch.optim.Adam, betas=(0.9, 0.99), eps=1e-6))
