@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from lightning_gap import LargeBatchRegime
 
@@ -39,17 +37,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    table = Table("scheduler", "stepped every", *(f"x {ratio:g}" for ratio in RATIOS), "updates missed")
+    print(f"{'scheduler':28} {'every':6}", *(f"{f'x {ratio:g}':>8}" for ratio in RATIOS), "  updates missed")
     for name in SCHEDULES:
         for interval in ("epoch", "step"):
-            reference, cells, missed = rates(name, interval, REFERENCE), [], set()
+            reference, errors, missed = rates(name, interval, REFERENCE), [], set()
             for ratio in RATIOS:
                 ours = rates(name, interval, int(REFERENCE * ratio), LargeBatchRegime(REFERENCE))
                 missed.add(len(ours) - len(reference))
-                error = (ours / (math.sqrt(ratio) * reference) - 1).abs().max().item()
-                cells.append(f"{error:.0e}")
-            table.add_row(name, interval, *cells, ", ".join(map(str, missed)))
-    Console(width=110).print(table)
+                errors.append((ours / (math.sqrt(ratio) * reference) - 1).abs().max().item())
+            print(f"{name:28} {interval:6}", *(f"{error:8.0e}" for error in errors), f"  {missed}", flush=True)
 
 
 if __name__ == "__main__":
