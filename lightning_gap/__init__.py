@@ -1,8 +1,8 @@
 """Close two gaps with PyTorch Lightning.
 
 * The **generalization gap** of large-batch training (Hoffer, Hubara, Soudry 2017, "Train longer, generalize
-  better"): :class:`LargeBatchRegime`, :class:`GhostBatchNorm` and :class:`UltraSlowDiffusion` are callbacks for any
-  ``Trainer``.
+  better"): :class:`LargeBatchRegime`, :class:`GhostBatchNorm`, :class:`UltraSlowDiffusion` and
+  :class:`GradientNoiseScale` are callbacks for any ``Trainer``.
 * The **Monge gap** (Uscidda, Cuturi 2023): :class:`MongeMap` learns an optimal transport map between two sets of
   samples for any cost; :func:`monge_gap` and :func:`sinkhorn_divergence` are the mathematics.
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # One line a public name: where it lives. `__all__` and `__dir__` follow from this table.
 _HOME = {
     "GhostBatchNorm": "lightning_gap.ghost",
+    "GradientNoiseScale": "lightning_gap.regime",
     "LargeBatchRegime": "lightning_gap.regime",
     "MongeMap": "lightning_gap.monge",
     "SamplesDataModule": "lightning_gap.monge",
@@ -32,6 +33,7 @@ _MODULES = {"costs": "lightning_gap.monge.costs"}
 
 __all__ = [
     "GhostBatchNorm",
+    "GradientNoiseScale",
     "LargeBatchRegime",
     "MongeMap",
     "SamplesDataModule",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
         revert_ghost_batchnorm,
     )
     from lightning_gap.monge import MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
-    from lightning_gap.regime import LargeBatchRegime, effective_batch_size
+    from lightning_gap.regime import GradientNoiseScale, LargeBatchRegime, effective_batch_size
 
 
 def __getattr__(name: str) -> Any:

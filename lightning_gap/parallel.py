@@ -1,8 +1,9 @@
 """What the package knows of strategies, ranks and reductions. No other module asks these questions itself."""
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,28 +11,41 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 __all__ = [
     "RankGroup",
+    "clip_gradients",
     "data_parallel_group",
     "data_parallel_rank",
     "data_parallel_size",
     "data_parallel_subgroup",
+    "from_rank_zero",
+    "gradients_stay_scaled",
     "holds_whole_weights",
     "injects_sampler",
+    "leaves_updates_to_torch",
+    "load_shards",
     "local_shard",
+    "loss_scale",
     "mean_over_ranks",
     "replaces_batchnorm_by_syncbatchnorm",
+    "save_shards",
     "shard_copies",
     "shard_like",
     "shards_by_dtensor",
     "strategy_name",
     "sum_over_ranks",
     "unwrapped",
-    "whole_tensor",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def data_parallel_size(trainer: Trainer) -> int:
@@ -106,18 +120,29 @@ def shard_copies(tensor: Tensor) -> int:
     return ranks // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
-def whole_tensor(tensor: Tensor) -> Tensor | None:
-    """Return a ``DTensor`` whole in CPU memory on rank zero, None on other ranks; a plain tensor itself. Collective."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole: Tensor = tensor.full_tensor()
-    return whole.cpu() if dist.get_rank() == 0 else None
-
-
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return ``whole``, known on all ranks, on the device and in the shards of ``like``. Collective."""
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: str) -> None:
+    """Write ``DTensor`` shards and plain tensors, each rank its own, into a distributed checkpoint. Collective."""
+    save(dict(tensors), checkpoint_id=folder, no_dist=not _is_distributed())
+
+
+def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
+    """Return what :func:`save_shards` wrote, on the devices and in the shards of ``like``. Collective.
+
+    Any number of ranks may load what any other number wrote.
+    """
+    tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
+    load(tensors, checkpoint_id=folder, no_dist=not _is_distributed())
+    return tensors
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
@@ -265,3 +290,74 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module: Any module.
     """
     return module.module if isinstance(module, (DistributedDataParallel, DataParallel)) else module
+
+
+def leaves_updates_to_torch(trainer: Trainer) -> bool:
+    """Return whether torch's own optimizers make the updates, of whole weights or of ``DTensor`` shards.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return holds_whole_weights(trainer) or shards_by_dtensor(trainer)
+
+
+def from_rank_zero(trainer: Trainer, value: _T) -> _T:
+    """Return rank zero's value on all ranks. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        value: Anything that can be pickled.
+    """
+    result: _T = trainer.strategy.broadcast(value)
+    return result
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return whether gradients keep the loss scale until the optimizer, a fused one, takes it away inside its step.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: One of its optimizers.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale an optimizer's gradients down, in place, to a norm over all of them and all shards. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: The optimizer, whose parameters have their gradients.
+        max_norm: The L2 norm that is not exceeded.
+
+    Returns:
+        The norm before, a scalar tensor, the same on all ranks that hold the same model.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not shards_by_dtensor(trainer):
+        norm = get_total_norm(gradients)
+        clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+    norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
+    for gradient in gradients:
+        local_shard(gradient).mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def _local_square(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return this rank's share of the squared norm, such that the sum over ranks counts every element once."""
+    squares = [local_shard(gradient).float().square().sum() / shard_copies(gradient) for gradient in gradients]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)

@@ -210,7 +210,6 @@ def train(
         max_epochs=settings.epochs,
         callbacks=[*added, diffusion, watch],
         gradient_clip_val=settings.clip_norm,
-        check_val_every_n_epoch=settings.large_batch // settings.small_batch if regime else 1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -4,19 +4,38 @@ Hoffer, Hubara, Soudry 2017, "Train longer, generalize better" (arXiv:1705.08741
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["WeightDisplacement", "tracked_parameters", "weight_displacement", "weight_norm"]
+__all__ = [
+    "ParameterFilter",
+    "WeightDisplacement",
+    "check_filter",
+    "layer_of",
+    "matches",
+    "norms_and_biases",
+    "tracked_parameters",
+    "weight_displacement",
+    "weight_norm",
+]
 
-# Elements handled at once. On a CPU the temporary difference then stays in the cache, so that both copies are read
+# Elements handled at once. On a CPU the difference then stays in the second-level cache, so that both copies are read
 # from memory once; an accelerator needs larger pieces to be busy. Either way the temporary is small beside the model.
-_CPU_PIECE = 1 << 16
-_ACCELERATOR_PIECE = 1 << 24
+_CPU_PIECE = 1 << 17
+_ACCELERATOR_PIECE = 1 << 22
+# Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
+_ROW = 1 << 11
+
+Scratch = dict[torch.dtype, Tensor]
+
+# Which parameters: a regular expression searched for in the name, or a function of name and parameter.
+ParameterFilter = str | Callable[[str, Tensor], bool]
 
 
 class WeightDisplacement(NamedTuple):
@@ -35,22 +54,60 @@ class WeightDisplacement(NamedTuple):
     cosine: float
 
 
-def tracked_parameters(module: nn.Module) -> dict[str, Tensor]:
+def tracked_parameters(module: nn.Module, *, exclude: ParameterFilter | None = None) -> dict[str, Tensor]:
     """Return the parameters that are trained, detached, by name; tied parameters once, under their first name.
 
     Args:
         module: Any module. Parameters with ``requires_grad=False`` and buffers are left out.
+        exclude: What else is left out: a regular expression searched for in the name, or a function of name and
+            parameter, as :func:`norms_and_biases`.
 
     Returns:
         Name -> the parameter itself, detached (no copy).
 
     Example:
         >>> layer = torch.nn.Linear(2, 3)
-        >>> _ = layer.bias.requires_grad_(False)
-        >>> list(tracked_parameters(layer))
+        >>> list(tracked_parameters(layer, exclude="bias$"))
         ['weight']
     """
-    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named.items() if exclude is None or not matches(exclude, name, p)}
+
+
+def norms_and_biases(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a vector or a scalar, as all of normalization layers and all biases are.
+
+    Example:
+        >>> list(tracked_parameters(torch.nn.Linear(2, 3), exclude=norms_and_biases))
+        ['weight']
+    """
+    return parameter.ndim <= 1
+
+
+def matches(which: ParameterFilter, name: str, parameter: Tensor) -> bool:
+    """Return whether ``which`` means this parameter."""
+    return re.search(which, name) is not None if isinstance(which, str) else bool(which(name, parameter))
+
+
+def check_filter(argument: str, which: object) -> None:
+    """Raise ``ValueError`` unless ``which`` is a regular expression or a function."""
+    if isinstance(which, str):
+        try:
+            re.compile(which)
+        except re.error as error:
+            raise ValueError(f"{argument}={which!r} is not a regular expression: {error}") from error
+    elif not callable(which):
+        raise ValueError(f"{argument} must be a regular expression or a function (name, parameter), got {which!r}")
+
+
+def layer_of(name: str) -> str:
+    """Return the name of the module that owns a parameter; ``"."`` for the module itself.
+
+    Example:
+        >>> layer_of("net.0.weight"), layer_of("scale")
+        ('net.0', '.')
+    """
+    return name.rpartition(".")[0] or "."
 
 
 def weight_norm(weights: Mapping[str, Tensor]) -> float:
@@ -63,7 +120,7 @@ def weight_norm(weights: Mapping[str, Tensor]) -> float:
         >>> weight_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
         5.0
     """
-    return math.sqrt(square_sums(weights, weights)[1])
+    return math.sqrt(float(square_sums(weights, weights)[:, 1].sum()))
 
 
 def weight_displacement(
@@ -71,10 +128,9 @@ def weight_displacement(
 ) -> WeightDisplacement:
     """Return ‖w_t − w_0‖₂ and what follows from it, in one pass over both copies.
 
-    Differences are taken in float32 (float64 for float64 weights). Squares are summed in pairs within pieces, and the
-    pieces in float64: a plain float32 sum over ten million weights can be wrong in the fourth digit. The cosine follows
-    from the three norms,
-    ⟨w, a⟩ = (‖w‖² + ‖a‖² − ‖w − a‖²) / 2.
+    Differences are taken in float32 (float64 for float64 weights). Squares are summed within pieces, and the pieces in
+    float64: a plain float32 sum over ten million weights can be wrong in the fourth digit. The cosine follows from the
+    three norms, ⟨w, a⟩ = (‖w‖² + ‖a‖² − ‖w − a‖²) / 2.
 
     Args:
         weights: w_t, name -> tensor.
@@ -92,31 +148,37 @@ def weight_displacement(
     check_same_tensors(weights, anchor)
     if anchor_norm is None:
         anchor_norm = weight_norm(anchor)
-    return displacement_from_squares(*square_sums(weights, anchor), anchor_norm)
+    distance2, norm2 = square_sums(weights, anchor).sum(0).tolist()
+    return displacement_from_squares(distance2, norm2, anchor_norm)
 
 
-def square_sums(
-    weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor], copies: Mapping[str, int] | None = None
-) -> tuple[float, float]:
-    """Return ‖w_t − w_0‖² and ‖w_t‖², each tensor's part divided by its number of copies on other ranks.
+def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
+    """Return ‖w_t − w_0‖² and ‖w_t‖² of each tensor: (tensors, 2), float64, on the CPU.
 
     Args:
         weights: w_t, or this rank's shards of it, name -> tensor.
         anchor: w_0, the same names and shapes.
-        copies: How many ranks hold the same part, by name; 1 for all if None. Sums over ranks then count all once.
     """
-    squares: dict[torch.device, list[Tensor]] = defaultdict(list)
-    shares: dict[torch.device, list[float]] = defaultdict(list)
-    for name, weight in weights.items():
-        for now, start in _pieces(weight, anchor[name]):
-            squares[now.device] += (_square_sum(now - start), _square_sum(now))
-            shares[now.device].append(1 if copies is None else 1 / copies[name])
-    distance2 = norm2 = 0.0
-    for device, values in squares.items():  # the only wait for the device
-        pairs = torch.stack(values).to("cpu", torch.float64).view(-1, 2)
-        sums = torch.tensor(shares[device], dtype=torch.float64) @ pairs
-        distance2, norm2 = distance2 + float(sums[0]), norm2 + float(sums[1])
-    return distance2, norm2
+    sums: list[tuple[float, float]] = []
+    waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    scratch: Scratch = {}
+    for row, (name, weight) in enumerate(weights.items()):
+        now, start = _flat(weight, weight), _flat(anchor[name], weight)
+        # The difference of two bfloat16 is not a bfloat16.
+        dtype = torch.float64 if now.dtype == torch.float64 else torch.float32
+        if now.device.type == "cpu":
+            sums.append(_cpu_square_sums(now, start, dtype, scratch))
+            continue
+        sums.append((0.0, 0.0))
+        for w, a in zip(now.split(_ACCELERATOR_PIECE), start.split(_ACCELERATOR_PIECE), strict=True):
+            w, a = w.to(dtype), a.to(w.device, dtype)
+            norms = torch.stack([torch.linalg.vector_norm(w - a), torch.linalg.vector_norm(w)])
+            waiting.setdefault(w.device, []).append((row, norms))
+    total = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
+    for pieces in waiting.values():  # the only wait for the device
+        rows = torch.tensor([row for row, _ in pieces])
+        total.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).to("cpu", torch.float64).square())
+    return total
 
 
 def displacement_from_squares(distance2: float, norm2: float, anchor_norm: float) -> WeightDisplacement:
@@ -145,25 +207,46 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _piece(tensor: Tensor) -> int:
-    return _CPU_PIECE if tensor.device.type == "cpu" else _ACCELERATOR_PIECE
-
-
 def _flat(tensor: Tensor, layout: Tensor) -> Tensor:
     """Flatten in the memory order of ``layout``, which is a view for channels-last weights too."""
     if layout.is_complex():
         tensor, layout = torch.view_as_real(tensor), torch.view_as_real(layout)
+    if layout.is_contiguous():
+        return tensor.reshape(-1)
     return tensor.permute(sorted(range(layout.ndim), key=layout.stride, reverse=True)).reshape(-1)
 
 
-def _pieces(weight: Tensor, anchor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    # The difference of two bfloat16 is not a bfloat16.
-    dtype = torch.float64 if weight.dtype in (torch.float64, torch.complex128) else torch.float32
-    size = _piece(weight)
-    pieces = zip(torch.split(_flat(weight, weight), size), torch.split(_flat(anchor, weight), size), strict=True)
-    for now, start in pieces:
-        yield now.to(dtype), start.to(now.device, dtype)
+def _cpu_square_sums(now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[float, float]:
+    """‖now − start‖² and ‖now‖² of vectors, by NumPy, whose calls cost less than torch's."""
+    if dtype not in scratch:
+        scratch[dtype] = torch.empty(3, _CPU_PIECE, dtype=dtype)  # new memory for each piece would cost page faults
+    difference = scratch[dtype][2].numpy()
+    distance2 = norm2 = 0.0
+    for first in range(0, len(now), _CPU_PIECE):
+        w, a = (
+            _as_numpy(vector[first : first + _CPU_PIECE], buffer)
+            for vector, buffer in zip((now, start), scratch[dtype], strict=False)
+        )
+        moved = np.subtract(w, a, out=difference[: len(w)])
+        distance2 += _square_sum(moved)
+        norm2 += _square_sum(w)
+    return distance2, norm2
 
 
-def _square_sum(flat: Tensor) -> Tensor:
-    return flat.square().sum()  # `sum` adds in pairs; `dot` and `vector_norm` lose digits on a CPU
+def _as_numpy(vector: Tensor, buffer: Tensor) -> NDArray[Any]:
+    """A CPU tensor of the buffer's dtype itself, anything else copied into the buffer."""
+    if vector.dtype == buffer.dtype and vector.device.type == "cpu":
+        array: NDArray[Any] = vector.numpy()
+        return array
+    copied: NDArray[Any] = buffer[: len(vector)].copy_(vector).numpy()
+    return copied
+
+
+def _square_sum(vector: NDArray[Any]) -> float:
+    whole = len(vector) // _ROW * _ROW
+    rest = vector[whole:]
+    total = float(np.dot(rest, rest))
+    if whole:
+        rows = vector[:whole].reshape(-1, 1, _ROW)
+        total += float(np.matmul(rows, rows.transpose(0, 2, 1)).sum(dtype=np.float64))
+    return total

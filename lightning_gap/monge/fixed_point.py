@@ -189,10 +189,8 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         if iterations < 4 or iterations % 4 == 0:
             kernel.settle(image)
         safe = image
-        if kernel.symmetric and iterations < _PLAIN_SWEEPS:
-            G = image
-        else:
-            G = anderson.extrapolate(image, residual * root)
+        plain = kernel.symmetric and iterations < _PLAIN_SWEEPS
+        G = image if plain else anderson.extrapolate(image, residual * root)
 
 
 def coarse_start(

@@ -2,7 +2,22 @@
 
 from lightning_gap.regime.batch import effective_batch_size
 from lightning_gap.regime.callback import LargeBatchRegime
+from lightning_gap.regime.monitor import GradientNoiseScale
+from lightning_gap.regime.noise import noise_variance, sample_weights
+from lightning_gap.regime.noise_scale import NoiseScaleEstimate, gradient_moments
 from lightning_gap.regime.plan import RegimePlan, plan_regime
 from lightning_gap.regime.scaling import LR_RULES, lr_factor
 
-__all__ = ["LR_RULES", "LargeBatchRegime", "RegimePlan", "effective_batch_size", "lr_factor", "plan_regime"]
+__all__ = [
+    "LR_RULES",
+    "GradientNoiseScale",
+    "LargeBatchRegime",
+    "NoiseScaleEstimate",
+    "RegimePlan",
+    "effective_batch_size",
+    "gradient_moments",
+    "lr_factor",
+    "noise_variance",
+    "plan_regime",
+    "sample_weights",
+]

@@ -15,7 +15,7 @@ from lightning_gap.regime.plan import updates_in_epoch
 
 __all__ = ["Pass", "effective_batch_size", "pass_over_data"]
 
-_LR_ONLY = "or pass train_longer=False (with batch_size=) to scale the learning rate alone"
+_LR_ONLY = "set max_steps without max_epochs, or pass train_longer=False (with batch_size=) for the learning rate alone"
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,21 @@ class Pass:
         samples: Samples in one pass over all replicas.
         drop_last: Whether an incomplete last batch is dropped.
         batches: Batches of one replica in one pass.
+        batch_size: Samples of one batch over all replicas.
     """
 
     samples: int
     drop_last: bool
     batches: int
+    batch_size: int
+
+    def samples_until(self, batches: int) -> int:
+        """Return how many samples the first batches of a pass have.
+
+        Args:
+            batches: Of one replica.
+        """
+        return min(self.samples, batches * self.batch_size)
 
 
 def effective_batch_size(trainer: Trainer) -> int:
@@ -146,4 +156,4 @@ def pass_over_data(trainer: Trainer) -> Pass:
         drawn = len(sampler.data_source) if isinstance(sampler, RandomSampler) else samples
         shard = updates_in_epoch(drawn, replicas)
     batches = updates_in_epoch(shard, batch_sampler.batch_size, drop_last=drop_last)
-    return Pass(samples=samples, drop_last=drop_last, batches=batches)
+    return Pass(samples=samples, drop_last=drop_last, batches=batches, batch_size=batch_sampler.batch_size * replicas)

@@ -6,9 +6,9 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-__all__ = ["LR_RULES", "LRRule", "lr_factor", "rule_name", "scale_optimizer"]
+__all__ = ["LR_RULES", "LRRule", "check_moments", "lr_factor", "rule_name", "scale_moments", "scale_optimizer"]
 
 LRRule = str | Callable[[float], float]
 
@@ -16,21 +16,33 @@ LR_RULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {
         "sqrt": math.sqrt,  # Hoffer et al. 2017, section 4: the covariance of an SGD update goes as lr^2 / batch
         "linear": float,  # Goyal et al. 2017: the mean of an SGD update over one pass goes as lr / batch
+        "adam": math.sqrt,  # Malladi et al. 2022: with 1 - beta and eps scaled too, Adam keeps its limiting SDE
         "none": lambda ratio: 1.0,
     }
 )
 
-# The rules of the table are derived for updates proportional to the gradient.
-RULED_OPTIMIZERS = (SGD,)
+# Which optimizers a rule of the table is derived for.
+RULED_OPTIMIZERS: Mapping[str, tuple[type[Optimizer], ...]] = MappingProxyType(
+    {"sqrt": (SGD,), "linear": (SGD,), "none": (Optimizer,), "adam": (Adam, AdamW, RMSprop)}
+)
+# The square root is the learning-rate part of the adaptive optimizers' rule as well.
+ADAPTIVE_OPTIMIZERS = (Adam, AdamW, RMSprop, NAdam, RAdam, Adamax)
+
+# Malladi et al. 2022 derive their rule for 1 - beta small after it is scaled.
+MOST_FORGOTTEN = 0.5
 
 # Where an optimizer's group keeps learning rates: its own, and those its scheduler left there.
 _GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# And the shares of the past that its moments keep: Adam's, RMSprop's, and the ends between which a scheduler moves the
+# first of Adam's.
+_MOMENT_KEYS = ("betas", "alpha", "max_momentum", "base_momentum")
 
 
 def lr_factor(rule: LRRule, ratio: float) -> float:
     r"""Return by how much the learning rate grows when the batch grows by ``ratio``.
 
-    .. math:: \eta_L = f(|B_L| / |B_S|) \, \eta_S, \qquad f(r) = \sqrt r \ \text{("sqrt")}, \ r \ \text{("linear")}
+    .. math:: \eta_L = f(|B_L| / |B_S|) \, \eta_S, \qquad
+        f(r) = \sqrt r \ \text{("sqrt", "adam")}, \ r \ \text{("linear")}, \ 1 \ \text{("none")}
 
     Args:
         rule: A key of :data:`LR_RULES`, or a callable from the ratio to the factor.
@@ -44,7 +56,8 @@ def lr_factor(rule: LRRule, ratio: float) -> float:
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", section 4. Goyal et al. 2017, "Accurate, Large
-        Minibatch SGD".
+        Minibatch SGD". Malladi, Lyu, Panigrahi, Arora 2022, "On the SDEs and scaling rules for adaptive gradient
+        algorithms".
 
     Example:
         >>> lr_factor("sqrt", 16), lr_factor("linear", 16), lr_factor(lambda ratio: ratio**0.25, 16)
@@ -70,9 +83,9 @@ def rule_name(rule: LRRule) -> str:
 
     Example:
         >>> rule_name("sqrt"), rule_name(math.cbrt)
-        ('sqrt', 'cbrt')
+        ('sqrt', 'cbrt()')
     """
-    return rule if isinstance(rule, str) else str(getattr(rule, "__name__", type(rule).__name__))
+    return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"
 
 
 def scaled(value: Any, factor: float) -> Any:
@@ -102,3 +115,65 @@ def scale_optimizer(optimizer: Optimizer, factor: float) -> None:
     """
     for group in (optimizer.defaults, *optimizer.param_groups):
         group.update({key: scaled(group[key], factor) for key in _GROUP_KEYS if key in group})
+
+
+def check_moments(optimizer: Optimizer, ratio: float) -> None:
+    r"""Refuse an optimizer whose moments would forget too much of the past for Adam's rule to hold.
+
+    Args:
+        optimizer: An optimizer of the reference run.
+        ratio: The batch that runs over the reference batch, :math:`\kappa`.
+
+    Raises:
+        ValueError: If :math:`\kappa (1 - \beta) \geq 1/2` for a :math:`\beta` of any group, or of the ends between
+            which a scheduler moves it.
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], betas=(0.9, 0.999))
+        >>> check_moments(adam, 4.0)
+        >>> check_moments(adam, 8.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: lr_rule="adam" at the ratio 8 would turn betas=0.9 into 0.2; it holds for ratio * (1 - beta) < 0.5.
+    """
+    for group in optimizer.param_groups:
+        for key in _MOMENT_KEYS:
+            value = group.get(key, ())
+            for beta in value if isinstance(value, tuple) else (value,):
+                if ratio * (1 - float(beta)) >= MOST_FORGOTTEN:
+                    raise ValueError(
+                        f'lr_rule="adam" at the ratio {ratio:g} would turn {key}={float(beta):g} into '
+                        f"{remembered(float(beta), ratio):.3g}; it holds for ratio * (1 - beta) < {MOST_FORGOTTEN}."
+                    )
+
+
+def scale_moments(optimizer: Optimizer, ratio: float) -> None:
+    r"""Turn the moments of Adam or RMSprop into those of a batch ``ratio`` times as large, in place.
+
+    .. math:: 1 - \beta \to \kappa (1 - \beta), \qquad \epsilon \to \epsilon / \sqrt \kappa
+
+    Args:
+        optimizer: An optimizer with ``betas`` or ``alpha``.
+        ratio: The batch that runs over the reference batch, :math:`\kappa`.
+
+    References:
+        Malladi, Lyu, Panigrahi, Arora 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], betas=(0.9, 0.999), eps=1e-8)
+        >>> scale_moments(adam, 4.0)
+        >>> [round(beta, 6) for beta in adam.param_groups[0]["betas"]], adam.param_groups[0]["eps"]
+        ([0.6, 0.996], 5e-09)
+    """
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group.update({key: remembered(group[key], ratio) for key in _MOMENT_KEYS if key in group})
+        group["eps"] = group["eps"] / math.sqrt(ratio)
+
+
+def remembered(beta: Any, ratio: float) -> Any:
+    """Return 1 - ratio * (1 - beta), for a number, a tensor, or a tuple or list of these."""
+    if isinstance(beta, (tuple, list)):
+        return type(beta)(remembered(each, ratio) for each in beta)
+    return 1 - ratio * (1 - beta)

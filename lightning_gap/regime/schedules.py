@@ -6,16 +6,20 @@ every scheduler class, and ``scheduler.state_dict()`` counts what it always coun
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
+from math import floor
 from typing import Any, Literal, NamedTuple
 
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from lightning_gap.regime.scaling import scaled
+from lightning_gap.regime.scaling import remembered, scaled
 
-__all__ = ["ReferenceClock", "horizons", "scale_scheduler"]
+__all__ = ["ReferenceClock", "horizons", "scale_momentums", "scale_scheduler"]
 
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
 _LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
+# Every attribute that is a momentum, of those that also move it. OneCycleLR keeps its own in the groups.
+_MOMENTUM_ATTRIBUTES = ("base_momentums", "max_momentums")
 # Every attribute that says after how many steps a schedule ends or turns.
 _HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps", "step_size", "milestones", "_milestones")
 
@@ -54,6 +58,29 @@ def scale_scheduler(scheduler: LRScheduler, factor: float) -> None:
             part.eps *= factor  # the least decay of the learning rate that counts
 
 
+def scale_momentums(scheduler: LRScheduler, ratio: float) -> None:
+    r"""Scale the ends between which a scheduler moves Adam's :math:`\beta_1`, in place, in its parts too.
+
+    :math:`1 - \beta \to \kappa (1 - \beta)` is affine, so all values in between follow.
+
+    Args:
+        scheduler: Any torch scheduler.
+        ratio: The batch that runs over the reference batch, :math:`\kappa`.
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+        >>> cyclic = torch.optim.lr_scheduler.CyclicLR(adam, 0.1, 0.2, base_momentum=0.9, max_momentum=0.95)
+        >>> scale_momentums(cyclic, 2.0)
+        >>> round(cyclic.base_momentums[0], 6), round(cyclic.max_momentums[0], 6)
+        (0.8, 0.9)
+    """
+    for part in flattened(scheduler):
+        for name in _MOMENTUM_ATTRIBUTES:
+            if hasattr(part, name):
+                setattr(part, name, remembered(getattr(part, name), ratio))
+
+
 def horizons(scheduler: LRScheduler) -> dict[str, int]:
     """Return after how many steps a scheduler, or a part of it, ends or last turns, by attribute name.
 
@@ -76,35 +103,48 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
 
 
 class ReferenceClock(NamedTuple):
-    """When the reference run steps a scheduler, in updates.
+    """When the reference run steps a scheduler, in this run's updates.
 
     Attributes:
         scheduler: The scheduler.
         interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
         frequency: Every how many epochs, or every how many updates within an epoch.
         updates_per_epoch: The updates of one reference epoch.
+        pace: Reference updates that pass in one update of this run; 1 where it makes as many.
+        last: The last reference update; ``None`` where nothing limits them.
 
     Example:
         >>> clock = ReferenceClock(None, "epoch", 2, 5)
-        >>> [update for update in range(1, 31) if clock.due(update)]
+        >>> [update for update in range(1, 31) if clock.steps(update)]
         [10, 20, 30]
         >>> clock = ReferenceClock(None, "step", 2, 5)
-        >>> [update for update in range(1, 11) if clock.due(update)]
+        >>> [update for update in range(1, 11) if clock.steps(update)]
         [2, 4, 7, 9]
+        >>> clock = ReferenceClock(None, "step", 1, 5, pace=Fraction(5, 2))  # two updates for five of the reference run
+        >>> [clock.steps(update) for update in range(1, 5)]
+        [2, 3, 2, 3]
     """
 
     scheduler: Any
     interval: Literal["epoch", "step"]
     frequency: int
     updates_per_epoch: int
+    pace: Fraction = Fraction(1)
+    last: int | None = None
 
-    def due(self, update: int) -> bool:
-        """Return whether the reference run steps the scheduler right after this update.
+    def steps(self, update: int) -> int:
+        """Return how many times the reference run steps the scheduler between the update before and this one.
 
         Args:
             update: The number of the update, from 1.
         """
-        epoch, within = divmod(update - 1, self.updates_per_epoch)
-        if self.interval == "step":
-            return (within + 1) % self.frequency == 0
-        return within + 1 == self.updates_per_epoch and (epoch + 1) % self.frequency == 0
+        return self._steps_until(update) - self._steps_until(update - 1)
+
+    def _steps_until(self, update: int) -> int:
+        reference_update = floor(self.pace * update)
+        if self.last is not None:
+            reference_update = min(reference_update, self.last)
+        epochs, within = divmod(reference_update, self.updates_per_epoch)
+        if self.interval == "epoch":
+            return epochs // self.frequency
+        return epochs * (self.updates_per_epoch // self.frequency) + within // self.frequency

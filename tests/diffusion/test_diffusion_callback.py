@@ -10,7 +10,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gap.diffusion import UltraSlowDiffusion, fit_diffusion
+from lightning_gap.diffusion import (
+    UltraSlowDiffusion,
+    fit_diffusion,
+    forecast_updates,
+    norms_and_biases,
+    read_reference,
+    weight_displacement,
+)
 
 KEY = "lightning_gap/diffusion/"
 
@@ -385,3 +392,360 @@ def test_unknown_strategies_are_refused(tmp_path, monkeypatch):
 def test_arguments_must_be_positive_integers(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value!r}"):
         UltraSlowDiffusion(**{name: value})
+
+
+class Weights(Callback):
+    """All weights after every update, in float64."""
+
+    def __init__(self):
+        self.after = {}
+
+    @staticmethod
+    def copy(module):
+        return {name: p.detach().double().clone() for name, p in module.named_parameters()}
+
+    def on_train_start(self, trainer, pl_module):
+        self.after.setdefault(trainer.global_step, self.copy(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.after[trainer.global_step] = self.copy(pl_module)
+
+    def displacement(self, t, *names):
+        return weight_displacement(*({name: self.after[u][name] for name in names} for u in (t, 0)))
+
+
+LAYERS = {
+    "net.0": ("net.0.weight", "net.0.bias"),
+    "net.1": ("net.1.weight", "net.1.bias"),
+    "net.4": ("net.4.weight", "net.4.bias"),
+}
+
+
+def assert_columns_are(trace, weights, names, suffix=""):
+    for i, t in enumerate(trace["updates"]):
+        expected = weights.displacement(round(t), *names)
+        measured = [trace[name + suffix][i] for name in expected._fields]
+        assert measured == pytest.approx(tuple(expected), rel=1e-6)
+
+
+def test_layers_and_named_groups(tmp_path):
+    diffusion = UltraSlowDiffusion(
+        points_per_decade=3, per_layer=True, groups={"biases": r"bias$", "vectors": norms_and_biases}
+    )
+    weights = Weights()
+    run, _ = fit(tmp_path, weights, diffusion, max_epochs=2)
+    trace = diffusion.trace
+    assert_columns_are(trace, weights, [name for names in LAYERS.values() for name in names])
+    for layer, names in LAYERS.items():
+        assert_columns_are(trace, weights, names, f"/{layer}")
+    assert_columns_are(trace, weights, ["net.0.bias", "net.1.bias", "net.4.bias"], "/biases")
+    assert_columns_are(trace, weights, ["net.0.bias", "net.1.weight", "net.1.bias", "net.4.bias"], "/vectors")
+    logged = {name.removeprefix(KEY) for name in run.callback_metrics if "/" in name.removeprefix(KEY)}
+    assert logged == {f"distance/{group}" for group in (*LAYERS, "biases", "vectors")}
+
+
+@pytest.mark.parametrize("exclude", [norms_and_biases, r"bias|^net\.1\."])
+def test_excluded_parameters_are_not_measured(tmp_path, exclude):
+    diffusion, weights = UltraSlowDiffusion(points_per_decade=3, exclude=exclude), Weights()
+    fit(tmp_path, weights, diffusion, max_epochs=1)
+    assert set(diffusion.state_dict()["anchor"]) == {"net.0.weight", "net.4.weight"}
+    assert_columns_are(diffusion.trace, weights, ["net.0.weight", "net.4.weight"])
+
+
+def test_a_group_without_parameters_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"groups\['head'\] matches no.*net\.0\.weight"):
+        fit(tmp_path, UltraSlowDiffusion(groups={"head": "classifier"}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exclude": "("}, "exclude='\\(' is not a regular expression"),
+        ({"groups": {"a": 3}}, r"groups\['a'\] must be a regular expression or a function"),
+        ({"anchor_dtype": "float8"}, "anchor_dtype must be 'float16', 'bfloat16' or None, got 'float8'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UltraSlowDiffusion(**arguments)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-4), ("bfloat16", 1e-3)])
+def test_half_precision_anchor_is_half_the_memory_and_nearly_exact(tmp_path, dtype, error):
+    class Wide(Net):
+        def __init__(self):
+            super().__init__(lr=0.01)
+            self.net = nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 200), nn.Tanh(), nn.Linear(200, 1))
+
+    exact, half = UltraSlowDiffusion(), UltraSlowDiffusion(anchor_dtype=dtype, anchor_device="cpu")
+    for diffusion in (exact, half):
+        torch.manual_seed(0)
+        fit(tmp_path, diffusion, model=Wide(), max_epochs=4)
+    bytes_of = lambda diffusion: sum(t.nbytes for t in diffusion.state_dict()["anchor"].values())  # noqa: E731
+    assert 2 * bytes_of(half) == bytes_of(exact) == 4 * 82_401
+    assert half.trace["distance"] == pytest.approx(exact.trace["distance"], rel=10 * error)
+    assert half.trace["distance"][5:] == pytest.approx(exact.trace["distance"][5:], rel=error)
+    assert half.trace["weight_norm"] == exact.trace["weight_norm"]
+
+
+def test_anchor_that_half_precision_cannot_hold_is_refused(tmp_path):
+    model = Net()
+    with torch.no_grad():
+        model.net[0].weight.fill_(1e6)
+    with pytest.raises(MisconfigurationException, match="'float16' cannot hold the initial weights"):
+        fit(tmp_path, UltraSlowDiffusion(anchor_dtype="float16"), model=model)
+
+
+def saver(path, step):
+    class Saver(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == step:
+                trainer.save_checkpoint(path)
+
+    return Saver()
+
+
+@pytest.mark.parametrize("options", [{"per_layer": True}, {"anchor_dtype": "float16"}, {"exclude": "bias"}])
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_resume_with_options_equals_the_uninterrupted_run(tmp_path, options):
+    def run(*callbacks, **kwargs):
+        torch.manual_seed(0)
+        net = Net()
+        net.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))  # no random numbers after the first
+        fit(tmp_path, *callbacks, model=net, data=loader(n=8, shuffle=False), max_steps=120, max_epochs=-1, **kwargs)
+
+    whole, resumed = UltraSlowDiffusion(**options), UltraSlowDiffusion(**options)
+    run(whole, saver(tmp_path / "stop.ckpt", 33))
+    run(resumed, ckpt_path=tmp_path / "stop.ckpt")
+    assert len(whole.trace["updates"]) > 30
+    assert resumed.trace == whole.trace
+    assert resumed.diffusion_fit == whole.diffusion_fit
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "float16"), ("float16", None)])
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_another_anchor_dtype_on_resume(tmp_path, before, after):
+    def run(diffusion, *callbacks, **kwargs):
+        torch.manual_seed(0)
+        net = Net()
+        net.net = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 1))
+        fit(tmp_path, diffusion, *callbacks, model=net, data=loader(n=8, shuffle=False), max_epochs=40, **kwargs)
+        return diffusion.trace
+
+    exact = run(UltraSlowDiffusion())
+    run(UltraSlowDiffusion(anchor_dtype=before), saver(tmp_path / "stop.ckpt", 20))
+    resumed = run(UltraSlowDiffusion(anchor_dtype=after), ckpt_path=tmp_path / "stop.ckpt")
+    assert resumed["updates"] == exact["updates"]
+    assert resumed["distance"][5:] == pytest.approx(exact["distance"][5:], rel=1e-4)
+
+
+def test_group_named_as_a_layer_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"'net\.0' is the name of a layer and one of `groups`"):
+        fit(tmp_path, UltraSlowDiffusion(per_layer=True, groups={"net.0": "bias"}))
+
+
+def test_another_exclude_on_resume_is_refused(tmp_path):
+    fit(tmp_path, UltraSlowDiffusion(), saver(tmp_path / "stop.ckpt", 3), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"net\.0\.bias is excluded now.*same `exclude`"):
+        fit(tmp_path, UltraSlowDiffusion(exclude="bias"), max_epochs=2, ckpt_path=tmp_path / "stop.ckpt")
+
+
+def test_new_group_on_resume_starts_there(tmp_path):
+    fit(tmp_path, UltraSlowDiffusion(), saver(tmp_path / "stop.ckpt", 10), max_epochs=1)
+    diffusion = UltraSlowDiffusion(groups={"head": r"^net\.4"})
+    fit(tmp_path, diffusion, max_epochs=2, ckpt_path=tmp_path / "stop.ckpt")
+    known = [not math.isnan(x) for x in diffusion.trace["distance/head"]]
+    assert known == [t > 10 for t in diffusion.trace["updates"]]
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_is_beside_the_checkpoints(tmp_path):
+    diffusion = UltraSlowDiffusion(groups={"head": r"^net\.4"})
+    checkpoint = ModelCheckpoint(tmp_path / "run", save_last=True)
+    fit(tmp_path, diffusion, checkpoint, max_epochs=2, enable_checkpointing=True)
+    rows = read_csv(tmp_path / "run" / "diffusion.csv")
+    for name, values in diffusion.trace.items():
+        assert [float(row[name]) for row in rows] == values
+    assert {row["parameters"] for row in rows} == {str(sum(p.numel() for p in Net().parameters()))}
+    fit(tmp_path, UltraSlowDiffusion(), checkpoint, max_epochs=1, enable_checkpointing=True)
+    assert len(read_csv(tmp_path / "run" / "diffusion-v1.csv")) == 10
+    assert len(read_csv(tmp_path / "run" / "diffusion.csv")) == len(rows)
+
+
+def test_resumed_run_goes_on_in_the_same_csv(tmp_path):
+    checkpoint = lambda: ModelCheckpoint(tmp_path / "run", save_last=True)  # noqa: E731
+    fit(tmp_path, UltraSlowDiffusion(), checkpoint(), max_epochs=1, enable_checkpointing=True)
+    diffusion = UltraSlowDiffusion()
+    last = tmp_path / "run" / "last.ckpt"
+    fit(tmp_path, diffusion, checkpoint(), max_epochs=3, enable_checkpointing=True, ckpt_path=last)
+    assert [float(row["updates"]) for row in read_csv(tmp_path / "run" / "diffusion.csv")] == diffusion.trace["updates"]
+    assert diffusion.trace["updates"][-1] == 28
+    assert not (tmp_path / "run" / "diffusion-v1.csv").exists()
+
+
+def test_csv_is_in_the_log_folder_or_nowhere(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, UltraSlowDiffusion(), logger=logger, max_epochs=1)
+    assert len(read_csv(f"{logger.log_dir}/diffusion.csv")) == 10
+    fit(tmp_path / "nothing", UltraSlowDiffusion(), max_epochs=1)
+    assert not list((tmp_path / "nothing").rglob("*"))
+
+
+def test_csv_outlives_a_crash(tmp_path):
+    class Crash(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 7:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, UltraSlowDiffusion(), Crash(), logger=CSVLogger(tmp_path))
+    assert len(read_csv(next(tmp_path.rglob("diffusion.csv")))) == 7
+
+
+@pytest.fixture
+def small_batch_run(tmp_path):
+    """A run of 300 updates that travels as 1 + 0.5·log t, twice as fast as the ones below, and then drops its rate."""
+    path = tmp_path / "small" / "diffusion.csv"
+    path.parent.mkdir()
+    lines = [f"{t},{0.1 if t <= 200 else 0.01},{1 + 0.5 * math.log(t)},33\n" for t in range(1, 301)]
+    path.write_text("updates,learning_rate,distance,parameters\n" + "".join(lines))
+    return path.parent
+
+
+class Walk(LightningModule):
+    """One weight that the optimizer moves along a + b·log t."""
+
+    def __init__(self, intercept=0.5, slope=0.25):
+        super().__init__()
+        self.automatic_optimization = False
+        self.intercept, self.slope = intercept, slope
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.weight.grad = self.weight.detach() - (self.intercept + self.slope * math.log(self.global_step + 1))
+        optimizer.step()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_reference_is_laid_over_each_point(tmp_path, small_batch_run, capsys):
+    diffusion, logger = UltraSlowDiffusion(reference=str(small_batch_run)), CSVLogger(tmp_path)
+    with pytest.warns(UserWarning, match="measures 1 parameters here, and measured 33 in its reference"):
+        run, _ = fit(tmp_path, diffusion, model=Walk(), logger=logger, max_steps=1000, max_epochs=-1)
+    rows = {
+        float(row[KEY + "updates"]): row for row in read_csv(f"{logger.log_dir}/metrics.csv") if row[KEY + "updates"]
+    }
+    assert float(rows[100][KEY + "reference_distance"]) == pytest.approx(1 + 0.5 * math.log(100))
+    assert rows[501][KEY + "reference_distance"] == ""  # it had ended
+    # 1 + 0.5·log u = 0.5 + 0.25·log t
+    assert float(rows[1000][KEY + "reference_update"]) == pytest.approx(math.exp(0.5 * math.log(1000) - 1), rel=0.02)
+    # The reference stood at 1 + 0.5·log 200 when it dropped its rate: t = exp((0.5 + 0.5·log 200) / 0.25)
+    needed = math.exp((0.5 + 0.5 * math.log(200)) / 0.25)
+    assert float(rows[1000][KEY + "remaining_updates"]) == pytest.approx(needed - 1000, rel=1e-3)
+    assert rows[79][KEY + "remaining_updates"] == ""  # under two decades
+    assert KEY + "remaining_updates" in run.progress_bar_metrics
+    printed = " ".join(capsys.readouterr().out.split())
+    assert diffusion.advice in printed
+    assert f"keep this learning rate for {needed - 1000:.0f} more updates" in printed
+
+
+def test_forecast_is_that_of_the_function_on_the_whole_trace(tmp_path, small_batch_run):
+    class Noisy(Walk):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self.weight += 0.02 * math.sin(7 * self.global_step)
+
+    diffusion = UltraSlowDiffusion(reference=str(small_batch_run / "diffusion.csv"))
+    with pytest.warns(UserWarning, match="measured 33 in its reference"):
+        run, _ = fit(tmp_path, diffusion, model=Noisy(), max_steps=1000, max_epochs=-1)
+    trace = diffusion.trace
+    forecast = forecast_updates(trace["updates"], trace["distance"], 1 + 0.5 * math.log(200), resamples=199)
+    seen = [float(run.callback_metrics[KEY + f"remaining_updates{end}"]) for end in ("", "_low", "_high")]
+    assert seen == pytest.approx([t - 1000 for t in forecast], rel=1e-5)
+    assert seen[1] < seen[0] < seen[2]
+
+
+def test_a_finished_run_is_a_reference(tmp_path):
+    first = UltraSlowDiffusion()
+    fit(tmp_path, first, logger=CSVLogger(tmp_path / "small"))
+    assert list(read_reference(str(tmp_path / "small")).distances) == first.trace["distance"]
+    second = UltraSlowDiffusion(reference=str(tmp_path / "small"))
+    run, _ = fit(tmp_path, second)
+    assert "is reached" in second.advice  # the same run again
+    assert float(run.callback_metrics[KEY + "reference_distance"]) == pytest.approx(first.trace["distance"][-1])
+
+
+def test_reference_that_is_not_there_is_refused_before_training(tmp_path):
+    model = Net()
+    with pytest.raises(MisconfigurationException, match="does not exist: name a diffusion"):
+        fit(tmp_path, UltraSlowDiffusion(reference=str(tmp_path / "none")), model=model)
+    assert model._trainer is None or model.trainer.global_step == 0
+
+
+def test_tensorboard_gets_a_figure_and_a_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, UltraSlowDiffusion(), logger=logger)
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert KEY + "figure" in events.Tags()["images"]
+    assert KEY + "trace/text_summary" in events.Tags()["tensors"]
+
+
+def test_wandb_gets_axes_a_figure_and_a_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path, mode="offline")
+    try:
+        defined = []
+        define = logger.experiment.define_metric
+        logger.experiment.define_metric = lambda name, **kwargs: (
+            defined.append((name, kwargs)) or define(name, **kwargs)
+        )
+        fit(tmp_path, UltraSlowDiffusion(), logger=logger)
+        summary = dict(logger.experiment.summary)
+        assert (KEY + "distance", {"step_metric": KEY + "updates"}) in defined
+        assert summary[KEY + "figure"]["_type"] == "images/separated"
+        assert summary[KEY + "trace"]["ncols"] == 6
+    finally:
+        wandb.finish()
+
+
+def test_plot_shows_laws_drops_and_reference(tmp_path, small_batch_run):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    diffusion = UltraSlowDiffusion(reference=str(small_batch_run))
+    with pytest.warns(UserWarning, match="in its reference"):
+        fit(tmp_path, diffusion, model=Net(milestones=[102]), max_epochs=20)
+    figure, ax = diffusion.plot()
+    assert ax.get_xscale() == "log"
+    assert len(ax.lines) == 5  # reference, points, two laws, one drop
+    assert [line.get_linestyle() for line in ax.lines].count(":") == 1
+    matplotlib.pyplot.close(figure)
+
+
+def test_compiled_model(tmp_path):
+    class Silent(Net):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.mse_loss(self.net(x), y)
+
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5), Reference()
+    fit(tmp_path, diffusion, reference, model=torch.compile(Silent(), backend="eager"), max_epochs=2)
+    trace = diffusion.trace
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)

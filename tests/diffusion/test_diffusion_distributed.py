@@ -1,4 +1,4 @@
-"""Two gloo processes, started once for all; each writes what it saw, and the test compares."""
+"""Gloo processes, started once for all they do; each writes what it saw, and the tests compare."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.diffusion import UltraSlowDiffusion, weight_displacement
@@ -66,13 +66,13 @@ class Reference(Callback):
         self.displacement[trainer.global_step] = tuple(weight_displacement(self.whole(pl_module), self.start))
 
 
-def train(folder, callbacks, model=None, strategy="ddp", max_steps=40, ckpt_path=None, rows=64):
+def train(folder, callbacks, model=None, strategy="ddp", max_steps=40, ckpt_path=None, rows=64, **kwargs):
     seed_everything(0, verbose=False)
     x = torch.randn(rows, 4)
     model = Net() if model is None else model
     trainer = Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=int(os.environ["WORLD_SIZE"]),
         strategy=strategy,
         max_epochs=-1,
         max_steps=max_steps,
@@ -81,6 +81,7 @@ def train(folder, callbacks, model=None, strategy="ddp", max_steps=40, ckpt_path
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **kwargs,
     )
     trainer.fit(model, DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8), ckpt_path=ckpt_path)
     return trainer, model
@@ -96,43 +97,69 @@ def ddp(folder):
     return {"plain": plain, "observed": observed, "trace": diffusion.trace, "reference": reference.displacement}
 
 
-def sharded(folder):
-    def run(callbacks, max_steps, ckpt_path=None):
+def sharded(folder, world):
+    def run(callbacks, max_steps, ckpt_path=None, **kwargs):
         torch.manual_seed(0)
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        return train(folder, callbacks, Sharded(), strategy, max_steps, ckpt_path, rows=16)[0]
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+        return train(folder, callbacks, Sharded(), strategy, max_steps, ckpt_path, rows=8 * world, **kwargs)[0]
 
-    whole, reference = UltraSlowDiffusion(points_per_decade=10), Reference()
+    whole, reference = UltraSlowDiffusion(points_per_decade=10, per_layer=True), Reference()
     run([whole, reference], 40)
-    run([UltraSlowDiffusion(points_per_decade=10)], 13).save_checkpoint(f"{folder}/sharded.ckpt")
-    resumed = UltraSlowDiffusion(points_per_decade=10)
-    run([resumed], 40, f"{folder}/sharded.ckpt")
-    replicated = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Replicate()])
-    held = [p.to_local() if hasattr(p, "to_local") else p for p in resumed._anchor.values()]
+    stopped = UltraSlowDiffusion(points_per_decade=10, per_layer=True)
+    run([stopped], 13).save_checkpoint(f"{folder}/sharded{world}.ckpt")
+    resumed = UltraSlowDiffusion(points_per_decade=10, per_layer=True)
+    run([resumed], 40, f"{folder}/sharded{world}.ckpt")
+    half, exact = UltraSlowDiffusion(), Reference()
+    run([half, exact], 6, precision="bf16-true")
+    mesh = init_device_mesh("cpu", (world,))
+    split, replicated = (distribute_tensor(torch.ones(4), mesh, [place]) for place in (Shard(0), Replicate()))
     return {
         "trace": whole.trace,
         "resumed": resumed.trace,
         "reference": reference.displacement,
-        "held": sum(p.numel() for p in held),
-        "copies": [shard_copies(p) for p in (resumed._anchor["net.0.weight"], replicated, torch.ones(4))],
+        "bf16": half.trace,
+        "bf16 reference": exact.displacement,
+        "held": sum(p.numel() for p in resumed._anchor.values()),
+        "saved": sorted(stopped.state_dict()),
+        "copies": [shard_copies(p) for p in (split, replicated, torch.ones(4))],
     }
 
 
-def worker(rank, port, folder):
+def adopt(folder):
+    """Resume in two processes what four processes saved."""
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=10, per_layer=True), Reference()
+    torch.manual_seed(0)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    train(folder, [diffusion, reference], Sharded(), strategy, 20, f"{folder}/sharded4.ckpt", rows=16)
+    return {"trace": diffusion.trace}
+
+
+def worker(rank, world, port, folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         GROUP_RANK="0",
         TORCHELASTIC_RUN_ID="diffusion",
     )
-    torch.save({"ddp": ddp(folder), "sharded": sharded(folder)}, f"{folder}/rank{rank}.pt")
+    seen = {"sharded": sharded(folder, world)}
+    if world == 2:
+        seen |= {"ddp": ddp(folder), "adopted": adopt(folder)}
+    torch.save(seen, f"{folder}/world{world}rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def start(world, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(world, port, str(folder)), nprocs=world)
+    return [torch.load(folder / f"world{world}rank{rank}.pt") for rank in range(world)]
 
 
 def assert_trace_is_that_of(reference, trace):
@@ -140,24 +167,43 @@ def assert_trace_is_that_of(reference, trace):
         assert [trace[name][i] for name in WEIGHTS] == pytest.approx(reference[t], rel=1e-6)
 
 
-@pytest.mark.distributed
-def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-
-    for seen in (rank["ddp"] for rank in ranks):
+def assert_ddp_is_bit_equal_with_and_without(ranks):
+    for seen in (rank["ddp"] for rank in ranks[2]):
         torch.testing.assert_close(seen["observed"], seen["plain"], rtol=0, atol=0)
-        assert seen["trace"] == ranks[0]["ddp"]["trace"]
+        assert seen["trace"] == ranks[2][0]["ddp"]["trace"]
         assert seen["trace"]["updates"] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40]
         assert_trace_is_that_of(seen["reference"], seen["trace"])
 
-    for seen in (rank["sharded"] for rank in ranks):
-        assert seen["trace"] == ranks[0]["sharded"]["trace"]
+
+def assert_shards_equal_the_whole_weights_in_float64(ranks, world):
+    for seen in (rank["sharded"] for rank in ranks[world]):
+        assert seen["trace"] == ranks[world][0]["sharded"]["trace"]
         assert len(seen["trace"]["updates"]) == 14
         assert_trace_is_that_of(seen["reference"], seen["trace"])
+        assert_trace_is_that_of(seen["bf16 reference"], seen["bf16"])
+        layers = [seen["trace"][f"distance/net.{layer}"] for layer in (0, 2)]
+        for whole, first, last in zip(seen["trace"]["distance"], *layers, strict=True):
+            assert whole == pytest.approx((first**2 + last**2) ** 0.5)
         assert seen["resumed"] == seen["trace"]
-        assert seen["copies"] == [1, 2, 2]
-    assert [rank["sharded"]["held"] for rank in ranks] == [4 * 5 + 8, 3 * 5]
+        assert seen["saved"] == ["anchor_folder", "shapes", "start_squares", "stem", "trace"]  # no weights
+        assert seen["copies"] == [1, world, world]
+    held = {2: [4 * 5 + 8, 3 * 5], 4: [2 * 5 + 8, 2 * 5, 2 * 5, 5]}[world]
+    assert [rank["sharded"]["held"] for rank in ranks[world]] == held
+
+
+def assert_two_processes_resume_what_four_saved(ranks):
+    four, two = (ranks[world][0][name]["trace"] for world, name in ((4, "sharded"), (2, "adopted")))
+    assert two["updates"] == four["updates"][:11]
+    for name in WEIGHTS:  # other batches after update 13, and the same start
+        assert two[name][:9] == four[name][:9]
+        assert all(a > 0 for a in two[name][9:])
+
+
+@pytest.mark.distributed
+def test_two_and_four_processes(tmp_path):
+    """One test, for starting the processes is what takes the time."""
+    ranks = {world: start(world, tmp_path) for world in (4, 2)}
+    assert_ddp_is_bit_equal_with_and_without(ranks)
+    for world in ranks:
+        assert_shards_equal_the_whole_weights_in_float64(ranks, world)
+    assert_two_processes_resume_what_four_saved(ranks)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gap.diffusion import constant_lr_segments, fit_diffusion, next_log_update
+from lightning_gap.diffusion import constant_lr_segments, fit_diffusion, forecast_updates, next_log_update
+from lightning_gap.diffusion.bootstrap import autocorrelation
 
 
 def log_grid(last, points_per_decade=20):
@@ -66,22 +67,94 @@ def test_fit_equals_reference_on_noisy_data():
     total = ((d - d.mean()) ** 2).sum().item()
     log_ssr = ((d.numpy() - intercept - slope * np.log(t.numpy())) ** 2).sum()
     assert (fit.log_r2, fit.power_r2) == pytest.approx((1 - log_ssr / total, 1 - ssr / total), rel=1e-6)
-    aic = np.array([len(t) * np.log(log_ssr / len(t)) + 4, len(t) * np.log(ssr / len(t)) + 4])
+    n = fit.effective_points
+    aic = np.array([n * np.log(log_ssr / n) + 4, n * np.log(ssr / n) + 4])
     weights = np.exp(-(aic - aic.min()) / 2)
     assert fit.log_weight == pytest.approx(weights[0] / weights.sum(), abs=1e-6)
 
 
 @pytest.mark.parametrize("law", ["log", "power"])
 @pytest.mark.parametrize("relative", [False, True], ids=["additive", "relative"])
-def test_right_law_is_preferred_under_correlated_noise(law, relative):
-    right, seeds = 0, 30
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
+def test_right_law_and_covering_interval_under_correlated_noise(law, relative, correlation):
+    right = covered = 0
+    seeds = 30
     t = log_grid(10_000)
-    clean = 0.5 + t.log() if law == "log" else 0.3 * t**0.35
+    clean, truth = (0.5 + t.log(), 1.0) if law == "log" else (0.3 * t**0.35, 0.35)
     for seed in range(seeds):
-        noise = 0.05 * correlated_noise(len(t), torch.Generator().manual_seed(seed))
+        noise = 0.05 * correlated_noise(len(t), torch.Generator().manual_seed(seed), correlation)
         d = clean * (1 + noise) if relative else clean + noise * clean.max() / 2
-        right += fit_diffusion(t, d.clamp(min=0)).preferred == law
+        fit = fit_diffusion(t, d.clamp(min=0), resamples=399)
+        low, high = fit.log_slope_interval if law == "log" else fit.power_exponent_interval
+        right += fit.preferred == law
+        covered += low <= truth <= high
     assert right >= 0.95 * seeds
+    assert covered >= 0.9 * seeds
+
+
+def test_autocorrelation_is_that_of_the_errors_not_of_the_residuals():
+    """Residuals of a line through 60 points of correlation 0.8 have one of 0.7; the fit took the rest."""
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64).numpy()
+    design = np.stack([np.ones(60), x], 1)
+    seen, corrected = [], []
+    for seed in range(100):
+        errors = correlated_noise(60, torch.Generator().manual_seed(seed), 0.8).numpy()
+        residuals = errors - design @ np.linalg.lstsq(design, errors, rcond=None)[0]
+        seen.append(residuals[1:] @ residuals[:-1] / (residuals @ residuals))
+        corrected.append(autocorrelation(residuals, design))
+    assert np.mean(seen) < 0.73
+    assert np.mean(corrected) == pytest.approx(0.8, abs=0.03)
+
+
+def test_fits_draw_no_random_numbers_and_repeat():
+    t = log_grid(1_000)
+    d = 1 + t.log() + 0.1 * torch.sin(t)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert fit_diffusion(t, d) == fit_diffusion(t, d)
+    assert torch.get_rng_state().equal(before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+
+
+def test_wider_confidence_has_wider_intervals():
+    t = log_grid(1_000)
+    d = 1 + t.log() + 0.2 * correlated_noise(len(t), torch.Generator().manual_seed(0))
+    narrow, wide = (fit_diffusion(t, d, confidence=c) for c in (0.5, 0.99))
+    for name in ("log_slope_interval", "power_exponent_interval", "alpha_interval"):
+        (a, b), (c, d_) = getattr(wide, name), getattr(narrow, name)
+        assert a < c < d_ < b
+
+
+def test_constant_stretch_that_spans_most_is_fitted():
+    t = log_grid(10_000)
+    rates = [0.1 if u <= 1_000 else 0.01 for u in t]
+    d = torch.where(t <= 1_000, 1 + t.log(), 8.0)
+    fit = fit_diffusion(t, d, learning_rates=rates)
+    assert (fit.first_update, fit.last_update) == (1, 1_000)
+    assert fit.log_slope == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"updates 1 to 50 span 1\.70 decades"):
+        fit_diffusion(t, d, learning_rates=[0.1 if u <= 50 else 1 / u for u in t])
+    with pytest.raises(ValueError, match="learning_rates must have the length of updates"):
+        fit_diffusion(t, d, learning_rates=rates[1:])
+
+
+def test_forecast_of_noisy_walks_covers_the_truth():
+    t, target = log_grid(1_000), 0.5 + math.log(5_000)
+    covered = 0
+    for seed in range(30):
+        d = 0.5 + t.log() + 0.2 * correlated_noise(len(t), torch.Generator().manual_seed(seed))
+        forecast = forecast_updates(t, d, target, resamples=399)
+        assert forecast.low < forecast.update < forecast.high
+        covered += forecast.low <= 5_000 <= forecast.high
+    assert covered >= 27
+
+
+def test_forecast_says_never_and_not_before_now():
+    t = log_grid(1_000)
+    assert forecast_updates(t, 10 - t.log(), 20.0).update == math.inf
+    assert forecast_updates(t, 1 + t.log(), 2.0) == (1_000, 1_000, 1_000)
+    assert forecast_updates(t, 0.1 * t**0.5, 10.0).update == pytest.approx(10_000, rel=1e-3)
+    with pytest.raises(ValueError, match="target must be a positive finite distance, got nan"):
+        forecast_updates(t, 1 + t.log(), math.nan)
 
 
 def test_brownian_weights_have_exponent_one_half():
@@ -136,6 +209,14 @@ def test_scale_of_distance_and_input_type_do_not_matter():
 def test_bad_data_are_refused_in_words(updates, distances, message):
     with pytest.raises(ValueError, match=message):
         fit_diffusion(updates, distances)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("confidence", 1.0), ("confidence", 0.0), ("resamples", 0), ("resamples", 2.5)]
+)
+def test_bad_options_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
+        fit_diffusion(log_grid(1_000), log_grid(1_000), **{name: value})
 
 
 def test_minimum_decades_can_be_lowered():

@@ -1,14 +1,18 @@
-"""LargeBatchRegime on two gloo processes: the plan, the learning rates and the weights of one process."""
+"""LargeBatchRegime on two and four gloo processes: the plan, the learning rates and the weights of one process."""
 
 import json
+import os
+import socket
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
-from lightning_gap.regime import LargeBatchRegime, effective_batch_size
+from lightning_gap.regime import GradientNoiseScale, LargeBatchRegime, effective_batch_size
 
 pytestmark = pytest.mark.distributed
 
@@ -65,15 +69,26 @@ class Data(LightningDataModule):
         return DataLoader(self.dataset, batch_size=self.batch_size, sampler=sampler)
 
 
-def records(folder, batch_size, *, processes=1, samples=60, own_sampler=False, sampler=None, **options):
+def records(
+    folder,
+    batch_size,
+    *,
+    processes=1,
+    samples=60,
+    own_sampler=False,
+    sampler=None,
+    regime=None,
+    callbacks=(),
+    **options,
+):
     folder.mkdir()
-    regime = LargeBatchRegime(4)
+    regime = regime or LargeBatchRegime(4)
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
         strategy=DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto",
         max_epochs=3,
-        callbacks=[regime, Record(folder, regime)],
+        callbacks=[*callbacks, regime, Record(folder, regime)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -90,6 +105,7 @@ def test_replicas_and_accumulation_make_the_plan_of_one_large_batch(tmp_path):
     same = [
         *records(tmp_path / "accumulated", 3, accumulate_grad_batches=4),
         *records(tmp_path / "replicas", 6, processes=2, own_sampler=True),
+        *records(tmp_path / "four", 3, processes=4, own_sampler=True),
         *records(tmp_path / "both", 3, processes=2, own_sampler=True, accumulate_grad_batches=2),
     ]
     injected = records(tmp_path / "injected", 6, processes=2)  # shuffles
@@ -109,3 +125,164 @@ def test_uneven_shards_keep_the_updates(sampler, tmp_path):
 def test_a_loader_that_may_or_may_not_be_sharded_is_refused(tmp_path):
     with pytest.raises(Exception, match="use_distributed_sampler=False"):
         records(tmp_path / "refused", 6, processes=2, use_distributed_sampler=False)
+
+
+def test_the_first_updates_are_those_of_one_process(tmp_path):
+    def first():
+        return LargeBatchRegime(4, clip_norm=0.2, clip_updates=20, warmup_updates=10)
+
+    (alone,) = records(tmp_path / "alone", 12, regime=first())
+    for record in records(tmp_path / "two", 6, processes=2, own_sampler=True, regime=first()):
+        assert record["rates"] == alone["rates"]
+        torch.testing.assert_close(torch.tensor(record["weights"]), torch.tensor(alone["weights"]), rtol=1e-6, atol=0)
+
+
+def test_ranks_draw_different_noise_and_stay_equal(tmp_path):
+    class Draws(Callback):
+        def on_train_end(self, trainer, pl_module):
+            path = tmp_path / f"{trainer.global_rank}.txt"
+            path.write_text(f"{noisy._noise.seed} {noisy._noise.rank} {noisy._noise.draws}")
+
+    noisy = LargeBatchRegime(4, lr_rule="none", gradient_noise=True)
+    options = {"processes": 2, "own_sampler": True, "callbacks": [Draws()], "accumulate_grad_batches": 2}
+    first, second = records(tmp_path / "noise", 3, regime=noisy, **options)
+    assert first["weights"] == second["weights"]
+    (seed, rank, draws), other = ((tmp_path / f"{r}.txt").read_text().split() for r in range(2))
+    assert other == [seed, "1", draws]
+    assert (rank, draws) == ("0", "90")
+    (plain, _) = records(
+        tmp_path / "plain", 3, regime=LargeBatchRegime(4, lr_rule="none"), **{**options, "callbacks": ()}
+    )
+    assert plain["weights"] != first["weights"]
+
+
+def test_replicas_measure_the_noise_scale_of_accumulation(tmp_path):
+    def measured(name, batch_size, **options):
+        class Save(Callback):
+            def on_train_end(self, trainer, pl_module):
+                (tmp_path / f"{name}{trainer.global_rank}.json").write_text(json.dumps(scale.state_dict()))
+
+        scale = GradientNoiseScale(every_n_updates=2)
+        found = records(
+            tmp_path / name, batch_size, callbacks=[scale, Save()], own_sampler="processes" in options, **options
+        )
+        return [json.loads((tmp_path / f"{name}{rank}.json").read_text()) for rank in range(len(found))]
+
+    first, second = measured("two", 6, processes=2)
+    (accumulated,) = measured("one", 6, accumulate_grad_batches=2)
+    both = measured("both", 3, processes=2, accumulate_grad_batches=2)
+    assert first == second
+    assert first["measurements"] == accumulated["measurements"] == 23
+    # The same 12 samples an update, in other halves: the mean gradient is the same, the halves are not.
+    assert accumulated["total_square"] == pytest.approx(first["total_square"], rel=0.5)
+    assert both[0] == both[1]
+    assert both[0]["measurements"] == 23
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+class Sharded(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    training_step = Regression.training_step
+
+    def forward(self, x):
+        return self.net(x)
+
+    @property
+    def layer(self):
+        return self.net
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)]
+
+
+class Outcome(Callback):
+    def __init__(self):
+        self.rates, self.weights = [], None
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_end(self, trainer, pl_module):
+        whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in pl_module.parameters())
+        self.weights = [p.detach().clone() for p in whole]
+
+
+def fit(*, strategy="auto", devices=1, batch_size=12, epochs=3, ckpt_path=None):
+    outcome = Outcome()
+    regime = LargeBatchRegime(4, clip_norm=0.2, warmup_updates=8)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_epochs=epochs,
+        callbacks=[regime, outcome],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Sharded(), Data(batch_size, 60, devices > 1, None), ckpt_path=ckpt_path)
+    return trainer, outcome
+
+
+def worker(rank, port, folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="regime",
+    )
+
+    def sharded(batch_size=6, **options):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return fit(strategy=strategy, devices=2, batch_size=batch_size, **options)
+
+    trainer, whole = sharded()
+    stopped, _ = sharded(epochs=2)
+    stopped.save_checkpoint(f"{folder}/first.ckpt")
+    # This strategy restores callbacks after on_fit_start, others before.
+    _, rest = sharded(ckpt_path=f"{folder}/first.ckpt")
+    _, other = sharded(batch_size=3, ckpt_path=f"{folder}/first.ckpt")
+    found = {
+        "steps": trainer.global_step,
+        "rates": [whole.rates, rest.rates, other.rates],
+        "weights": [whole.weights, rest.weights],
+    }
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_train_as_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    trainer, alone = fit()
+    assert trainer.global_step == 45
+    for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):
+        whole, rest, other = found["rates"]
+        assert found["steps"] == 45
+        assert whole == alone.rates
+        assert rest == alone.rates[30:]
+        # At half the batch from there: the factor sqrt(6 / 4) for sqrt(12 / 4).
+        assert other == pytest.approx([rate * (6 / 12) ** 0.5 for rate in alone.rates[30:]])
+        for weights in found["weights"]:
+            for ours, theirs in zip(weights, alone.weights, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

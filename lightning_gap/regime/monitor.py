@@ -1,0 +1,231 @@
+"""The callback that measures the gradient noise scale while a model trains."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gap.parallel import (
+    data_parallel_size,
+    gradients_stay_scaled,
+    holds_whole_weights,
+    loss_scale,
+    mean_over_ranks,
+    strategy_name,
+)
+from lightning_gap.regime.batch import effective_batch_size, pass_over_data
+from lightning_gap.regime.callback import LargeBatchRegime
+from lightning_gap.regime.noise_scale import NoiseScaleEstimate, batch_verdict, gradient_moments
+
+__all__ = ["GradientNoiseScale"]
+
+
+class GradientNoiseScale(Callback):
+    r"""Measure the gradient noise scale, and say whether the batch that runs is past the critical one.
+
+    .. math:: B_{simple} = \frac{\operatorname{tr} \Sigma}{|G|^2}
+
+    is the variance of a sample's gradient over the squared mean gradient. A batch far below it wastes updates, one far
+    above it wastes samples. Both parts are estimated from gradients over two batch sizes that training computes anyway:
+    those of single micro-batches, before they are accumulated or averaged over replicas, and their mean. What is added
+    is the norms of these gradients, every few updates.
+
+    Logged under ``lightning_gap/regime/``: ``noise_scale``, of averages that forget, and ``critical_batch_size``, of
+    averages over the whole run. Numerator and denominator are averaged separately. NaN means that the noise has not
+    been averaged out yet. At the end of training one line says which side of the critical batch this run was on.
+
+    It only observes: training is bit for bit the same without it.
+
+    Args:
+        every_n_updates: Measure at every n-th update.
+        decay: The weight that the averages of ``noise_scale`` keep from one measurement to the next, in [0, 1).
+
+    Attributes:
+        estimate: The :class:`~lightning_gap.regime.noise_scale.NoiseScaleEstimate` of the latest fit.
+
+    Raises:
+        TypeError: If ``every_n_updates`` is not an int.
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: When ``fit`` starts, if an update has a single micro-batch, so that there are no two
+            batch sizes; under strategies that shard weights; with manual optimization; with a fused optimizer in 16-bit
+            mixed precision; after a ``LargeBatchRegime`` that clips gradients.
+
+    References:
+        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2 and appendix A.1.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> scale = GradientNoiseScale(every_n_updates=1)
+        >>> trainer = Trainer(
+        ...     max_epochs=1, accumulate_grad_batches=4, accelerator="cpu", callbacks=[scale], logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> data = torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4)
+        >>> trainer.fit(BoringModel(), data)  # doctest: +ELLIPSIS
+        Gradient noise scale: ...
+        >>> scale.estimate.measurements
+        4
+    """
+
+    def __init__(self, *, every_n_updates: int = 10, decay: float = 0.95) -> None:
+        if isinstance(every_n_updates, bool) or not isinstance(every_n_updates, int):
+            raise TypeError(f"every_n_updates={every_n_updates!r} must be an int.")
+        if every_n_updates < 1:
+            raise ValueError(f"every_n_updates={every_n_updates} must be at least 1.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
+        self.every_n_updates, self.decay = every_n_updates, decay
+        self.estimate = NoiseScaleEstimate(decay)
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._fitting = self._measuring = False
+        self._norms: list[Tensor] = []  # of all gradients of the present update's micro-batches
+        self._micro_batches = 0
+        self._full = True  # whether the last batch of an epoch is as large as the others
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured."""
+        if stage != "fit":
+            return
+        # Gradients that an earlier callback has clipped are not the batch's.
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        earlier = callbacks[: callbacks.index(self)]
+        refusals = (
+            (
+                not holds_whole_weights(trainer),
+                f"{strategy_name(trainer)} is not supported. Use one device or DDP.",
+            ),
+            (
+                not pl_module.automatic_optimization,
+                "manual optimization does not tell which gradients make an update. Use automatic optimization.",
+            ),
+            (
+                any(isinstance(callback, LargeBatchRegime) and callback.clip_norm for callback in earlier),
+                "LargeBatchRegime(clip_norm=...) clips the gradients first. Put GradientNoiseScale before it.",
+            ),
+        )
+        for refused, reason in refusals:
+            if refused:
+                raise MisconfigurationException(f"GradientNoiseScale: {reason}")
+        self.estimate = NoiseScaleEstimate(self.decay)
+        self._fitting = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an update of one micro-batch, and gradients that keep the loss scale."""
+        if trainer.accumulate_grad_batches * data_parallel_size(trainer) < 2:
+            raise MisconfigurationException(
+                "GradientNoiseScale compares gradients over two batch sizes, and an update has one micro-batch. Use "
+                "accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas."
+            )
+        for optimizer in trainer.optimizers:
+            if gradients_stay_scaled(trainer, optimizer):
+                raise MisconfigurationException(
+                    f"GradientNoiseScale: a fused {type(optimizer).__name__} unscales gradients inside its step. Pass "
+                    "fused=False to it, or use bf16-mixed."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether the last batch of an epoch is smaller than the others."""
+        try:
+            epoch = pass_over_data(trainer)
+        except MisconfigurationException:
+            self._full = True  # a stream has no last batch
+        else:
+            self._full = epoch.drop_last or epoch.samples % epoch.batch_size == 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start to measure if this is the first batch of an update that is due."""
+        if self._micro_batches == 0:
+            self._measuring = trainer.global_step % self.every_n_updates == 0
+            if self._measuring:
+                self._listen(pl_module)
+
+    def _listen(self, pl_module: LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.requires_grad and parameter not in self._hooks:
+                # A leaf's hook sees the gradient of one backward pass, on one replica.
+                self._hooks[parameter] = parameter.register_hook(self._hear)
+
+    def _hear(self, gradient: Tensor) -> None:
+        if self._measuring:
+            self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count a micro-batch."""
+        self._micro_batches += 1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare the gradients of the update's micro-batches with their mean."""
+        norms, micro_batches = self._norms, self._micro_batches
+        self._norms, self._micro_batches = [], 0
+        if not (self._measuring and norms) or not (self._full or not trainer.is_last_batch):
+            return
+        whole_batch = effective_batch_size(trainer)
+        micro_batch = whole_batch // trainer.accumulate_grad_batches // data_parallel_size(trainer)
+        replicas = data_parallel_size(trainer)
+        if micro_batches * replicas < 2:
+            return
+        # Lightning divides every loss by the accumulation, in an incomplete last window too.
+        division = trainer.accumulate_grad_batches
+        small = mean_over_ranks(torch.stack(norms).square().sum()) * division**2 / micro_batches
+        gradients = [parameter.grad for parameter in self._hooks if parameter.grad is not None]
+        big = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square().sum()
+        moments = gradient_moments(
+            float(small) / loss_scale(trainer) ** 2,
+            float(big) * (division / micro_batches) ** 2,
+            micro_batch,
+            micro_batch * micro_batches * replicas,
+        )
+        if all(map(math.isfinite, moments)):
+            self.estimate.update(*moments)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the noise scale if it was measured in this update."""
+        if self._measuring and self._micro_batches == 0 and self.estimate.measurements:
+            pl_module.log("lightning_gap/regime/noise_scale", self.estimate.noise_scale)
+            pl_module.log("lightning_gap/regime/critical_batch_size", self.estimate.critical_batch_size)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which side of the critical batch this run was on."""
+        self._report(effective_batch_size(trainer))
+
+    @rank_zero_only
+    def _report(self, batch_size: int) -> None:
+        Console(soft_wrap=True).print(f"Gradient noise scale: {batch_verdict(batch_size, self.estimate)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages, as plain Python."""
+        return vars(self.estimate).copy()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the averages up where a checkpoint left them.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned when the checkpoint was written.
+        """
+        if self._fitting:
+            self.estimate = NoiseScaleEstimate(**{**state_dict, "decay": self.decay})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop listening to gradients."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening to gradients after an exception, for there is no teardown then."""
+        self._stop()
+
+    def _stop(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks, self._norms, self._micro_batches = {}, [], 0
+        self._fitting = self._measuring = False

@@ -1,0 +1,126 @@
+"""The gradient noise scale: how large a batch may be before it stops paying."""
+
+from dataclasses import dataclass
+
+__all__ = ["NoiseScaleEstimate", "batch_verdict", "gradient_moments"]
+
+
+def gradient_moments(
+    small_square: float, big_square: float, small_batch: float, big_batch: float
+) -> tuple[float, float]:
+    r"""Return unbiased estimates of :math:`\operatorname{tr} \Sigma` and :math:`|G|^2` from two batch sizes.
+
+    A mean gradient over B samples has :math:`E|G_B|^2 = |G|^2 + \operatorname{tr}\Sigma / B`. Two batch sizes give two
+    equations:
+
+    .. math:: \operatorname{tr}\Sigma \approx \frac{|G_s|^2 - |G_b|^2}{1/B_s - 1/B_b}, \qquad
+        |G|^2 \approx \frac{B_b |G_b|^2 - B_s |G_s|^2}{B_b - B_s}.
+
+    Args:
+        small_square: :math:`|G_s|^2`, the squared norm of the small batches' gradients, averaged over these.
+        big_square: :math:`|G_b|^2`, the squared norm of the big batch's gradient.
+        small_batch: :math:`B_s`.
+        big_batch: :math:`B_b`, more than :math:`B_s`.
+
+    Returns:
+        The variance of a sample's gradient, :math:`\operatorname{tr}\Sigma`, and :math:`|G|^2`. Either may come out
+        negative; average many before you divide.
+
+    References:
+        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", appendix A.1.
+
+    Example:
+        >>> gradient_moments(3.0, 1.5, 8, 32)  # |G|^2 = 1 and tr(Sigma) = 16
+        (16.0, 1.0)
+    """
+    variance = (small_square - big_square) / (1 / small_batch - 1 / big_batch)
+    square = (big_batch * big_square - small_batch * small_square) / (big_batch - small_batch)
+    return variance, square
+
+
+@dataclass
+class NoiseScaleEstimate:
+    r"""Averages of :math:`\operatorname{tr}\Sigma` and :math:`|G|^2`, each by itself, and their ratio.
+
+    A mean of ratios would be dominated by the measurements where :math:`|G|^2` happens to be near 0.
+
+    Args:
+        decay: The weight that an average keeps from one measurement to the next, in [0, 1).
+
+    Attributes:
+        measurements: How many there were.
+
+    Example:
+        >>> estimate = NoiseScaleEstimate(decay=0.5)
+        >>> estimate.update(16.0, 1.0)
+        >>> estimate.update(8.0, 1.0)
+        >>> estimate.critical_batch_size  # (16 + 8) / (1 + 1)
+        12.0
+        >>> round(estimate.noise_scale, 4)  # the latest weighs twice as much
+        10.6667
+    """
+
+    decay: float
+    measurements: int = 0
+    variance: float = 0.0
+    square: float = 0.0
+    total_variance: float = 0.0
+    total_square: float = 0.0
+
+    def update(self, variance: float, square: float) -> None:
+        r"""Take in one measurement, as :func:`gradient_moments` returns it.
+
+        Args:
+            variance: Of :math:`\operatorname{tr}\Sigma`.
+            square: Of :math:`|G|^2`.
+        """
+        self.measurements += 1
+        self.variance += (1 - self.decay) * (variance - self.variance)
+        self.square += (1 - self.decay) * (square - self.square)
+        self.total_variance += variance
+        self.total_square += square
+
+    @property
+    def noise_scale(self) -> float:
+        r"""The present :math:`B_{simple} = \operatorname{tr}\Sigma / |G|^2`, of averages that forget, or NaN."""
+        return _ratio(self.variance, self.square)
+
+    @property
+    def critical_batch_size(self) -> float:
+        r""":math:`B_{simple}` over the whole run: the batch at which steps and samples cost twice their least."""
+        return _ratio(self.total_variance, self.total_square)
+
+
+def _ratio(variance: float, square: float) -> float:
+    """Return variance / square; NaN where noise has made either negative."""
+    return variance / square if variance >= 0 and square > 0 else float("nan")
+
+
+def batch_verdict(batch_size: int, estimate: NoiseScaleEstimate) -> str:
+    r"""Say what a batch costs beside the critical one, :math:`B_c`.
+
+    Training at the batch B to a given loss takes :math:`1 + B_c / B` times the fewest updates, and :math:`1 + B / B_c`
+    times the fewest samples.
+
+    Args:
+        batch_size: The batch of the run, B.
+        estimate: What was measured.
+
+    References:
+        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2.
+
+    Example:
+        >>> estimate = NoiseScaleEstimate(decay=0.9)
+        >>> estimate.update(1000.0, 1.0)
+        >>> batch_verdict(4000, estimate).partition(",")[0]
+        "critical batch about 1000; this run's 4000 is past it"
+    """
+    critical = estimate.critical_batch_size
+    if not critical > 0:
+        return f"not known after {estimate.measurements} measurements; train longer, or measure at more updates."
+    side = "past it" if batch_size > critical else "not past it"
+    updates, samples = 1 + critical / batch_size, 1 + batch_size / critical
+    return (
+        f"critical batch about {critical:.0f}; this run's {batch_size} is {side}, at {updates:.2g} times the fewest "
+        f"updates and {samples:.2g} times the fewest samples."
+    )

@@ -1,0 +1,100 @@
+"""The first updates: a learning rate that grows from the reference run's, under whatever schedule runs."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_gap.regime.scaling import scaled
+
+__all__ = ["Warmup", "warmup_factor"]
+
+
+def warmup_factor(update: int, *, updates: int, factor: float) -> float:
+    r"""Return what the reference run's learning rate is multiplied by at an update.
+
+    .. math:: 1 + (f - 1) \, \min\left(1, \frac{t - 1}{K}\right)
+
+    Args:
+        update: The number of the update, t, from 1.
+        updates: The length of the warm-up, K.
+        factor: What the learning rate is multiplied by after it, f.
+
+    References:
+        Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.2 (gradual warm-up).
+
+    Example:
+        >>> [warmup_factor(update, updates=4, factor=9.0) for update in range(1, 7)]
+        [1.0, 3.0, 5.0, 7.0, 9.0, 9.0]
+    """
+    return factor if update > updates else 1 + (factor - 1) * (update - 1) / updates
+
+
+class Warmup:
+    """Counts an optimizer's updates, and lets the first ones use less than its learning rate.
+
+    The learning rate is changed when the optimizer starts a step and given back when the step is over, so a scheduler
+    never sees it, and any schedule may run below.
+
+    Args:
+        optimizer: The optimizer, whose learning rates are scaled by ``factor`` already.
+        updates: The length of the warm-up; 0 only counts.
+        factor: What the learning rates have been multiplied by.
+
+    Attributes:
+        made: Updates made.
+        learning_rate: Of the first group, as used for the latest update.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+        >>> warmup = Warmup(sgd, updates=3, factor=4.0)
+        >>> for _ in range(5):
+        ...     sgd.step()
+        ...     print(round(warmup.learning_rate, 4), sgd.param_groups[0]["lr"])
+        0.1 0.4
+        0.2 0.4
+        0.3 0.4
+        0.4 0.4
+        0.4 0.4
+    """
+
+    def __init__(self, optimizer: Optimizer, *, updates: int, factor: float) -> None:
+        self.updates, self.factor, self.made = updates, factor, 0
+        self._optimizer = optimizer
+        self._full: list[Any] | None = None
+        self._used: Any = None
+        self._hooks = (
+            optimizer.register_step_pre_hook(lambda *_: self._start()),
+            optimizer.register_step_post_hook(lambda *_: self._end()),
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the first group, as used for the latest update."""
+        return float(self._used)
+
+    def _start(self) -> None:
+        groups = self._optimizer.param_groups
+        if self.made < self.updates:
+            share = warmup_factor(self.made + 1, updates=self.updates, factor=self.factor) / self.factor
+            self._full = [group["lr"] for group in groups]
+            for group, rate in zip(groups, self._full, strict=True):
+                group["lr"] = scaled(rate, share)
+        self._used = groups[0]["lr"]
+
+    def _end(self) -> None:
+        self.give_back()
+        self.made += 1
+
+    def give_back(self) -> None:
+        """Give the learning rates back that a step in progress, or one that failed, has taken."""
+        if self._full is not None:
+            for group, rate in zip(self._optimizer.param_groups, self._full, strict=False):
+                group["lr"] = rate
+            self._full = None
+
+    def remove(self) -> None:
+        """Let go of the optimizer."""
+        self.give_back()
+        for hook in self._hooks:
+            hook.remove()

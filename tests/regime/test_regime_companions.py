@@ -1,0 +1,128 @@
+"""Validation, early stopping, checkpoints and weight averaging beside LargeBatchRegime."""
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from regime_runs import Regression, SaveAt, loader, run
+
+from lightning_gap.regime import LargeBatchRegime
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
+
+
+class Scored(Regression):
+    """Logs a score by reference epochs of 15 updates, that is best at the fourth."""
+
+    scores = (5.0, 4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0)
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self):
+        return loader(self.batch)
+
+    def val_dataloader(self):
+        return loader(60)
+
+    def score(self):
+        return self.scores[max(0, self.trainer.global_step // 15 - 1)]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", self.score())
+
+    def on_train_epoch_end(self):
+        self.log("training_score", self.score())
+
+
+@pytest.mark.parametrize(("batch", "here"), [(8, 8), (30, 2), (64, 1)])
+@pytest.mark.parametrize("every", [1, 2])
+def test_validations_fall_on_reference_epochs(batch, here, every):
+    trainer, trace = run(Scored(batch), None, LargeBatchRegime(4), check_val_every_n_epoch=every)
+    ends = [15 * epoch for epoch in range(every, 7, every)]
+    assert trace.validated == [min(90, -(-end // here) * here) for end in ends]
+    assert trainer.check_val_every_n_epoch == every
+
+
+def test_validations_by_batches_are_left_alone():
+    _, trace = run(Scored(8), None, LargeBatchRegime(4), val_check_interval=0.5, max_epochs=1)
+    assert trace.validated == [4, 8, 12, 15]
+    _, trace = run(Scored(8), None, LargeBatchRegime(4), val_check_interval=5, check_val_every_n_epoch=None)
+    assert trace.validated[:3] == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "at_epoch_end"),
+    [("score", None), ("score", True), ("score", False), ("training_score", None), ("training_score", True)],
+)
+def test_patience_counts_reference_epochs(monitor, at_epoch_end):
+    stop = EarlyStopping(monitor, patience=3, check_on_train_epoch_end=at_epoch_end)
+    trainer, _ = run(Scored(4), None, stop, max_epochs=12)
+    assert trainer.global_step == 7 * 15  # best at the fourth epoch, and three more
+    for batch, end in ((8, 112), (30, 106), (64, 105)):
+        for order in (0, 1):
+            stop = EarlyStopping(monitor, patience=3, check_on_train_epoch_end=at_epoch_end)
+            callbacks = [LargeBatchRegime(4), stop] if order else [stop, LargeBatchRegime(4)]
+            trainer, _ = run(Scored(batch), None, *callbacks, max_epochs=12)
+            assert trainer.global_step == end
+            assert stop._check_on_train_epoch_end in ((True,) if at_epoch_end is None else (at_epoch_end,))
+
+
+def test_early_stopping_without_validation():
+    stop = EarlyStopping("training_score", patience=3)
+    trainer, _ = run(Scored(30), None, LargeBatchRegime(4), stop, max_epochs=12, limit_val_batches=0)
+    assert trainer.global_step == 106
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"every_n_epochs": 2}, [2, 4]),
+        ({"save_on_train_epoch_end": True}, [1, 2, 3, 4]),
+        ({"every_n_epochs": 2, "save_on_train_epoch_end": False}, [2, 4]),
+        ({"every_n_train_steps": 15}, [1, 2, 3, 4]),
+        ({"monitor": "score"}, [1, 2, 3, 4]),
+    ],
+)
+def test_checkpoints_count_reference_epochs(options, epochs, tmp_path):
+    for batch, here in ((4, 15), (30, 2)):
+        save = ModelCheckpoint(tmp_path / str(batch), filename="{step}", save_top_k=-1, **options)
+        every = save._every_n_epochs
+        run(Scored(batch), None, save, *([] if batch == 4 else [LargeBatchRegime(4)]), max_epochs=4,
+            enable_checkpointing=True)  # fmt: skip
+        steps = sorted(int(path.stem.removeprefix("step=")) for path in (tmp_path / str(batch)).glob("*.ckpt"))
+        exact = "every_n_train_steps" in options
+        assert steps == [15 * epoch if exact else -(-15 * epoch // here) * here for epoch in epochs]
+        assert save._every_n_epochs == every
+
+
+@pytest.mark.filterwarnings("ignore:.*averaged weights.*", "ignore:.*WeightAveraging.*")
+def test_averaging_by_updates_runs_beside_the_regime():
+    averaging = EMAWeightAveraging(decay=0.9, update_starting_at_step=10)
+    trainer, trace = run(Scored(30), None, averaging, LargeBatchRegime(4))
+    assert trainer.global_step == 90
+    assert trace.rates[0][0] == pytest.approx(1e-3 * 7.5**0.5)
+
+
+def test_companions_resume(tmp_path):
+    def callbacks():
+        return LargeBatchRegime(4), EarlyStopping("score", patience=3)
+
+    trainer, full = run(Scored(30), None, *callbacks(), save := SaveAt(tmp_path), max_epochs=12)
+    assert trainer.global_step == 106
+    for step in save.saved[::7]:
+        resumed, trace = run(Scored(30), None, *callbacks(), ckpt_path=tmp_path / f"{step}.ckpt", max_epochs=12)
+        assert resumed.global_step == 106
+        assert trace.validated == [update for update in full.validated if update > step]
+
+
+def test_a_stopped_run_gives_everything_back():
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            raise RuntimeError("stop")
+
+    save, stop = ModelCheckpoint(every_n_epochs=3), EarlyStopping("score")
+    with pytest.raises(RuntimeError, match="stop"):
+        run(Scored(30), None, LargeBatchRegime(4), save, stop, Fails(), enable_checkpointing=True)
+    assert (save._every_n_epochs, stop._check_on_train_epoch_end) == (3, True)
