@@ -1,12 +1,11 @@
 """Gloo processes, started once for all they do; each writes what it saw, and the tests compare."""
 
 import os
-import socket
-import warnings
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from gloo import enter_world, free_port
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -135,18 +134,7 @@ def adopt(folder):
 
 
 def worker(rank, world, port, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        TORCHELASTIC_RUN_ID="diffusion",
-    )
+    enter_world(rank, world, port)
     seen = {"sharded": sharded(folder, world)}
     if world == 2:
         seen |= {"ddp": ddp(folder), "adopted": adopt(folder)}
@@ -155,9 +143,7 @@ def worker(rank, world, port, folder):
 
 
 def start(world, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(world, port, str(folder)), nprocs=world)
     return [torch.load(folder / f"world{world}rank{rank}.pt") for rank in range(world)]
 

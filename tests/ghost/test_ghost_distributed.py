@@ -1,12 +1,9 @@
 """Two gloo processes, started once: each writes what it ended with, and the test compares with one process."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
 import torch.multiprocessing as mp
+from gloo import enter_world, free_port
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -72,18 +69,7 @@ def shard(rank, grouping):
 
 
 def worker(rank, port, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        TORCHELASTIC_RUN_ID="ghost",
-    )
+    enter_world(rank, RANKS, port)
     ddp = {"devices": RANKS, "strategy": "ddp"}
     results = {
         grouping: fit(shard(rank, grouping), BATCH, grouping=grouping, **ddp) for grouping in ("contiguous", "strided")
@@ -98,9 +84,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_equal_one_on_the_same_batches(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
 

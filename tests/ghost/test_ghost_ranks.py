@@ -1,9 +1,7 @@
 """Four gloo processes, started once: every check compares with one process that sees the samples of all."""
 
 import copy
-import os
 import pickle
-import socket
 import warnings
 from itertools import pairwise
 from unittest.mock import patch
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import enter_world, free_port
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -257,18 +256,7 @@ def sharded_fits(rank, folder):
 
 
 def worker(rank, port, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        TORCHELASTIC_RUN_ID="ghost",
-    )
+    enter_world(rank, RANKS, port)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     spanning_ghosts(rank)
     own_forward_spans(rank)
@@ -282,9 +270,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.distributed
 def test_four_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
 
 

@@ -1,12 +1,10 @@
 """LargeBatchRegime on two and four gloo processes: the plan, the learning rates and the weights of one process."""
 
 import json
-import os
-import socket
-import warnings
 
 import pytest
 import torch
+from gloo import enter_world, free_port
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -237,18 +235,7 @@ def fit(*, strategy="auto", devices=1, batch_size=12, epochs=3, ckpt_path=None):
 
 
 def worker(rank, port, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        GROUP_RANK="0",
-        TORCHELASTIC_RUN_ID="regime",
-    )
+    enter_world(rank, 2, port)
 
     def sharded(batch_size=6, **options):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
@@ -270,9 +257,7 @@ def worker(rank, port, folder):
 
 
 def test_shards_train_as_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
     trainer, alone = fit()
     assert trainer.global_step == 45
