@@ -163,7 +163,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
         value: A tensor of the same shape on every rank, on the device of the process group's backend.
     """
     value = value.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _is_distributed() or dist.get_world_size() == 1:
         return value
     total = value.clone()
     dist.all_reduce(total, op=dist.ReduceOp.SUM)
@@ -177,7 +177,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         value: A tensor of the same shape on every rank.
     """
     value = value.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _is_distributed() or dist.get_world_size() == 1:
         return value
     return torch.div(sum_over_ranks(value), dist.get_world_size())
 
@@ -205,7 +205,7 @@ class RankGroup:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _is_distributed():
             raise RuntimeError("a group of ranks needs torch.distributed.init_process_group() first")
         self.group = group
         self.size = dist.get_world_size(group)

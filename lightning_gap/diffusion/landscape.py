@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.distance import ParameterFilter, check_filter, tracked_parameters
+from lightning_gap.diffusion.plot import axes_or_new
 
 __all__ = ["LandscapeFit", "estimate_alpha"]
 
@@ -71,10 +72,7 @@ class LandscapeFit:
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
-        if ax is None:
-            from matplotlib import pyplot
-
-            ax = pyplot.subplots()[1]
+        ax = axes_or_new(ax)
         ax.plot(self.radii, self.std, "o", color="C0", label="std of the loss")
         r = np.geomspace(min(self.radii), max(self.radii), 100)
         ax.plot(r, self.scale * r**self.gamma, color="C1", label=f"γ = {self.gamma:.2f}, R² {self.r2:.3f}")

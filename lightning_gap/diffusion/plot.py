@@ -35,10 +35,7 @@ def plot_diffusion(
     Raises:
         ModuleNotFoundError: Matplotlib is not installed.
     """
-    if ax is None:
-        from matplotlib import pyplot
-
-        ax = pyplot.subplots()[1]
+    ax = axes_or_new(ax)
     updates = trace["updates"]
     if reference is not None:
         ax.plot(reference.updates, reference.distances, color="0.6", label="reference")
@@ -53,3 +50,19 @@ def plot_diffusion(
     ax.set(xscale="log", xlabel="updates t", ylabel="‖wₜ − w₀‖")
     ax.legend()
     return ax.figure, ax
+
+
+def axes_or_new(ax: Any) -> Any:
+    """Return Matplotlib axes, new ones where there are none.
+
+    Args:
+        ax: The axes, or None.
+
+    Raises:
+        ModuleNotFoundError: New ones are needed, and Matplotlib is not installed.
+    """
+    if ax is None:
+        from matplotlib import pyplot
+
+        ax = pyplot.subplots()[1]
+    return ax

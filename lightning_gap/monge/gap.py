@@ -80,9 +80,9 @@ def monge_gap(
     regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
         each = _each("mapped", x, mapped, weights)
-        problems = [_gap_problem(x, mapped, w, cost, *regularization) for x, mapped, w in each]
+        problems = [_problem(x, mapped, [w], cost, *regularization, paired=True) for x, mapped, w in each]
     else:
-        problems = [_gap_problem(x, mapped, weights, cost, *regularization)]
+        problems = [_problem(x, mapped, [weights], cost, *regularization, paired=True)]
     gaps = _values([], problems, convention, solver, tolerance, max_iterations)[1]
     return torch.stack(gaps) if x.dim() == 3 else gaps[0]
 
@@ -153,9 +153,9 @@ def sinkhorn_divergence(
     regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3:
         each = _each("y", x, y, *weights)
-        problems = [_divergence_problem(x, y, w, cost, *regularization) for x, y, *w in each]
+        problems = [_problem(x, y, w, cost, *regularization) for x, y, *w in each]
     else:
-        problems = [_divergence_problem(x, y, weights, cost, *regularization)]
+        problems = [_problem(x, y, weights, cost, *regularization)]
     divergences = _values(problems, [], "kl", solver, tolerance, max_iterations)[0]
     return torch.stack(divergences) if x.dim() == 3 else divergences[0]
 
@@ -211,35 +211,13 @@ def divergence_and_gap(
         0.0
     """
     rho = check_epsilon("reach", reach)
-    fitting = _divergence_problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, "mean", solver)
-    regularizing = _gap_problem(x, mapped, None, cost, None, gap_epsilon, 0.01, "mean", solver)
+    fitting = _problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, "mean", solver)
+    regularizing = _problem(x, mapped, [None], cost, None, gap_epsilon, 0.01, "mean", solver, paired=True)
     divergences, gaps = _values([fitting], [regularizing], "shannon", solver, tolerance, max_iterations)
     return divergences[0], gaps[0]
 
 
-def _gap_problem(
-    x: Tensor,
-    mapped: Tensor,
-    weights: Tensor | None,
-    cost: CostLike,
-    rho: float | None,
-    epsilon: float | None,
-    relative_epsilon: float,
-    relative_to: str,
-    solver: str,
-) -> Problem:
-    check_pair("x", x, "mapped", mapped, same_length=True)
-    cost = resolve(cost)
-    cost.check_domain("x", x)
-    cost.check_domain("mapped", mapped)
-    x, mapped = solver_precision(x), solver_precision(mapped)
-    a = check_weights("weights", weights, x, balanced=rho is None)
-    return Problem(
-        x, mapped, a, a, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver)
-    )
-
-
-def _divergence_problem(
+def _problem(
     x: Tensor,
     y: Tensor,
     weights: Sequence[Tensor | None],
@@ -249,14 +227,18 @@ def _divergence_problem(
     relative_epsilon: float,
     relative_to: str,
     solver: str,
+    *,
+    paired: bool = False,
 ) -> Problem:
-    check_pair("x", x, "y", y)
+    """Check the arguments of a divergence, or with ``paired`` of a gap, whose samples share one set of weights."""
+    y_name = "mapped" if paired else "y"
+    check_pair("x", x, y_name, y, same_length=paired)
     cost = resolve(cost)
     cost.check_domain("x", x)
-    cost.check_domain("y", y)
+    cost.check_domain(y_name, y)
     x, y = solver_precision(x), solver_precision(y)
-    a = check_weights("weights[0]", weights[0], x, balanced=rho is None)
-    b = check_weights("weights[1]", weights[1], y, balanced=rho is None)
+    a = check_weights("weights" if paired else "weights[0]", weights[0], x, balanced=rho is None)
+    b = a if paired else check_weights("weights[1]", weights[1], y, balanced=rho is None)
     return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
 
 
