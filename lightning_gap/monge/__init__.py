@@ -1,6 +1,7 @@
 """The Monge gap: optimal transport maps for any cost (Uscidda and Cuturi 2023)."""
 
 from lightning_gap.monge import costs
+from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
@@ -13,9 +14,11 @@ from lightning_gap.monge.metrics import (
     UnexplainedVariance,
 )
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
 
 __all__ = [
+    "AffineRepresentation",
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
@@ -26,6 +29,7 @@ __all__ = [
     "SamplesDataModule",
     "SinkhornDivergence",
     "UnexplainedVariance",
+    "UnpairedBatch",
     "costs",
     "divergence_and_gap",
     "energy_distance",

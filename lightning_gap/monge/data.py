@@ -11,10 +11,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.samples import check_pair
 from lightning_gap.parallel import data_parallel_rank, data_parallel_size
 
-__all__ = ["SamplesDataModule", "UnpairedBatches", "UnpairedSamples"]
+__all__ = ["SamplesDataModule", "UnpairedBatch", "UnpairedBatches", "UnpairedSamples"]
 
 Batch = tuple[Tensor, Tensor]
 

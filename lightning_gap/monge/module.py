@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.gap import divergence_and_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
@@ -228,6 +229,8 @@ class MongeMap(LightningModule):
         return terms
 
     def _unpack(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, UnpairedBatch):
+            batch = batch[:2]
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 f"a batch must be a pair (source, target) of (n, d) tensors, got {type(batch).__name__}: "
