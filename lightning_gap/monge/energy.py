@@ -6,12 +6,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.monge.costs import Euclidean
 from lightning_gap.monge.kernels import row_blocks
-from lightning_gap.monge.samples import check_pair
+from lightning_gap.monge.samples import check_pair, check_weights, solver_precision
 
 __all__ = ["energy_distance"]
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(
+    x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
     r"""Return the energy distance between two sets of samples, 0 where they agree and positive elsewhere.
 
     .. math::
@@ -26,13 +28,14 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
+        weights: ``(n,)`` and ``(m,)`` weights that sum to 1; uniform by default.
 
     Returns:
         A scalar, differentiable in both, of the samples' dtype (float32 for half precision).
 
     Raises:
         TypeError: An argument is no floating-point tensor, or the dtypes differ.
-        ValueError: Shapes or devices do not fit, or a sample is not finite.
+        ValueError: Shapes or devices do not fit, a sample is not finite, or the weights do not sum to 1.
 
     Example:
         >>> import torch
@@ -40,20 +43,19 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
         tensor(4.)
     """
     check_pair("x", x, "y", y)
-    dtype = x.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        x, y, dtype = x.float(), y.float(), torch.float32
-    between = 2 * _mean_distance(x, y)
-    return (between - _mean_distance(x, x) - _mean_distance(y, y)).to(dtype)
+    x, y = solver_precision(x), solver_precision(y)
+    a = check_weights("weights[0]", weights[0], x)
+    b = check_weights("weights[1]", weights[1], y)
+    return 2 * _mean_distance(x, y, a, b) - _mean_distance(x, x, a, a) - _mean_distance(y, y, b, b)
 
 
-def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
+def _mean_distance(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     total = x.new_zeros(())
     for rows in row_blocks(x, len(y)):
         # The backward pass forms the block anew, rather than keeping all of them.
-        total = total + checkpoint(_sum_of_distances, x[rows], y, use_reentrant=False)
-    return total / (len(x) * len(y))
+        total = total + checkpoint(_weighted_sum, x[rows], y, a[rows], b, use_reentrant=False)
+    return total
 
 
-def _sum_of_distances(x: Tensor, y: Tensor) -> Tensor:
-    return Euclidean().pairwise(x, y).sum()
+def _weighted_sum(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a @ Euclidean().pairwise(x, y) @ b
