@@ -444,10 +444,6 @@ class MongeMap(LightningModule):
         )
         return total
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the samples of the last validation."""
-        self._begin_scores("val")
-
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep held-out samples and their images."""
         self._score("val", batch)
@@ -455,10 +451,6 @@ class MongeMap(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all held-out samples."""
         self._log_scores("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the samples of the last test."""
-        self._begin_scores("test")
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep test samples and their images."""
@@ -511,7 +503,7 @@ class MongeMap(LightningModule):
             samples = samples.expand(len(batch.source), *samples.shape)
         return _gathered(samples, group), _gathered(self._images(samples, batch.condition), group)
 
-    def _begin_scores(self, stage: str) -> None:
+    def _new_scores(self, *, named: bool) -> MapScores:
         scores = MapScores(
             cost=self.cost,
             fitting_cost=self.fitting_cost,
@@ -519,14 +511,16 @@ class MongeMap(LightningModule):
             gap_epsilon=_decided(self.gap_epsilon),
             reach=None if self.objective.reweight else self.reach,
             solver=self.solver,
-            conditions=self.condition_names,
+            conditions=self.condition_names if named else None,
         )
-        self.scores[stage] = scores.to(self.device)
-        self._losses: list[Tensor] = []
+        return scores.to(self.device)
 
     def _score(self, stage: str, batch: Sequence[Tensor]) -> None:
         b = self._unpack(batch)
         mapped = self._images(b.source, b.condition)
+        if stage not in self.scores:
+            self.scores[stage] = self._new_scores(named=b.condition is not None and not b.condition.is_floating_point())
+            self._losses: list[Tensor] = []
         if self.objective.fitting_loss not in _LOSS_NAMES:
             loss, _ = self.objective(b.source, mapped, b.target, fitting_epsilon=None, gap_epsilon=None, with_gap=False,
                                      weights=(b.source_weights, b.target_weights))
@@ -543,14 +537,16 @@ class MongeMap(LightningModule):
         )
 
     def _log_scores(self, stage: str) -> None:
-        values = cast(MapScores, self.scores[stage]).compute()
+        if stage not in self.scores:  # not a single batch
+            return
+        # They keep all samples: until here, and no longer.
+        values = cast(MapScores, self.scores.pop(stage)).compute()
         name = _LOSS_NAMES.get(cast(str, self.objective.fitting_loss))
         if name is None:
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
-        del self.scores[stage]
-        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=True)
+        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=False)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
