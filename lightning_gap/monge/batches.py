@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["UnpairedBatch"]
+__all__ = ["UnpairedBatch", "shuffled"]
 
 
 class UnpairedBatch(NamedTuple):
@@ -38,3 +39,15 @@ class UnpairedBatch(NamedTuple):
     condition: Tensor | None = None
     true_images: Tensor | None = None
     target_again: Tensor | None = None
+
+
+def shuffled(n: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Return ``rows`` row numbers out of ``n``: permutations, one after another.
+
+    Args:
+        n: Rows there are.
+        rows: Rows that are wanted.
+        generator: Makes the permutations.
+    """
+    permutations = [torch.randperm(n, generator=generator) for _ in range(-(-rows // n))]
+    return torch.cat(permutations)[:rows]

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_gap.monge.batches import UnpairedBatch
+from lightning_gap.monge.batches import UnpairedBatch, shuffled
 from lightning_gap.monge.samples import check_pair
 from lightning_gap.parallel import data_parallel_rank, data_parallel_size
 
@@ -73,16 +73,10 @@ class UnpairedBatches(DistributedSampler[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rows = len(self) * self.batch_size * self.num_replicas
-        source, target = (_shuffled(len(s), rows, generator) for s in (self.samples.source, self.samples.target))
+        source, target = (shuffled(len(s), rows, generator) for s in (self.samples.source, self.samples.target))
         for start in range(self.rank * self.batch_size, rows, self.batch_size * self.num_replicas):
             part = slice(start, start + self.batch_size)
             yield source[part], target[part]
-
-
-def _shuffled(n: int, rows: int, generator: torch.Generator) -> Tensor:
-    """Return ``rows`` row numbers out of ``n``: permutations, one after another."""
-    permutations = [torch.randperm(n, generator=generator) for _ in range(-(-rows // n))]
-    return torch.cat(permutations)[:rows]
 
 
 class SamplesDataModule(LightningDataModule):
@@ -169,6 +163,10 @@ class SamplesDataModule(LightningDataModule):
     def dim(self) -> int:
         """Dimension of the samples."""
         return int(self.source.shape[1])
+
+    def training_samples(self) -> Batch:
+        """Return all source and target samples that are trained on."""
+        return self.splits["train"].source, self.splits["train"].target
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of random unpaired batches."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.batches import UnpairedBatch
-from lightning_gap.monge.maps import ConditionalMap, ResidualMLP
+from lightning_gap.monge.batches import UnpairedBatch, shuffled
+from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.samples import check_epsilon, check_samples
@@ -161,7 +162,7 @@ class MongeMap(LightningModule):
         self.objective = MapObjective(
             cost=_resolve("cost", cost),
             fitting_cost=_resolve("fitting_cost", fitting_cost),
-            fitting_loss=_fitting_loss(build("fitting_loss", fitting_loss) if fitting_loss not in _LOSS_NAMES else fitting_loss),
+            fitting_loss=_fitting_loss(build("fitting_loss", fitting_loss)),
             reach=check_epsilon("reach", reach),
             reweight=bool(reweight),
             gap_on=gap_on,
@@ -182,6 +183,7 @@ class MongeMap(LightningModule):
         )
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.scores = nn.ModuleDict()
+        gap_reference = None  # Lightning compares each argument with the dictionary, which arrays do not bear.
         self.save_hyperparameters(
             {
                 "dim": dim,
@@ -494,7 +496,7 @@ class MongeMap(LightningModule):
         n = batch.source.shape[-2]
         # By epoch and batch, so that a resumed run sees the same, and no one else's random numbers change.
         generator = torch.Generator().manual_seed(self.current_epoch * 1_000_003 + batch_idx)
-        rows = torch.randint(len(self.gap_reference), (ranks * n,), generator=generator)[here * n : (here + 1) * n]
+        rows = shuffled(len(self.gap_reference), ranks * n, generator)[here * n : (here + 1) * n]
         samples = self.gap_reference[rows.to(self.gap_reference.device)]
         if self.representation is not None:
             samples = self.representation.encode(samples)
@@ -546,7 +548,7 @@ class MongeMap(LightningModule):
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
-        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=False)
+        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=True)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
@@ -615,7 +617,8 @@ def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
 
 def _described_map(given: nn.Module | None) -> dict[str, Any] | None:
     described = describe(given)
-    return described if isinstance(described, dict) else None
+    # A network of one's own is asked for when its weights are there: see on_load_checkpoint.
+    return described if described is not None and "class_path" in described else None
 
 
 def _described_number(value: float | Schedule) -> Any:

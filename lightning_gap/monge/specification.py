@@ -13,16 +13,16 @@ __all__ = ["Forgotten", "build", "describe"]
 _PACKAGES = ("torch.optim.", "lightning_gap.")
 
 
-def describe(thing: Any) -> dict[str, Any] | str | None:
-    """Return what :func:`build` makes ``thing`` from, or its name where it cannot be described.
+def describe(thing: Any) -> dict[str, Any] | None:
+    """Return what :func:`build` makes ``thing`` from, as plain Python.
 
     Args:
         thing: None, an object of this package with ``hparams``, or a class of ``torch.optim`` or a partial of one with
             plain arguments.
 
     Returns:
-        ``{"class_path": ..., "init_args": ...}``, with ``"partial"`` for a class that is still to be called; None for
-        None.
+        ``{"class_path": ..., "init_args": ..., "partial": ...}``, the last one telling a class that is still to be
+        called; ``{"name": ...}`` for what cannot be described; None for None.
     """
     if thing is None:
         return None
@@ -32,7 +32,7 @@ def describe(thing: Any) -> dict[str, Any] | str | None:
     arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
     positional = thing.args if isinstance(thing, partial) else ()
     if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
-        return getattr(thing, "__qualname__", None) or repr(thing)[:200]
+        return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
     return {"class_path": path, "init_args": _plain_copy(arguments), "partial": factory}
 
 
@@ -46,10 +46,10 @@ def build(argument: str, description: Any) -> Any:
     Raises:
         ValueError: The class is not one of this package's or of ``torch.optim``'s.
     """
-    if isinstance(description, str):
-        return Forgotten(argument, description)
-    if not (isinstance(description, Mapping) and "class_path" in description):
+    if not isinstance(description, Mapping):
         return description
+    if "class_path" not in description:
+        return Forgotten(argument, str(description.get("name")))
     path = description["class_path"]
     if not path.startswith(_PACKAGES):
         raise ValueError(f"{argument}: {path!r} is not of {' or '.join(p[:-1] for p in _PACKAGES)}: give the object")
