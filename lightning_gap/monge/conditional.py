@@ -1,6 +1,7 @@
 """One map for many conditions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -50,9 +51,12 @@ class ConditionalMap(ResidualMLP):
         embedding_dim: int = 32,
         start: Start = "identity",
     ) -> None:
-        kinds = {"conditions": conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
+        if conditions is None and condition_dim is None:
+            raise ValueError("give conditions=, the number of categories, or condition_dim=, the dimension of vectors")
+        kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
+        kinds["embedding_dim"] = embedding_dim
         StartedMap.__init__(self, dim, hidden, activation, start, **kinds)
-        self.displacement = network(dim, hidden, activation, conditional=True, **kinds)
+        self.displacement = network(dim, hidden, activation, **kinds)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(n, d)`` samples under their ``(n,)`` labels or ``(n, p)`` vectors to ``(n, d)`` samples."""

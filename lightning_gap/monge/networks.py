@@ -72,7 +72,7 @@ def check_integer(name: str, value: object) -> int:
     return value
 
 
-def check_widths(dim: int, hidden: Sequence[int]) -> tuple[int, ...]:
+def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
     """Return the widths of the hidden layers as a tuple.
 
     Args:
@@ -88,7 +88,7 @@ def check_widths(dim: int, hidden: Sequence[int]) -> tuple[int, ...]:
     for width in (dim, *hidden):
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"dim and hidden must be positive integers, got {width!r}")
-    return tuple(hidden)
+    return tuple(int(width) for width in hidden)
 
 
 def activation_factory(activation: Activation) -> tuple[Callable[[], nn.Module], str | None]:
@@ -181,12 +181,11 @@ class Conditioning(nn.Module):
         if conditions is not None:
             self.embedding = nn.Embedding(check_integer("conditions", conditions), embedding_dim)
         else:
-            self.embedding = nn.Sequential(
-                _linear(check_integer("condition_dim", condition_dim), embedding_dim), nn.SiLU()
-            )
+            p = check_integer("condition_dim", condition_dim)
+            self.embedding = nn.Sequential(_linear(p, embedding_dim), nn.SiLU())
         self.films = nn.ModuleList(_linear(embedding_dim, 2 * width) for width in widths)
         for film, width in zip(self.films, widths, strict=True):
-            nn.init.zeros_(film.weight[:width])  # type: ignore[index, arg-type]
+            nn.init.zeros_(film.weight[:width])  # type: ignore[index]
         self.shift = _linear(embedding_dim, n_out, zero=True, bias=False)
 
     def forward(self, condition: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -311,7 +310,7 @@ class PotentialGradient(nn.Module):
             x = function(u) if index + 1 < len(self.layers) else u
         gradient = self.last.expand_as(x)
         for layer, slope in zip(reversed(self.layers), reversed(slopes), strict=True):
-            gradient = F.linear(gradient * slope, layer.weight.mT)  # type: ignore[operator, arg-type, union-attr]
+            gradient = F.linear(gradient * slope, layer.weight.mT)  # type: ignore[arg-type]
         return gradient if shift is None else gradient + shift
 
 
@@ -321,7 +320,6 @@ def network(
     activation: Activation,
     *,
     potential: bool = False,
-    conditional: bool = False,
     conditions: int | None = None,
     condition_dim: int | None = None,
     embedding_dim: int = 32,
@@ -333,7 +331,6 @@ def network(
         hidden: Widths of the hidden layers.
         activation: A name, a class of ``torch.nn``, or a function that makes a module.
         potential: Whether the vectors are the gradient of a scalar network.
-        conditional: Whether the network takes a condition as well.
         conditions: Number of categories of the condition.
         condition_dim: Dimension of the condition.
         embedding_dim: Width of the condition's embedding.
@@ -341,7 +338,7 @@ def network(
     widths = check_widths(dim, hidden)
     factory, name = activation_factory(activation)
     conditioning = None
-    if conditional:
+    if conditions is not None or condition_dim is not None:
         conditioning = Conditioning(
             widths, dim, conditions=conditions, condition_dim=condition_dim, embedding_dim=embedding_dim
         )

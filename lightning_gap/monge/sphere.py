@@ -61,16 +61,14 @@ class SphereMap(TransportMap):
         super().__init__(dim, hidden, activation, **kinds)
         if dim == 1:
             raise ValueError("dim must be at least 2, got 1: the sphere of R¹ is two points, which no map moves")
-        self.displacement = network(
-            dim, hidden, activation, conditional=conditions is not None or condition_dim is not None, **kinds
-        )
+        self.displacement = network(dim, hidden, activation, **kinds)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(n, d)`` unit vectors, under their conditions if the map is conditional, to ``(n, d)`` unit vectors."""
         arguments = self.inputs(x, condition)
         # Half precision has no digits for the sphere.
         point = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        norm = vector_norm(point, dim=-1, keepdim=True)
+        norm: Tensor = vector_norm(point, dim=-1, keepdim=True)
         # A compiled or exported graph cannot look at values.
         if not torch.compiler.is_compiling():
             _check_on_sphere(norm, 1e-3 if point is x else 1e-2)
@@ -79,7 +77,8 @@ class SphereMap(TransportMap):
         v = v - (v * point).sum(-1, keepdim=True) * point
         cosine, cardinal_sine = _circle(v.square().sum(-1, keepdim=True))
         image = cosine * point + cardinal_sine * v
-        return (image / vector_norm(image, dim=-1, keepdim=True)).to(x.dtype)
+        length: Tensor = vector_norm(image, dim=-1, keepdim=True)
+        return (image / length).to(x.dtype)
 
 
 def _check_on_sphere(norm: Tensor, tolerance: float) -> None:

@@ -60,6 +60,8 @@ class StructuredMap(StartedMap):
         True
     """
 
+    slope: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -93,10 +95,7 @@ class StructuredMap(StartedMap):
             raise ValueError(f"{error}, so no map is structured by it: use ResidualMLP") from error
         # Of this cost ∇h* is linear: its matrix is found once.
         self.register_buffer("slope", probe if isinstance(resolved, Mahalanobis) else None, persistent=False)
-        self.field = network(
-            dim, hidden, activation, potential=potential, conditional=conditions is not None or condition_dim is not None,
-            **kinds,
-        )  # fmt: skip
+        self.field = network(dim, hidden, activation, potential=potential, **kinds)
 
     def matrix_at_identity(self) -> Tensor:
         """Return zeros, with which F is zero."""
