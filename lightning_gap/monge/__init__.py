@@ -2,10 +2,13 @@
 
 from lightning_gap.monge import costs
 from lightning_gap.monge.batches import UnpairedBatch
+from lightning_gap.monge.conditional import ConditionalMap
+from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
-from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.gaussian import gaussian_map
+from lightning_gap.monge.maps import MLP, ResidualMLP
 from lightning_gap.monge.metrics import (
     DisplacementCosine,
     EnergyDistance,
@@ -16,9 +19,13 @@ from lightning_gap.monge.metrics import (
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
+from lightning_gap.monge.sphere import SphereMap
+from lightning_gap.monge.structured import StructuredMap
 
 __all__ = [
     "AffineRepresentation",
+    "MLP",
+    "ConditionalMap",
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
@@ -28,11 +35,15 @@ __all__ = [
     "ResidualMLP",
     "SamplesDataModule",
     "SinkhornDivergence",
+    "SphereMap",
+    "StructuredMap",
     "UnexplainedVariance",
     "UnpairedBatch",
+    "conservativity",
     "costs",
     "divergence_and_gap",
     "energy_distance",
+    "gaussian_map",
     "monge_gap",
     "optimal_transport",
     "sinkhorn_divergence",

@@ -286,6 +286,17 @@ class TranslationInvariantCost(Cost):
         """
         raise NotImplementedError(f"the cost {self} has no ∇h*: h is not strictly convex")
 
+    def regular_point(self, w: Tensor) -> Tensor:
+        r"""Return the point itself, or one near it where the slope of :math:`\nabla h^*` is neither 0 nor infinite.
+
+        A map :math:`x - \nabla h^*(F(x))` takes its slope there while it learns, or it could not leave points where
+        :math:`\nabla h^*` is flat. The default is for costs without such points.
+
+        Args:
+            w: ``(..., d)`` gradients of a potential.
+        """
+        return w
+
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``h(x - y)``."""
         return self.h(x - y)
@@ -639,6 +650,10 @@ class PNorm(TranslationInvariantCost):
             return super().grad_h_conjugate(w)
         return w.sign() * w.abs().pow(1 / (self.p - 1))
 
+    def regular_point(self, w: Tensor) -> Tensor:
+        """Return ``w`` with each coordinate's absolute value at least that where the slope is 0.1, or 10 if p > 2."""
+        return _at_least(w, _regular_radius(1 / (self.p - 1)))
+
     @property
     def keops_formula(self) -> str:
         """The sum of powers."""
@@ -674,11 +689,28 @@ class SqPNorm(TranslationInvariantCost):
         norm = _p_norm(w, q)[..., None]
         return norm * w.sign() * (w.abs() / torch.where(norm > 0, norm, 1)).pow(q - 1)
 
+    def regular_point(self, w: Tensor) -> Tensor:
+        """Return ``w`` with no coordinate far below the largest one, as for :class:`PNorm`."""
+        largest = w.abs().amax(-1, keepdim=True)
+        return torch.where(largest > 0, _at_least(w, _regular_radius(1 / (self.p - 1)) * largest), 1)
+
     @property
     def keops_formula(self) -> str:
         """The power of the sum of powers."""
         powers = f"Sum({_keops_power('Abs(X-Y)', self.p)})"
         return f"({_rational(0.5)} * {_keops_power(powers, 2 / self.p)})"
+
+
+def _regular_radius(power: float) -> float:
+    """Return the number at which ``|w|^power`` has slope 0.1 if it is flat at 0, and 10 if it is steep there."""
+    if power == 1:
+        return 0.0
+    return float(((0.1 if power > 1 else 10) / power) ** (1 / (power - 1)))
+
+
+def _at_least(w: Tensor, radius: float | Tensor) -> Tensor:
+    """Return ``w`` moved away from 0 to the radius, where it is closer."""
+    return torch.where(w.abs() < radius, torch.where(w < 0, -1.0, 1.0).to(w) * radius, w)
 
 
 def _p_norm(z: Tensor, p: float) -> Tensor:
@@ -717,6 +749,10 @@ class Elastic(TranslationInvariantCost):
     def grad_h_conjugate(self, w: Tensor) -> Tensor:
         """Return ``w`` soft-thresholded at λ."""
         return w.sign() * (w.abs() - self.lam).clamp_min(0)
+
+    def regular_point(self, w: Tensor) -> Tensor:
+        """Return ``w`` with each coordinate's absolute value just above λ, where the threshold lets it pass."""
+        return _at_least(w, 1.001 * self.lam + 1e-6)
 
     @property
     def keops_formula(self) -> str:
