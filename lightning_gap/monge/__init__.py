@@ -5,20 +5,25 @@ from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.marginal import marginal_wasserstein
 from lightning_gap.monge.metrics import (
     DisplacementCosine,
     EnergyDistance,
+    MarginalWasserstein,
     MongeGap,
     SinkhornDivergence,
     UnexplainedVariance,
 )
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.scores import MapScores
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
 
 __all__ = [
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
+    "MapScores",
+    "MarginalWasserstein",
     "MongeGap",
     "MongeMap",
     "OTResult",
@@ -29,6 +34,7 @@ __all__ = [
     "costs",
     "divergence_and_gap",
     "energy_distance",
+    "marginal_wasserstein",
     "monge_gap",
     "optimal_transport",
     "sinkhorn_divergence",
