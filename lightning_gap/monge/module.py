@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.batches import UnpairedBatch, shuffled
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.batches import UnpairedBatch, shuffled
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.representation import AffineRepresentation
@@ -152,7 +152,9 @@ class MongeMap(LightningModule):
         self.relative_fitting_epsilon = _number("relative_fitting_epsilon", relative_fitting_epsilon, above=0)
         self.relative_gap_epsilon = _number("relative_gap_epsilon", relative_gap_epsilon, above=0)
         if reweight and reach is None:
-            raise ValueError("reweight=True needs reach, the strength of the soft marginals: give reach=..., or neither")
+            raise ValueError(
+                "reweight=True needs reach, the strength of the soft marginals: give reach=..., or neither"
+            )
         reference = _reference(gap_reference)
         gap_on = gap_on or ("source" if reference is None else "reference")
         if gap_on not in get_args(GapOn):
@@ -190,7 +192,9 @@ class MongeMap(LightningModule):
                 "cost": str(self.cost),
                 "map": _described_map(given),
                 "hidden": list(hidden),
-                "fitting_loss": fitting_loss if isinstance(fitting_loss, str) else describe(self.objective.fitting_loss),
+                "fitting_loss": fitting_loss
+                if isinstance(fitting_loss, str)
+                else describe(self.objective.fitting_loss),
                 "fitting_cost": str(self.fitting_cost),
                 "fitting_epsilon": fitting_epsilon,
                 "gap_epsilon": gap_epsilon,
@@ -333,9 +337,7 @@ class MongeMap(LightningModule):
         return mapped.to(x.dtype)
 
     @torch.no_grad()
-    def transport(
-        self, x: Tensor | np.ndarray[Any, Any], condition: Any = None, *, batch_size: int = 65_536
-    ) -> Tensor:
+    def transport(self, x: Tensor | np.ndarray[Any, Any], condition: Any = None, *, batch_size: int = 65_536) -> Tensor:
         """Return the images of raw samples, in evaluation mode and without gradients.
 
         Args:
@@ -360,7 +362,9 @@ class MongeMap(LightningModule):
         try:
             rows = x.split(batch_size)
             conditions = [None] * len(rows) if each is None else each.to(device).split(batch_size)
-            parts = [self._raw_images(part.to(device), c).to(x.device) for part, c in zip(rows, conditions, strict=True)]
+            parts = [
+                self._raw_images(part.to(device), c).to(x.device) for part, c in zip(rows, conditions, strict=True)
+            ]
         finally:
             # Module by module: a layer that its owner froze in evaluation mode stays there.
             for module in training:
@@ -386,7 +390,9 @@ class MongeMap(LightningModule):
             wanted = [condition] if isinstance(condition, str) else [str(c) for c in np.asarray(condition).ravel()]
             unknown = sorted(set(wanted) - set(names))
             if unknown:
-                raise ValueError(f"condition {unknown[0]!r} is not known; the conditions are {', '.join(names) or 'unnamed'}")
+                raise ValueError(
+                    f"condition {unknown[0]!r} is not known; the conditions are {', '.join(names) or 'unnamed'}"
+                )
             condition = torch.tensor([names.index(name) for name in wanted])
         condition = torch.as_tensor(condition)
         if condition.is_floating_point():
@@ -524,8 +530,15 @@ class MongeMap(LightningModule):
             self.scores[stage] = self._new_scores(named=b.condition is not None and not b.condition.is_floating_point())
             self._losses: list[Tensor] = []
         if self.objective.fitting_loss not in _LOSS_NAMES:
-            loss, _ = self.objective(b.source, mapped, b.target, fitting_epsilon=None, gap_epsilon=None, with_gap=False,
-                                     weights=(b.source_weights, b.target_weights))
+            loss, _ = self.objective(
+                b.source,
+                mapped,
+                b.target,
+                fitting_epsilon=None,
+                gap_epsilon=None,
+                with_gap=False,
+                weights=(b.source_weights, b.target_weights),
+            )
             self._losses.append(loss)
         cast(MapScores, self.scores[stage]).update(
             b.source,
@@ -564,7 +577,11 @@ class MongeMap(LightningModule):
                 check_samples(name, samples.flatten(0, 1))
             else:
                 check_samples(name, samples)
-        if source.dim() != target.dim() or source.shape[-1] != target.shape[-1] or source.shape[:-2] != target.shape[:-2]:
+        if (
+            source.dim() != target.dim()
+            or source.shape[-1] != target.shape[-1]
+            or source.shape[:-2] != target.shape[:-2]
+        ):
             raise ValueError(
                 f"source has shape {tuple(source.shape)} but target {tuple(target.shape)}: all but the numbers of "
                 "samples must agree"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gap.monge.costs import Cost
 from lightning_gap.monge.energy import energy_distance
-from lightning_gap.monge.gap import gap_problem, divergence_problem, divergences_and_gaps
+from lightning_gap.monge.gap import divergence_problem, divergences_and_gaps, gap_problem
 from lightning_gap.monge.samples import check_weights
 from lightning_gap.monge.sinkhorn import Problem, optimal_transport
 

@@ -18,6 +18,8 @@ from lightning_gap import MongeMap, SamplesDataModule, costs, monge_gap, sinkhor
 from lightning_gap.monge import ResidualMLP, divergence_and_gap
 
 KEYS = ("loss", "sinkhorn_divergence", "monge_gap", "displacement")
+
+
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
 def test_it_learns_the_map_between_gaussians(cost):
     data = samples(160, batch_size=64)
@@ -139,9 +141,17 @@ def test_a_checkpoint_reloads_with_nothing_else_given(tmp_path, dim):
     assert torch.equal(loaded.fitting_epsilon, model.fitting_epsilon)
     checkpoint = torch.load(tmp_path / "map.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["dim"] == 2
-    for value in checkpoint["hyper_parameters"].values():
-        for part in value if isinstance(value, list) else [value]:
-            assert part is None or type(part) in (int, float, str, bool)
+    assert plain(checkpoint["hyper_parameters"])
+    assert loaded.optimizer.func is Adam
+    assert loaded.optimizer.keywords == {"lr": 0.03}
+
+
+def plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(plain(part) for part in value.values())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return value is None or type(value) in (int, float, str, bool)
 
 
 def chebyshev(x: Tensor, y: Tensor) -> Tensor:
@@ -348,8 +358,8 @@ def test_a_target_without_spread_is_told_what_to_give():
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        (torch.zeros(4, 2), ValueError, "a batch must be a pair .* got Tensor: use SamplesDataModule"),
-        ((torch.zeros(4, 2),) * 3, ValueError, "a batch must be a pair"),
+        (torch.zeros(4, 2), ValueError, "a batch must be .* a pair .* got Tensor: use SamplesDataModule"),
+        ((torch.zeros(4, 2),) * 3, ValueError, "a batch must be .* a pair"),
         ((torch.zeros(4, 2), torch.full((4, 2), math.nan)), ValueError, "target holds NaN or infinity in 4 of 4 rows"),
     ],
 )

@@ -11,7 +11,14 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_divergence
-from lightning_gap.monge import AffineRepresentation, Anneal, ConditionalMap, StructuredMap, UnpairedBatch, energy_distance
+from lightning_gap.monge import (
+    AffineRepresentation,
+    Anneal,
+    ConditionalMap,
+    StructuredMap,
+    UnpairedBatch,
+    energy_distance,
+)
 
 STILL = partial(SGD, lr=0.0)
 
@@ -42,7 +49,9 @@ def test_epsilons_are_annealed():
         assert step["train_epsilon_factor"] == pytest.approx(factor)
         divergence = sinkhorn_divergence(source, target, epsilon=0.5 * factor)
         assert step["train_sinkhorn_divergence"] == pytest.approx(float(divergence), rel=1e-3)
-        assert step["train_monge_gap"] == pytest.approx(float(monge_gap(source, source, epsilon=0.1 * factor)), rel=1e-3)
+        assert step["train_monge_gap"] == pytest.approx(
+            float(monge_gap(source, source, epsilon=0.1 * factor)), rel=1e-3
+        )
 
 
 def test_the_energy_distance_is_a_fitting_loss():
@@ -86,7 +95,9 @@ def test_a_gap_on_a_wide_reference_keeps_the_map_optimal_there():
     left, right = x - 3, x + 3
     options = {"optimizer": STILL, "gap_epsilon": 0.3}
     alone = terms(MongeMap(map=swap, **options), (left, right))["train_monge_gap"]
-    wide = terms(MongeMap(map=swap, gap_reference=torch.cat([left, right]), **options), (left, right))["train_monge_gap"]
+    wide = terms(MongeMap(map=swap, gap_reference=torch.cat([left, right]), **options), (left, right))[
+        "train_monge_gap"
+    ]
     assert alone < 1
     assert wide > 10
 
@@ -156,7 +167,9 @@ def test_conservativity_makes_the_field_a_gradient():
         )  # fmt: skip
         fit_batch(model, (source, turned), max_epochs=60)
         x = source.requires_grad_()
-        jacobian = torch.autograd.functional.jacobian(lambda s, m=model: m.map.field(s).sum(0), x.detach()).permute(1, 0, 2)
+        jacobian = torch.autograd.functional.jacobian(lambda s, m=model: m.map.field(s).sum(0), x.detach()).permute(
+            1, 0, 2
+        )
         last[weight] = float((jacobian - jacobian.mT).square().sum((1, 2)).mean())
     assert last[10.0] < 0.05 * last[0.0]
 
