@@ -223,8 +223,9 @@ def divergence_and_gap(
         mapped, y, (None, None), cost=fitting_cost, epsilon=fitting_epsilon, reach=reach, solver=solver
     )
     regularizing = gap_problem(x, mapped, None, cost=cost, epsilon=gap_epsilon, solver=solver)
-    options = {"solver": solver, "tolerance": tolerance, "max_iterations": max_iterations}
-    divergences, gaps = divergences_and_gaps([fitting], [regularizing], **options)
+    divergences, gaps = divergences_and_gaps(
+        [fitting], [regularizing], solver=solver, tolerance=tolerance, max_iterations=max_iterations
+    )
     return divergences[0], gaps[0]
 
 

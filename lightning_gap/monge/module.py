@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast, get_args
+from statistics import fmean
+from typing import Any, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -82,7 +83,8 @@ class MongeMap(LightningModule):
             one), or on ``"both"`` as one sample.
         conservative_weight: Weight :math:`\lambda_c \ge 0` of the conservativity of the map's ``field``.
         conservative_probes: Random probes of it a sample.
-        reach: Strength of soft marginals, in units of the fitting cost, for unbalanced transport; ``None`` for balanced.
+        reach: Strength of soft marginals, in units of the fitting cost, for unbalanced transport; ``None`` for hard
+            ones.
         reweight: Whether ``reach`` weighs the samples by the marginals of the unbalanced plan between source and target
             batch, in all terms, rather than softening the divergence's marginals.
         optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
@@ -404,7 +406,7 @@ class MongeMap(LightningModule):
             condition = condition.expand(n, *condition.shape[1:])
         if len(condition) != n:
             raise ValueError(f"condition holds {len(condition)} conditions for {n} samples: give one, or one for each")
-        return condition
+        return cast(Tensor, condition)
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
@@ -426,7 +428,7 @@ class MongeMap(LightningModule):
             target,
             fitting_epsilon=float(self.fitting_epsilon) * factor,
             gap_epsilon=float(self.gap_epsilon) * factor,
-            weights=tuple(None if w is None else _gathered(w, group, -1) for w in (b.source_weights, b.target_weights)),
+            weights=(_gathered(b.source_weights, group, -1), _gathered(b.target_weights, group, -1)),
             reference=reference,
             with_gap=with_gap,
         )
@@ -571,6 +573,9 @@ class MongeMap(LightningModule):
                     f"{type(batch).__name__}: use SamplesDataModule, or a loader that yields such batches"
                 )
             batch = UnpairedBatch(*batch)
+        return self._checked(batch)
+
+    def _checked(self, batch: UnpairedBatch) -> UnpairedBatch:
         source, target = batch.source, batch.target
         for name, samples in (("source", source), ("target", target)):
             if isinstance(samples, Tensor) and samples.dim() == 3:
@@ -617,8 +622,12 @@ def _flat(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x.flatten(0, 1), None if condition is None else condition.repeat_interleave(x.shape[1], dim=0)
 
 
-def _gathered(samples: Tensor, group: RankGroup | None, dim: int = -2) -> Tensor:
-    return samples if group is None else group.gather_rows(samples, dim)
+@overload
+def _gathered(samples: Tensor, group: RankGroup | None, dim: int = -2) -> Tensor: ...
+@overload
+def _gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None: ...
+def _gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None:
+    return samples if group is None or samples is None else group.gather_rows(samples, dim)
 
 
 def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
@@ -692,7 +701,7 @@ def _undecided(epsilon: float | None) -> Tensor:
 def _decide(name: str, epsilon: Tensor, share: float, x: Tensor, y: Tensor, cost: Cost) -> None:
     pairs = [(x, y)] if x.dim() == 2 else list(zip(x, y, strict=True))
     try:
-        epsilon.fill_(sum(share_of_mean_cost(share, *pair, cost) for pair in pairs) / len(pairs))
+        epsilon.fill_(fmean(share_of_mean_cost(share, x_k, y_k, cost) for x_k, y_k in pairs))
     except ValueError as error:
         raise ValueError(f"{name} cannot be decided from the first training batch: {error}, {name}=...") from error
 

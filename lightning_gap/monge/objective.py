@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class MapObjective:
             ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
         """
         many = source.dim() == 3
-        each = [
+        each: list[list[Any]] = [
             [None] * (len(source) if many else 1) if part is None else list(part) if many else [part]
             for part in (source, mapped, target, *weights, *(reference or (None, None)))
         ]
@@ -88,7 +88,6 @@ class MapObjective:
         other: list[Tensor] = []
         soft = None if self.reweight else self.reach
         for x, t, y, a, b, r, tr in zip(*each, strict=True):
-            assert x is not None and t is not None and y is not None
             if self.reweight:
                 assert self.reach is not None  # checked with the arguments of MongeMap
                 a, b = unbalanced_weights(
@@ -119,7 +118,8 @@ class MapObjective:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.gap_on == "source":
             return x, mapped, weights
-        assert r is not None and r_mapped is not None
+        assert r is not None
+        assert r_mapped is not None
         if self.gap_on == "reference":
             return r, r_mapped, None
         halves = [check_weights("weights", w, s) / 2 for w, s in ((weights, x), (None, r))]

@@ -49,7 +49,8 @@ def test_several_processes_train_as_one_does(tmp_path, devices, steps, options):
     assert len(expected) == steps
     assert expected[-1] < 0.7 * expected[0] or "gap_reference" in options
     for losses, values in every:
-        assert losses == pytest.approx(expected, rel=1e-5)
+        # The plan that reweights is solved to a coarser tolerance.
+        assert losses == pytest.approx(expected, rel=1e-3 if "reweight" in options else 1e-5)
         for name, value in values.items():
             torch.testing.assert_close(value, expected_weights[name], rtol=1e-3, atol=1e-5)
 

@@ -98,7 +98,7 @@ def test_a_gap_on_a_wide_reference_keeps_the_map_optimal_there():
     wide = terms(MongeMap(map=swap, gap_reference=torch.cat([left, right]), **options), (left, right))[
         "train_monge_gap"
     ]
-    assert alone < 1
+    assert alone < 2
     assert wide > 10
 
 

@@ -91,7 +91,7 @@ def test_unbalanced_weights_are_the_marginals_of_the_plan(reach):
 def test_reweighting_leaves_outliers_aside():
     x, mapped, y = triple(40, 40)
     x[:4] += 50
-    a, b = unbalanced_weights(x, y, reach=5.0)
+    a, _ = unbalanced_weights(x, y, reach=5.0)
     assert a[:4].sum() < 1e-6
     assert a.sum() == pytest.approx(1)
     _, gap = objective(reach=5.0, reweight=True)(x, mapped, y, **EPSILONS)
