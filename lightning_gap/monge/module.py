@@ -572,7 +572,7 @@ class MongeMap(LightningModule):
                     f"a batch must be an UnpairedBatch or a pair (source, target) of (n, d) tensors, got "
                     f"{type(batch).__name__}: use SamplesDataModule, or a loader that yields such batches"
                 )
-            batch = UnpairedBatch(*batch)
+            return self._checked(UnpairedBatch(*batch))
         return self._checked(batch)
 
     def _checked(self, batch: UnpairedBatch) -> UnpairedBatch:
