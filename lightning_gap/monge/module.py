@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.monge.batches import UnpairedBatch, shuffled
+from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
+from lightning_gap.monge.populations import FiniteSamples, Turn
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.samples import check_epsilon, check_samples
 from lightning_gap.monge.schedules import Schedule
@@ -245,8 +246,8 @@ class MongeMap(LightningModule):
         """Take from the data what was not given: the representation, the names of conditions, the default network."""
         data = getattr(self.trainer, "datamodule", None)
         self._adopt_representation(data)
-        names = getattr(data, "condition_names", None)
-        if names is not None and self.condition_names is None:
+        names = getattr(data, "condition_names", ())
+        if names and self.condition_names is None:
             self.condition_names = [str(name) for name in names]
             self.hparams["condition_names"] = self.condition_names
         if self.map is None:
@@ -503,8 +504,8 @@ class MongeMap(LightningModule):
         here, ranks = (0, 1) if group is None else (data_parallel_rank(self.trainer), data_parallel_size(self.trainer))
         n = batch.source.shape[-2]
         # By epoch and batch, so that a resumed run sees the same, and no one else's random numbers change.
-        generator = torch.Generator().manual_seed(self.current_epoch * 1_000_003 + batch_idx)
-        rows = shuffled(len(self.gap_reference), ranks * n, generator)[here * n : (here + 1) * n]
+        turn = Turn((0,), self.current_epoch, batch_idx, 0, ranks * n, slice(here * n, (here + 1) * n))
+        rows = FiniteSamples(self.gap_reference).rows(turn)[turn.part]
         samples = self.gap_reference[rows.to(self.gap_reference.device)]
         if self.representation is not None:
             samples = self.representation.encode(samples)
@@ -635,10 +636,10 @@ def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
 
 
 def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
-    conditions, condition_dim = getattr(data, "conditions", None), getattr(data, "condition_dim", None)
-    if conditions or condition_dim:
-        return ConditionalMap(dim, conditions=conditions, condition_dim=condition_dim, hidden=hidden)
-    return ResidualMLP(dim, hidden)
+    names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
+    if vectors is not None:
+        return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
+    return ConditionalMap(dim, conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)
 
 
 def _described_map(given: nn.Module | None) -> dict[str, Any] | None:
