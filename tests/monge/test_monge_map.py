@@ -25,7 +25,8 @@ SCORES = (*KEYS, "energy_distance", "wasserstein_1")
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
 def test_it_learns_the_map_between_gaussians(cost):
     data = samples(160, batch_size=64)
-    source, target = data.splits["val"].source, data.splits["val"].target
+    held_out = next(iter(data.val_dataloader()))
+    source, target = held_out.source, held_out.target
     model = small(cost=cost, optimizer=partial(Adam, lr=0.05))
     before = float(sinkhorn_divergence(source, target, epsilon=0.5))
     trainer(max_epochs=40, check_val_every_n_epoch=1000).fit(model, data)
@@ -69,7 +70,8 @@ def test_it_logs_its_terms():
     assert {f"lightning_gap/monge/{key}" for key in keys} <= set(run.callback_metrics)
     val = {key: run.callback_metrics[f"lightning_gap/monge/val_{key}"].item() for key in KEYS}
     assert val["loss"] == pytest.approx(val["sinkhorn_divergence"] + val["monge_gap"], rel=1e-5)
-    source, target = data.splits["val"].source, data.splits["val"].target
+    held_out = next(iter(data.val_dataloader()))
+    source, target = held_out.source, held_out.target
     mapped = model.transport(source)
     divergence = float(sinkhorn_divergence(mapped, target, epsilon=float(model.fitting_epsilon)))
     assert val["sinkhorn_divergence"] == pytest.approx(divergence, rel=1e-4)
@@ -102,7 +104,7 @@ def test_without_weight_the_gap_is_only_measured_in_validation(monkeypatch):
 
 def test_epsilons_are_decided_once_from_the_first_training_batch():
     data = samples()
-    source, target = next(iter(data.train_dataloader()))
+    source, target = next(iter(data.train_dataloader()))[:2]
     model = small(cost="euclidean")
     assert math.isnan(model.fitting_epsilon)
     trainer(max_epochs=1).fit(model, data)
