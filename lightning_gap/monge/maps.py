@@ -32,6 +32,7 @@ class TransportMap(nn.Module):
         activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
         conditions: Number of categories of the condition, or ``None``.
         condition_dim: Dimension of the condition's vectors, or ``None``.
+        embedding_dim: Width of the condition's embedding, for a map that may be conditional.
         others: Further arguments that make the map again.
     """
 
@@ -43,6 +44,7 @@ class TransportMap(nn.Module):
         *,
         conditions: int | None = None,
         condition_dim: int | None = None,
+        embedding_dim: int | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -51,6 +53,8 @@ class TransportMap(nn.Module):
         self.conditional = conditions is not None or condition_dim is not None
         name = activation_factory(activation)[1]
         arguments = {"dim": dim, "hidden": list(check_widths(dim, hidden)), "activation": name, **others}
+        if embedding_dim is not None:
+            arguments |= {"conditions": conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
         self._hparams = None if name is None else arguments
 
     @property
@@ -105,7 +109,7 @@ class MLP(TransportMap):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples."""
         image: Tensor = self.network(*self.inputs(x, None))
-        return image
+        return image.to(x.dtype)
 
 
 class StartedMap(TransportMap):

@@ -73,7 +73,7 @@ class SphereMap(TransportMap):
         if not torch.compiler.is_compiling():
             _check_on_sphere(norm, 1e-3 if point is x else 1e-2)
         point = point / norm
-        v = self.displacement(*arguments).to(point.dtype)
+        v: Tensor = self.displacement(*arguments).to(point.dtype)
         v = v - (v * point).sum(-1, keepdim=True) * point
         cosine, cardinal_sine = _circle(v.square().sum(-1, keepdim=True))
         image = cosine * point + cardinal_sine * v
