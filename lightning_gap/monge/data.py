@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from lightning_gap.monge.sides import Reading, Side, is_stream, read_sides
 from lightning_gap.monge.splits import SplitRule, generator, named_groups
 from lightning_gap.parallel import data_parallel_rank, data_parallel_size
 
-__all__ = ["SamplesDataModule", "UnpairedBatch"]
+__all__ = ["SamplesDataModule", "Split", "UnpairedBatch"]
 
 Samples: TypeAlias = str | Path | ArrayLike | Tensor | Callable[[int, torch.Generator], Any] | Iterable[Any]
 Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
@@ -37,6 +37,13 @@ Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 _ENDLESS_STEPS = 100
 _START = 20  # first entry of the key of random draws
 _OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components", "most")
+
+
+class Split(NamedTuple):
+    """Samples of a stage: ``(n, d)`` of the source, ``(m, d)`` of the target."""
+
+    source: Tensor
+    target: Tensor
 
 
 class SamplesDataModule(LightningDataModule):
@@ -281,6 +288,21 @@ class SamplesDataModule(LightningDataModule):
     def condition_vectors(self) -> Tensor | None:
         """``(K, p)`` vectors of the named conditions; ``None`` where conditions are labels."""
         return self._prepared.vectors
+
+    @property
+    def source(self) -> Tensor:
+        """The raw source, ``(n, d)``; of a sampler or a stream, the samples that prediction maps."""
+        return self._prepared.predicted.samples
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Encoded samples of ``"train"`` and of what is held out as ``"val"`` and ``"test"``, of all conditions."""
+        parts = {"train": Split(*self.training_samples())}
+        for stage, held_out in self._prepared.held_out.items():
+            # A side without labels is in the pair of every condition.
+            sides = ({id(pair[i]): pair[i].samples for pair in held_out.pairs} for i in range(2))
+            parts[stage] = Split(*(torch.cat(list(samples.values())) for samples in sides))
+        return parts
 
     def training_samples(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Return encoded training samples, ``(n, d)`` of the source and ``(m, d)`` of the target, in random order.

@@ -60,12 +60,14 @@ class Table:
         for name, values in wanted.items():
             labels = as_texts(self.labels(argument, name))
             values = [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
-            for value in as_texts(np.array(values, dtype=object)):
-                if value not in labels:
+            texts = as_texts(np.array(values, dtype=object))
+            for text in texts.tolist():
+                if text not in labels:
                     raise ValueError(
-                        f"{argument}: {name!r} of {self.title} is never {value!r}; {_there_is(sorted(set(labels)))}"
+                        f"{argument}: {name!r} of {self.title} is never {text!r}; "
+                        f"{_there_is(np.unique(labels).tolist())}"
                     )
-            keep &= np.isin(labels, as_texts(np.array(values, dtype=object)))
+            keep &= np.isin(labels, texts)
         if not keep.any():
             raise ValueError(f"{argument}={dict(wanted)!r} leaves no row of {self.title}: ask for less at once")
         return np.flatnonzero(keep)
@@ -395,18 +397,31 @@ def _load_frame(
     title: str, path: Path, suffix: str | None, columns: Sequence[str] | None, labels: frozenset[str]
 ) -> Any:
     pandas = _library("pandas", title)
-    wanted = None if columns is None else [*columns, *(label for label in labels if label not in columns)]
+    separator = "\t" if suffix is not None and suffix.startswith(".tsv") else ","
     try:
         if suffix == ".parquet":
-            schema = _library("pyarrow.parquet", title).read_schema(path)
-            keep = None if wanted is None else [name for name in wanted if name in schema.names]
-            return pandas.read_parquet(path, columns=keep, engine="pyarrow")
-        separator = "\t" if suffix is not None and suffix.startswith(".tsv") else ","
-        return pandas.read_csv(path, sep=separator, usecols=None if wanted is None else lambda name: name in wanted)
-    except ModuleNotFoundError:
+            names = _library("pyarrow.parquet", title).read_schema(path).names
+        else:
+            names = pandas.read_csv(path, sep=separator, nrows=0).columns.tolist()
+        wanted = names if columns is None else [name for name in names if name in {*map(str, columns), *labels}]
+        _check_columns(title, columns, names)
+        if suffix == ".parquet":
+            return pandas.read_parquet(path, columns=None if columns is None else wanted, engine="pyarrow")
+        return pandas.read_csv(path, sep=separator, usecols=wanted)
+    except (ModuleNotFoundError, _NoColumnError):
         raise
     except Exception as error:
         raise ValueError(f"{title}: cannot read {str(path)!r}: {_first_line(error)}") from error
+
+
+class _NoColumnError(ValueError):
+    """A table has no such column."""
+
+
+def _check_columns(title: str, columns: Sequence[str] | None, names: Sequence[str]) -> None:
+    for name in map(str, columns or ()):
+        if name not in names:
+            raise _NoColumnError(f"columns: {title} has no column {name!r}; {_there_is(names)}")
 
 
 def _frame_table(title: str, frame: Any, columns: Sequence[str] | None, labels: frozenset[str]) -> Table:
@@ -423,9 +438,7 @@ def _frame_table(title: str, frame: Any, columns: Sequence[str] | None, labels: 
         ]
     else:
         features = [str(name) for name in columns]
-        for name in features:
-            if name not in names:
-                raise ValueError(f"columns: {title} has no column {name!r}; {_there_is(names)}")
+        _check_columns(title, features, names)
     if not features:
         raise ValueError(f"{title} has no columns of samples; {_there_is(names)}")
     texts = [name for name in features if not pandas.api.types.is_numeric_dtype(frame[name].dtype)]
@@ -483,12 +496,33 @@ class _InFile:
         element = self._file.get(key)
         if element is None:
             return None
-        kind = str(element.attrs.get("encoding-type", "array"))
-        if kind in ("csr_matrix", "csc_matrix"):
-            # Rows of a matrix that is stored by columns are found only in memory.
-            sparse = self._io.sparse_dataset(element)
-            return sparse if kind == "csr_matrix" else sparse.to_memory().tocsr()
-        return element if kind == "array" else self._io.read_elem(element)
+        return element if element.attrs.get("encoding-type", "array") == "array" else self._sparse(element)
+
+    def _sparse(self, element: Any) -> Any:
+        if element.attrs["encoding-type"] == "csr_matrix":
+            return _SparseRows(element)
+        # Rows of a matrix that is stored by columns are found only in memory; a data frame is read whole.
+        found = self._io.read_elem(element)
+        return found.tocsr() if hasattr(found, "tocsr") else found
+
+
+class _SparseRows:
+    """A sparse matrix that a file stores by rows; slices of rows are read."""
+
+    def __init__(self, group: Any) -> None:
+        self.shape = tuple(map(int, group.attrs["shape"]))
+        self.dtype = group["data"].dtype
+        self._group = group
+        self._starts = group["indptr"][:]
+
+    def __getitem__(self, rows: slice) -> Any:
+        # Imported here: it takes a while, which only sparse files should pay.
+        from scipy.sparse import csr_matrix
+
+        starts = self._starts[rows.start : rows.stop + 1]
+        entries = slice(int(starts[0]), int(starts[-1]))
+        parts = self._group["data"][entries], self._group["indices"][entries], starts - starts[0]
+        return csr_matrix(parts, shape=(len(starts) - 1, self.shape[1]))
 
 
 def _within_h5ad(argument: str, within: str) -> tuple[str | None, str | None]:

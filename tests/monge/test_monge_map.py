@@ -380,7 +380,7 @@ class SaveState(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 0:
-            self.batch = [part.clone() for part in batch]
+            self.batch = [part.clone() for part in batch[:2]]
 
     def on_train_end(self, trainer, pl_module):
         torch.save((weights(pl_module), self.batch), f"{self.folder}/{trainer.global_rank}.pt")
