@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from monge_runs import FAST, gaussians, small, trainer, weights
 from torch import nn
@@ -76,12 +77,14 @@ def test_training_goes_on_from_it_as_if_never_stopped(tmp_path):
     whole = model()
     trainer(max_steps=8, max_epochs=-1).fit(whole, data())
     torch.manual_seed(0)
-    first = trainer(max_steps=5, max_epochs=-1)
-    first.fit(model(), data())
-    first.save_checkpoint(tmp_path / "five.ckpt")
+    keep = ModelCheckpoint(tmp_path, filename="five", every_n_train_steps=5)
+    trainer(max_steps=6, max_epochs=-1, enable_checkpointing=True, callbacks=[keep]).fit(model(), data())
     torch.manual_seed(0)
     resumed = model()
-    trainer(max_steps=8, max_epochs=-1).fit(resumed, data(), ckpt_path=tmp_path / "five.ckpt", weights_only=True)
+    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=5)
+    trainer(max_steps=8, max_epochs=-1, enable_checkpointing=True, callbacks=[again]).fit(
+        resumed, data(), ckpt_path=tmp_path / "five.ckpt", weights_only=True
+    )
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
 
