@@ -69,3 +69,40 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
             raise ValueError(f"condition_vectors[{name!r}] must be finite numbers, got {table[name]!r}")
         vectors.append(vector)
     return torch.stack(vectors).to(dtype)
+
+
+def conditions_of(given: Any, n: int, names: Sequence[str]) -> Tensor:
+    """Return a condition for each of n samples.
+
+    Args:
+        given: One condition for all samples, or one for each: names, labels, or vectors.
+        n: Number of samples.
+        names: Names of the labels, in order.
+
+    Returns:
+        ``(n,)`` labels (int64) or ``(n, p)`` vectors.
+
+    Raises:
+        ValueError: A name is not known, or there is neither one condition nor one for each sample.
+    """
+    if not isinstance(given, Tensor):
+        array = np.asarray(given)
+        if array.dtype.kind in "USO":
+            wanted = [str(name) for name in array.ravel()]
+            unknown = sorted(set(wanted) - set(names))
+            if unknown:
+                known = ", ".join(names) or "without names"
+                raise ValueError(f"condition {unknown[0]!r} is not known; the conditions are {known}")
+            array = np.array([list(names).index(name) for name in wanted])
+        given = torch.from_numpy(np.array(array))
+    each: Tensor
+    if given.is_floating_point():
+        each = given[None] if given.dim() < 2 else given
+        each = each[:, None] if each.dim() == 1 else each
+    else:
+        each = given.reshape(-1).long()
+    if len(each) == 1:
+        each = each.expand(n, *each.shape[1:])
+    if len(each) != n:
+        raise ValueError(f"condition holds {len(each)} conditions for {n} samples: give one, or one for each")
+    return each

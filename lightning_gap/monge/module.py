@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.arguments import check_count, check_number
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
+from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.maps import ResidualMLP
@@ -150,10 +152,10 @@ class MongeMap(LightningModule):
         super().__init__()
         self.gap_weight = _number_or_schedule("gap_weight", build("gap_weight", gap_weight), least=0)
         self.epsilon_factor = _number_or_schedule("epsilon_factor", build("epsilon_factor", epsilon_factor), above=0)
-        self.conservative_weight = _number("conservative_weight", conservative_weight, least=0)
-        self.conservative_probes = _positive_int("conservative_probes", conservative_probes)
-        self.relative_fitting_epsilon = _number("relative_fitting_epsilon", relative_fitting_epsilon, above=0)
-        self.relative_gap_epsilon = _number("relative_gap_epsilon", relative_gap_epsilon, above=0)
+        self.conservative_weight = check_number("conservative_weight", conservative_weight, least=0)
+        self.conservative_probes = check_count("conservative_probes", conservative_probes)
+        self.relative_fitting_epsilon = check_number("relative_fitting_epsilon", relative_fitting_epsilon, above=0)
+        self.relative_gap_epsilon = check_number("relative_gap_epsilon", relative_gap_epsilon, above=0)
         if reweight and reach is None:
             raise ValueError(
                 "reweight=True needs reach, the strength of the soft marginals: give reach=..., or neither"
@@ -203,8 +205,8 @@ class MongeMap(LightningModule):
                 "gap_epsilon": gap_epsilon,
                 "relative_fitting_epsilon": self.relative_fitting_epsilon,
                 "relative_gap_epsilon": self.relative_gap_epsilon,
-                "epsilon_factor": _described_number(self.epsilon_factor),
-                "gap_weight": _described_number(self.gap_weight),
+                "epsilon_factor": _describedcheck_number(self.epsilon_factor),
+                "gap_weight": _describedcheck_number(self.gap_weight),
                 "gap_reference": None if reference is None else {"shape": list(reference.shape)},
                 "gap_on": gap_on,
                 "conservative_weight": self.conservative_weight,
@@ -278,19 +280,10 @@ class MongeMap(LightningModule):
                 self.representation.load_state_dict(theirs.state_dict())
                 self.hparams["representation"] = theirs.hparams
             return
-        mine = self.representation.state_dict()
-        if data is None:
-            return
-        same = theirs is not None and all(
-            torch.allclose(value.to(self.device, mine[name].dtype), mine[name], rtol=1e-4, atol=1e-6)
-            if name in mine and mine[name].shape == value.shape
-            else False
-            for name, value in theirs.state_dict().items()
-        )
-        if not same:
+        if data is not None and not self.representation.agrees_with(theirs):
             raise MisconfigurationException(
-                "the data module encodes samples otherwise than in this map's training: give it the samples and the "
-                "split of then, or representation=model.representation"
+                "the data module encodes samples otherwise than in this map's training: give it the samples, the "
+                "split and the options of then"
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -357,7 +350,7 @@ class MongeMap(LightningModule):
         x = x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
         if x.dim() != 2:
             raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}")
-        _positive_int("batch_size", batch_size, ValueError)
+        check_count("batch_size", batch_size)
         each = self._conditions(condition, len(x))
         device = next(self.parameters(), torch.empty(0)).device
         training = [module for module in self.modules() if module.training]
@@ -386,28 +379,8 @@ class MongeMap(LightningModule):
             return None
         if not getattr(self.map, "conditional", False):
             raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
-        if isinstance(condition, str) or (
-            not isinstance(condition, Tensor) and np.asarray(condition).dtype.kind in "USO"
-        ):
-            names = self.condition_names or []
-            wanted = [condition] if isinstance(condition, str) else [str(c) for c in np.asarray(condition).ravel()]
-            unknown = sorted(set(wanted) - set(names))
-            if unknown:
-                raise ValueError(
-                    f"condition {unknown[0]!r} is not known; the conditions are {', '.join(names) or 'unnamed'}"
-                )
-            condition = torch.tensor([names.index(name) for name in wanted])
-        condition = torch.as_tensor(condition)
-        if condition.is_floating_point():
-            condition = self._as_map_takes(condition)
-            condition = condition[None] if condition.dim() == 1 else condition
-        else:
-            condition = condition.reshape(-1).long()
-        if len(condition) == 1:
-            condition = condition.expand(n, *condition.shape[1:])
-        if len(condition) != n:
-            raise ValueError(f"condition holds {len(condition)} conditions for {n} samples: give one, or one for each")
-        return cast(Tensor, condition)
+        each = conditions_of(condition, n, self.condition_names or ())
+        return self._as_map_takes(each) if each.is_floating_point() else each
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
@@ -648,7 +621,7 @@ def _described_map(given: nn.Module | None) -> dict[str, Any] | None:
     return described if described is not None and "class_path" in described else None
 
 
-def _described_number(value: float | Schedule) -> Any:
+def _describedcheck_number(value: float | Schedule) -> Any:
     return describe(value) if callable(value) else value
 
 
@@ -669,30 +642,14 @@ def _fitting_loss(loss: Any) -> FittingLoss:
     return cast(FittingLoss, loss)
 
 
-def _number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (least is not None and value < least) or (above is not None and value <= above):
-        bound = f"of at least {least}" if least is not None else f"above {above}"
-        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}")
-    return float(value)
-
-
 def _number_or_schedule(
     name: str, value: Any, *, least: float | None = None, above: float | None = None
 ) -> float | Schedule:
-    return cast(Schedule, value) if callable(value) else _number(name, value, least=least, above=above)
+    return cast(Schedule, value) if callable(value) else check_number(name, value, least=least, above=above)
 
 
 def _now(value: float | Schedule, updates: int) -> float:
     return float(value(updates)) if callable(value) else value
-
-
-def _positive_int(name: str, value: Any, error: type[Exception] = TypeError) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise (ValueError if isinstance(value, int) and not isinstance(value, bool) else error)(
-            f"{name} must be a positive integer, got {value!r}"
-        )
-    return value
 
 
 def _undecided(epsilon: float | None) -> Tensor:

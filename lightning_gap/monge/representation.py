@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_gap.monge.arguments import check_count
 from lightning_gap.monge.samples import check_samples
 
 __all__ = ["AffineRepresentation"]
@@ -51,9 +52,9 @@ class AffineRepresentation(nn.Module):
 
     def __init__(self, dim: int, components: int | None = None) -> None:
         super().__init__()
-        _check_count("dim", dim)
+        check_count("dim", dim)
         if components is not None:
-            _check_count("components", components)
+            check_count("components", components)
             if components > dim:
                 raise ValueError(f"components={components} is more than the {dim} features: use components <= {dim}")
         self.register_buffer("mean", torch.zeros(dim))
@@ -100,6 +101,20 @@ class AffineRepresentation(nn.Module):
     def encoded_dim(self) -> int:
         """Dimension of the encoded samples."""
         return len(self.mean if self.components is None else self.components)
+
+    def agrees_with(self, other: "AffineRepresentation | None") -> bool:
+        """Return whether another representation encodes as this one does, but for rounding.
+
+        Args:
+            other: The other, on any device and in any precision; ``None`` for raw samples.
+        """
+        if other is None or other.hparams != self.hparams:
+            return False
+        theirs = other.state_dict()
+        return all(
+            torch.allclose(theirs[name].to(mine), mine, rtol=1e-4, atol=1e-6)
+            for name, mine in self.state_dict().items()
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the coordinates ``(..., k)`` of samples ``(..., d)``, differentiably.
@@ -201,10 +216,3 @@ def _leading_singular_vectors(samples: Tensor, mean: Tensor, scale: Tensor, comp
     _, values, rows = svds(operator, k=components, v0=np.ones(min(shape)), solver="arpack")
     order = values.argsort()[::-1].copy()
     return torch.from_numpy(values[order]).square().to(mean), torch.from_numpy(rows[order]).to(mean)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from lightning_gap.monge.arguments import check_count
+
 __all__ = ["Anneal", "Schedule"]
 
 Schedule = Callable[[int], float]
@@ -47,10 +49,7 @@ class Anneal:
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
-        if isinstance(self.updates, bool) or not isinstance(self.updates, int):
-            raise TypeError(f"updates must be an int, got {self.updates!r}")
-        if self.updates < 1:
-            raise ValueError(f"updates must be at least 1, got {self.updates}")
+        check_count("updates", self.updates)
         for name, value in (("start", self.start), ("end", self.end)):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (self.shape == "geometric" and value == 0):

@@ -265,7 +265,7 @@ def test_transport_leaves_modes_and_gradients_alone():
     [
         (torch.zeros(4), {}, r"x must have shape \(n, d\), got \(4,\)"),
         (torch.zeros(4, 3), {}, "samples have dimension 3, but the map was made with dim=2"),
-        (torch.zeros(4, 2), {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        (torch.zeros(4, 2), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_transport_refuses_what_it_cannot_map(x, options, message):

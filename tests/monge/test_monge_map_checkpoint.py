@@ -81,7 +81,7 @@ def test_training_goes_on_from_it_as_if_never_stopped(tmp_path):
     trainer(max_steps=6, max_epochs=-1, enable_checkpointing=True, callbacks=[keep]).fit(model(), data())
     torch.manual_seed(0)
     resumed = model()
-    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=5)
+    again = ModelCheckpoint(tmp_path, every_n_train_steps=5)
     trainer(max_steps=8, max_epochs=-1, enable_checkpointing=True, callbacks=[again]).fit(
         resumed, data(), ckpt_path=tmp_path / "five.ckpt", weights_only=True
     )
