@@ -3,6 +3,7 @@
 from lightning_gap.monge import costs
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
+from lightning_gap.monge.figure import MapFigure, plot_map
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.metrics import (
@@ -19,6 +20,7 @@ __all__ = [
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
+    "MapFigure",
     "MongeGap",
     "MongeMap",
     "OTResult",
@@ -31,5 +33,6 @@ __all__ = [
     "energy_distance",
     "monge_gap",
     "optimal_transport",
+    "plot_map",
     "sinkhorn_divergence",
 ]

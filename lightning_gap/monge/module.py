@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.loggers import define_axes
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.gap import divergence_and_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
@@ -224,6 +225,9 @@ class MongeMap(LightningModule):
         logged = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in terms.items()}
         with torch.no_grad():
             logged[f"lightning_gap/monge/{stage}_displacement"] = self.cost.paired(source, mapped).mean()
+        if self._trainer is not None:
+            define_axes(self._trainer.loggers, "lightning_gap/monge/updates", logged)
+            logged["lightning_gap/monge/updates"] = torch.tensor(float(self._trainer.global_step))
         self.log_dict(logged, batch_size=len(source), sync_dist=stage != "train")
         return terms
 
