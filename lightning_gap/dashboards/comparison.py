@@ -115,6 +115,13 @@ def _batch(run: Run) -> float | None:
 
 # ----------------------------------------------------------------- figures
 
+# The number of each run's colour and dashes, the same in all figures.
+Styles = Mapping[str, int]
+
+
+def _of(runs: Sequence[Run], styles: Styles) -> list[int]:
+    return [styles[run.name] for run in runs]
+
 
 def _thinned(series: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return at most 400 points of a series, the first and the last among them; the means of what lies between."""
@@ -130,30 +137,34 @@ def _curve(run: Run, key: str) -> figures.Curve:
     return figures.Curve(run.name, series[:, 0], series[:, 1], figures.INK)
 
 
-def _curves(runs: Sequence[Run], keys: Sequence[str], *, logx: bool = False) -> list[Figure]:
+def _curves(
+    runs: Sequence[Run], keys: Sequence[str], styles: Styles, *, logx: bool = False, logy: bool = False
+) -> list[Figure]:
     drawn = []
     for key in keys:
         lines = [_curve(run, key) for run in runs]
         if sum(len(line.x) for line in lines) <= sum(len(line.x) > 0 for line in lines):
             continue  # a single value each: the table says it
-        figure = figures.overlay(lines, xlabel="updates", ylabel=_short(key), logx=logx, floor_quantile=0.02)
+        figure = figures.overlay(
+            lines, _of(runs, styles), xlabel="updates", ylabel=_short(key), logx=logx, logy=logy, floor_quantile=0.02
+        )
         ends = ", ".join(f"{line.label} {line.y[-1]:.4g}" for line in lines if len(line.y))
         drawn.append(Figure(figures.as_svg(figure), "", f"{key} against updates; last values: {ends}", _short(key)))
     return drawn
 
 
-def _gap_figure(runs: Sequence[Run], metric: str | None) -> list[Figure]:
+def _gap_figure(runs: Sequence[Run], metric: str | None, styles: Styles) -> list[Figure]:
     """Return the last value of a metric by batch size, if there are several sizes."""
-    known = [(batch, run.last(metric)) for run in runs if metric and (batch := _batch(run))]
-    points = [(batch, value) for batch, value in known if value is not None]
-    if metric is None or len({batch for batch, _ in points}) < 2:
+    points = {}
+    for run in runs if metric else ():
+        batch, value = _batch(run), run.last(metric or "")
+        if batch is not None and value is not None:
+            points[run.name] = (batch, value)
+    if metric is None or len({batch for batch, _ in points.values()}) < 2:
         return []
-    # A run without a value keeps its colour free.
-    every = [(_batch(run) or math.nan, run.last(metric)) for run in runs]
     figure = figures.scatter(
-        [(batch, math.nan if value is None else value) for batch, value in every if math.isfinite(batch)]
-        if all(math.isfinite(batch) for batch, _ in every)
-        else points,
+        list(points.values()),
+        [styles[name] for name in points],
         xlabel="batch (samples per update)",
         ylabel=_short(metric),
     )
@@ -183,25 +194,31 @@ def _having(runs: Sequence[Run], prefix: str) -> list[Run]:
     return [run for run in runs if any(key.startswith(prefix) for key in (*run.metrics, *run.config))]
 
 
-def _results_section(runs: Sequence[Run], metrics: Sequence[str]) -> Section | None:
+def _results_section(runs: Sequence[Run], metrics: Sequence[str], styles: Styles) -> Section | None:
+    runs = [run for run in runs if any(key in run.metrics for key in metrics)]
     if not metrics:
         return None
-    shown = [key for key in metrics if _HELD_OUT.search(key)][:_MOST_COLUMNS] or metrics[:_MOST_COLUMNS]
+    shown = [key for key in metrics if _HELD_OUT.search(key)][:_MOST_COLUMNS] or list(metrics[:_MOST_COLUMNS])
     shown += [key for key in metrics if _TRAINING.search(key) and key not in shown][: _MOST_COLUMNS - len(shown)]
-    gallery = _curves(runs, list(metrics[:_MOST_CURVES]))
+    gallery = _curves(runs, list(metrics[:_MOST_CURVES]), styles)
     marked = [key for key in shown if better(key)]
     lead = f"{_count(len(runs), 'run')}, {_count(len(metrics), 'metric')} of their own."
     if marked and len(runs) > 1:
         winner, value = _best(runs, marked[0])
         lead += f" By {_short(marked[0])}, {winner.name} ends best, at {value:.4g}."
     blocks: list[ResultTable | Gallery | Legend] = [results_table(runs, shown)]
-    return Section("Results", lead, blocks + _with_legend(runs, gallery))
+    return Section("Results", lead, blocks + _with_legend(runs, gallery, styles))
 
 
-def _with_legend(runs: Sequence[Run], gallery: Sequence[Figure]) -> list[ResultTable | Gallery | Legend]:
+def _with_legend(
+    runs: Sequence[Run], gallery: Sequence[Figure], styles: Styles
+) -> list[ResultTable | Gallery | Legend]:
     if not gallery:
         return []
-    return [Legend("Runs", [run.name for run in runs]), Gallery(gallery, 2 if len(gallery) > 1 else 1)]
+    return [
+        Legend("Runs", [run.name for run in runs], _of(runs, styles)),
+        Gallery(gallery, 2 if len(gallery) > 1 else 1),
+    ]
 
 
 def _best(runs: Sequence[Run], key: str) -> tuple[Run, float]:
@@ -209,7 +226,7 @@ def _best(runs: Sequence[Run], key: str) -> tuple[Run, float]:
     return (max if better(key) == "max" else min)(known, key=lambda each: each[1])
 
 
-def _regime_section(runs: Sequence[Run], metrics: Sequence[str]) -> Section | None:
+def _regime_section(runs: Sequence[Run], metrics: Sequence[str], styles: Styles) -> Section | None:
     runs = _having(runs, _REGIME)
     if not runs:
         return None
@@ -221,7 +238,7 @@ def _regime_section(runs: Sequence[Run], metrics: Sequence[str]) -> Section | No
         "Reference batch": (planned("reference_batch_size"), None),
         "Batch": (planned("batch_size"), None),
         "Rule": (planned("lr_rule"), None),
-        "Rate ×": ([None if x is None else float(x) for x in planned("lr_factor")], None),
+        "Rate\u00a0×": ([None if x is None else float(x) for x in planned("lr_factor")], None),
         "Updates of the reference": ([_int(x) for x in planned("reference_updates")], None),
         "Updates": ([_int(x) for x in planned("updates")], None),
         "Epochs of the reference": ([_int(x) for x in planned("reference_epochs")], None),
@@ -234,12 +251,13 @@ def _regime_section(runs: Sequence[Run], metrics: Sequence[str]) -> Section | No
     )
     held_out = next((key for key in metrics if _HELD_OUT.search(key) and better(key)), None)
     rates = f"{_REGIME}learning_rate"
-    gallery = _gap_figure(runs, held_out)
-    gallery += _curves(runs, [rates, f"{_REGIME}noise_scale", f"{_REGIME}clipped_fraction"])
+    gallery = _gap_figure(runs, held_out, styles)
+    gallery += _curves(runs, [rates, f"{_REGIME}clipped_fraction"], styles)
+    gallery += _curves(runs, [f"{_REGIME}noise_scale"], styles, logy=True)
     return Section(
         "Large batches",
         f"The regime of {_count(len(runs), 'run')}: batch, learning rate and length beside the reference run's.",
-        [_table("Regimes", runs, columns, caption), *_with_legend(runs, gallery)],
+        [_table("Regimes", runs, columns, caption), *_with_legend(runs, gallery, styles)],
         "Hoffer, Hubara, Soudry 2017 · Train longer, generalize better",
     )
 
@@ -248,7 +266,7 @@ def _int(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _diffusion_section(runs: Sequence[Run]) -> Section | None:
+def _diffusion_section(runs: Sequence[Run], styles: Styles) -> Section | None:
     key = f"{_DIFFUSION}distance"
     runs = [run for run in runs if key in run.metrics]
     if not runs:
@@ -265,12 +283,9 @@ def _diffusion_section(runs: Sequence[Run]) -> Section | None:
     ]
     lines = [_curve(run, key) for run in runs]
     overlay = figures.overlay(
-        lines,
-        xlabel="updates t",
-        ylabel="‖wₜ − w₀‖",
-        logx=True,
-        laws=laws,  # type: ignore[arg-type]
-    )
+        lines, _of(runs, styles), xlabel="updates t", ylabel="‖wₜ − w₀‖", logx=True, wide=True,
+        laws=laws,
+    )  # fmt: skip
     gallery = [
         Figure(
             figures.as_svg(overlay),
@@ -281,7 +296,7 @@ def _diffusion_section(runs: Sequence[Run]) -> Section | None:
             "Ultra-slow diffusion",
         )
     ]
-    gallery += _curves(runs, [f"{_DIFFUSION}relative_distance", f"{_DIFFUSION}cosine"], logx=True)
+    gallery += _curves(runs, [f"{_DIFFUSION}relative_distance", f"{_DIFFUSION}cosine"], styles, logx=True)
     columns: dict[str, tuple[Sequence[Any], Any]] = {
         "Last distance": ([run.last(key) for run in runs], None),
         "Slope b": (fitted("log_slope"), None),
@@ -298,7 +313,7 @@ def _diffusion_section(runs: Sequence[Run]) -> Section | None:
     return Section(
         "Distance from the start",
         f"How far the weights of {_count(len(runs), 'run')} travelled, and by which law.",
-        [Legend("Runs", [run.name for run in runs]), Gallery(gallery[:1], 1), *_rest(gallery[1:]),
+        [Legend("Runs", [run.name for run in runs], _of(runs, styles)), Gallery(gallery[:1], 1), *_rest(gallery[1:]),
          _table("Laws of diffusion", runs, columns, caption)],
         "Hoffer, Hubara, Soudry 2017 · section 3",
     )  # fmt: skip
@@ -308,7 +323,7 @@ def _rest(gallery: Sequence[Figure]) -> list[Gallery]:
     return [Gallery(gallery, 2)] if gallery else []
 
 
-def _monge_section(runs: Sequence[Run]) -> Section | None:
+def _monge_section(runs: Sequence[Run], styles: Styles) -> Section | None:
     runs = [run for run in runs if any(key.startswith(_MONGE) for key in run.metrics)]
     if not runs:
         return None
@@ -316,7 +331,10 @@ def _monge_section(runs: Sequence[Run]) -> Section | None:
     stages = [stage for stage in ("test", "val", "train") if any(_short(key).startswith(stage) for key in known)]
     ordered = [f"{_MONGE}{stage}_{name}" for stage in stages for name in _MONGE_ORDER]
     present = [key for key in ordered if key in known]
-    best = {key: None if key.endswith("_displacement") else better(key) for key in present}
+    # A loss of another weight, and a gap of another cost, are other quantities.
+    same = {name: len({run.config.get(name) for run in runs}) == 1 for name in ("cost", "gap_weight")}
+    unmarked = {"displacement": True, "loss": not all(same.values()), "monge_gap": not same["cost"]}
+    best = {key: None if unmarked.get(_short(key).partition("_")[2]) else better(key) for key in present}
     held_out = [key for key in present if "/train_" not in key] or present
     columns: dict[str, tuple[Sequence[Any], Any]] = {
         _short(key).replace("_", " "): ([run.last(key) for run in runs], best[key]) for key in held_out[:_MOST_COLUMNS]
@@ -325,12 +343,12 @@ def _monge_section(runs: Sequence[Run]) -> Section | None:
     columns |= {"λ": ([_float(run.config.get("gap_weight")) for run in runs], None)}
     caption = (
         "The last values. The divergence tells how far the images are from the target, the gap what the map pays over "
-        "an optimal one for its cost: it compares only maps of one cost and one ε."
+        "an optimal one for its cost; neither a gap of another cost nor a loss of another weight λ is marked."
     )
-    curves = _curves(runs, [key for key in present if "/train_" not in key][:4] or present[:4])
+    curves = _curves(runs, [key for key in present if "/train_" not in key][:4] or present[:4], styles)
     maps = _pictures(runs, [f"{_MONGE}map"])
     blocks: list[ResultTable | Gallery | Legend] = [_table("Maps", runs, columns, caption)]
-    blocks += _with_legend(runs, curves)
+    blocks += _with_legend(runs, curves, styles)
     if maps:
         blocks.append(Gallery(maps, 1 if len(maps) == 1 else 2))
     return Section(
@@ -380,12 +398,12 @@ def compare(runs: Sequence[Run], *, title: str | None = None) -> Report:
     """
     if not runs:
         raise ValueError("runs is empty: give at least one")
-    metrics = result_metrics(runs)
+    metrics, styles = result_metrics(runs), {run.name: number for number, run in enumerate(runs)}
     sections = (
-        _results_section(runs, metrics),
-        _regime_section(runs, metrics),
-        _diffusion_section(runs),
-        _monge_section(runs),
+        _results_section(runs, metrics, styles),
+        _regime_section(runs, metrics, styles),
+        _diffusion_section(runs, styles),
+        _monge_section(runs, styles),
         _other_section(runs),
     )
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"

@@ -201,6 +201,7 @@ def overlay(
     xlabel: str,
     ylabel: str,
     logx: bool = False,
+    logy: bool = False,
     wide: bool = False,
     laws: Sequence[tuple[float, float, float, float] | None] = (),
     floor_quantile: float | None = None,
@@ -213,6 +214,7 @@ def overlay(
         xlabel: What the abscissa is.
         ylabel: What the ordinate is.
         logx: Whether the abscissa is logarithmic.
+        logy: Whether the ordinate is.
         wide: Whether the figure is as wide as the page.
         laws: For each line ``(a, b, first, last)``: ``a + b·log x`` is drawn between these abscissae; or None.
         floor_quantile: Cut the ordinate at this quantile of all values and at as much from the other side, so that
@@ -233,7 +235,9 @@ def overlay(
                 axes.plot(t, intercept + slope * np.log(t), color=INK, lw=0.9, ls=(0, (4, 2)), zorder=3 + index)
         if logx:
             axes.set_xscale("log")
-        if floor_quantile is not None and lines:
+        if logy:
+            axes.set_yscale("log")
+        elif floor_quantile is not None and lines:
             everything = np.concatenate([line.y for line in lines])
             low, high = np.quantile(everything, [floor_quantile, 1 - floor_quantile])
             inside = everything[(everything >= low) & (everything <= high)]

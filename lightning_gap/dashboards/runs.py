@@ -113,7 +113,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     """Return a flat mapping; what is not plain YAML, as an object of Python, is left out."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
@@ -163,7 +163,7 @@ def _read_tensorboard(path: Path) -> Run:
             at[point.step].append((point.wall_time, point.value))
         # Train and validation may be logged at one step, with the updates of each: the nearer in time is its own.
         values = [
-            (min(at[p.step], key=lambda known, p=p: abs(known[0] - p.wall_time))[1] if at[p.step] else p.step, p.value)
+            (min((abs(time - p.wall_time), x) for time, x in at[p.step])[1] if at[p.step] else p.step, p.value)
             for p in points
             if math.isfinite(p.value)
         ]
@@ -217,7 +217,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def _read_wandb(path: Path) -> Run:
     (file,) = sorted(path.glob("run-*.wandb"))[-1:]
-    name, config, rows = "", {}, list[_Row]()
+    name, rows = "", list[_Row]()
+    config: dict[str, Any] = {}
     for record in wandb_records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":

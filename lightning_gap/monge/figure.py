@@ -70,7 +70,7 @@ def plot_map(
         ax.set(xlabel=labels[0], ylabel=labels[1])
         ax.set_aspect("equal", adjustable="datalim")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, ncols=3, markerscale=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     return ax
 
 
@@ -144,7 +144,7 @@ class MapFigure(Callback):
 
             figure = Figure(figsize=(6, 5), layout="constrained")
             ax = plot_map(source, mapped, target, plane=self._plane, ax=figure.add_subplot())
-            ax.set_title(f"after {trainer.global_step} updates", loc="left", fontsize=10)
+            ax.set_title(f"after {trainer.global_step} updates", loc="right", fontsize=10)
             return figure
 
         log_figure(trainer.loggers, "lightning_gap/monge/map", draw, trainer.global_step)
