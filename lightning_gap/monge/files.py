@@ -13,7 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Table", "as_texts", "is_file", "open_frame", "open_table", "read_vector", "titled"]
+__all__ = [
+    "Table",
+    "as_texts",
+    "first_line",
+    "is_file",
+    "library",
+    "open_frame",
+    "open_table",
+    "read_vector",
+    "titled",
+]
 
 Array = NDArray[Any]
 
@@ -249,7 +259,8 @@ def _suffix(path: Path) -> str | None:
     return next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
 
 
-def _library(name: str, what: str) -> Any:
+def library(name: str, what: str) -> Any:
+    """Return a module of the extra ``files``, or say that it is missing; ``what`` is what it reads, for the message."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -317,7 +328,7 @@ def _load_npy(title: str, path: Path, *, mmap: bool) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r}: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read {str(path)!r}: {first_line(error)}") from error
     return array
 
 
@@ -336,7 +347,7 @@ def _npz_array(title: str, path: Path, name: str) -> Array:
         with np.load(path, allow_pickle=False) as arrays:
             array: Array = arrays[name]
     except ValueError as error:
-        raise ValueError(f"{title}: cannot read the array {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read the array {name!r}: {first_line(error)}") from error
     return array
 
 
@@ -355,7 +366,7 @@ def _npz_shapes(title: str, path: Path) -> dict[str, tuple[int, ...]]:
                     )
                     shapes[name] = header(file)[0]
     except Exception as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r} as an .npz file: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read {str(path)!r} as an .npz file: {first_line(error)}") from error
     if not shapes:
         raise ValueError(f"{title} holds no arrays")
     return shapes
@@ -396,11 +407,11 @@ def _npz_table(title: str, path: Path, within: str | None) -> Table:
 def _load_frame(
     title: str, path: Path, suffix: str | None, columns: Sequence[str] | None, labels: frozenset[str]
 ) -> Any:
-    pandas = _library("pandas", title)
+    pandas = library("pandas", title)
     separator = "\t" if suffix is not None and suffix.startswith(".tsv") else ","
     try:
         if suffix == ".parquet":
-            names = _library("pyarrow.parquet", title).read_schema(path).names
+            names = library("pyarrow.parquet", title).read_schema(path).names
         else:
             names = pandas.read_csv(path, sep=separator, nrows=0).columns.tolist()
         wanted = names if columns is None else [name for name in names if name in {*map(str, columns), *labels}]
@@ -411,7 +422,7 @@ def _load_frame(
     except (ModuleNotFoundError, _NoColumnError):
         raise
     except Exception as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r}: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read {str(path)!r}: {first_line(error)}") from error
 
 
 class _NoColumnError(ValueError):
@@ -425,7 +436,7 @@ def _check_columns(title: str, columns: Sequence[str] | None, names: Sequence[st
 
 
 def _frame_table(title: str, frame: Any, columns: Sequence[str] | None, labels: frozenset[str]) -> Table:
-    pandas = _library("pandas", title)
+    pandas = library("pandas", title)
     names = [str(name) for name in frame.columns]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -481,15 +492,15 @@ class _InFile:
     """An ``.h5ad`` file, of which only what is asked for is read."""
 
     def __init__(self, path: Path) -> None:
-        self._io = _library("anndata.io", path.name)
+        self._io = library("anndata.io", path.name)
         try:
-            self._file = _library("h5py", path.name).File(path, "r")
+            self._file = library("h5py", path.name).File(path, "r")
             self.obs: Any = self._io.read_elem(self._file["obs"])
             self.genes = [str(name) for name in self._io.read_elem(self._file["var"]).index]
             self.layers = tuple(self._file.get("layers", ()))
             self.obsm = tuple(self._file.get("obsm", ()))
         except (OSError, KeyError) as error:
-            raise ValueError(f"{path.name}: cannot read {str(path)!r} as AnnData: {_first_line(error)}") from error
+            raise ValueError(f"{path.name}: cannot read {str(path)!r} as AnnData: {first_line(error)}") from error
 
     def matrix(self, layer: str | None, obsm: str | None) -> Any:
         key = f"obsm/{obsm}" if obsm is not None else "X" if layer is None else f"layers/{layer}"
@@ -595,5 +606,6 @@ def _dense_rows(title: str, matrix: Any, rows: Array, columns: Array | None, wid
     return result
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -127,7 +127,7 @@ class MongeMap(LightningModule):
         dim: int | None = None,
         *,
         cost: CostLike = "sqeuclidean",
-        map: nn.Module | Mapping[str, Any] | None = None,
+        map: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128, 128),
         fitting_loss: FittingLoss = "sinkhorn",
         fitting_cost: CostLike = "sqeuclidean",
@@ -143,7 +143,7 @@ class MongeMap(LightningModule):
         conservative_probes: int = 1,
         reach: float | None = None,
         reweight: bool = False,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(Adam, lr=1e-3),  # noqa: B008
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: str = "auto",
         global_batch: bool = True,
@@ -177,12 +177,13 @@ class MongeMap(LightningModule):
             solver=check_solver(solver),
         )
         self.global_batch = bool(global_batch)
-        self.optimizer = build("optimizer", optimizer)
+        self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))
         self.register_buffer("gap_epsilon", _undecided(check_epsilon("gap_epsilon", gap_epsilon)))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("gap_reference", reference)
+        # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
         self.map = given if given is not None else None if dim is None else ResidualMLP(dim, hidden)
         self.hidden = tuple(hidden)
