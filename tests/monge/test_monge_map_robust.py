@@ -65,7 +65,7 @@ def test_it_says_what_to_change(source, target, options, error, message):
 
 
 def test_a_diverging_map_is_told_to_lower_its_learning_rate():
-    with pytest.raises((ValueError, FloatingPointError), match="lower (the|its) learning rate"):
+    with pytest.raises((ValueError, FloatingPointError), match=r"lower (the|its) learning rate"):
         fit_batch(small(optimizer=lambda p: torch.optim.SGD(p, lr=1e30)), (SOURCE, TARGET), max_epochs=5)
 
 
