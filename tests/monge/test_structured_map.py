@@ -147,7 +147,7 @@ def test_costs_without_the_structure_are_refused(cost, message):
 
 
 def test_a_cost_of_another_dimension_is_refused():
-    with pytest.raises(ValueError, match="dim=2.*3 columns"):
+    with pytest.raises(ValueError, match=r"dim=2.*3 columns"):
         StructuredMap(2, COSTS[1])
 
 
