@@ -3,6 +3,7 @@
 from lightning_gap.monge import costs
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
+from lightning_gap.monge.figure import MapFigure
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.marginal import marginal_wasserstein
@@ -15,6 +16,7 @@ from lightning_gap.monge.metrics import (
     UnexplainedVariance,
 )
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.plot import plot_map
 from lightning_gap.monge.scores import MapScores
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
 
@@ -22,6 +24,7 @@ __all__ = [
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
+    "MapFigure",
     "MapScores",
     "MarginalWasserstein",
     "MongeGap",
@@ -37,5 +40,6 @@ __all__ = [
     "marginal_wasserstein",
     "monge_gap",
     "optimal_transport",
+    "plot_map",
     "sinkhorn_divergence",
 ]
