@@ -30,7 +30,9 @@ try:
     from sklearn.utils import check_array, check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError("MongeMapTransformer needs scikit-learn 1.6 or newer: pip install 'lightning_gap[sklearn]'") from error
+    raise ImportError(
+        "MongeMapTransformer needs scikit-learn 1.6 or newer: pip install 'lightning_gap[sklearn]'"
+    ) from error
 
 __all__ = ["MongeMapTransformer"]
 
@@ -43,13 +45,13 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
     .. math::
         \min_T \; S_{\varepsilon_1}(T\sharp\mu, \nu) + \lambda\, M^c_{\varepsilon_2}(T)
 
-    (Uscidda and Cuturi 2023, "The Monge Gap", section 3.) ``fit(X, Y)`` takes a sample of each measure, of any sizes:
+    (Uscidda and Cuturi 2023, "The Monge Gap", section 3.) ``fit(X, y)`` takes a sample of each measure, of any sizes:
     their rows are not paired. It trains a :class:`~lightning_gap.MongeMap` by Adam with a cosine decay, and leaves no
     trace: no files, no output, and torch's, NumPy's and Python's global random numbers as they were (unless
     ``random_state`` is ``None``, which draws a seed from NumPy's, as everywhere in scikit-learn). Each ``fit`` starts
     anew.
 
-    Model selection splits ``X`` and ``Y`` by the same row numbers, so they must then be of one length.
+    Model selection splits ``X`` and ``y`` by the same row numbers, so they must then be of one length.
 
     Args:
         cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
@@ -80,10 +82,10 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
     Example:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
-        >>> X, Y = rng.normal(size=(200, 2)), 0.5 * rng.normal(size=(150, 2)) + [3, 0]
+        >>> X, y = rng.normal(size=(200, 2)), 0.5 * rng.normal(size=(150, 2)) + [3, 0]
         >>> transformer = MongeMapTransformer(max_steps=150, learning_rate=1e-2, hidden=(32,), random_state=0)
-        >>> moved = transformer.fit(X, Y).transform(X)
-        >>> bool(np.abs(moved.mean(0) - Y.mean(0)).max() < 0.2)
+        >>> moved = transformer.fit(X, y).transform(X)
+        >>> bool(np.abs(moved.mean(0) - y.mean(0)).max() < 0.2)
         True
     """
 
@@ -119,12 +121,12 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         self.accelerator = accelerator
         self.random_state = random_state
 
-    def fit(self, X: ArrayLike, Y: ArrayLike | None = None) -> "MongeMapTransformer":
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> "MongeMapTransformer":
         """Learn the map.
 
         Args:
             X: ``(n, d)`` samples of the source, at least two.
-            Y: ``(m, d)`` samples of the target.
+            y: ``(m, d)`` samples of the target.
 
         Returns:
             The transformer itself.
@@ -132,9 +134,9 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         Raises:
             ValueError: Samples or an option cannot be used.
         """
-        if Y is None:
+        if y is None:
             raise ValueError(
-                "MongeMapTransformer requires y to be passed, but the target y is None: give fit(X, Y) two samples"
+                "MongeMapTransformer requires y to be passed, but the target y is None: give fit(X, y) two samples"
             )
         for name, value in (("max_steps", self.max_steps), ("batch_size", self.batch_size)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -142,17 +144,17 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         source = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
-        target = self._target(Y)
+        target = self._target(y)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         representation = make_pipeline(
             StandardScaler() if self.standardize else FunctionTransformer(),
             FunctionTransformer() if self.n_components is None else PCA(self.n_components, random_state=seed),
         ).fit(np.concatenate([source, target.astype(source.dtype)]))
-        x, y = (torch.from_numpy(representation.transform(samples)).float() for samples in (source, target))
+        x, z = (torch.from_numpy(representation.transform(samples)).float() for samples in (source, target))
         with isolate_rng(), _quietly():
             torch.manual_seed(seed)
             data = SamplesDataModule(
-                x, y, batch_size=int(min(self.batch_size, len(x), len(y))), val_fraction=0.0, seed=seed
+                x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
             )
             model = MongeMap(
                 x.shape[1],
@@ -172,6 +174,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 plugins=LightningEnvironment(),
                 max_steps=int(self.max_steps),
                 max_epochs=-1,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -204,31 +208,31 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         images = self.representation_.inverse_transform(self.model_.transport(encoded).numpy())
         return np.asarray(images, dtype=samples.dtype)
 
-    def score(self, X: ArrayLike, Y: ArrayLike) -> float:
+    def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Return minus the Sinkhorn divergence between images and target, in the features' own units.
 
-        Its epsilon is 5 % of the mean cost within ``Y``, whatever the estimator's parameters, so that these compare.
+        Its epsilon is 5 % of the mean cost within ``y``, whatever the estimator's parameters, so that these compare.
 
         Args:
             X: ``(n, d)`` samples of the source.
-            Y: ``(m, d)`` samples of the target.
+            y: ``(m, d)`` samples of the target.
 
         Raises:
             NotFittedError: ``fit`` has not been called.
             ValueError: The samples cannot be used.
         """
         images = torch.from_numpy(np.asarray(self.transform(X), dtype=np.float64))
-        target = torch.from_numpy(np.asarray(self._target(Y), dtype=np.float64))
+        target = torch.from_numpy(np.asarray(self._target(y), dtype=np.float64))
         cost = resolve(self.fitting_cost)
         epsilon = share_of_mean_cost(0.05, target, target, cost)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
-    def _target(self, Y: ArrayLike) -> NDArray[Any]:
-        target: NDArray[Any] = check_array(Y, dtype=_DTYPES, input_name="Y")
+    def _target(self, y: ArrayLike) -> NDArray[Any]:
+        target: NDArray[Any] = check_array(y, dtype=_DTYPES, input_name="y")
         if target.shape[1] != self.n_features_in_:
             raise ValueError(
-                f"Y has {target.shape[1]} features, but X has {self.n_features_in_}: fit(X, Y) takes two samples of one "
-                "space, not labels"
+                f"y has {target.shape[1]} features, but X has {self.n_features_in_}: fit(X, y) takes two samples "
+                "of one space, not labels"
             )
         return target
 

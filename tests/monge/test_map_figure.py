@@ -21,10 +21,10 @@ from lightning_gap.monge import MapFigure, figure
 pytest.importorskip("matplotlib")
 
 
-def samples(dim: int = 2) -> SamplesDataModule:
+def samples(batch_size: int = 32) -> SamplesDataModule:
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(80, dim, generator=generator), torch.randn(70, dim, generator=generator) + 2
-    return SamplesDataModule(x, y, batch_size=32, val_fraction=0.25)
+    x, y = torch.randn(80, 2, generator=generator), torch.randn(70, 2, generator=generator) + 2
+    return SamplesDataModule(x, y, batch_size=batch_size, val_fraction=0.25)
 
 
 def trainer(*callbacks, **options) -> Trainer:
@@ -293,8 +293,8 @@ def _process(rank, port, folder, results):
     strategy = DDPStrategy(process_group_backend="gloo")
     run = trainer(callback, logger=CSVLogger(folder, version=0), devices=2, strategy=strategy)
     net = model()
-    run.fit(net, samples())
-    results[rank] = (callback.figure is not None, net.map.displacement[0].weight.detach().clone())
+    run.fit(net, samples(16))
+    results[rank] = (callback.figure is not None, net.map.displacement[0].weight.tolist())
 
 
 @pytest.mark.distributed
@@ -304,5 +304,5 @@ def test_of_two_processes_the_first_draws(tmp_path):
         mp.spawn(_process, args=(free_port(), tmp_path, results), nprocs=2)
         results = dict(results)
     assert [results[rank][0] for rank in range(2)] == [True, False]
-    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1] == results[1][1]
     assert len(list(tmp_path.rglob("*.png"))) == 1
