@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> None:
         table.add_row(*row)
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=100)
+        console = Console(file=sys.stdout, highlight=False, width=120)
     console.print(table)
     if note := _note(plan, options):
         console.print(note, soft_wrap=True)
