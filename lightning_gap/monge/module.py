@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.loggers import define_axes
 from lightning_gap.monge.arguments import check_count, check_number
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
@@ -34,6 +35,7 @@ from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel
 
 __all__ = ["MongeMap"]
 
+_UPDATES = "lightning_gap/monge/updates"
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -422,10 +424,7 @@ class MongeMap(LightningModule):
         for name, value in (("gap_weight", self.gap_weight), ("epsilon_factor", self.epsilon_factor)):
             if callable(value):
                 logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor)
-        self.log_dict(
-            {f"lightning_gap/monge/train_{name}": value.detach() for name, value in logged.items()},
-            batch_size=source.shape[-2],
-        )
+        self._log("train", logged, batch_size=source.shape[-2])
         return total
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
@@ -537,7 +536,13 @@ class MongeMap(LightningModule):
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
-        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=True)
+        self._log(stage, values, sync_dist=True)
+
+    def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
+        logged = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
+        define_axes(self.trainer.loggers, _UPDATES, logged)
+        logged[_UPDATES] = torch.tensor(float(self.global_step))
+        self.log_dict(logged, **options)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
