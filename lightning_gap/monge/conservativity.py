@@ -25,8 +25,8 @@ def conservativity(
 
     The expectation is over random signs v (Hutchinson's estimator, unbiased); each probe costs one forward pass with
     tangents and one backward pass, and no Jacobian is formed. It regularizes the field of a :class:`StructuredMap`
-    (Uscidda and Cuturi 2023, "The Monge Gap", section 4), as it does score fields in Chao et al. 2023, "On Investigating
-    the Conservative Property of Score-Based Generative Models".
+    (Uscidda and Cuturi 2023, "The Monge Gap", section 4), as it does score fields in Chao et al. 2023, "On
+    Investigating the Conservative Property of Score-Based Generative Models".
 
     Args:
         field: The vector field: ``field(x)`` or ``field(x, condition)`` of the shape of ``x``, row by row; a layer
