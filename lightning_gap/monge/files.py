@@ -453,9 +453,13 @@ def _frame_table(title: str, frame: Any, columns: Sequence[str] | None, labels: 
         single = all(dtype in ("float32", "Float32") for dtype in map(str, chosen.dtypes))
         return _as_tensor(chosen.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan))
 
-    return Table(
-        title, len(frame), tuple(features), tuple(names), read, lambda name: frame[name].to_numpy(dtype=object)
-    )
+    return Table(title, len(frame), tuple(features), tuple(names), read, lambda name: _objects(frame[name]))
+
+
+def _objects(series: Any) -> Array:
+    """Return a column of labels, with None where one is missing: the missing value of pandas has no truth value."""
+    labels: Array = series.to_numpy(dtype=object, na_value=None)
+    return labels
 
 
 # AnnData
@@ -571,7 +575,7 @@ def _anndata_table(
         None if features is None else tuple(features),
         tuple(map(str, obs.columns)),
         read,
-        lambda name: obs[name].to_numpy(dtype=object),
+        lambda name: _objects(obs[name]),
     )
 
 
