@@ -103,13 +103,13 @@ def test_from_anndata_asks_for_columns_of_obs(tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
-@pytest.mark.parametrize("stored", ["file", "memory"])
+@pytest.mark.parametrize("stored", ["file", "memory", "backed"])
 def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.files._BLOCK", 9)  # three rows at once
+    monkeypatch.setattr("lightning_gap.monge.h5ad._BLOCK", 9)  # three rows at once
     given = cells(matrix(VALUES))
-    if stored == "file":
+    if stored != "memory":
         given.write_h5ad(tmp_path / "a.h5ad")
-        given = tmp_path / "a.h5ad"
+        given = tmp_path / "a.h5ad" if stored == "file" else anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
     data = SamplesDataModule(given, given, **table_options(columns=["MX2", "ISG15"]))
     np.testing.assert_allclose(predicted(data), VALUES[ARM == "control"][:, [2, 0]], rtol=1e-6)
     assert data.feature_names == ("MX2", "ISG15")
