@@ -160,48 +160,21 @@ class MapScores(Metric):
             ValueError: Shapes or devices do not fit, values are not finite, a cost is not defined there, or optional
                 arguments came with some batches only. Nothing has changed then.
         """
-        given = {"mapped": mapped, "target": target, "true_images": true_images, "target_again": target_again}
-        sets = _by_condition("source", source, source, None)
-        others = {name: _by_condition(name, x, source, len(sets)) for name, x in given.items() if x is not None}
-        mass = {
-            "source": _by_condition("source_weights", source_weights, source, len(sets), weights=True),
-            "target": _by_condition("target_weights", target_weights, source, len(sets), weights=True),
-        }
-        labels = _labels(condition, source, len(sets))
+        given = {"source": source, "mapped": mapped, "target": target}
+        given |= {n: x for n, x in (("true_images", true_images), ("target_again", target_again)) if x is not None}
+        count = len(_by_condition("source", source, source, None))
+        sets = {name: _by_condition(name, x, source, count) for name, x in given.items()}
+        a = _by_condition("source_weights", source_weights, source, count, weights=True)
+        b = _by_condition("target_weights", target_weights, source, count, weights=True)
+        labels = _labels(condition, source, count)
         if self.conditions is not None:
             self._check_labels(labels)
         rows: dict[str, list[Tensor]] = {}
-
-        def add(name: str, samples: Tensor) -> None:
-            rows.setdefault(name, []).append(samples.detach())
-
-        for k, x in enumerate(sets):
+        for k in range(count):
             where = "" if source.dim() == 2 else f"[{k}]"
-            parts = {name: x_k[k] for name, x_k in others.items()}
-            for name, part in parts.items():
-                paired = name in ("mapped", "true_images")
-                check_pair(f"source{where}", x, f"{name}{where}", part, same_length=paired)
-            a, b = (
-                pooling_weights(f"{name}_weights{where}", mass[name][k], samples)
-                for name, samples in (("source", x), ("target", parts["target"]))
-            )
-            for name, samples, weights in (
-                ("source", x, a), ("mapped", parts["mapped"], a), ("true_images", parts.get("true_images"), a),
-                ("target", parts["target"], b), ("target_again", parts.get("target_again"), None),
-            ):  # fmt: skip
-                if samples is None:
-                    continue
-                kept = samples if weights is None else samples[weights > 0]
-                if name in ("source", "mapped"):
-                    self.cost.check_domain(f"{name}{where}", kept)
-                if name in ("mapped", "target", "target_again"):
-                    self.fitting_cost.check_domain(f"{name}{where}", kept)
-                add(name, kept)
-                if name in ("source", "target", "target_again"):
-                    label = labels[k : k + 1].expand(len(kept), -1)
-                    add("again_condition" if name == "target_again" else f"{name}_condition", label)
-                if name in ("source", "target") and weights is not None:
-                    add(f"{name}_weights", weights[weights > 0])
+            here = {name: parts[k] for name, parts in sets.items()}
+            for name, x in self._rows(where, here, a[k], b[k], labels[k : k + 1]).items():
+                rows.setdefault(name, []).append(x.detach())
         self._check_against_earlier(rows)
         for name, new in rows.items():
             getattr(self, name).append(torch.cat(new))
@@ -233,6 +206,30 @@ class MapScores(Metric):
             ModuleNotFoundError: Matplotlib is not installed.
         """
         return self._plot(val, ax)
+
+    def _rows(
+        self, where: str, given: Mapping[str, Tensor], a: Tensor | None, b: Tensor | None, label: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what one condition's samples add to each state, once they have been checked."""
+        source, target = given["source"], given["target"]
+        for name, x in given.items():
+            paired = name in ("mapped", "true_images")
+            check_pair(f"source{where}", source, f"{name}{where}", x, same_length=paired)
+        a = pooling_weights(f"source_weights{where}", a, source)
+        b = pooling_weights(f"target_weights{where}", b, target)
+        rows = {name: given[name][a > 0] for name in ("source", "mapped", "true_images") if name in given}
+        rows |= {"target": target[b > 0], "source_weights": a[a > 0], "target_weights": b[b > 0]}
+        if "target_again" in given:
+            rows["target_again"] = given["target_again"]
+        for cost, names in (
+            (self.cost, ("source", "mapped")),
+            (self.fitting_cost, ("mapped", "target", "target_again")),
+        ):
+            for name in names:
+                if name in rows:
+                    cost.check_domain(f"{name}{where}", rows[name])
+        labels = {"source_condition": "source", "target_condition": "target", "again_condition": "target_again"}
+        return rows | {name: label.expand(len(rows[of]), -1) for name, of in labels.items() if of in rows}
 
     def _check_labels(self, labels: Tensor) -> None:
         assert self.conditions is not None
