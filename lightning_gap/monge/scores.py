@@ -312,40 +312,39 @@ class MapScores(Metric):
         return fitting, gap
 
     def _scores(self, pool: "_Pool", fitting_epsilon: float | None, gap_epsilon: float | None) -> dict[str, Tensor]:
-        x, mapped, y = (pool.sets[name] for name in ("source", "mapped", "target"))
-        zero = solver_precision(x).new_zeros(())
-        small = pool.at_most(self.max_samples)
-
-        def fits(name: str, small_name: "_Pool", suffix: str = "") -> dict[str, Tensor]:
-            images, target = small_name.sets[name], small_name.sets["target"]
-            weights = (small_name.source_weights if name == "mapped" else None, small_name.target_weights)
-            divergence = zero
-            if fitting_epsilon is not None or self.solver == "exact":
-                divergence = sinkhorn_divergence(
-                    images, target, cost=self.fitting_cost, epsilon=fitting_epsilon, weights=weights,
-                    reach=self.reach, solver=self.solver,
-                )  # fmt: skip
-            of_all = pool.source_weights if name == "mapped" else None, pool.target_weights
-            return {
-                f"sinkhorn_divergence{suffix}": divergence,
-                f"energy_distance{suffix}": energy_distance(images, target, weights=weights),
-                f"wasserstein_1{suffix}": marginal_wasserstein(pool.sets[name], y, weights=of_all).mean(),
-            }
-
-        scores = fits("mapped", small)
-        scores["monge_gap"] = zero
+        # Of the floor's samples no more than there are images, in either.
+        every, some = pool.at_most(sum(map(len, pool.sets.values()))), pool.at_most(self.max_samples)
+        x, mapped, a = pool.sets["source"], pool.sets["mapped"], pool.source_weights
+        scores = self._fit("mapped", every, some, fitting_epsilon)
+        scores["monge_gap"] = torch.zeros_like(scores["energy_distance"])
         if gap_epsilon is not None or self.solver == "exact":
             scores["monge_gap"] = monge_gap(
-                small.sets["source"], small.sets["mapped"], cost=self.cost, epsilon=gap_epsilon,
-                convention=self.convention, weights=small.source_weights, solver=self.solver,
+                some.sets["source"], some.sets["mapped"], cost=self.cost, epsilon=gap_epsilon,
+                convention=self.convention, weights=some.source_weights, solver=self.solver,
             )  # fmt: skip
         paid = solver_precision(self.cost.paired(x, mapped))
-        scores["displacement"] = paid.mean() if pool.source_weights is None else pool.source_weights @ paid
+        scores["displacement"] = paid.mean() if a is None else a @ paid
         if "true_images" in pool.sets:
-            scores |= self._against_truth(x, mapped, pool.sets["true_images"], pool.source_weights)
+            scores |= self._against_truth(x, mapped, pool.sets["true_images"], a)
         if "target_again" in pool.sets:
-            scores |= fits("target_again", small, "_floor")
+            floors = self._fit("target_again", every, some, fitting_epsilon)
+            scores |= {f"{name}_floor": value for name, value in floors.items()}
         return scores
+
+    def _fit(self, images: str, every: "_Pool", some: "_Pool", epsilon: float | None) -> dict[str, Tensor]:
+        """Return how far samples are from the target's: all of them, and some where it takes all pairs."""
+        few, all_weights = (
+            (pool.source_weights if images == "mapped" else None, pool.target_weights) for pool in (some, every)
+        )
+        x, y = some.sets[images], some.sets["target"]
+        energy = solver_precision(energy_distance(x, y, weights=few))
+        divergence = torch.zeros_like(energy)
+        if epsilon is not None or self.solver == "exact":
+            divergence = sinkhorn_divergence(
+                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, reach=self.reach, solver=self.solver
+            )
+        marginals = marginal_wasserstein(every.sets[images], every.sets["target"], weights=all_weights)
+        return {"sinkhorn_divergence": divergence, "energy_distance": energy, "wasserstein_1": marginals.mean()}
 
     def _against_truth(self, x: Tensor, mapped: Tensor, true: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
         # What is here has been gathered.
