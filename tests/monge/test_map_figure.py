@@ -236,7 +236,8 @@ def test_csv_has_a_png_in_its_folder(tmp_path, several):
 
 
 @pytest.mark.skipif(not _MLFLOW_AVAILABLE, reason="MLflow is not installed")
-def test_mlflow(tmp_path):
+def test_mlflow(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("maps", tracking_uri=f"file:{tmp_path}")
     trainer(MapFigure(arrows=5), logger=logger).fit(model(), samples())
     logged = logger.experiment.list_artifacts(logger.run_id, "lightning_gap/monge")
