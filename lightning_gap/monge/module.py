@@ -23,6 +23,9 @@ from lightning_gap.parallel import mean_over_ranks
 
 __all__ = ["MongeMap"]
 
+# The axis of all that is logged: updates behind the weights that are measured.
+_UPDATES = "lightning_gap/monge/updates"
+
 
 class MongeMap(LightningModule):
     r"""Learns a transport map between two sets of unpaired samples that is optimal for a cost.
@@ -225,10 +228,11 @@ class MongeMap(LightningModule):
         logged = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in terms.items()}
         with torch.no_grad():
             logged[f"lightning_gap/monge/{stage}_displacement"] = self.cost.paired(source, mapped).mean()
+        options = {"batch_size": len(source), "sync_dist": stage != "train"}
         if self._trainer is not None:
-            define_axes(self._trainer.loggers, "lightning_gap/monge/updates", logged)
-            logged["lightning_gap/monge/updates"] = torch.tensor(float(self._trainer.global_step))
-        self.log_dict(logged, batch_size=len(source), sync_dist=stage != "train")
+            define_axes(self._trainer.loggers, _UPDATES, logged)
+            self.log(_UPDATES, float(self._trainer.global_step), reduce_fx="max", **options)
+        self.log_dict(logged, **options)
         return terms
 
     def _unpack(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
