@@ -96,7 +96,7 @@ CODE = [
     ("an unknown cost", lambda _: MongeMap(dim=2, cost="manhatan"), "choose one of cosine, elastic"),
     ("a negative epsilon", lambda _: MongeMap(dim=2, gap_epsilon=-1.0), "gap_epsilon must be a positive"),
     ("a weight that is no number", lambda _: MongeMap(dim=2, gap_weight=math.nan), "gap_weight must be a finite"),
-    ("samples that are not finite", lambda _: monge_gap(_x(3, 2), _x(3, 2) * math.nan), "holds NaN or infinity in 3 of 3 rows"),
+    ("samples of NaN", lambda _: monge_gap(_x(3, 2), _x(3, 2) * math.nan), "NaN or infinity in 3 of 3 rows"),
     ("samples of two dimensions", lambda _: sinkhorn_divergence(_x(3, 2), _x(3, 4)), "x has dimension 2 but y has 4"),
     ("a batch over the data", lambda _: SamplesDataModule(_x(4, 2), _x(4, 2), batch_size=64), "use batch_size <= 3"),
 ]  # fmt: skip

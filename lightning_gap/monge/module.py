@@ -541,7 +541,7 @@ class MongeMap(LightningModule):
     def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
         logged = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
         define_axes(self.trainer.loggers, _UPDATES, logged)
-        logged[_UPDATES] = torch.tensor(float(self.global_step))
+        self.log(_UPDATES, float(self.global_step), reduce_fx="max", **options)
         self.log_dict(logged, **options)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
