@@ -13,7 +13,7 @@ __all__ = ["say"]
 def say(*what: Any) -> None:
     """Print text or tables on rank zero.
 
-    Tables fit the window, or 100 columns where there is none, as in a log file; there they have no colours either.
+    Tables fit the window, or 120 columns where there is none, as in a log file; there they have no colours either.
     What the output's encoding has no signs for becomes question marks: no run ends for the sake of a ‖.
 
     Args:
@@ -25,7 +25,7 @@ def say(*what: Any) -> None:
     """
     console = Console(highlight=False)
     if not (console.is_terminal or console.is_jupyter):
-        console = Console(highlight=False, width=100)
+        console = Console(highlight=False, width=120)
     for each in what:
         try:
             console.print(each, soft_wrap=isinstance(each, str), markup=False)

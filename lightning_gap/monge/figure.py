@@ -1,111 +1,122 @@
-"""The picture of a transport map: where samples go, beside where they should."""
+"""The callback that logs a figure of the map while it is learned."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
+import fsspec
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from numpy.typing import NDArray
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import ArrayLike
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_gap.loggers import log_figure
+from lightning_gap.monge.plot import Space, Theme, plot_map
+from lightning_gap.parallel import holds_whole_weights
 
-__all__ = ["MapFigure", "plot_map"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_SOURCE, _TARGET, _MAPPED = "#2f68b0", "#9aa2ad", "#c2512f"
-_ARROWS = 150
+__all__ = ["MapFigure"]
 
-
-def principal_plane(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the two directions of largest variance, ``(d, 2)``, each with its largest entry positive."""
-    directions = np.linalg.svd(samples - samples.mean(0), full_matrices=False)[2][:2].T
-    largest = np.abs(directions).argmax(0)
-    return np.asarray(directions * np.sign(directions[largest, range(directions.shape[1])]))
-
-
-def plot_map(
-    source: NDArray[Any],
-    mapped: NDArray[Any],
-    target: NDArray[Any],
-    *,
-    plane: NDArray[np.float64] | None = None,
-    ax: Any,
-) -> Any:
-    """Draw the target, and a line from each sample to its image; in one dimension, the graph of the map.
-
-    Args:
-        source: ``(n, d)`` samples.
-        mapped: ``(n, d)`` their images.
-        target: ``(m, d)`` samples of the target.
-        plane: ``(d, 2)`` directions to draw along; for d > 2 the two principal ones of the target by default.
-        ax: Matplotlib axes to draw on.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
-    """
-    source, mapped, target = (np.asarray(x, dtype=np.float64) for x in (source, mapped, target))
-    if source.ndim != 2 or source.shape != mapped.shape or target.shape[1:] != source.shape[1:]:
-        raise ValueError(
-            f"source {source.shape}, mapped {mapped.shape} and target {target.shape} must be (n, d), (n, d) and (m, d)"
-        )
-    if source.shape[1] == 1:
-        order = source[:, 0].argsort()
-        ax.plot(source[order, 0], mapped[order, 0], color=_MAPPED, lw=1.5, label="T(x)")
-        ax.plot(source[order, 0], source[order, 0], color=_TARGET, lw=0.8, ls="--", label="x")
-        ax.set(xlabel="x", ylabel="T(x)")
-    else:
-        labels = ("first coordinate", "second coordinate")
-        if plane is None and source.shape[1] > 2:
-            plane = principal_plane(target)
-        if plane is not None:
-            source, mapped, target = source @ plane, mapped @ plane, target @ plane
-            labels = ("first principal direction of the target", "second principal direction")
-        ax.plot(*target.T, "o", ms=2.5, mec="none", alpha=0.6, color=_TARGET, label="target")
-        ax.plot(*np.stack([source[:_ARROWS], mapped[:_ARROWS]]).transpose(2, 0, 1), lw=0.6, alpha=0.45, color=_SOURCE)
-        ax.plot(*source.T, "o", ms=2.5, mec="none", alpha=0.8, color=_SOURCE, label="source x")
-        ax.plot(*mapped.T, "o", ms=2.5, mec="none", alpha=0.8, color=_MAPPED, label="images T(x)")
-        ax.set(xlabel=labels[0], ylabel=labels[1])
-        ax.set_aspect("equal", adjustable="datalim")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=3, markerscale=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
-    return ax
+_KEY = "lightning_gap/monge/val_map"
 
 
 class MapFigure(Callback):
-    """Show at every validation where a map takes the samples of the first validation batch.
+    """Log a figure of source, target, images and arrows after validation; see :func:`plot_map`.
 
-    The figure goes to the loggers of W&B, TensorBoard, MLflow and CSV under ``lightning_gap/monge/map``: the target,
-    and a line from each sample to its image, in the space the map works in; in more than two dimensions along the two
-    directions of the target's largest variance, the same at each validation. It only observes.
+    It goes to every logger, on rank zero, as ``lightning_gap/monge/val_map``: TensorBoard, W&B and MLflow take it as an
+    image at the step of ``trainer.global_step``; for other loggers, CSV among them, it is written as
+    ``val_map-<step>.png`` to the logger's folder. Without a logger it is in :attr:`figure` alone.
+
+    Drawn are the samples of the first validation batches, of this process, up to ``max_points`` of each set and
+    condition, or ``samples``. Weights are not drawn, but rows of weight 0 are left out. Samples in coordinates that
+    standardize each feature are drawn in the original ones; principal components stay what they are.
+
+    Nothing here moves random number generators, weights or buffers: a run with the callback is bit-equal to the run
+    without.
 
     Args:
-        points: At most this many samples are drawn, of a batch of several conditions in all.
+        every_n_validations: Draw after the first of every so many validations; the sanity check does not count.
+        samples: ``(source, target)``, or ``(source, target, condition)`` for a conditional map, to draw instead: raw
+            samples, as ``MongeMap.transport`` takes them.
+        space: See :func:`plot_map`, as the following.
+        feature_names: Names of the features.
+        arrows: Most arrows in a panel.
+        max_points: Most points of each set in a panel.
+        theme: ``"light"`` or ``"dark"``.
 
     Raises:
-        ValueError: ``points`` is not a positive integer.
+        TypeError: ``samples`` is no pair.
+        ValueError: ``every_n_validations`` is not a positive integer.
+        ModuleNotFoundError: When it is set up: Matplotlib is not installed.
 
     Example:
+        >>> import torch
         >>> from lightning.pytorch import Trainer
-        >>> from lightning.pytorch.loggers import CSVLogger
-        >>> trainer = Trainer(logger=CSVLogger("."), callbacks=[MapFigure()])  # doctest: +SKIP
-        >>> trainer.fit(model, data)  # doctest: +SKIP
+        >>> from lightning_gap import MongeMap, SamplesDataModule
+        >>> drawing = MapFigure()
+        >>> trainer = Trainer(max_epochs=1, callbacks=[drawing], logger=False, enable_checkpointing=False,
+        ...                   enable_progress_bar=False, enable_model_summary=False)
+        >>> data = SamplesDataModule(torch.randn(200, 2), torch.randn(200, 2) + 3, batch_size=100)
+        >>> trainer.fit(MongeMap(dim=2), data)
+        >>> drawing.figure is not None
+        True
     """
 
-    def __init__(self, *, points: int = 500) -> None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise ValueError(f"points must be a positive integer, got {points!r}")
-        self.points = points
-        self._plane: NDArray[np.float64] | None = None
-        self._shown: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        *,
+        samples: Sequence[ArrayLike | Tensor] | None = None,
+        space: Space = "auto",
+        feature_names: Sequence[str] | None = None,
+        arrows: int = 80,
+        max_points: int = 1000,
+        theme: Theme = "light",
+    ) -> None:
+        valid = isinstance(every_n_validations, int) and not isinstance(every_n_validations, bool)
+        if not valid or every_n_validations < 1:
+            raise ValueError(f"every_n_validations must be a positive integer, got {every_n_validations!r}")
+        if samples is not None and (not isinstance(samples, tuple | list) or len(samples) not in (2, 3)):
+            raise TypeError("samples must be (source, target), or (source, target, condition) for a conditional map")
+        self.every_n_validations = every_n_validations
+        self.samples = samples
+        self.max_points = max_points
+        self.options: dict[str, Any] = {
+            "space": space,
+            "feature_names": feature_names,
+            "arrows": arrows,
+            "max_points": max_points,
+            "theme": theme,
+        }
+        self._validations = 0
+        self._due = False
+        self._drawn: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._figure: Figure | None = None
+        self._said: set[str] = set()
 
+    @property
+    def figure(self) -> "Figure | None":
+        """The last figure that was drawn; ``None`` before the first, and on other ranks than zero."""
+        return self._figure
+
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the directions of earlier data."""
-        self._plane = self._shown = None
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("MapFigure needs matplotlib: pip install 'lightning_gap[plots]'") from error
 
-    @torch.no_grad()
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where weights are sharded, all ranks must map together.
+        takes_part = trainer.is_global_zero or not holds_whole_weights(trainer)
+        self._due = takes_part and not trainer.sanity_checking and self._validations % self.every_n_validations == 0
+        self._drawn = {}
+
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -115,40 +126,119 @@ class MapFigure(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Map the samples of the first batch."""
-        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        if not self._due or self.samples is not None or dataloader_idx:
             return
-        source, target, condition = batch[0], batch[1], getattr(batch, "condition", None)
-        if source.dim() == 2:
-            source, target = source[None], target[None]
-        each = -(-self.points // len(source))
-        source, target = source[:, :each], target[:, :each]
-        dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), source.dtype)
-        images = [
-            pl_module(x.to(dtype)) if condition is None else pl_module(x.to(dtype), label.expand(len(x), *label.shape))
-            for x, label in zip(source, source if condition is None else condition, strict=True)
-        ]
-        self._shown = tuple(_array(x) for x in (source, torch.stack(images), target))  # type: ignore[assignment]
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw them."""
-        shown, self._shown = self._shown, None
-        if shown is None:
+        if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+            self._warn_once(
+                "batch", "MapFigure draws batches (source, target), and validation has others: give samples="
+            )
             return
-        source, mapped, target = shown
-        if self._plane is None and source.shape[1] > 2:
-            self._plane = principal_plane(target)
+        most = self.max_points
+        if self._drawn and all(sum(len(x) for x, _, _ in parts) >= most for parts in self._drawn.values()):
+            return
+        with isolate_rng():
+            for key, x, y, condition in _conditions(batch):
+                part = _in_original_features(pl_module, *_mapped(pl_module, x[:most], y[:most], condition))
+                self._drawn.setdefault(key, []).append(part)
 
-        def draw() -> Any:
-            from matplotlib.figure import Figure
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if not self._due:
+            return
+        names: list[str] | None = None
+        if self.samples is not None:
+            source, target, *condition = self.samples
+            with isolate_rng():
+                mapped = pl_module.transport(source, *condition)  # type: ignore[operator]
+            sets: tuple[Any, Any, Any] = (source, mapped, target)
+        elif self._drawn:
+            joined = {key: [torch.cat(part) for part in zip(*parts, strict=True)] for key, parts in self._drawn.items()}
+            keys = sorted(joined)
+            sets = tuple([joined[key][k] for key in keys] for k in range(3))  # type: ignore[assignment]
+            if keys == [()]:
+                sets = (sets[0][0], sets[1][0], sets[2][0])
+            else:
+                names = [_name(pl_module, key) for key in keys]
+            self._drawn = {}
+        else:
+            return
+        if not trainer.is_global_zero:
+            return
+        title = f"validation after {trainer.global_step} updates"
+        self._figure = plot_map(*sets, conditions=names, title=title, **self.options)
+        for logger in trainer.loggers:
+            self._log(logger, self._figure, trainer)
 
-            figure = Figure(figsize=(6, 5), layout="constrained")
-            ax = plot_map(source, mapped, target, plane=self._plane, ax=figure.add_subplot())
-            ax.set_title(f"after {trainer.global_step} updates", loc="right", fontsize=10)
-            return figure
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
 
-        log_figure(trainer.loggers, "lightning_gap/monge/map", draw, trainer.global_step)
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = int(state_dict["validations"])
+
+    def _log(self, logger: Any, figure: "Figure", trainer: Trainer) -> None:
+        step, experiment = trainer.global_step, cast(Any, getattr(logger, "experiment", None))
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(_KEY, [figure], step=step)
+        elif hasattr(experiment, "add_figure"):  # TensorBoard
+            experiment.add_figure(_KEY, figure, step)
+        elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
+            experiment.log_figure(logger.run_id, figure, f"{_KEY}-{step:08d}.png")
+        elif folder := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None):
+            filesystem, path = fsspec.core.url_to_fs(str(folder))
+            filesystem.makedirs(path, exist_ok=True)
+            with filesystem.open(f"{path}/val_map-{step:08d}.png", "wb") as file:
+                figure.savefig(file, format="png")
+        else:
+            kind = type(logger).__name__
+            self._warn_once(kind, f"MapFigure: {kind} takes no figures and has no folder, so none is logged to it")
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(message)
 
 
-def _array(x: Tensor) -> NDArray[Any]:
-    return x.flatten(0, -2).double().cpu().numpy()
+def _conditions(batch: Any) -> Iterator[tuple[tuple[Any, ...], Tensor, Tensor, Tensor | None]]:
+    """Yield each condition's key, source and target without rows of weight 0, and the condition itself."""
+    several = batch[0].dim() == 3
+    source, target, a, b, condition = (
+        part if several or part is None else part[None]
+        for part in (*batch[:2], *(getattr(batch, n, None) for n in ("source_weights", "target_weights", "condition")))
+    )
+    for k in range(len(source)):
+        x = source[k] if a is None else source[k][a[k] > 0]
+        y = target[k] if b is None else target[k][b[k] > 0]
+        label = None if condition is None else condition[k]
+        key = () if not several else (k,) if label is None else tuple(label.reshape(-1).tolist())
+        yield key, x, y, label
+
+
+def _mapped(
+    pl_module: LightningModule, x: Tensor, y: Tensor, condition: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return source, images and target in the precision of the network."""
+    parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), x)
+    x, y = x.to(parameter.dtype), y.to(parameter.dtype)
+    if condition is None or not getattr(getattr(pl_module, "map", None), "conditional", False):
+        return x, pl_module(x), y
+    return x, pl_module(x, condition.expand(len(x), *condition.shape)), y
+
+
+def _in_original_features(pl_module: LightningModule, *samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    representation: Any = getattr(pl_module, "representation", None)
+    if representation is not None and representation.components is None:
+        samples = tuple(representation.decode(x) for x in samples)
+    first, second, third = (x.detach().cpu() for x in samples)
+    return first, second, third
+
+
+def _name(pl_module: LightningModule, key: tuple[Any, ...]) -> str:
+    names = getattr(pl_module, "condition_names", None)
+    if names and len(key) == 1 and isinstance(key[0], int) and key[0] < len(names):
+        return str(names[key[0]])
+    return "condition " + ", ".join(f"{value:g}" for value in key)

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args, overload
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel
 
 __all__ = ["MongeMap"]
 
+_UPDATES = "lightning_gap/monge/updates"
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -423,8 +424,8 @@ class MongeMap(LightningModule):
             logged["displacement"] = _displacement(self.cost, b.source, mapped)
         for name, value in (("gap_weight", self.gap_weight), ("epsilon_factor", self.epsilon_factor)):
             if callable(value):
-                logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor)
-        self._log_terms("train", {name: value.detach() for name, value in logged.items()}, source.shape[-2])
+                logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor, device=self.device)
+        self._log_step(logged, batch_idx, source.shape[-2])
         return total
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
@@ -486,6 +487,19 @@ class MongeMap(LightningModule):
             samples = samples.expand(len(batch.source), *samples.shape)
         return _gathered(samples, group), _gathered(self._images(samples, batch.condition), group)
 
+    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
+        """Log what a training step found."""
+        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
+        # an epoch's second batch on only the numbers are new.
+        results = _results_of(self.trainer)
+        keys = [f"training_step.{name}" for name in (_UPDATES, *(_key("train", name) for name in values))]
+        if not batch_idx or results is None or not all(key in results for key in keys):
+            self._log("train", values, batch_size=batch_size)
+            return
+        updates = torch.tensor(float(self.global_step), device=self.device)
+        for key, value in zip(keys, (updates, *values.values()), strict=True):
+            results.update_metrics(key, value.detach(), batch_size)
+
     def _new_scores(self, *, named: bool) -> MapScores:
         scores = MapScores(
             cost=self.cost,
@@ -536,13 +550,13 @@ class MongeMap(LightningModule):
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
-        self._log_terms(stage, values)
+        self._log(stage, values, sync_dist=True)
 
-    def _log_terms(self, stage: str, values: Mapping[str, Tensor], batch_size: int | None = None) -> None:
-        logged = {f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}
-        define_axes(self.trainer.loggers, "lightning_gap/monge/updates", logged)
-        logged["lightning_gap/monge/updates"] = torch.tensor(float(self.trainer.global_step))
-        self.log_dict(logged, batch_size=batch_size, sync_dist=stage != "train")
+    def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
+        logged = {_key(stage, name): value.detach() for name, value in values.items()}
+        define_axes(self.trainer.loggers, _UPDATES, logged)
+        self.log(_UPDATES, float(self.global_step), reduce_fx="max", **options)
+        self.log_dict(logged, **options)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
@@ -611,6 +625,15 @@ def _gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) ->
 
 def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
     return cost.paired(source.reshape(-1, source.shape[-1]), mapped.reshape(-1, mapped.shape[-1])).mean()
+
+
+def _key(stage: str, name: str) -> str:
+    return f"lightning_gap/monge/{stage}_{name}"
+
+
+def _results_of(trainer: Trainer) -> Any:
+    """Return what the trainer has been told by ``log``; ``None`` where this Lightning keeps it elsewhere."""
+    return getattr(trainer, "_results", None)
 
 
 def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:

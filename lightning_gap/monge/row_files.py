@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.files import Table, as_texts, first_line, library, open_table
+from lightning_gap.monge.files import open_table
+from lightning_gap.monge.tables import Table, as_texts, first_line, library, there_is
 
 __all__ = ["Block", "Output", "RowFile", "label_indices", "open_rows"]
 
@@ -150,7 +151,7 @@ def _open_frames(argument: str, path: Path, columns: Sequence[str] | None, least
     def blocks(labels: Sequence[str]) -> Iterator[Block]:
         for label in labels:
             if label not in names:
-                raise ValueError(f"{title} has no column {label!r}; there is {', '.join(map(repr, names[:12]))}")
+                raise ValueError(f"{title} has no column {label!r}; {there_is(names)}")
         start = 0
         for frame in frames(_rows(len(names), least)):
             table = open_table(title, frame, columns=features)
@@ -216,11 +217,11 @@ def _features(title: str, frame: Any, names: Sequence[str], columns: Sequence[st
         numeric = pandas.api.types.is_numeric_dtype
         features = [name for name in names if numeric(frame[name].dtype) and not name.startswith("Unnamed: ")]
         if not features:
-            raise ValueError(f"{title} has no columns of numbers; there is {', '.join(map(repr, names[:12]))}")
+            raise ValueError(f"{title} has no columns of numbers; {there_is(names)}")
         return features
     missing = [name for name in columns if name not in names]
     if missing:
-        raise ValueError(f"columns: {title} has no column {missing[0]!r}; there is {', '.join(map(repr, names[:12]))}")
+        raise ValueError(f"columns: {title} has no column {missing[0]!r}; {there_is(names)}")
     return [str(name) for name in columns]
 
 
