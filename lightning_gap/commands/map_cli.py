@@ -1,15 +1,17 @@
 """LightningCLI over :class:`~lightning_gap.MongeMap` and :class:`~lightning_gap.SamplesDataModule`."""
 
+import argparse
 import re
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,7 +30,7 @@ from lightning_gap.commands.trainer import TRAINER_COMMANDS
 from lightning_gap.monge.transport_files import load_map, read_checkpoint
 from lightning_gap.terminal import say
 
-__all__ = ["MapCLI", "run_trainer"]
+__all__ = ["MapCLI", "run_trainer", "trainer_parsers"]
 
 DEFAULT_UPDATES = 5000
 # At most this many validations of a run whose length is a number of updates.
@@ -61,6 +63,23 @@ def run_trainer(words: Sequence[str]) -> None:
         ) from None
 
 
+def trainer_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command."""
+    parsers: dict[str, argparse.ArgumentParser] = {}
+
+    class Made(Exception):  # noqa: N818
+        """LightningCLI makes its parsers and runs in one: it goes no further than this."""
+
+    class Maker(MapCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            parsers.update(self._subcommand_parsers)
+            raise Made
+
+    with suppress(Made):
+        Maker([])
+    return parsers
+
+
 def _expected(error: BaseException) -> bool:
     """Return whether an error was raised on purpose, by this package or Lightning, or by the file system."""
     if isinstance(error, MisconfigurationException | OSError):
@@ -82,16 +101,18 @@ class MapCLI(LightningCLI):
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        commands = {
-            name: {"description": f"{what[0].upper()}{what[1:]}."}
-            for name, what in TRAINER_COMMANDS.items()
-        }
+        commands = {name: {"description": f"{what[0].upper()}{what[1:]}."} for name, what in TRAINER_COMMANDS.items()}
         super().__init__(
             MongeMap,
             SamplesDataModule,
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-gap", "description": "Transport maps.", "allow_abbrev": False, **commands},
+            parser_kwargs={
+                "prog": "lightning-gap",
+                "description": "Transport maps.",
+                "allow_abbrev": False,
+                **commands,
+            },
             parser_class=_Parser,
             subclass_mode_model=_names_a_class(words, "model"),
             subclass_mode_data=_names_a_class(words, "data"),

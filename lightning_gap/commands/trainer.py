@@ -1,11 +1,12 @@
 """``lightning-gap fit``, ``validate``, ``test`` and ``predict``: transport maps from configuration files."""
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError
 
-__all__ = ["TRAINER_COMMANDS", "add", "run"]
+__all__ = ["TRAINER_COMMANDS", "add", "parsers", "run"]
 
 TRAINER_COMMANDS = {
     "fit": "train a transport map on files of samples",
@@ -34,10 +35,26 @@ def run(words: Sequence[str]) -> None:
     Raises:
         CommandError: Something is wrong with them, or with what they name.
     """
-    try:
-        import jsonargparse  # noqa: F401
-    except ImportError:
-        raise CommandError(f"{words[0]} needs jsonargparse: pip install 'lightning_gap[cli]'") from None
+    _require_jsonargparse(words[0])
     from lightning_gap.commands.map_cli import run_trainer
 
     run_trainer(list(words))
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands.
+
+    Raises:
+        CommandError: jsonargparse is missing.
+    """
+    _require_jsonargparse("completion")
+    from lightning_gap.commands.map_cli import trainer_parsers
+
+    return trainer_parsers()
+
+
+def _require_jsonargparse(command: str) -> None:
+    try:
+        import jsonargparse  # noqa: F401
+    except ImportError:
+        raise CommandError(f"{command} needs jsonargparse: pip install 'lightning_gap[cli]'") from None

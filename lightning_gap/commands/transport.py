@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError, at_least
@@ -23,14 +24,14 @@ def add(commands: Any) -> None:
         "block by block, in constant memory. OUT gets its name only when it is complete; in tables and AnnData, all "
         "but the samples is kept as it is.",
     )
-    transport.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a map that `fit` trained")
+    transport.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a map that `fit` trained")
     transport.add_argument(
-        "source", metavar="IN",
+        "source", type=Path, metavar="IN",
         help=".npy, .npz, .csv, .tsv, .parquet or .h5ad file of samples in rows; FILE::NAME names an array within an "
         ".npz file, FILE::obsm/NAME or FILE::layers/NAME within an .h5ad file",
     )  # fmt: skip
     transport.add_argument(
-        "output", metavar="OUT", help=".npy, .csv, .tsv or .parquet file, or .h5ad where IN is one"
+        "output", type=Path, metavar="OUT", help=".npy, .csv, .tsv or .parquet file, or .h5ad where IN is one"
     )
     transport.add_argument(
         "--condition", metavar="NAME",

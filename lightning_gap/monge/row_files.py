@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,9 +109,7 @@ def open_rows(argument: str, location: str, *, columns: Sequence[str] | None = N
             _check_finite(table, samples, start)
             yield Block(start, samples, None if beside is None else beside[numbers], None)
 
-    return RowFile(
-        table.title, path, h5ad, table.length, table.features, first.shape[1], table.label_names, blocks
-    )
+    return RowFile(table.title, path, h5ad, table.length, table.features, first.shape[1], table.label_names, blocks)
 
 
 def _suffix(name: str) -> str | None:
@@ -256,7 +254,9 @@ class Output:
         self.path = Path(location).expanduser()
         suffix = _suffix(self.path.name)
         if suffix not in _WRITTEN or "::" in location:
-            raise ValueError(f"{argument}: cannot write {location!r}: the name must end in one of {', '.join(_WRITTEN)}")
+            raise ValueError(
+                f"{argument}: cannot write {location!r}: the name must end in one of {', '.join(_WRITTEN)}"
+            )
         if suffix == ".h5ad" and rows.within is None:
             raise ValueError(
                 f"{argument}: {self.path.name} is a copy of AnnData with the images in it, and {rows.title} is none: "
@@ -339,7 +339,7 @@ class _NpyWriter:
         return header.getvalue()
 
     def write(self, block: Block, images: Array) -> None:
-        self._file.write(memoryview(np.ascontiguousarray(images)).cast("B"))
+        self._file.write(np.ascontiguousarray(images).data)
         self._length += len(images)
 
     def close(self) -> None:
@@ -359,11 +359,8 @@ def _frame(block: Block, names: Sequence[str], images: Array) -> Any:
 
 class _TextWriter:
     def __init__(self, path: Path, suffix: str, names: Sequence[str]) -> None:
-        self._file: IO[str] = (
-            gzip.open(path, "wt", encoding="utf-8", newline="")
-            if suffix.endswith(".gz")
-            else path.open("w", encoding="utf-8", newline="")
-        )
+        opened = gzip.open if suffix.endswith(".gz") else open
+        self._file: Any = opened(path, "wt", encoding="utf-8", newline="")
         self._separator = "\t" if ".tsv" in suffix else ","
         self._names = names
         self._first = True

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r} in {str(Path.cwd())!r}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the archive, its pickle and its tensors each fail in their own way
         raise ValueError(
             f"cannot read the checkpoint {str(path)!r}: it is damaged or no checkpoint; copy it again"
@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or "fitting_epsilon" not in state:
         raise ValueError(f"{str(path)!r} is no checkpoint of a MongeMap: give one that `lightning-gap fit` wrote")
-    return checkpoint
+    return cast(dict[str, Any], checkpoint)
 
 
 def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMap:
@@ -134,10 +134,10 @@ def _transport(
 ) -> int:
     done = 0
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead: Future[Block | None] = reading.submit(next, blocks, None)  # type: ignore[arg-type]
+        ahead: Future[Block | None] = reading.submit(next, blocks, None)
         behind: Future[None] | None = None
         while (block := ahead.result()) is not None:
-            ahead = reading.submit(next, blocks, None)  # type: ignore[arg-type]
+            ahead = reading.submit(next, blocks, None)
             images = _images(model, block, conditions(block), batch_size)
             if behind is not None:
                 behind.result()
