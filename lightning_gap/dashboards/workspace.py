@@ -137,7 +137,6 @@ def build_workspace(
         if panel.kind == "images":
             return wr.MediaBrowser(title=panel.title, media_keys=list(panel.y), num_columns=2)
         if panel.kind == "scatter":
-            # Configuration keys hold slashes, which the path of a nested key would read as one name.
             return wr.ScatterPlot(
                 title=panel.title, x=wr.Config(panel.x), y=wr.SummaryMetric(panel.y[0]), log_x=panel.log_x
             )
