@@ -31,7 +31,8 @@ from lightning_gap.parallel import data_parallel_rank, data_parallel_size
 
 __all__ = ["SamplesDataModule", "Split", "UnpairedBatch"]
 
-Samples: TypeAlias = str | Path | ArrayLike | Tensor | Callable[[int, torch.Generator], Any] | Iterable[Any]
+# Functions before text: a configuration file names them by their import path.
+Samples: TypeAlias = Callable[[int, torch.Generator], Any] | str | Path | ArrayLike | Tensor | Iterable[Any]
 Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
 _ENDLESS_STEPS = 100
@@ -136,7 +137,7 @@ class SamplesDataModule(LightningDataModule):
         weights: str | Sequence[Any] | None = None,
         conditions: str | Sequence[Any] | None = None,
         groups: str | Sequence[Any] | None = None,
-        true_images: Samples | Callable[[Tensor], Tensor] | None = None,
+        true_images: Callable[[Tensor], Tensor] | str | Path | ArrayLike | Tensor | None = None,
         condition_vectors: Table | None = None,
         conditions_per_batch: int | None = None,
         small_conditions: Literal["refuse", "drop", "shrink"] = "refuse",

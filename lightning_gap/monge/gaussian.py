@@ -69,14 +69,14 @@ def gaussian_map(
     rank = int((sigma > 10 * len(S) * torch.finfo(sigma.dtype).eps * sigma.amax()).sum())
     half = (T_root @ U[:, :rank]) * sigma[:rank].rsqrt()
     A = half @ half.mT + still
+    A = (A + A.mT) / 2
     return A, m_target - A @ m_source
 
 
 def _moments(name: str, x: Tensor, weights: Tensor | None, shrinkage: float | Literal["auto"]) -> tuple[Tensor, Tensor]:
     """Return the mean and the shrunk covariance, in float64."""
     x = x.double()
-    w = check_weights(name, weights, x)
-    w = x.new_full((len(x),), 1 / len(x)) if w is None else w.to(x)
+    w = check_weights(f"the weights of {name}", weights, x)
     mean = w @ x
     x = x - mean
     covariance = (w[:, None] * x).mT @ x

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.loggers import define_axes
 from lightning_gap.monge.arguments import check_count, check_number
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
@@ -34,6 +35,7 @@ from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel
 
 __all__ = ["MongeMap"]
 
+_UPDATES = "lightning_gap/monge/updates"
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -484,19 +486,6 @@ class MongeMap(LightningModule):
             samples = samples.expand(len(batch.source), *samples.shape)
         return _gathered(samples, group), _gathered(self._images(samples, batch.condition), group)
 
-    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
-        """Log what a training step found."""
-        named = {f"lightning_gap/monge/train_{name}": value.detach() for name, value in values.items()}
-        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
-        # an epoch's second batch on only the numbers are new.
-        results = _results_of(self.trainer)
-        keys = [f"training_step.{name}" for name in named]
-        if not batch_idx or results is None or not all(key in results for key in keys):
-            self.log_dict(named, batch_size=batch_size)
-            return
-        for key, value in zip(keys, named.values(), strict=True):
-            results.update_metrics(key, value, batch_size)
-
     def _new_scores(self, *, named: bool) -> MapScores:
         scores = MapScores(
             cost=self.cost,
@@ -547,7 +536,28 @@ class MongeMap(LightningModule):
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
-        self.log_dict({f"lightning_gap/monge/{stage}_{name}": value for name, value in values.items()}, sync_dist=True)
+        self._log(stage, values, sync_dist=True)
+
+    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
+        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
+        # an epoch's second batch on only the numbers are new.
+        results, named = _results_of(self.trainer), self._named("train", values)
+        keys = [f"training_step.{name}" for name in named]
+        if not batch_idx or results is None or not all(key in results for key in keys):
+            self._log("train", values, batch_size=batch_size)
+            return
+        for key, value in zip(keys, named.values(), strict=True):
+            results.update_metrics(key, value, batch_size)
+
+    def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
+        logged = self._named(stage, values)
+        define_axes(self.trainer.loggers, _UPDATES, logged)
+        self.log_dict(logged, **options)
+
+    def _named(self, stage: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values by the names under which they are logged, and the updates so far."""
+        named = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
+        return named | {_UPDATES: torch.tensor(float(self.global_step), device=self.device)}
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):

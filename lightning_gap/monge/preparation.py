@@ -197,6 +197,8 @@ class _Maker:
         """Return the samples of a side in a stage by condition."""
         if not isinstance(side, Side):
             if stage == "train":
+                # Refuse now a stream of which nothing is left.
+                side.raw(1, generator(self.request.rule.seed, _FIT), skip=self.reserved)
                 return {None: side.trained_on(self.encoding, self.reserved)}
             size = self.request.eval_batch_size
             draws = generator(self.request.rule.seed, _HELD_OUT, _STAGES.index(stage), i)

@@ -25,8 +25,7 @@ def logged(folder, **options):
 
 
 def by_log_dict(self, values, batch_idx, batch_size):
-    named = {f"lightning_gap/monge/train_{name}": value.detach() for name, value in values.items()}
-    self.log_dict(named, batch_size=batch_size)
+    self._log("train", values, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])

@@ -439,7 +439,7 @@ def _process(rank, port, results):
 def test_two_processes_are_as_one():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_process, args=(free_port(), results), nprocs=2, start_method="fork")
+        mp.spawn(_process, args=(free_port(), results), nprocs=2)
         results = dict(results)
     for case in DDP:
         one = scored(_shares(case, 0), _shares(case, 1), **EPSILONS)

@@ -1,0 +1,37 @@
+"""``lightning-gap completion``: the script by which a shell completes the command's words."""
+
+import argparse
+from typing import Any
+
+from lightning_gap.commands.parsing import CommandError
+
+__all__ = ["add"]
+
+_SHELLS = ("bash", "zsh", "tcsh", "fish")
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser.
+
+    Args:
+        commands: What ``parser.add_subparsers`` returned.
+    """
+    completion = commands.add_parser(
+        "completion",
+        help="print the script for a shell's completion",
+        description='Print a completion script. For bash: eval "$(lightning-gap completion bash)" in ~/.bashrc.',
+    )
+    completion.add_argument("shell", choices=_SHELLS, help="the shell")
+    completion.set_defaults(run=_completion)
+
+
+def _completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError:
+        raise CommandError("shell completion needs shtab: pip install 'lightning_gap[cli]'") from None
+    from lightning_gap.cli import parser
+
+    if options.shell not in shtab.SUPPORTED_SHELLS:
+        raise CommandError(f"this shtab knows no {options.shell}: pip install -U shtab")
+    print(shtab.complete(parser(), options.shell))
