@@ -8,9 +8,9 @@ kernels, which all write into one output and give the same numbers:
   its arithmetic;
 * ``as channels``: strided ghosts of a dense batch are the channels of a view, which is one ghost to native kernels.
 
-``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining formula,
-which compilers fuse; so do ``torch.export`` and other devices. Ghosts that span ranks are kernels of their own, with
-one collective forward and one backward.
+``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining
+formula, which compilers fuse; so do ``torch.export`` and other devices. Ghosts that span ranks are kernels of their
+own, with one collective forward and one backward.
 """
 
 import math
@@ -258,7 +258,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     features = x.flatten(1) if _positions_as_channels(x) else x
     # Float32 buffers beside half-precision samples make float32 statistics.
     unused = features.new_zeros(2, features.shape[1], dtype=_statistics_dtype(x))
-    means, variances = torch.batch_norm_update_stats(features, *unused, 0.0)
+    means, variances = torch.batch_norm_update_stats(features, unused[0], unused[1], 0.0)
     if features is x:
         return means, variances
     means, variances = (t.view(x.shape[1], -1) for t in (means, variances))
@@ -417,8 +417,8 @@ def _backward_side_by_side(
     if out is not None:
         slope *= products
         shift = torch.addcmul(shift.mul_(totals), slope, tables.mean, value=-1)
-        statistics = (blocks.whole(t).split(blocks.each, 1) for t in (shift, slope, scale))
-        for part, grad, target, c, b, a in zip(parts, grads, blocks.samples(out), *statistics, strict=True):
+        factors = [blocks.whole(t).split(blocks.each, 1) for t in (shift, slope, scale)]
+        for part, grad, target, c, b, a in zip(parts, grads, blocks.samples(out), *factors, strict=True):
             into = target if target.dtype == scale.dtype else buffer[:, : part.shape[1]]
             torch.addcmul(c, part, b, out=into).addcmul_(grad, a)
             if into is not target:
@@ -581,7 +581,7 @@ def _(
 
 
 def _decoded(runs: Sequence[int]) -> list[Run]:
-    return [Run(*runs[i : i + 3], strided=bool(runs[i + 3])) for i in range(0, len(runs), 4)]
+    return [Run(runs[i], runs[i + 1], runs[i + 2], bool(runs[i + 3])) for i in range(0, len(runs), 4)]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
