@@ -92,11 +92,11 @@ CODE = [
     ("no points", lambda _: UltraSlowDiffusion(points_per_decade=0), "points_per_decade must be a positive integer"),
     ("a reference that is gone", _fit(UltraSlowDiffusion(reference="/nowhere")), "does not exist: name a diffusion"),
     ("two points for a law", lambda _: fit_diffusion([1, 2], [0.1, 0.2]), "at least 5 points are needed"),
-    ("a figure without points", lambda _: MapFigure(points=0), "points must be a positive integer"),
+    ("a figure of no validation", lambda _: MapFigure(0), "every_n_validations must be a positive integer"),
     ("an unknown cost", lambda _: MongeMap(dim=2, cost="manhatan"), "choose one of cosine, elastic"),
     ("a negative epsilon", lambda _: MongeMap(dim=2, gap_epsilon=-1.0), "gap_epsilon must be a positive"),
     ("a weight that is no number", lambda _: MongeMap(dim=2, gap_weight=math.nan), "gap_weight must be a finite"),
-    ("samples that are not finite", lambda _: monge_gap(_x(3, 2), _x(3, 2) * math.nan), "holds NaN or infinity in 3 of 3 rows"),
+    ("samples of NaN", lambda _: monge_gap(_x(3, 2), _x(3, 2) * math.nan), "NaN or infinity in 3 of 3 rows"),
     ("samples of two dimensions", lambda _: sinkhorn_divergence(_x(3, 2), _x(3, 4)), "x has dimension 2 but y has 4"),
     ("a batch over the data", lambda _: SamplesDataModule(_x(4, 2), _x(4, 2), batch_size=64), "use batch_size <= 3"),
 ]  # fmt: skip

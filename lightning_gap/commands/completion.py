@@ -1,6 +1,7 @@
 """``lightning-gap completion``: the script by which a shell completes the command's words."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError
@@ -34,4 +35,16 @@ def _completion(options: argparse.Namespace) -> None:
 
     if options.shell not in shtab.SUPPORTED_SHELLS:
         raise CommandError(f"this shtab knows no {options.shell}: pip install -U shtab")
-    print(shtab.complete(parser(), options.shell))
+    top = parser()
+    _complete_paths(top, shtab.FILE)
+    print(shtab.complete(top, options.shell))
+
+
+def _complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
+    """Let arguments that are paths be completed by files."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_paths(command, files)
+        elif action.type is Path:
+            action.complete = files  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -84,10 +84,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
-    from rich.console import Console
-
     from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
     from lightning_gap.regime.scaling import lr_factor
+    from lightning_gap.terminal import say
 
     factor = lr_factor(options.rule, options.batch_size / options.reference_batch_size)
     plan = RegimePlan(options.reference_batch_size, options.batch_size, options.rule, factor)
@@ -125,14 +124,11 @@ def _plan(options: argparse.Namespace) -> None:
     table = plan.table()
     if not plan.train_longer and plan.updates is not None:
         table.add_row("updates", f"{plan.reference_updates}", f"{plan.updates}")
+    if plan.moment_ratio != 1:
+        table.add_row("Adam's 1 - beta and epsilon", "", f"x{plan.ratio:g} and x{plan.ratio**-0.5:.4g}")
     for row in _schedule(plan, options):
         table.add_row(*row)
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=120)
-    console.print(table)
-    if note := _note(plan, options):
-        console.print(note, soft_wrap=True)
+    say(table, *_notes(plan, options))
 
 
 def _same_epochs(plan: Any, options: argparse.Namespace, reference: int, here: int) -> Any:
@@ -171,13 +167,17 @@ def _schedule(plan: Any, options: argparse.Namespace) -> list[tuple[str, str, st
     return rows
 
 
-def _note(plan: Any, options: argparse.Namespace) -> str:
+def _notes(plan: Any, options: argparse.Namespace) -> Iterator[str]:
+    from lightning_gap.regime.scaling import MOST_FORGOTTEN
+
     if plan.epochs is not None and plan.reference_epochs:
         cost = plan.epochs / plan.reference_epochs
-        return (
+        yield (
             f"{plan.epochs} epochs instead of {plan.reference_epochs}: {cost:.3g} times the samples of the reference "
             "run, in updates that one device or many can share."
         )
+    if plan.moment_ratio > 1:
+        least = 1 - MOST_FORGOTTEN / plan.moment_ratio
+        yield f"Training refuses a beta of {least:.6g} or less: ratio * (1 - beta) must be under {MOST_FORGOTTEN}."
     if options.samples is None and options.updates is None:
-        return "Give --samples with --epochs, or --updates, to plan the length too."
-    return ""
+        yield "Give --samples with --epochs, or --updates, to plan the length too."

@@ -552,6 +552,8 @@ class MongeMap(LightningModule):
     def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
         logged = self._named(stage, values)
         define_axes(self.trainer.loggers, _UPDATES, logged)
+        # Of an epoch's updates the last, not their mean.
+        self.log(_UPDATES, logged.pop(_UPDATES), reduce_fx="max", **options)
         self.log_dict(logged, **options)
 
     def _named(self, stage: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def plot_map(
     scale = 1.15 if len(shown) == 1 else 0.78
     with _style(theme):
         size = (columns * width * scale, rows * height * scale + 0.5)
-        figure = Figure(figsize=size, dpi=160, layout="constrained")
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         parts = np.asarray(figure.subfigures(rows, columns, squeeze=False, wspace=0.02, hspace=0.02)).ravel()
         limits = None if chosen == "sphere" else _limits(shown, equal=chosen != "line")
         if chosen == "sphere":

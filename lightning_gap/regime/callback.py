@@ -47,8 +47,9 @@ class LargeBatchRegime(Callback):
     right then; validation, early stopping, ``ReduceLROnPlateau`` and the checkpoints of ``ModelCheckpoint`` at the end
     of this run's epoch in which it falls. Schedulers stepped every update are in updates already.
 
-    What it did is printed before training as a table and logged as hyperparameters; ``lr_over_batch``,
-    ``samples_seen`` and ``clipped_fraction`` are logged under ``lightning_gap/regime/`` at every update.
+    What it did is printed before training as a table and logged as hyperparameters; ``updates``,
+    ``samples_seen``, ``learning_rate``, ``lr_over_batch`` and ``clipped_fraction`` are logged under
+    ``lightning_gap/regime/`` at every update.
 
     Args:
         reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.

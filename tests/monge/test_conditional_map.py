@@ -44,7 +44,7 @@ def test_a_dose_is_interpolated():
     dose = torch.tensor([0.0, 0.5, 1.5, 2.0])[torch.arange(400) % 4][:, None]
     assert fit(net, x, dose, x + 3 * dose, 300) < 0.01
     unseen = net(x, torch.ones(400, 1))
-    assert float((unseen - x - 3).abs().mean()) < 0.3
+    assert (unseen - x - 3).abs().mean().item() < 0.3
 
 
 def test_a_condition_turns_the_sphere():
@@ -69,7 +69,7 @@ def test_conditions_modulate_from_the_start_but_for_the_scale():
     films, shift = Conditioning((8, 4), 2, conditions=3)(torch.tensor([0, 1, 2]))
     assert [tuple(f.shape) for pair in films for f in pair] == [(3, 8), (3, 8), (3, 4), (3, 4)]
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale, _ in films)
-    assert all(float(offset.std(0).min()) > 0 for _, offset in films)
+    assert all(offset.std(0).min().item() > 0 for _, offset in films)
     assert torch.equal(shift, torch.zeros(3, 2))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gap import costs, monge_gap
+from lightning_gap import costs
 from lightning_gap.monge import SphereMap
 from lightning_gap.monge.sphere import _circle
 
@@ -78,7 +78,7 @@ def test_the_series_meet_the_functions():
     assert torch.autograd.gradcheck(_circle, torch.tensor([0.005, 0.0101, 2.0]).double().requires_grad_())
 
 
-def test_a_rotation_is_learned_and_has_no_gap_where_it_is_small():
+def test_a_rotation_is_learned():
     torch.manual_seed(0)
     c, s = math.cos(0.4), math.sin(0.4)
     R = torch.tensor([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
@@ -93,8 +93,6 @@ def test_a_rotation_is_learned_and_has_no_gap_where_it_is_small():
     assert loss.item() < 1e-4
     other = sphere(200, seed=1)
     assert float((net(other) - other @ R.T).norm(dim=-1).max().detach()) < 0.1
-    # The geodesic distance is a cost for which a rotation is not optimal unless it is small against the sampling.
-    assert float(monge_gap(other, net(other).detach(), cost="geodesic", solver="exact")) >= 0
 
 
 def test_points_off_the_sphere_are_refused_but_for_rounding():
@@ -116,7 +114,7 @@ def test_the_line_has_no_sphere_to_move_on():
         SphereMap(1)
 
 
-def test_a_frozen_layer_of_ones_own_is_no_matter():
+def test_an_activation_of_ones_own_works():
     net = SphereMap(3, (8,), lambda: nn.PReLU())
     assert net.hparams is None
     torch.testing.assert_close(net(sphere(4)), sphere(4))
