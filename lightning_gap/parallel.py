@@ -234,6 +234,20 @@ class RankGroup:
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
 
+    def gather_rows(self, value: Tensor, dim: int = 0) -> Tensor:
+        """Return the rows of all ranks, in the order of the ranks, differentiable in this rank's.
+
+        The gradient is that of the sum of all ranks' losses: where each rank has the same loss, a strategy's mean over
+        the ranks gives the gradient of that loss.
+
+        Args:
+            value: A tensor of the same shape on every rank, but for the number of its rows.
+            dim: Which dimension the rows are counted in.
+        """
+        counts = self.gather(torch.tensor([value.shape[dim]], device=value.device)).flatten().tolist()
+        gathered: Tensor = _GatherRows.apply(value, self.group, counts, dim)  # type: ignore[no-untyped-call]
+        return gathered
+
     def __deepcopy__(self, memo: Any) -> "RankGroup":
         return self
 
@@ -243,6 +257,25 @@ class RankGroup:
 
 def _no_group() -> None:
     return None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any, counts: list[int], dim: int) -> Tensor:
+        here = dist.get_rank(group)
+        ctx.group, ctx.dim, ctx.start, ctx.count = group, dim, sum(counts[:here]), counts[here]
+        rows = value.movedim(dim, 0).contiguous()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        every = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(every, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(every, counts, strict=True)]).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=ctx.group)
+        return total.narrow(ctx.dim, ctx.start, ctx.count), None, None, None
 
 
 def data_parallel_group(trainer: Trainer) -> RankGroup | None:

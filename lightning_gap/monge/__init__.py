@@ -1,6 +1,7 @@
 """The Monge gap: optimal transport maps for any cost (Uscidda and Cuturi 2023)."""
 
 from lightning_gap.monge import costs
+from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.data import SamplesDataModule
@@ -8,24 +9,34 @@ from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.maps import MLP, ResidualMLP
+from lightning_gap.monge.marginal import marginal_wasserstein
 from lightning_gap.monge.metrics import (
     DisplacementCosine,
     EnergyDistance,
+    MarginalWasserstein,
     MongeGap,
     SinkhornDivergence,
     UnexplainedVariance,
 )
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.objective import unbalanced_weights
+from lightning_gap.monge.representation import AffineRepresentation
+from lightning_gap.monge.schedules import Anneal
+from lightning_gap.monge.scores import MapScores
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
 from lightning_gap.monge.sphere import SphereMap
 from lightning_gap.monge.structured import StructuredMap
 
 __all__ = [
     "MLP",
+    "AffineRepresentation",
+    "Anneal",
     "ConditionalMap",
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
+    "MapScores",
+    "MarginalWasserstein",
     "MongeGap",
     "MongeMap",
     "OTResult",
@@ -35,12 +46,15 @@ __all__ = [
     "SphereMap",
     "StructuredMap",
     "UnexplainedVariance",
+    "UnpairedBatch",
     "conservativity",
     "costs",
     "divergence_and_gap",
     "energy_distance",
     "gaussian_map",
+    "marginal_wasserstein",
     "monge_gap",
     "optimal_transport",
     "sinkhorn_divergence",
+    "unbalanced_weights",
 ]

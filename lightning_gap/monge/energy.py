@@ -6,12 +6,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.monge.costs import Euclidean
 from lightning_gap.monge.kernels import row_blocks
-from lightning_gap.monge.samples import check_pair
+from lightning_gap.monge.samples import check_pair, check_weights
 
 __all__ = ["energy_distance"]
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     r"""Return the energy distance between two sets of samples, 0 where they agree and positive elsewhere.
 
     .. math::
@@ -26,13 +26,14 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: ``(n, d)`` samples.
         y: ``(m, d)`` samples.
+        weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default.
 
     Returns:
-        A scalar, differentiable in both, of the samples' dtype (float32 for half precision).
+        A scalar, differentiable in samples and weights, of the samples' dtype (float32 for half precision).
 
     Raises:
         TypeError: An argument is no floating-point tensor, or the dtypes differ.
-        ValueError: Shapes or devices do not fit, or a sample is not finite.
+        ValueError: Shapes or devices do not fit, a sample is not finite, or weights do not sum to 1.
 
     Example:
         >>> import torch
@@ -43,17 +44,23 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x, y, dtype = x.float(), y.float(), torch.float32
-    between = 2 * _mean_distance(x, y)
-    return (between - _mean_distance(x, x) - _mean_distance(y, y)).to(dtype)
+    a, b = (None if w is None else check_weights(f"weights[{k}]", w, (x, y)[k]) for k, w in enumerate(weights))
+    between = 2 * _mean_distance(x, y, a, b)
+    return (between - _mean_distance(x, x, a, a) - _mean_distance(y, y, b, b)).to(dtype)
 
 
-def _mean_distance(x: Tensor, y: Tensor) -> Tensor:
+def _mean_distance(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     total = x.new_zeros(())
     for rows in row_blocks(x, len(y)):
         # The backward pass forms the block anew, rather than keeping all of them.
-        total = total + checkpoint(_sum_of_distances, x[rows], y, use_reentrant=False)
-    return total / (len(x) * len(y))
+        part = checkpoint(_sum_of_distances, x[rows], y, None if a is None else a[rows], b, use_reentrant=False)
+        total = total + part
+    return total / ((len(x) if a is None else 1) * (len(y) if b is None else 1))
 
 
-def _sum_of_distances(x: Tensor, y: Tensor) -> Tensor:
-    return Euclidean().pairwise(x, y).sum()
+def _sum_of_distances(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    distances = Euclidean().pairwise(x, y)
+    if a is None and b is None:
+        return distances.sum()
+    to_y = distances.sum(1) if b is None else distances @ b
+    return to_y.sum() if a is None else a @ to_y

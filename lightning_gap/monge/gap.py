@@ -10,7 +10,16 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
 
-__all__ = ["Convention", "check_convention", "divergence_and_gap", "monge_gap", "sinkhorn_divergence"]
+__all__ = [
+    "Convention",
+    "check_convention",
+    "divergence_and_gap",
+    "divergence_problem",
+    "divergences_and_gaps",
+    "gap_problem",
+    "monge_gap",
+    "sinkhorn_divergence",
+]
 
 Convention = Literal["shannon", "kl", "debiased"]
 
@@ -210,11 +219,74 @@ def divergence_and_gap(
         >>> abs(round(float(divergence), 4))
         0.0
     """
-    rho = check_epsilon("reach", reach)
-    fitting = _problem(mapped, y, (None, None), fitting_cost, rho, fitting_epsilon, 0.05, "mean", solver)
-    regularizing = _problem(x, mapped, [None], cost, None, gap_epsilon, 0.01, "mean", solver, paired=True)
-    divergences, gaps = _values([fitting], [regularizing], "shannon", solver, tolerance, max_iterations)
+    fitting = divergence_problem(
+        mapped, y, (None, None), cost=fitting_cost, epsilon=fitting_epsilon, reach=reach, solver=solver
+    )
+    regularizing = gap_problem(x, mapped, None, cost=cost, epsilon=gap_epsilon, solver=solver)
+    divergences, gaps = divergences_and_gaps(
+        [fitting], [regularizing], solver=solver, tolerance=tolerance, max_iterations=max_iterations
+    )
     return divergences[0], gaps[0]
+
+
+def divergence_problem(
+    mapped: Tensor,
+    y: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    *,
+    cost: CostLike,
+    epsilon: float | None,
+    reach: float | None,
+    solver: str,
+) -> Problem:
+    """Check the arguments of a Sinkhorn divergence, for :func:`divergences_and_gaps`.
+
+    Args:
+        mapped: ``(n, d)`` images.
+        y: ``(m, d)`` samples of the target.
+        weights: ``(n,)`` and ``(m,)`` weights, or ``None`` for uniform ones.
+        cost: Ground cost.
+        epsilon: Regularization in units of the cost; 5 % of the mean cost if ``None``.
+        reach: Strength of soft marginals, or ``None``.
+        solver: See :func:`optimal_transport`.
+    """
+    return _problem(mapped, y, weights, cost, check_epsilon("reach", reach), epsilon, 0.05, "mean", solver)
+
+
+def gap_problem(
+    x: Tensor, mapped: Tensor, weights: Tensor | None, *, cost: CostLike, epsilon: float | None, solver: str
+) -> Problem:
+    """Check the arguments of a Monge gap, for :func:`divergences_and_gaps`.
+
+    Args:
+        x: ``(n, d)`` samples.
+        mapped: Their images.
+        weights: ``(n,)`` weights, or ``None`` for uniform ones.
+        cost: Ground cost.
+        epsilon: Regularization in units of the cost; 1 % of the mean cost if ``None``.
+        solver: See :func:`optimal_transport`.
+    """
+    return _problem(x, mapped, [weights], cost, None, epsilon, 0.01, "mean", solver, paired=True)
+
+
+def divergences_and_gaps(
+    fitting: list[Problem],
+    regularizing: list[Problem],
+    *,
+    solver: str = "auto",
+    tolerance: float = 1e-3,
+    max_iterations: int = 2000,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return several divergences and gaps (Shannon convention), solved together where their shapes agree.
+
+    Args:
+        fitting: Of :func:`divergence_problem`.
+        regularizing: Of :func:`gap_problem`.
+        solver: See :func:`optimal_transport`.
+        tolerance: L1 marginal error at which the solver stops.
+        max_iterations: Most sweeps of the solver.
+    """
+    return _values(fitting, regularizing, "shannon", solver, tolerance, max_iterations)
 
 
 def _problem(

@@ -158,14 +158,15 @@ def exponentiate(exponents: Tensor, *, at_most: float = 3e38) -> Tensor:
 
     Args:
         exponents: A contiguous matrix.
-        at_most: A bound that is known; larger ones overflow.
+        at_most: A bound that is known; larger ones become infinite.
     """
     on_cpu = exponents.device.type == "cpu"
     if on_cpu and (torch.get_num_threads() <= _FEW_THREADS or exponents.numel() <= _FEW_NUMBERS):
         array = exponents.numpy()
         # Two bounds are clipped four times as fast as one.
         np.clip(array, _LOWEST_EXPONENT, at_most, out=array)
-        np.exp(array, out=array)
+        with np.errstate(over="ignore"):
+            np.exp(array, out=array)
         return exponents
     return exponents.clamp_min_(_LOWEST_EXPONENT).exp_()
 

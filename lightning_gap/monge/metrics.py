@@ -1,7 +1,7 @@
 """How good a transport map is, as metrics that add up over batches and processes."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +11,51 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
-from lightning_gap.monge.samples import check_epsilon, check_pair
+from lightning_gap.monge.marginal import marginal_wasserstein
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, RelativeTo, check_regularization
 
-__all__ = ["DisplacementCosine", "EnergyDistance", "MongeGap", "SinkhornDivergence", "UnexplainedVariance"]
+__all__ = [
+    "DisplacementCosine",
+    "EnergyDistance",
+    "MarginalWasserstein",
+    "MongeGap",
+    "SinkhornDivergence",
+    "UnexplainedVariance",
+    "pooled",
+    "pooling_weights",
+]
+
+
+def pooling_weights(name: str, weights: Tensor | None, samples: Tensor) -> Tensor:
+    """Return weights such that batches can be pooled: 1 a sample on average, so that a batch counts by its samples.
+
+    Args:
+        name: The caller's argument, for messages.
+        weights: ``(n,)`` weights of a batch, summing to 1; uniform where ``None``. Samples of weight 0 do not count.
+        samples: The ``(n, d)`` samples they belong to.
+
+    Raises:
+        TypeError: The weights are no tensor.
+        ValueError: Their shape, sign or sum is wrong.
+    """
+    if weights is None:
+        return samples.new_ones(len(samples), dtype=_wide(samples))
+    given = weights.detach() if isinstance(weights, Tensor) else weights
+    weights = check_weights(name, given, solver_precision(samples))
+    return weights.to(_wide(samples)) * (weights > 0).sum()
+
+
+def pooled(weights: Tensor, like: Tensor) -> Tensor | None:
+    """Return the weights of pooled batches, summing to 1; ``None`` where they are uniform.
+
+    Args:
+        weights: ``(n,)`` weights by :func:`pooling_weights`.
+        like: Samples, whose dtype and device the result has.
+    """
+    if bool((weights == weights[0]).all()):
+        return None
+    return (weights / weights.sum()).to(solver_precision(like))
 
 
 class _MapMetric(Metric):
@@ -44,17 +85,19 @@ class _SampleMetric(_MapMetric):
     is_differentiable: bool = False
     # Names of the two sets, and of the states that keep them.
     _sets: ClassVar[tuple[str, str]]
+    # Those of their weights: one for both sets where they are paired.
+    _weights: ClassVar[tuple[str, ...]] = ("x_weights", "y_weights")
     _paired: ClassVar[bool] = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in self._sets:
+        for name in (*self._sets, *self._weights):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def _check(self, first: Tensor, second: Tensor) -> None:
         check_pair(self._sets[0], first, self._sets[1], second, same_length=self._paired)
 
-    def _keep(self, first: Tensor, second: Tensor) -> None:
+    def _keep(self, first: Tensor, second: Tensor, *weights: Tensor | None) -> None:
         self._check(first, second)
         for name, samples in zip(self._sets, (first, second), strict=True):
             kept = getattr(self, name)
@@ -63,12 +106,21 @@ class _SampleMetric(_MapMetric):
                     f"{name} has dimension {samples.shape[1]}, but {kept[0].shape[1]} in earlier updates: "
                     "use one metric for each space, or reset() between them"
                 )
-            # Without its graph, or an epoch of them would stay in memory.
-            kept.append(samples.detach())
+        names = ["weights"] if len(weights) == 1 else ["weights[0]", "weights[1]"]
+        masses = [pooling_weights(*one) for one in zip(names, weights, (first, second), strict=False)]
+        # Without their graphs, or an epoch of them would stay in memory.
+        for name, samples in zip(self._sets, (first, second), strict=True):
+            getattr(self, name).append(samples.detach())
+        for name, mass in zip(self._weights, masses, strict=True):
+            getattr(self, name).append(mass)
 
     def _kept(self) -> tuple[Tensor, Tensor]:
         first, second = (dim_zero_cat(getattr(self, name)) for name in self._sets)
         return first, second
+
+    def _kept_weights(self) -> list[Tensor | None]:
+        samples = dim_zero_cat(getattr(self, self._sets[0]))
+        return [pooled(dim_zero_cat(getattr(self, name)), samples) for name in self._weights]
 
 
 class _TransportMetric(_SampleMetric):
@@ -147,9 +199,11 @@ class MongeGap(_TransportMetric):
 
     higher_is_better: bool = False
     _sets = ("x", "mapped")
+    _weights = ("weights",)
     _paired = True
     x: list[Tensor]
     mapped: list[Tensor]
+    weights: list[Tensor]
 
     def __init__(
         self,
@@ -179,22 +233,24 @@ class MongeGap(_TransportMetric):
         check_convention(convention, reach)
         self.options["convention"] = convention
 
-    def update(self, x: Tensor, mapped: Tensor) -> None:
+    def update(self, x: Tensor, mapped: Tensor, *, weights: Tensor | None = None) -> None:
         """Add pairs.
 
         Args:
             x: ``(n, d)`` samples.
             mapped: ``(n, d)`` images, row by row.
+            weights: ``(n,)`` weights of the pairs, summing to 1; uniform by default. Batches count by their numbers of
+                pairs.
 
         Raises:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, values are not finite, or the cost is not defined there.
         """
-        self._keep(x, mapped)
+        self._keep(x, mapped, weights)
 
     def compute(self) -> Tensor:
         """Return the gap of all pairs, a scalar."""
-        return monge_gap(*self._kept(), **self.options)
+        return monge_gap(*self._kept(), weights=self._kept_weights()[0], **self.options)
 
 
 class SinkhornDivergence(_TransportMetric):
@@ -236,6 +292,8 @@ class SinkhornDivergence(_TransportMetric):
     _sets = ("x", "y")
     x: list[Tensor]
     y: list[Tensor]
+    x_weights: list[Tensor]
+    y_weights: list[Tensor]
 
     def __init__(
         self,
@@ -262,22 +320,25 @@ class SinkhornDivergence(_TransportMetric):
             **kwargs,
         )
 
-    def update(self, x: Tensor, y: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
         """Add samples, which are not paired.
 
         Args:
             x: ``(n, d)`` samples.
             y: ``(m, d)`` samples.
+            weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default. Batches count by their
+                numbers of samples.
 
         Raises:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, values are not finite, or the cost is not defined there.
         """
-        self._keep(x, y)
+        self._keep(x, y, *weights)
 
     def compute(self) -> Tensor:
         """Return the divergence between all samples, a scalar."""
-        return sinkhorn_divergence(*self._kept(), **self.options)
+        first, second = self._kept_weights()
+        return sinkhorn_divergence(*self._kept(), weights=(first, second), **self.options)
 
 
 class EnergyDistance(_SampleMetric):
@@ -307,23 +368,88 @@ class EnergyDistance(_SampleMetric):
     _sets = ("x", "y")
     x: list[Tensor]
     y: list[Tensor]
+    x_weights: list[Tensor]
+    y_weights: list[Tensor]
 
-    def update(self, x: Tensor, y: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
         """Add samples, which are not paired.
 
         Args:
             x: ``(n, d)`` samples.
             y: ``(m, d)`` samples.
+            weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default. Batches count by their
+                numbers of samples.
 
         Raises:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, or values are not finite.
         """
-        self._keep(x, y)
+        self._keep(x, y, *weights)
 
     def compute(self) -> Tensor:
         """Return the distance between all samples, a scalar."""
-        return energy_distance(*self._kept())
+        first, second = self._kept_weights()
+        return energy_distance(*self._kept(), weights=(first, second))
+
+
+class MarginalWasserstein(_SampleMetric):
+    r"""The Wasserstein-1 distance of each feature between all samples of two kinds; see :func:`marginal_wasserstein`.
+
+    .. math::
+        W_1(\alpha_k, \beta_k) = \int |F_k(t) - G_k(t)|\, dt
+
+    (Vallender 1974.) Exact, by sorting, in the units of the features. All samples are kept, and gathered from all
+    processes.
+
+    Args:
+        reduction: ``"none"`` for the ``(d,)`` distances of the features, ``"mean"`` for their mean.
+        **kwargs: Of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``reduction`` is not known.
+
+    Example:
+        >>> import torch
+        >>> metric = MarginalWasserstein()
+        >>> metric.update(torch.zeros(3, 2), torch.tensor([[2.0, -1.0]]))
+        >>> metric.compute()
+        tensor([2., 1.])
+    """
+
+    higher_is_better: bool = False
+    plot_lower_bound: float = 0.0
+    _sets = ("x", "y")
+    x: list[Tensor]
+    y: list[Tensor]
+    x_weights: list[Tensor]
+    y_weights: list[Tensor]
+
+    def __init__(self, reduction: Literal["none", "mean"] = "none", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if reduction not in ("none", "mean"):
+            raise ValueError(f"reduction must be 'none' or 'mean', got {reduction!r}")
+        self.reduction = reduction
+
+    def update(self, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
+        """Add samples, which are not paired.
+
+        Args:
+            x: ``(n, d)`` samples.
+            y: ``(m, d)`` samples.
+            weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default. Batches count by their
+                numbers of samples.
+
+        Raises:
+            TypeError: An argument is no floating-point tensor, or the dtypes differ.
+            ValueError: Shapes or devices do not fit, or values are not finite.
+        """
+        self._keep(x, y, *weights)
+
+    def compute(self) -> Tensor:
+        """Return the distances between all samples, ``(d,)`` or their mean."""
+        first, second = self._kept_weights()
+        distances = marginal_wasserstein(*self._kept(), weights=(first, second))
+        return distances.mean() if self.reduction == "mean" else distances
 
 
 class UnexplainedVariance(_MapMetric):
@@ -355,6 +481,7 @@ class UnexplainedVariance(_MapMetric):
     total: Tensor
     squares: Tensor
     count: Tensor
+    mass: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -363,24 +490,29 @@ class UnexplainedVariance(_MapMetric):
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("mass", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, mapped: Tensor, true_map: Tensor) -> None:
+    def update(self, mapped: Tensor, true_map: Tensor, *, weights: Tensor | None = None) -> None:
         """Add images.
 
         Args:
             mapped: ``(n, d)`` images under the map.
             true_map: ``(n, d)`` images of the same points under the true map.
+            weights: ``(n,)`` weights of the points, summing to 1; uniform by default. Batches count by their numbers
+                of points.
 
         Raises:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, or values are not finite.
         """
         check_pair("mapped", mapped, "true_map", true_map, same_length=True)
+        w = pooling_weights("weights", weights, mapped)
         mapped, true_map = _widest(mapped), _widest(true_map)
-        self.squared_error = self.squared_error + (mapped - true_map).square().sum()
-        self.total = self.total + true_map.sum(0)
-        self.squares = self.squares + true_map.square().sum()
+        self.squared_error = self.squared_error + w @ (mapped - true_map).square().sum(1)
+        self.total = self.total + w @ true_map
+        self.squares = self.squares + w @ true_map.square().sum(1)
         self.count = self.count + len(mapped)
+        self.mass = self.mass + w.sum()
 
     def compute(self) -> Tensor:
         """Return the percentage, a scalar.
@@ -388,13 +520,13 @@ class UnexplainedVariance(_MapMetric):
         Raises:
             ValueError: All true images agree, so that there is no variance to explain.
         """
-        variance = (self.squares - self.total.square().sum() / self.count) / self.count
+        variance = (self.squares - self.total.square().sum() / self.mass) / self.mass
         if not bool(variance > 0):
             raise ValueError(
                 f"the variance of the {int(self.count)} true images is {variance.item():.3g}: "
                 "UnexplainedVariance needs at least two that differ"
             )
-        return (100 * self.squared_error / self.count / variance).to(torch.get_default_dtype())
+        return (100 * self.squared_error / self.mass / variance).to(torch.get_default_dtype())
 
 
 class DisplacementCosine(_MapMetric):
@@ -432,13 +564,15 @@ class DisplacementCosine(_MapMetric):
         for name in ("products", "squares", "true_squares"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, x: Tensor, mapped: Tensor, true_map: Tensor) -> None:
+    def update(self, x: Tensor, mapped: Tensor, true_map: Tensor, *, weights: Tensor | None = None) -> None:
         """Add points with both images.
 
         Args:
             x: ``(n, d)`` points.
             mapped: ``(n, d)`` images under the map.
             true_map: ``(n, d)`` images under the true map.
+            weights: ``(n,)`` weights of the points, summing to 1; uniform by default. Batches count by their numbers
+                of points.
 
         Raises:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
@@ -446,10 +580,11 @@ class DisplacementCosine(_MapMetric):
         """
         check_pair("x", x, "mapped", mapped, same_length=True)
         check_pair("x", x, "true_map", true_map, same_length=True)
+        w = pooling_weights("weights", weights, x)
         moved, truly = _widest(mapped) - _widest(x), _widest(true_map) - _widest(x)
-        self.products = self.products + (moved * truly).sum()
-        self.squares = self.squares + moved.square().sum()
-        self.true_squares = self.true_squares + truly.square().sum()
+        self.products = self.products + w @ (moved * truly).sum(1)
+        self.squares = self.squares + w @ moved.square().sum(1)
+        self.true_squares = self.true_squares + w @ truly.square().sum(1)
 
     def compute(self) -> Tensor:
         """Return the cosine, a scalar."""
@@ -458,6 +593,10 @@ class DisplacementCosine(_MapMetric):
         return cosine.to(torch.get_default_dtype())
 
 
+def _wide(samples: Tensor) -> torch.dtype:
+    return torch.float32 if samples.device.type == "mps" else torch.float64
+
+
 def _widest(samples: Tensor) -> Tensor:
     """Return the samples in double where the device has it: sums of squares cancel."""
-    return samples.float() if samples.device.type == "mps" else samples.double()
+    return samples.to(_wide(samples))

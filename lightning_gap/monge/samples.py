@@ -96,7 +96,7 @@ def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balance
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"{name} must be finite and non-negative, got {float(weights[row])} in row {row}: "
+            f"{name} must be finite and non-negative, got {float(weights.detach()[row])} in row {row}: "
             f"correct it, or leave the sample out by a weight of 0"
         )
     total = float(weights.detach().sum(dtype=samples.dtype))

@@ -5,13 +5,13 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.monge.data import UnpairedBatches, UnpairedSamples
+from lightning_gap.monge import UnpairedBatch
+from lightning_gap.monge.batches import UnpairedBatches
+from lightning_gap.monge.populations import FiniteSamples
 
 
 def numbered(n: int, start: int = 0) -> torch.Tensor:
@@ -23,27 +23,14 @@ def rows(samples: torch.Tensor) -> list[int]:
     return samples[:, 0].int().tolist()
 
 
+def predicted(data: SamplesDataModule) -> torch.Tensor:
+    return torch.cat(list(data.predict_dataloader()))
+
+
 def epoch(data: SamplesDataModule, number: int = 0) -> list[tuple[list[int], list[int]]]:
     loader = data.train_dataloader()
     loader.sampler.set_epoch(number)
-    return [(rows(x), rows(y)) for x, y in loader]
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    n=st.integers(5, 60),
-    m=st.integers(5, 60),
-    val=st.floats(0, 0.4),
-    test=st.floats(0, 0.3),
-    seed=st.integers(0, 2**31),
-)
-def test_splits_partition_both_sets(n, m, val, test, seed):
-    data = SamplesDataModule(numbered(n), numbered(m), batch_size=1, val_fraction=val, test_fraction=test, seed=seed)
-    for side, total in (("source", n), ("target", m)):
-        parts = {name: rows(getattr(split, side)) for name, split in data.splits.items()}
-        assert sorted(chain.from_iterable(parts.values())) == list(range(total))
-        assert len(parts["val"]) == (max(1, round(val * total)) if val else 0)
-        assert len(parts["test"]) == (max(1, round(test * total)) if test else 0)
+    return [(rows(batch.source), rows(batch.target)) for batch in loader]
 
 
 def test_split_and_batches_follow_from_the_seed():
@@ -51,9 +38,9 @@ def test_split_and_batches_follow_from_the_seed():
         return SamplesDataModule(numbered(50), numbered(40), batch_size=8, seed=seed)
 
     assert epoch(make(3)) == epoch(make(3))
-    assert rows(make(3).splits["val"].source) == rows(make(3).splits["val"].source)
     assert epoch(make(3)) != epoch(make(4))
-    assert rows(make(3).splits["val"].source) != rows(make(4).splits["val"].source)
+    held_out = [rows(next(iter(make(seed).val_dataloader())).source) for seed in (3, 3, 4)]
+    assert held_out[0] == held_out[1] != held_out[2]
 
 
 def test_the_global_random_state_is_neither_read_nor_changed():
@@ -62,7 +49,9 @@ def test_the_global_random_state_is_neither_read_nor_changed():
     torch.manual_seed(0)
     assert epoch(SamplesDataModule(numbered(50), numbered(40), batch_size=8, seed=3)) == first
     torch.set_rng_state(state)
-    list(UnpairedBatches(UnpairedSamples(numbered(9), numbered(9)), 3))
+    data = SamplesDataModule(numbered(9), numbered(9), batch_size=3)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        list(loader)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -94,39 +83,58 @@ def test_epochs_differ_and_come_back():
     assert epoch(data, 1) == epoch(data, 1)
 
 
-def test_ranks_share_an_epoch_without_overlap():
-    samples = UnpairedSamples(numbered(64), numbered(64))
-    ranks = [list(UnpairedBatches(samples, 8, num_replicas=2, rank=r, seed=5)) for r in (0, 1)]
-    assert [len(r) for r in ranks] == [4, 4]
-    for side in (0, 1):
-        seen = [set(torch.cat([batch[side] for batch in rank]).tolist()) for rank in ranks]
-        assert not seen[0] & seen[1]
-        assert len(seen[0] | seen[1]) == 64
+def unpaired(n: int, m: int, size: int, **options) -> UnpairedBatches:
+    return UnpairedBatches([(FiniteSamples(numbered(n)), FiniteSamples(numbered(m)))], size, 4, **options)
 
 
-def test_two_ranks_see_the_batches_of_one_at_the_same_global_size():
-    samples = UnpairedSamples(numbered(48), numbered(30))
-    one = [[t.tolist() for t in batch] for batch in UnpairedBatches(samples, 12, seed=1)]
-    two = [list(UnpairedBatches(samples, 6, num_replicas=2, rank=r, seed=1)) for r in (0, 1)]
-    joined = [[torch.cat(sides).tolist() for sides in zip(a, b, strict=True)] for a, b in zip(*two, strict=True)]
-    assert joined == one
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_ranks_joined_see_the_batches_of_one_process(replicas):
+    one = unpaired(48, 30, 12, seed=1)
+    ranks = [unpaired(48, 30, 12, seed=1, num_replicas=replicas, rank=rank) for rank in range(replicas)]
+    for number in ((0, 0), (0, 3), (7, 2)):
+        parts = [batches[number] for batches in ranks]
+        assert all(len(part.source) == 12 // replicas for part in parts)
+        for side in ("source", "target"):
+            assert torch.equal(torch.cat([getattr(part, side) for part in parts]), getattr(one[number], side))
 
 
 def test_held_out_samples_come_as_one_batch():
     data = SamplesDataModule(
         numbered(50), numbered(40), batch_size=8, val_fraction=0.2, test_fraction=0.1, eval_batch_size=9
     )
-    ((x, y),) = data.val_dataloader()
-    assert (len(x), len(y)) == (9, 8)
-    ((x, y),) = data.test_dataloader()
-    assert (len(x), len(y)) == (5, 4)
+    (batch,) = data.val_dataloader()
+    assert isinstance(batch, UnpairedBatch)
+    assert (len(batch.source), len(batch.target)) == (9, 8)
+    (batch,) = data.test_dataloader()
+    assert (len(batch.source), len(batch.target)) == (5, 4)
     assert SamplesDataModule(numbered(9), numbered(9), batch_size=8, val_fraction=0).val_dataloader() == []
+
+
+def test_further_target_samples_are_of_the_training_rows():
+    data = SamplesDataModule(numbered(50), numbered(40), batch_size=8, val_fraction=0.2, test_fraction=0.2)
+    trained = set(rows(data.training_samples()[1]))
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        (batch,) = loader
+        again = rows(batch.target_again)
+        assert len(set(again)) == len(again) == len(batch.target) == 8
+        assert set(again) <= trained
+        assert not set(rows(batch.target)) & trained
+        assert torch.equal(next(iter(loader)).target_again, batch.target_again)
+
+
+def test_training_samples_are_those_of_the_batches():
+    data = SamplesDataModule(numbered(20), numbered(30), batch_size=8)
+    source, target = data.training_samples()
+    seen = epoch(data)
+    assert {row for batch, _ in seen for row in batch} <= set(rows(source))
+    assert (len(source), len(target)) == (18, 27)
+    assert [len(x) for x in data.training_samples(5)] == [5, 5]
 
 
 def test_prediction_maps_all_of_the_source_in_order():
     data = SamplesDataModule(numbered(50), numbered(40), batch_size=8, eval_batch_size=20)
     assert [len(x) for x in data.predict_dataloader()] == [20, 20, 10]
-    assert rows(torch.cat(list(data.predict_dataloader()))) == list(range(50))
+    assert rows(predicted(data)) == list(range(50))
 
 
 READ_ONLY = np.random.default_rng(0).normal(size=(20, 2))
@@ -151,24 +159,25 @@ READ_ONLY.flags.writeable = False
 )
 def test_arrays_lists_and_tensors_are_samples(samples, dtype):
     data = SamplesDataModule(samples, samples, batch_size=4)
-    x, y = next(iter(data.train_dataloader()))
+    x, y = next(iter(data.train_dataloader()))[:2]
     assert x.dtype == y.dtype == dtype
     assert not x.requires_grad
     assert data.dim == 2
     expected = torch.as_tensor(np.array(samples.detach().float() if torch.is_tensor(samples) else samples, dtype="f8"))
-    torch.testing.assert_close(data.source.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(predicted(data).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_sets_of_different_precision_meet_at_the_higher():
     data = SamplesDataModule(np.zeros((9, 2), np.float32), np.zeros((9, 2)), batch_size=4)
-    assert [t.dtype for t in next(iter(data.train_dataloader()))] == [torch.float64] * 2
+    assert [t.dtype for t in next(iter(data.train_dataloader()))[:2]] == [torch.float64] * 2
 
 
 def test_later_changes_to_an_array_do_no_harm():
     array = np.zeros((10, 2))
     data = SamplesDataModule(array, array, batch_size=4)
     array[:] = 1
-    assert not data.source.any()
+    assert not predicted(data).any()
+    assert not data.training_samples()[0].any()
 
 
 BAD_ROW = torch.zeros(10, 2)
@@ -197,7 +206,11 @@ BAD_ROW[4] = float("nan")
         ({"test_fraction": -0.1}, ValueError, r"test_fraction must be in \[0, 1\), got -0.1"),
         ({"test_fraction": float("nan")}, ValueError, r"test_fraction must be in \[0, 1\)"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, ValueError, "leaves nothing to train on"),
-        ({"source": torch.zeros(1, 2), "batch_size": 1}, ValueError, "of 1 samples leave nothing to train on"),
+        (
+            {"source": torch.zeros(1, 2), "batch_size": 1},
+            ValueError,
+            "of 1 samples of source leave nothing to train on",
+        ),
     ],
 )
 def test_bad_data_are_refused(changes, error, message):
@@ -208,7 +221,7 @@ def test_bad_data_are_refused(changes, error, message):
 
 def test_one_sample_of_each_is_enough():
     data = SamplesDataModule(torch.zeros(1, 2), torch.ones(1, 2), batch_size=1, val_fraction=0)
-    assert [rows(t) for t in next(iter(data.train_dataloader()))] == [[0], [1]]
+    assert [rows(t) for t in next(iter(data.train_dataloader()))[:2]] == [[0], [1]]
 
 
 class Recorder(LightningModule):
@@ -255,10 +268,17 @@ def test_the_trainer_sees_each_epoch_in_its_own_order():
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*", "ignore:.*turning off the .* dataloader shuffling.*")
-def test_a_foreign_sampler_is_refused():
+def test_overfitting_sees_the_first_batches_again_and_again():
     data = SamplesDataModule(numbered(32), numbered(20), batch_size=8)
-    with pytest.raises(TypeError, match=r"unpaired samples are read by batches of rows.*overfit_batches"):
-        fit(Recorder(), data, overfit_batches=1, max_epochs=1)
+    model = Recorder()
+    fit(model, data, overfit_batches=2, max_epochs=3)
+    seen = [(s, t) for _, s, t in model.seen]
+    assert seen == epoch(data)[:2] * 3
+
+
+def test_another_sampler_on_several_processes_is_refused():
+    with pytest.raises(TypeError, match=r"the processes share each batch.*overfit_batches"):
+        unpaired(48, 30, 12, num_replicas=2, rank=0)[0]
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])

@@ -1,0 +1,77 @@
+"""Numbers that change while a map is trained: the weight of the gap, and the regularization."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from lightning_gap.monge.arguments import check_count
+
+__all__ = ["Anneal", "Schedule"]
+
+Schedule = Callable[[int], float]
+"""A function from the number of optimizer updates so far to a number."""
+
+Shape = Literal["geometric", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Anneal:
+    r"""A number that goes from ``start`` to ``end`` in so many updates, and stays there.
+
+    With :math:`s = \min(t / \mathrm{updates}, 1)` the share of the way after t updates,
+
+    .. math::
+        \text{geometric: } a^{1-s} b^s, \quad \text{linear: } (1-s)\,a + s\,b, \quad
+        \text{cosine: } b + (a-b)\,\tfrac{1 + \cos \pi s}{2} .
+
+    Args:
+        start: :math:`a`, the value before the first update.
+        end: :math:`b`, the value from update ``updates`` on.
+        updates: Optimizer updates that it takes.
+        shape: ``"geometric"`` (the default, for positive numbers), ``"linear"`` or ``"cosine"``.
+
+    Raises:
+        TypeError: ``updates`` is no integer.
+        ValueError: A number is not finite or out of range, or the shape is not known.
+
+    Example:
+        >>> epsilon = Anneal(100.0, 1.0, updates=2)
+        >>> [round(epsilon(t), 6) for t in range(4)]
+        [100.0, 10.0, 1.0, 1.0]
+    """
+
+    start: float
+    end: float
+    updates: int
+    shape: Shape = "geometric"
+
+    def __post_init__(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ValueError(f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
+        check_count("updates", self.updates)
+        for name, value in (("start", self.start), ("end", self.end)):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (self.shape == "geometric" and value == 0):
+                least = "positive" if self.shape == "geometric" else "of at least 0"
+                raise ValueError(f"{name} must be a finite number, {least} for shape={self.shape!r}, got {value!r}")
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The arguments, for a checkpoint."""
+        return asdict(self)
+
+    def __call__(self, updates: int) -> float:
+        """Return the number after so many updates.
+
+        Args:
+            updates: Optimizer updates so far.
+        """
+        s = min(updates / self.updates, 1.0)
+        if s == 1:
+            return float(self.end)
+        if self.shape == "geometric":
+            return float(self.start ** (1 - s) * self.end**s)
+        if self.shape == "linear":
+            return float((1 - s) * self.start + s * self.end)
+        return float(self.end + (self.start - self.end) * (1 + math.cos(math.pi * s)) / 2)

@@ -1,0 +1,109 @@
+"""Objects as plain Python, so that a checkpoint which is loaded with ``weights_only=True`` can make them again."""
+
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["Forgotten", "build", "describe"]
+
+# A checkpoint names classes; only those of these packages are imported for it.
+_PACKAGES = ("torch.optim.", "lightning_gap.")
+
+
+def describe(thing: Any) -> dict[str, Any] | None:
+    """Return what :func:`build` makes ``thing`` from, as plain Python.
+
+    Args:
+        thing: None, an object of this package with ``hparams``, or a class of ``torch.optim`` or a partial of one with
+            plain arguments.
+
+    Returns:
+        ``{"class_path": ..., "init_args": ..., "partial": ...}``, the last one telling a class that is still to be
+        called; ``{"name": ...}`` for what cannot be described; None for None.
+    """
+    if thing is None:
+        return None
+    factory = isinstance(thing, partial | type)
+    made = thing.func if isinstance(thing, partial) else thing if factory else type(thing)
+    path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
+    arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
+    positional = thing.args if isinstance(thing, partial) else ()
+    if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
+        return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
+    return {"class_path": path, "init_args": _plain_copy(arguments), "partial": factory}
+
+
+def build(argument: str, description: Any) -> Any:
+    """Return what was described; anything that is no description is returned as it is.
+
+    Args:
+        argument: The argument that it was given for, for messages.
+        description: What :func:`describe` returned.
+
+    Raises:
+        ValueError: The class is not one of this package's or of ``torch.optim``'s.
+    """
+    if not isinstance(description, Mapping):
+        return description
+    if "class_path" not in description:
+        return Forgotten(argument, str(description.get("name")))
+    path = description["class_path"]
+    if not path.startswith(_PACKAGES):
+        raise ValueError(f"{argument}: {path!r} is not of {' or '.join(p[:-1] for p in _PACKAGES)}: give the object")
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{argument}: there is no class {path!r} here: {error}") from error
+    arguments = dict(description.get("init_args") or {})
+    if description.get("partial"):
+        return partial(made, **arguments) if arguments else made
+    return made(**arguments)
+
+
+class Forgotten:
+    """Stands for a function that a checkpoint knows by name only, and says so when it is needed.
+
+    Args:
+        argument: The argument that it was given for.
+        name: What is known of it.
+    """
+
+    def __init__(self, argument: str, name: str) -> None:
+        self.argument = argument
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            f"the checkpoint holds only the name of {self.argument}, {self.name}: give it again, "
+            f"as in MongeMap.load_from_checkpoint(path, {self.argument}=...)"
+        )
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_copy(item) for key, item in value.items()}
+    return [_plain_copy(item) for item in value] if isinstance(value, list | tuple) else value

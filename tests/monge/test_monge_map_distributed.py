@@ -1,0 +1,90 @@
+"""MongeMap on several processes: the terms are those of the global batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gloo import enter_world, free_port
+from lightning.pytorch import Callback
+from monge_runs import gaussians, small, trainer, weights
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from lightning_gap import SamplesDataModule
+from lightning_gap.parallel import RankGroup
+
+
+class Record(Callback):
+    """Writes each step's loss and the last weights of a rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["lightning_gap/monge/train_loss"]))
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save((self.losses, weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
+
+
+def run(folder: Path, devices: int, steps: int, **options) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    """Train on a global batch of 32 and return what each rank recorded."""
+    folder.mkdir()
+    data = SamplesDataModule(*gaussians(160), batch_size=32 // devices, val_fraction=0.2)
+    several = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
+    trainer(max_steps=steps, max_epochs=-1, callbacks=[Record(folder)], **several).fit(small(None, **options), data)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("devices", "steps"),
+    [pytest.param(2, 12), pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(4, 50, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("options", [{}, {"reach": 50.0, "reweight": True}, {"gap_reference": gaussians(90)[0]}])
+def test_several_processes_train_as_one_does(tmp_path, devices, steps, options):
+    ((expected, expected_weights),) = run(tmp_path / "one", 1, steps, **options)
+    every = run(tmp_path / "several", devices, steps, **options)
+    assert len(expected) == steps
+    assert expected[-1] < 0.7 * expected[0] or "gap_reference" in options
+    for losses, values in every:
+        # The plan that reweights is solved to a coarser tolerance.
+        assert losses == pytest.approx(expected, rel=1e-3 if "reweight" in options else 1e-5)
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected_weights[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_each_device_compares_its_own_batch_on_request(tmp_path):
+    ((one, _),) = run(tmp_path / "one", 1, 3)
+    every = run(tmp_path / "several", 2, 3, global_batch=False)
+    assert every[0][0][0] != pytest.approx(one[0], rel=1e-3)
+    for name, value in every[0][1].items():
+        torch.testing.assert_close(value, every[1][1][name])
+
+
+def gather(rank: int, ranks: int, port: int, folder: str) -> None:
+    enter_world(rank, ranks, port)
+    dist.init_process_group("gloo")
+    rows = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    mine = rows[:1] if rank == 0 else rows[1:]
+    mine = mine.clone().requires_grad_()
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    gathered = RankGroup().gather_rows(mine)
+    (gathered.square() * weight).sum().backward()
+    by_column = RankGroup().gather_rows(mine.detach().T, 1)
+    torch.save((gathered.detach(), mine.grad, by_column), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_rows_of_unequal_numbers_are_gathered_with_their_gradient(tmp_path):
+    mp.spawn(gather, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    rows = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    gradient = 2 * rows * torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    for rank, part in ((0, slice(0, 1)), (1, slice(1, 3))):
+        gathered, grad, by_column = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(gathered, rows)
+        assert torch.equal(by_column, rows.T)
+        assert torch.equal(grad, 2 * gradient[part])  # the sum over both ranks' losses
