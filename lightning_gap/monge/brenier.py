@@ -1,18 +1,25 @@
 """Gradients of convex functions: maps that are optimal for the squared Euclidean cost whatever their weights are."""
 
+import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gap.monge.arguments import check_count
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.maps import TransportMap
-from lightning_gap.monge.samples import check_pair
+from lightning_gap.monge.samples import check_epsilon, check_pair
+from lightning_gap.monge.sinkhorn import optimal_transport
 
-__all__ = ["BrenierMap"]
+__all__ = ["BrenierMap", "BrenierStart"]
 
-_START_STEPS, _START_LR = 500, 5e-3
+BrenierStart = Literal["identity", "gaussian", "plan"]
+
+_GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
+_PLAN_LR, _PLAN_TOLERANCE = 3e-2, 1e-2
 
 
 class BrenierMap(TransportMap):
@@ -38,8 +45,12 @@ class BrenierMap(TransportMap):
     Args:
         dim: Dimension :math:`d` of the samples.
         hidden: Widths of the hidden layers, at least one.
-        start: Whether :meth:`start` moves the map to the Gaussian map between the samples; otherwise it starts near
-            the identity.
+        start: What :meth:`start` fits the map to before the first update: ``"gaussian"``, the Gaussian map between the
+            samples; ``"plan"``, the barycentric projection of an entropic plan between all samples (Seguy et al. 2018,
+            "Large-Scale Optimal Transport and Mapping Estimation", section 4); ``"identity"`` leaves it near there.
+        plan_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_samples: Most samples of each set in the plan: its time grows with their square.
+        plan_steps: Steps of the fit to the plan.
 
     Raises:
         TypeError: ``hidden`` is no sequence.
@@ -59,14 +70,30 @@ class BrenierMap(TransportMap):
 
     started: Tensor
 
-    def __init__(self, dim: int, hidden: Sequence[int] = (64, 64, 64), *, gaussian_start: bool = True) -> None:
-        super().__init__(dim, hidden, "softplus", gaussian_start=gaussian_start)
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = (64, 64, 64),
+        *,
+        start: BrenierStart = "gaussian",
+        plan_epsilon: float = 0.002,
+        plan_samples: int = 16_384,
+        plan_steps: int = 3000,
+    ) -> None:
+        if start not in get_args(BrenierStart):
+            raise ValueError(f"start must be one of {', '.join(get_args(BrenierStart))}, got {start!r}")
+        check_epsilon("plan_epsilon", plan_epsilon)
+        check_count("plan_samples", plan_samples)
+        check_count("plan_steps", plan_steps)
+        plan = {"plan_epsilon": plan_epsilon, "plan_samples": plan_samples, "plan_steps": plan_steps}
+        super().__init__(dim, hidden, "softplus", start=start, **plan)
         widths = list(hidden)
         if not widths:
             raise ValueError("a convex potential needs at least one hidden layer, got hidden=(): write hidden=(64, 64)")
         del self._hparams["activation"]
         self.widths = widths
-        self.gaussian_start = bool(gaussian_start)
+        self.starts_at = start
+        self.plan_epsilon, self.plan_samples, self.plan_steps = plan_epsilon, plan_samples, plan_steps
         total = sum(widths)
         self.slopes = nn.Parameter(torch.randn(total, dim) * dim**-0.5)
         self.biases = nn.Parameter(torch.empty(total).uniform_(-1, 1))
@@ -100,10 +127,10 @@ class BrenierMap(TransportMap):
         return through @ self.slopes + (2 * squares * through) @ self.squares
 
     def start(self, source: Tensor, target: Tensor) -> None:
-        r"""Fit the map to the Gaussian map between the samples, by least squares on random rows of the source.
+        r"""Fit the map to the images that it starts at, by least squares on random rows of the source.
 
-        The whole network takes part in it. (Starting from an exact Gaussian map, with a network that is almost
-        silent beside a quadratic potential, trains far worse.)
+        The whole network takes part in it. (Starting from an exact Gaussian map, with a network that is almost silent
+        beside a quadratic potential, trains far worse.) Once: a map that has started keeps its start.
 
         Args:
             source: ``(n, d)`` samples.
@@ -113,27 +140,42 @@ class BrenierMap(TransportMap):
             TypeError: An argument is no floating-point tensor.
             ValueError: Shapes do not fit, or values are not finite.
         """
-        if not self.gaussian_start or bool(self.started):
+        if self.starts_at == "identity" or bool(self.started):
             return
         check_pair("source", source, "target", target)
         self.inputs(source, None)
+        dtype = self.slopes.dtype
+        # A fit to the Gaussian map comes first: its images are near, and it sets the scales.
         A, b = gaussian_map(source, target, shrinkage="auto")
-        source = source.to(self.slopes.dtype)
-        images = (source.double() @ A + b).to(source.dtype)
-        optimizer = torch.optim.Adam(self.parameters(), lr=_START_LR)
+        self._fit(source.to(dtype), (source.double() @ A + b).to(dtype), _GAUSSIAN_STEPS, _GAUSSIAN_LR)
+        if self.starts_at == "plan":
+            x, y = (_some(samples, self.plan_samples) for samples in (source, target))
+            plan = optimal_transport(x, y, relative_epsilon=self.plan_epsilon, tolerance=_PLAN_TOLERANCE)
+            self._fit(x.to(dtype), plan.barycentric_projection().to(dtype), self.plan_steps, _PLAN_LR)
+        self.started.fill_(True)
+
+    def _fit(self, x: Tensor, images: Tensor, steps: int, lr: float) -> None:
+        """Minimize the mean squared distance of the images."""
+        parameters = list(self.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=lr)
         generator = torch.Generator().manual_seed(0)
-        with torch.enable_grad(), torch.inference_mode(False):
-            for step in range(_START_STEPS):
-                optimizer.param_groups[0]["lr"] = _START_LR * max(0.02, 1 - step / _START_STEPS)
-                rows = torch.randint(len(source), (512,), generator=generator).to(source.device)
-                loss = (self(source[rows]) - images[rows]).square().sum(-1).mean()
-                gradients = torch.autograd.grad(loss, list(self.parameters()))
-                for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+        with torch.inference_mode(False), torch.enable_grad():
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+                rows = torch.randint(len(x), (512,), generator=generator).to(x.device)
+                loss = (self(x[rows]) - images[rows]).square().sum(-1).mean()
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient
                 optimizer.step()
-        for parameter in self.parameters():
+        for parameter in parameters:
             parameter.grad = None
-        self.started.fill_(True)
+
+
+def _some(samples: Tensor, most: int) -> Tensor:
+    """Return at most so many of the samples, drawn at random."""
+    if len(samples) <= most:
+        return samples
+    return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:most].to(samples.device)]
 
 
 def _positive(n_out: int, n_in: int) -> nn.Parameter:
