@@ -135,6 +135,8 @@ def fit(model: MongeMap, source: Tensor, target: Tensor, *, batch: int, updates:
     data = SamplesDataModule(source, target, batch_size=batch, val_fraction=0, seed=seed)
     trainer = Trainer(
         max_steps=updates,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
         accelerator="cpu",
         callbacks=[clock],
         logger=False,

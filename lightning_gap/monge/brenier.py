@@ -100,8 +100,10 @@ class BrenierMap(TransportMap):
         self.squares = nn.Parameter(torch.randn(total, dim) * 0.3 * dim**-0.5)
         # Softplus of these sums to a bit less than 1 over the inputs of a layer.
         self.mixing = nn.ParameterList(_positive(n_out, n_in) for n_in, n_out in zip(widths, widths[1:], strict=False))
-        self.last = nn.Parameter(_positive(1, widths[-1])[0] + 1.5)
-        self.curvature = nn.Parameter(torch.tensor(-2.0))
+        # Loud, so that the fit to the start shares the work; or, with the identity, silent beside a curvature of 1.
+        loud, curvature = (-6.0, math.log(math.e - 1)) if start == "identity" else (1.5, -2.0)
+        self.last = nn.Parameter(_positive(1, widths[-1])[0].detach() + loud)
+        self.curvature = nn.Parameter(torch.tensor(curvature))
         self.offset = nn.Parameter(torch.zeros(dim))
         self.register_buffer("started", torch.tensor(False))
 
