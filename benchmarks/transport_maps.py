@@ -1,6 +1,6 @@
 """Learned maps against known ones.
 
-    python benchmarks/transport_maps.py w2 [--data FOLDER] [--dims 2 4 8 16 32] [--seeds 0 1 2] [--budget 1.0]
+    python benchmarks/transport_maps.py w2 [--data FOLDER] [--dims 2 4 8 16 32] [--seeds 0 1 2]
     python benchmarks/transport_maps.py gaussians | line | sphere
 
 Every map is trained by ``Trainer``, ``MongeMap`` and ``SamplesDataModule``, on one thread; seconds are the process's
@@ -42,7 +42,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap
 from lightning_gap.monge import (
-    Anneal,
     BrenierMap,
     DisplacementCosine,
     ResidualMLP,
@@ -68,34 +67,9 @@ PUBLISHED = {
 OTT = {"OTT-JAX, λ = 1": {2: 1.5, 8: 6.9, 32: 48.6}, "OTT-JAX, λ = 10": {32: 43.9}}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a map of one dimension is trained on the W2 pairs."""
-
-    updates: int
-    batch: int
-    share: float
-    lr: float = 3e-2
-    hidden: tuple[int, ...] = (64, 64, 64)
-    anneal: float = 1.0
-    unbiased: bool = False
-
-    def model(self, dim: int, updates: int) -> MongeMap:
-        """Return the untrained model."""
-        return MongeMap(
-            map=BrenierMap(dim, self.hidden),
-            gap_weight=0,
-            fitting_loss=partial(minibatch_energy_distance, relative_epsilon=self.share)
-            if self.unbiased
-            else "sinkhorn",
-            relative_fitting_epsilon=self.share,
-            epsilon_factor=Anneal(self.anneal, 1.0, updates=max(1, updates // 2)) if self.anneal > 1 else 1.0,
-            optimizer=partial(Adam, lr=self.lr),
-            lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
-        )
-
-
-RECIPES: dict[int, Recipe] = {}
+# One recipe for all dimensions, chosen on other pairs (see docs/transport_maps.md).
+HIDDEN, PLAN_EPSILON, PLAN_STEPS = (64, 64, 64), 0.002, 3000
+UPDATES, BATCH, LR, SHARE = 400, 1024, 2e-3, 0.02
 
 
 def _warm_cosine(step: int, *, updates: int, warm: int = 100) -> float:
@@ -173,10 +147,15 @@ def w2(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"D": dim, "map": "Gaussian", **against_truth(x, x.double() @ A + b, true, variance)}
         for seed in args.seeds:
             seed_everything(seed, verbose=False)
-            recipe = RECIPES[dim]
-            updates = max(200, round(args.budget * recipe.updates))
-            model = recipe.model(dim, updates)
-            seconds = fit(model, source, target, batch=recipe.batch, updates=updates, seed=seed)
+            updates = args.updates or UPDATES
+            model = MongeMap(
+                map=BrenierMap(dim, HIDDEN, start="plan", plan_epsilon=PLAN_EPSILON, plan_steps=PLAN_STEPS),
+                fitting_loss=partial(minibatch_energy_distance, relative_epsilon=SHARE),
+                gap_weight=0,
+                optimizer=partial(Adam, lr=LR),
+                lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+            )
+            seconds = fit(model, source, target, batch=BATCH, updates=updates, seed=seed)
             found = against_truth(x, model.transport(x), true, variance)
             yield {"D": dim, "map": "BrenierMap", "seed": seed, "updates": updates, "seconds": seconds, **found}
 
@@ -339,8 +318,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LIGHTNING_GAP_DATA", "data")))
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=float, default=1.0, help="share of the updates, for w2")
-    parser.add_argument("--updates", type=int, help="updates, for the other sections")
+    parser.add_argument("--updates", type=int, help="updates of the training")
     parser.add_argument("--out", type=Path, help="append each row to this file of JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(1)

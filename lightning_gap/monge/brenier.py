@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ class BrenierMap(TransportMap):
     by construction, also beyond the samples, where a gap over a batch of few points in many dimensions sees nothing.
     Only the fitting loss is left to train: ``MongeMap(map=BrenierMap(d), gap_weight=0)``.
 
+    The network sees samples in units of the source's mean and scale, and its gradient is in those of the target, which
+    :meth:`start` finds. There is one scale for all features: standardize them where theirs differ much.
+
     Positive weights are softplus of free parameters, which move on a logarithmic scale: take a larger learning rate
     than for a perceptron, 1e-2 to 3e-2 with Adam, and let it decay.
 
@@ -53,8 +57,8 @@ class BrenierMap(TransportMap):
         plan_steps: Steps of the fit to the plan.
 
     Raises:
-        TypeError: ``hidden`` is no sequence.
-        ValueError: A width is not a positive integer, or there is no hidden layer.
+        TypeError: ``hidden`` is no sequence, or a count no integer.
+        ValueError: A number is out of range, there is no hidden layer, or the start is not known.
 
     Example:
         >>> import torch
@@ -68,6 +72,10 @@ class BrenierMap(TransportMap):
         True
     """
 
+    center: Tensor
+    scale: Tensor
+    image_center: Tensor
+    image_scale: Tensor
     started: Tensor
 
     def __init__(
@@ -85,12 +93,18 @@ class BrenierMap(TransportMap):
         check_epsilon("plan_epsilon", plan_epsilon)
         check_count("plan_samples", plan_samples)
         check_count("plan_steps", plan_steps)
-        plan = {"plan_epsilon": plan_epsilon, "plan_samples": plan_samples, "plan_steps": plan_steps}
-        super().__init__(dim, hidden, "softplus", start=start, **plan)
+        super().__init__(
+            dim,
+            hidden,
+            "softplus",
+            start=start,
+            plan_epsilon=plan_epsilon,
+            plan_samples=plan_samples,
+            plan_steps=plan_steps,
+        )
         widths = list(hidden)
         if not widths:
             raise ValueError("a convex potential needs at least one hidden layer, got hidden=(): write hidden=(64, 64)")
-        del self._hparams["activation"]
         self.widths = widths
         self.starts_at = start
         self.plan_epsilon, self.plan_samples, self.plan_steps = plan_epsilon, plan_samples, plan_steps
@@ -99,20 +113,31 @@ class BrenierMap(TransportMap):
         self.biases = nn.Parameter(torch.empty(total).uniform_(-1, 1))
         self.squares = nn.Parameter(torch.randn(total, dim) * 0.3 * dim**-0.5)
         # Softplus of these sums to a bit less than 1 over the inputs of a layer.
-        self.mixing = nn.ParameterList(_positive(n_out, n_in) for n_in, n_out in zip(widths, widths[1:], strict=False))
+        self.mixing = nn.ParameterList(_positive(n_out, n_in) for n_in, n_out in pairwise(widths))
         # Loud, so that the fit to the start shares the work; or, with the identity, silent beside a curvature of 1.
         loud, curvature = (-6.0, math.log(math.e - 1)) if start == "identity" else (1.5, -2.0)
         self.last = nn.Parameter(_positive(1, widths[-1])[0].detach() + loud)
         self.curvature = nn.Parameter(torch.tensor(curvature))
         self.offset = nn.Parameter(torch.zeros(dim))
+        # Means and scales of source and target, one scale for all features so that the map stays a gradient.
+        for prefix in ("", "image_"):
+            self.register_buffer(f"{prefix}center", torch.zeros(dim))
+            self.register_buffer(f"{prefix}scale", torch.ones(()))
         self.register_buffer("started", torch.tensor(False))
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """Plain arguments that make the map again."""
+        return {name: value for name, value in (super().hparams or {}).items() if name != "activation"}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
-        return self._gradient(x) + F.softplus(self.curvature) * x + self.offset
+        image = self._gradient((x - self.center) / self.scale)
+        return (self.image_scale * image + self.image_center).to(x.dtype)
 
     def _gradient(self, x: Tensor) -> Tensor:
+        """Return the potential's gradient in the units of the network."""
         squares = F.linear(x, self.squares)
         skips = (squares.square() + F.linear(x, self.slopes, self.biases)).split(self.widths, dim=-1)
         mixing = [F.softplus(raw) for raw in self.mixing]
@@ -126,7 +151,8 @@ class BrenierMap(TransportMap):
         for rate, weights in zip(rates[-2::-1], mixing[::-1], strict=True):
             parts.insert(0, (parts[0] @ weights) * rate)
         through = torch.cat(parts, dim=-1)
-        return through @ self.slopes + (2 * squares * through) @ self.squares
+        gradient = through @ self.slopes + (2 * squares * through) @ self.squares
+        return gradient + F.softplus(self.curvature) * x + self.offset
 
     def start(self, source: Tensor, target: Tensor) -> None:
         r"""Fit the map to the images that it starts at, by least squares on random rows of the source.
@@ -147,7 +173,8 @@ class BrenierMap(TransportMap):
         check_pair("source", source, "target", target)
         self.inputs(source, None)
         dtype = self.slopes.dtype
-        # A fit to the Gaussian map comes first: its images are near, and it sets the scales.
+        self._set_units(source, target)
+        # A fit to the Gaussian map comes first, so that the plan's need not start far away.
         A, b = gaussian_map(source, target, shrinkage="auto")
         self._fit(source.to(dtype), (source.double() @ A + b).to(dtype), _GAUSSIAN_STEPS, _GAUSSIAN_LR)
         if self.starts_at == "plan":
@@ -156,6 +183,15 @@ class BrenierMap(TransportMap):
             self._fit(x.to(dtype), plan.barycentric_projection().to(dtype), self.plan_steps, _PLAN_LR)
         self.started.fill_(True)
 
+    @torch.no_grad()
+    def _set_units(self, source: Tensor, target: Tensor) -> None:
+        for prefix, samples in (("", source.double()), ("image_", target.double())):
+            center = samples.mean(0)
+            scale = (samples - center).square().mean().sqrt()
+            getattr(self, f"{prefix}center").copy_(center)
+            # A point mass has no scale.
+            getattr(self, f"{prefix}scale").copy_(scale if scale > 0 else torch.ones_like(scale))
+
     def _fit(self, x: Tensor, images: Tensor, steps: int, lr: float) -> None:
         """Minimize the mean squared distance of the images."""
         parameters = list(self.parameters())
@@ -163,9 +199,11 @@ class BrenierMap(TransportMap):
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.enable_grad():
             for step in range(steps):
-                optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+                optimizer.param_groups[0]["lr"] = (
+                    lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+                )
                 rows = torch.randint(len(x), (512,), generator=generator).to(x.device)
-                loss = (self(x[rows]) - images[rows]).square().sum(-1).mean()
+                loss = ((self(x[rows]) - images[rows]) / self.image_scale).square().sum(-1).mean()
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient
                 optimizer.step()

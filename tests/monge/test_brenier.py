@@ -74,6 +74,23 @@ def test_the_gaussian_start_is_near_the_gaussian_map():
     assert float(error / y.var(0).sum()) < 0.02
 
 
+@pytest.mark.parametrize(("offset", "scale"), [(1e3, 1.0), (0.0, 1e-3), (-5.0, 200.0)])
+def test_the_start_knows_no_units(offset, scale):
+    seed_everything(1, verbose=False)
+    x = offset + scale * torch.randn(400, 2)
+    net = BrenierMap(2, (16,))
+    net.start(x, 3 * x + 7)
+    error = (net(x).detach() - (3 * x + 7)).square().sum(1).mean()
+    assert float(error / (3 * x).var(0).sum()) < 0.02
+
+
+def test_constant_samples_are_allowed():
+    net, x = BrenierMap(2, (8,)), torch.randn(50, 1) * torch.tensor([1.0, 0.0])
+    net.start(x, torch.full((20, 2), 4.0))
+    assert torch.isfinite(net(x)).all()
+    assert float((net(x).detach() - 4).abs().mean()) < 0.2
+
+
 def test_the_plan_start_sees_what_the_gaussian_map_cannot():
     seed_everything(2, verbose=False)
     x, fresh = torch.randn(400, 2), torch.randn(400, 2)
