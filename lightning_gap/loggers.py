@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-__all__ = ["define_axes", "log_facts", "log_figure", "log_table", "markdown"]
+__all__ = ["define_axes", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
 
 _KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
@@ -87,6 +87,15 @@ def log_table(
             path.write_text(_csv(columns, rows), encoding="utf-8")
 
 
+def takes_figures(logger: Any) -> bool:
+    """Return whether :func:`log_figure` has a way to give a logger figures.
+
+    Args:
+        logger: One of a trainer's loggers.
+    """
+    return _kind(logger) is not None
+
+
 @rank_zero_only
 def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: int) -> None:
     """Log a figure: to W&B and TensorBoard as an image, to MLflow and CSV as the file ``figures/KEY/STEP.png``.
@@ -99,7 +108,7 @@ def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: 
         draw: Returns a Matplotlib figure; called once, and only if a logger takes it.
         step: The logged step.
     """
-    takers = [logger for logger in loggers if _kind(logger) is not None]
+    takers = [logger for logger in loggers if takes_figures(logger)]
     if not takers:
         return
     try:

@@ -63,7 +63,7 @@ def monge_run(folder, logger, dim=2, **options):
     """Fit a map for nine updates, with three validations."""
     torch.manual_seed(0)
     data = SamplesDataModule(torch.randn(80, dim), torch.randn(80, dim) + 2, batch_size=20)
-    fit = trainer(folder, logger, **{"max_epochs": 3, "callbacks": [MapFigure(points=30)], **options})
+    fit = trainer(folder, logger, **{"max_epochs": 3, "callbacks": [MapFigure(max_points=30)], **options})
     fit.fit(MongeMap(dim=dim, hidden=(8,)), data)
     return fit
 

@@ -92,7 +92,7 @@ CODE = [
     ("no points", lambda _: UltraSlowDiffusion(points_per_decade=0), "points_per_decade must be a positive integer"),
     ("a reference that is gone", _fit(UltraSlowDiffusion(reference="/nowhere")), "does not exist: name a diffusion"),
     ("two points for a law", lambda _: fit_diffusion([1, 2], [0.1, 0.2]), "at least 5 points are needed"),
-    ("a figure without points", lambda _: MapFigure(points=0), "points must be a positive integer"),
+    ("a figure of no validation", lambda _: MapFigure(0), "every_n_validations must be a positive integer"),
     ("an unknown cost", lambda _: MongeMap(dim=2, cost="manhatan"), "choose one of cosine, elastic"),
     ("a negative epsilon", lambda _: MongeMap(dim=2, gap_epsilon=-1.0), "gap_epsilon must be a positive"),
     ("a weight that is no number", lambda _: MongeMap(dim=2, gap_weight=math.nan), "gap_weight must be a finite"),

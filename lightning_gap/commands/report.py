@@ -56,6 +56,7 @@ def _report(options: argparse.Namespace) -> None:
         options.output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"cannot write --output {options.output}: {error.strerror}; choose another file") from None
-    say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{len(runs)} runs: open {options.output}")
+    number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{number}: open {options.output}")
     if options.open:
         webbrowser.open(options.output.resolve().as_uri())

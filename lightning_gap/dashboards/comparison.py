@@ -339,7 +339,7 @@ def _monge_section(runs: Sequence[Run], styles: Styles) -> Section | None:
     columns: dict[str, tuple[Sequence[Any], Any]] = {
         _short(key).replace("_", " "): ([run.last(key) for run in runs], best[key]) for key in held_out[:_MOST_COLUMNS]
     }
-    columns = {"cost": ([run.config.get("cost") for run in runs], None), **columns}
+    columns = {"cost": ([_text(run.config.get("cost")) for run in runs], None), **columns}
     columns |= {"λ": ([_float(run.config.get("gap_weight")) for run in runs], None)}
     caption = (
         "The last values. The divergence tells how far the images are from the target, the gap what the map pays over "
@@ -357,6 +357,10 @@ def _monge_section(runs: Sequence[Run], styles: Styles) -> Section | None:
         blocks,
         "Uscidda, Cuturi 2023 · The Monge gap",
     )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _float(value: Any) -> float | None:

@@ -21,7 +21,8 @@ __all__ = ["Run", "RunError", "find_runs", "read_runs", "wandb_records"]
 Kind = Literal["CSV", "TensorBoard", "W&B", "MLflow", "diffusion.csv"]
 
 _ROOM = re.compile(r"lightning_gap/(\w+)/")
-_SKIPPED = {"checkpoints", "artifacts", "files", "logs", "node_modules", "__pycache__", ".git", ".venv", ".trash"}
+_SKIPPED = {"node_modules", "__pycache__", ".git", ".venv", ".trash"}
+_INSIDE_A_RUN = {"checkpoints", "figures", "tables"}
 # Folders whose names say nothing about a run.
 _PLAIN = {"lightning_logs", "csv_logs", "tb_logs", "mlruns", "wandb", "version_0"}
 _PICTURES = ("*.png", "*.jpg", "*.jpeg")
@@ -64,7 +65,7 @@ class Run:
     @property
     def updates(self) -> int | None:
         """After how many updates the last metric was logged; None if the run logged nothing."""
-        ends = [series[-1, 0] for series in self.metrics.values()]
+        ends = [series[-1, 0] for series in self.metrics.values() if math.isfinite(series[-1, 0])]
         return int(max(ends)) if ends else None
 
 
@@ -230,8 +231,8 @@ def _read_wandb(path: Path) -> Run:
             # Deeper keys are the parts of a table or an image.
             values = _items(item for item in record.history.item if len(item.nested_key) <= 1)
             numbers = {key: float(x) for key, x in values.items() if isinstance(x, int | float)}
-            numbers = {key: x for key, x in numbers.items() if not key.startswith("_")}
-            rows.append((numbers.pop("trainer/global_step", math.nan), numbers))
+            step = numbers.pop("trainer/global_step", numbers.get("_step", math.nan))
+            rows.append((step, {key: x for key, x in numbers.items() if not key.startswith("_")}))
     pictures = {}
     images = path / "files" / "media" / "images"
     found = [
@@ -360,7 +361,9 @@ def find_runs(path: Path) -> list[tuple[Kind, Path]]:
             found.append((kind, folder))
         if any(re.fullmatch(r"diffusion.*\.csv", file) for file in files):
             traces.append(folder)
-        skipped = _SKIPPED - {"checkpoints", "logs"} if not found else _SKIPPED
+        if kind in ("W&B", "MLflow"):
+            folders.clear()
+        skipped = _SKIPPED | _INSIDE_A_RUN if kind is not None else _SKIPPED
         folders[:] = sorted(each for each in folders if each not in skipped)
     if not found:
         found = [("diffusion.csv", folder) for folder in traces]

@@ -96,6 +96,10 @@ def panels(
             Panel(fit, title, updates, (f"{_MONGE}train_{name}", f"{_MONGE}val_{name}"), log_y=name != "displacement")
             for name, title in names
         ]
+        found += [
+            Panel(fit, title, updates, (f"{_MONGE}val_{name}", f"{_MONGE}val_{name}_floor"), log_y=True)
+            for name, title in (("energy_distance", "Energy distance"), ("wasserstein_1", "Marginal Wasserstein-1"))
+        ]
         found.append(Panel(fit, "Map", "", (f"{_MONGE}map",), kind="images"))
     return found
 
@@ -137,7 +141,6 @@ def build_workspace(
         if panel.kind == "images":
             return wr.MediaBrowser(title=panel.title, media_keys=list(panel.y), num_columns=2)
         if panel.kind == "scatter":
-            # Configuration keys hold slashes, which the path of a nested key would read as one name.
             return wr.ScatterPlot(
                 title=panel.title, x=wr.Config(panel.x), y=wr.SummaryMetric(panel.y[0]), log_x=panel.log_x
             )

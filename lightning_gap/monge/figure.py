@@ -1,9 +1,8 @@
 """The callback that logs a figure of the map while it is learned."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import fsspec
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gap.loggers import log_figure, takes_figures
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.parallel import holds_whole_weights
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["MapFigure"]
 
-_KEY = "lightning_gap/monge/val_map"
+_KEY = "lightning_gap/monge/map"
 
 
 class MapFigure(Callback):
     """Log a figure of source, target, images and arrows after validation; see :func:`plot_map`.
 
-    It goes to every logger, on rank zero, as ``lightning_gap/monge/val_map``: TensorBoard, W&B and MLflow take it as an
-    image at the step of ``trainer.global_step``; for other loggers, CSV among them, it is written as
-    ``val_map-<step>.png`` to the logger's folder. Without a logger it is in :attr:`figure` alone.
+    It goes to the loggers, on rank zero, as ``lightning_gap/monge/map``: to W&B and TensorBoard as an image at the step
+    of ``trainer.global_step``, to MLflow and CSV as the file ``figures/lightning_gap/monge/map/<step>.png``. Without a
+    logger it is in :attr:`figure` alone.
 
     Drawn are the samples of the first validation batches, of this process, up to ``max_points`` of each set and
     condition, or ``samples``. Weights are not drawn, but rows of weight 0 are left out. Samples in coordinates that
@@ -169,8 +169,10 @@ class MapFigure(Callback):
             return
         title = f"validation after {trainer.global_step} updates"
         self._figure = plot_map(*sets, conditions=names, title=title, **self.options)
-        for logger in trainer.loggers:
-            self._log(logger, self._figure, trainer)
+        deaf = sorted({type(logger).__name__ for logger in trainer.loggers if not takes_figures(logger)})
+        if deaf:
+            self._warn_once("loggers", f"MapFigure: {', '.join(deaf)} takes no figures, so none is logged to it")
+        log_figure(trainer.loggers, _KEY, lambda: self._figure, trainer.global_step)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -179,23 +181,6 @@ class MapFigure(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = int(state_dict["validations"])
-
-    def _log(self, logger: Any, figure: "Figure", trainer: Trainer) -> None:
-        step, experiment = trainer.global_step, cast(Any, getattr(logger, "experiment", None))
-        if hasattr(logger, "log_image"):  # W&B
-            logger.log_image(_KEY, [figure], step=step)
-        elif hasattr(experiment, "add_figure"):  # TensorBoard
-            experiment.add_figure(_KEY, figure, step)
-        elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
-            experiment.log_figure(logger.run_id, figure, f"{_KEY}-{step:08d}.png")
-        elif folder := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None):
-            filesystem, path = fsspec.core.url_to_fs(str(folder))
-            filesystem.makedirs(path, exist_ok=True)
-            with filesystem.open(f"{path}/val_map-{step:08d}.png", "wb") as file:
-                figure.savefig(file, format="png")
-        else:
-            kind = type(logger).__name__
-            self._warn_once(kind, f"MapFigure: {kind} takes no figures and has no folder, so none is logged to it")
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._said:

@@ -490,19 +490,6 @@ class MongeMap(LightningModule):
             samples = samples.expand(len(batch.source), *samples.shape)
         return _gathered(samples, group), _gathered(self._images(samples, batch.condition), group)
 
-    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
-        """Log what a training step found."""
-        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
-        # an epoch's second batch on only the numbers are new.
-        results = _results_of(self.trainer)
-        keys = [f"training_step.{name}" for name in (_UPDATES, *(_key("train", name) for name in values))]
-        if not batch_idx or results is None or not all(key in results for key in keys):
-            self._log("train", values, batch_size=batch_size)
-            return
-        updates = torch.tensor(float(self.global_step), device=self.device)
-        for key, value in zip(keys, (updates, *values.values()), strict=True):
-            results.update_metrics(key, value.detach(), batch_size)
-
     def _new_scores(self, *, named: bool) -> MapScores:
         scores = MapScores(
             cost=self.cost,
@@ -555,11 +542,28 @@ class MongeMap(LightningModule):
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
 
+    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
+        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
+        # an epoch's second batch on only the numbers are new.
+        results, named = _results_of(self.trainer), self._named("train", values)
+        keys = [f"training_step.{name}" for name in named]
+        if not batch_idx or results is None or not all(key in results for key in keys):
+            self._log("train", values, batch_size=batch_size)
+            return
+        for key, value in zip(keys, named.values(), strict=True):
+            results.update_metrics(key, value, batch_size)
+
     def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
-        logged = {_key(stage, name): value.detach() for name, value in values.items()}
+        logged = self._named(stage, values)
         define_axes(self.trainer.loggers, _UPDATES, logged)
-        self.log(_UPDATES, float(self.global_step), reduce_fx="max", **options)
+        # Of an epoch's updates the last, not their mean.
+        self.log(_UPDATES, logged.pop(_UPDATES), reduce_fx="max", **options)
         self.log_dict(logged, **options)
+
+    def _named(self, stage: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values by the names under which they are logged, and the updates so far."""
+        named = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
+        return named | {_UPDATES: torch.tensor(float(self.global_step), device=self.device)}
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
@@ -628,10 +632,6 @@ def _gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) ->
 
 def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
     return cost.paired(source.reshape(-1, source.shape[-1]), mapped.reshape(-1, mapped.shape[-1])).mean()
-
-
-def _key(stage: str, name: str) -> str:
-    return f"lightning_gap/monge/{stage}_{name}"
 
 
 def _results_of(trainer: Trainer) -> Any:

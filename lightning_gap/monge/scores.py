@@ -290,8 +290,9 @@ class MapScores(Metric):
         if any(len(p.sets.get("target_again", p.sets["source"])) < len(p.sets["source"]) for p in pools):
             self._say_once(
                 "target_again",
-                rank_zero_warn,
-                "target_again has fewer samples than the source: the floors are those of its number, and too high",
+                rank_zero_info,
+                "MapScores: target_again has fewer samples than the source, so the floors are those of that number, "
+                "and somewhat high",
             )
 
     def _say_once(self, what: str, say: Callable[[str], Any], message: str) -> None:

@@ -154,6 +154,22 @@ def test_every_run_is_found_once(tmp_path):
     assert {run.kind for run in runs} == {"CSV"}
 
 
+def test_runs_are_found_whatever_their_folders_are_called(tmp_path):
+    for name in ("a", "files/b", "logs/c", "artifacts/d", "checkpoints/e"):
+        csv_run(tmp_path / name)
+    assert len(find_runs(tmp_path)) == 5
+
+
+def test_what_a_run_of_wandb_logged_beside_lightning_is_read(tmp_path):
+    pytest.importorskip("wandb")
+    rows = [_record("history", None, {"_step": 3, "own": 1.5}), _record("history", None, {"stray": 2.5})]
+    _wandb_file(tmp_path / "run-x.wandb", rows)
+    (run,) = read_runs([tmp_path])
+    assert run.metrics["own"].tolist() == [[3, 1.5]]
+    assert run.last("stray") == 2.5
+    assert run.updates == 3
+
+
 def test_names_differ(tmp_path):
     csv_run(tmp_path / "x" / "lightning_logs" / "version_0")
     csv_run(tmp_path / "x" / "csv_logs" / "version_0")

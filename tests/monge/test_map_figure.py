@@ -46,22 +46,26 @@ def points(callback: MapFigure) -> list[np.ndarray]:
     return [np.asarray(c.get_offsets()) for c in axes.collections if isinstance(c, PathCollection)]
 
 
-class Steps(Logger):
+class Numbers(Logger):
+    """Takes what every logger must."""
+
+    name, version = "numbers", 0
+
+    def log_metrics(self, metrics, step=None): ...
+
+    def log_hyperparams(self, params): ...
+
+
+class Steps(type("TensorBoardLogger", (Numbers,), {})):
     """Takes figures as TensorBoard does, and keeps their steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.experiment, self.steps, self.keys = self, [], set()
 
-    def add_figure(self, key, figure, step):
+    def add_figure(self, key, figure, step, close):
         self.steps.append(step)
         self.keys.add(key)
-
-    name, version = "steps", 0
-
-    def log_metrics(self, metrics, step=None): ...
-
-    def log_hyperparams(self, params): ...
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def drawn(monkeypatch):
 def test_it_draws_the_held_out_samples_and_their_images():
     callback, data, net = MapFigure(), samples(), model()
     trainer(callback).fit(net, data)
-    held_out = data.splits["val"]
+    held_out = next(iter(data.val_dataloader()))
     source, target, images = points(callback)
     np.testing.assert_allclose(source, held_out.source, rtol=1e-6)
     np.testing.assert_allclose(target, held_out.target, rtol=1e-6)
@@ -87,7 +91,7 @@ def test_every_n_validations_and_never_at_the_sanity_check(drawn):
     logger = Steps()
     trainer(MapFigure(2), logger=logger, max_epochs=5).fit(model(), samples())
     assert logger.steps == [1, 3, 5]
-    assert logger.keys == {"lightning_gap/monge/val_map"}
+    assert logger.keys == {"lightning_gap/monge/map"}
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path, drawn):
@@ -133,8 +137,6 @@ class Shifts(nn.Module):
 class Conditional(MongeMap):
     """Validates batches of conditions, as far as drawing is concerned."""
 
-    condition_names: tuple[str, ...] = ("control", "drug", "other")
-
     def forward(self, x, condition=None):
         return self.map(x, condition)
 
@@ -149,7 +151,9 @@ def test_conditions_are_panels_by_name_without_the_rows_that_fill_up(drawn):
         Batch(x, y, weights, None, torch.tensor([2, 0])),
         Batch(x[:1], y[:1], None, None, torch.tensor([2])),
     ]
-    trainer(MapFigure()).validate(Conditional(map=Shifts()), DataLoader(batches, batch_size=None), verbose=False)
+    net = Conditional(map=Shifts())
+    net.condition_names = ["control", "drug", "other"]
+    trainer(MapFigure()).validate(net, DataLoader(batches, batch_size=None), verbose=False)
     ((source, mapped, target), options) = drawn[0]
     assert options["conditions"] == ["control", "other"]
     torch.testing.assert_close(source[0], x[1, :2])
@@ -168,12 +172,13 @@ def test_standardized_features_are_drawn_as_they_were(drawn):
 
     net = model()
     net.representation = Standardized()
-    data = samples()
-    trainer(MapFigure()).validate(net, data, verbose=False)
-    torch.testing.assert_close(drawn[0][0][0], 10 * data.splits["val"].source + 1)
+    x = torch.randn(20, 2)
+    loader = DataLoader([(x, x + 1)], batch_size=None)
+    trainer(MapFigure()).validate(net, loader, verbose=False)
+    torch.testing.assert_close(drawn[0][0][0], 10 * x + 1)
     net.representation.components = torch.eye(2)
-    trainer(MapFigure()).validate(net, data, verbose=False)
-    torch.testing.assert_close(drawn[1][0][0], data.splits["val"].source)
+    trainer(MapFigure()).validate(net, loader, verbose=False)
+    torch.testing.assert_close(drawn[1][0][0], x)
 
 
 def test_at_most_so_many_points_are_mapped(drawn):
@@ -206,7 +211,7 @@ def test_tensorboard(tmp_path):
     trainer(MapFigure(arrows=5), logger=logger, max_epochs=2).fit(model(), samples())
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir).Reload()
-    assert [event.step for event in events.Images("lightning_gap/monge/val_map")] == [1, 2]
+    assert [event.step for event in events.Images("lightning_gap/monge/map")] == [1, 2]
 
 
 def test_wandb(tmp_path, monkeypatch):
@@ -217,7 +222,7 @@ def test_wandb(tmp_path, monkeypatch):
     trainer(MapFigure(arrows=5), logger=logger).fit(model(), samples())
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()
-    assert summary["lightning_gap/monge/val_map"]["count"] == 1
+    assert summary["lightning_gap/monge/map"]["count"] == 1
     assert list(tmp_path.rglob("media/images/lightning_gap/monge/*.png"))
 
 
@@ -227,7 +232,7 @@ def test_csv_has_a_png_in_its_folder(tmp_path, several):
     loggers = [logger, Steps()] if several else logger
     trainer(MapFigure(arrows=5), logger=loggers).fit(model(), samples())
     (image,) = tmp_path.rglob("*.png")
-    assert str(image) == f"{logger.log_dir}/val_map-00000001.png"
+    assert str(image) == f"{logger.log_dir}/figures/lightning_gap/monge/map/00000001.png"
     assert image.read_bytes().startswith(b"\x89PNG")
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
@@ -240,35 +245,14 @@ def test_mlflow(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("maps", tracking_uri=f"file:{tmp_path}")
     trainer(MapFigure(arrows=5), logger=logger).fit(model(), samples())
-    logged = logger.experiment.list_artifacts(logger.run_id, "lightning_gap/monge")
-    assert [artifact.path for artifact in logged] == ["lightning_gap/monge/val_map-00000001.png"]
-
-
-def test_mlflow_is_called_by_its_client(drawn):
-    class Client(Steps):
-        run_id = "abc"
-        add_figure = None
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.logged = []
-            self.experiment = type("Experiment", (), {"log_figure": lambda _, *args: self.logged.append(args)})()
-
-    logger = Client()
-    trainer(MapFigure(), logger=logger).fit(model(), samples())
-    ((run, _, path),) = logger.logged
-    assert (run, path) == ("abc", "lightning_gap/monge/val_map-00000001.png")
+    logged = logger.experiment.list_artifacts(logger.run_id, "figures/lightning_gap/monge/map")
+    assert [artifact.path for artifact in logged] == ["figures/lightning_gap/monge/map/00000001.png"]
 
 
 def test_a_logger_that_takes_nothing_is_named(drawn):
-    class Deaf(Steps):
-        add_figure = None
+    class Deaf(Numbers): ...
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.experiment = None
-
-    with pytest.warns(UserWarning, match="MapFigure: Deaf takes no figures and has no folder"):
+    with pytest.warns(UserWarning, match="MapFigure: Deaf takes no figures"):
         trainer(MapFigure(), logger=Deaf()).fit(model(), samples())
 
 
