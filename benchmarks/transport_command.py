@@ -99,8 +99,8 @@ def main() -> None:
     bare = median(seconds for seconds, _, _ in found["network"])
     for command, runs in found.items():
         seconds = median(run[0] for run in runs)
-        print(f"| {command} | {options.rows / seconds:.0f} | {bare / seconds:.0%} | {max(run[1] for run in runs):.0f} | "
-              f"{max(run[2] for run in runs):.0f} |")  # fmt: skip
+        peak, idle = (max(run[i] for run in runs) for i in (1, 2))
+        print(f"| {command} | {options.rows / seconds:.0f} | {bare / seconds:.0%} | {peak:.0f} | {idle:.0f} |")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Classifier(LightningModule):
         self.log("val_loss", nn.functional.cross_entropy(scores, batch[1]))
         self.log("val_accuracy", (scores.argmax(1) == batch[1]).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self):  # noqa: ANN201
+    def configure_optimizers(self):
         """Return SGD with momentum, and its steps."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.hparams["milestones"]))]

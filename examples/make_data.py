@@ -1,6 +1,6 @@
 """Write the data of the examples to the folder `data`: small, made from a seed, in the formats that people have.
 
-    python examples/make_data.py
+python examples/make_data.py
 """
 
 from pathlib import Path
