@@ -2,8 +2,7 @@
 
 Each figure is that of a process of its own. The bare network maps the same rows, by the same batch, from one block in
 memory that it goes through again and again: it reads and writes nothing. The processes take turns. On a machine that
-others use, trust the rows by seconds of a core, in which all threads count: reading, mapping and writing. On a machine that others use,
-trust the rows by seconds of a core, which count all threads: reading, mapping and writing.
+others use, trust the rows by seconds of a core, in which all threads count: reading, mapping and writing.
 
     python benchmarks/transport_command.py --rows 10_000_000
 """
@@ -96,7 +95,9 @@ def main() -> None:
         assert output.stat().st_size == source.stat().st_size
     print(f"{options.rows} x {options.dim} float32, batches of {options.batch_size}, {options.threads} threads, "
           f"median of {options.repeats}; {time.perf_counter() - start:.0f} s")  # fmt: skip
-    print("| | rows/s | of the network's | rows/s of a core | of the network's | peak memory, MB | before the first row |")
+    print(
+        "| | rows/s | of the network's | rows/s of a core | of the network's | peak memory, MB | before the first row |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     bare, bare_cpu = (median(run[i] for run in found["network"]) for i in (0, 1))
     for command, runs in found.items():
