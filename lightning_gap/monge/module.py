@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast, get_args, overload
 
@@ -22,6 +23,7 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.files import is_file, open_table
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.populations import FiniteSamples, Turn
@@ -82,8 +84,9 @@ class MongeMap(LightningModule):
             ``Anneal(10, 1, updates=1000)``.
         gap_weight: Weight :math:`\lambda \ge 0` of the Monge gap, or a schedule; at 0 the gap is only measured in
             validation.
-        gap_reference: ``(r, d)`` samples of a reference measure :math:`\rho` whose support covers the source's: a map
-            that is optimal on it is optimal on the source. Each step takes as many of them as it has source samples.
+        gap_reference: ``(r, d)`` samples, or a path to them, of a reference measure :math:`\rho` whose support covers
+            the source's: a map that is optimal on it is optimal on the source. Each step takes as many of them as it
+            has source samples.
         gap_on: Where the gap is measured: on the ``"source"`` batch, on the ``"reference"`` (the default where there is
             one), or on ``"both"`` as one sample.
         conservative_weight: Weight :math:`\lambda_c \ge 0` of the conservativity of the map's ``field``.
@@ -128,7 +131,7 @@ class MongeMap(LightningModule):
         dim: int | None = None,
         *,
         cost: CostLike = "sqeuclidean",
-        map: nn.Module | Mapping[str, Any] | None = None,
+        map: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128, 128),
         fitting_loss: FittingLoss = "sinkhorn",
         fitting_cost: CostLike = "sqeuclidean",
@@ -138,13 +141,13 @@ class MongeMap(LightningModule):
         relative_gap_epsilon: float = 0.01,
         epsilon_factor: float | Schedule = 1.0,
         gap_weight: float | Schedule = 1.0,
-        gap_reference: ArrayLike | Tensor | None = None,
+        gap_reference: str | Path | ArrayLike | Tensor | None = None,
         gap_on: GapOn | None = None,
         conservative_weight: float = 0.0,
         conservative_probes: int = 1,
         reach: float | None = None,
         reweight: bool = False,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(Adam, lr=1e-3),  # noqa: B008
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: str = "auto",
         global_batch: bool = True,
@@ -178,12 +181,13 @@ class MongeMap(LightningModule):
             solver=check_solver(solver),
         )
         self.global_batch = bool(global_batch)
-        self.optimizer = build("optimizer", optimizer)
+        self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))
         self.register_buffer("gap_epsilon", _undecided(check_epsilon("gap_epsilon", gap_epsilon)))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("gap_reference", reference)
+        # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
         self.map = given if given is not None else None if dim is None else ResidualMLP(dim, hidden)
         self.hidden = tuple(hidden)
@@ -657,6 +661,8 @@ def _reference(samples: Any) -> Tensor | None:
         return None
     if isinstance(samples, Mapping):  # of a checkpoint, whose state holds the samples
         return torch.zeros(samples["shape"])
+    if is_file(samples):
+        samples = open_table("gap_reference", samples).samples(None)
     tensor = samples.detach().clone() if isinstance(samples, Tensor) else torch.tensor(np.asarray(samples))
     tensor = tensor if tensor.is_floating_point() else tensor.float()
     check_samples("gap_reference", tensor)
