@@ -1,6 +1,6 @@
 """Maps from control to treated cells, on cells that no map has seen, against the simple maps that may be enough.
 
-    LIGHTNING_GAP_DATA=FOLDER python benchmarks/map_real_data.py [kang sachs] [--seeds 0 1 2] [--choose]
+    LIGHTNING_GAP_DATA=FOLDER python benchmarks/map_real_data.py [kang sachs] [--seeds 0 1 2] [--only REGEX] [--choose]
 
 ``kang``: blood cells before and after interferon β (Kang et al. 2018, "Multiplexed droplet single-cell RNA-sequencing
 using natural genetic variation"), log counts of 100 genes, learned in 20 principal components. Patient 107 is held out,
