@@ -275,8 +275,8 @@ def _one_line(message: str) -> str:
     """Return what a parser says in one line: which option, what is wrong, and what would be right."""
     if message.startswith("the following arguments are required"):
         message = re.sub(r"\b(?:fit|validate|test|predict)\.(?=[a-z])", "--", message)
-    found = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<said>.*)', message, re.DOTALL)
-    if found is None:
+    found = re.match(r'(?:Parser key "(?P<key>[^"]+)":\s*)?(?P<said>.*)', message, re.DOTALL)
+    if found is None or (found["key"] is None and "any of the Union subtypes" not in message):
         return _flat(message)
     said, given = found["said"], re.search(r"\n\s*Given value: (.*)", found["said"], re.DOTALL)
     errors = re.search(r"Errors:\n(?P<indent> *)- (?P<all>.*?)(?:\n\s*Given value type:|$)", said, re.DOTALL)
@@ -290,7 +290,8 @@ def _one_line(message: str) -> str:
     given = given or re.search(r"\. Got value: (.*)", said)
     value = repr(_shortened(_flat(given[1]))) if given is not None else "this"
     what = reasons[0] if reasons else f"{value} is no {', or '.join(dict.fromkeys(kinds))}"
-    return f"--{found['key'].removeprefix('--')}: {_shortened(what, 400)}"
+    option = "" if found["key"] is None else f"--{found['key'].removeprefix('--')}: "
+    return option + _shortened(what, 400)
 
 
 def _kind(error: str) -> str | None:
