@@ -9,12 +9,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 DATA ?= mnist-5k
 
-.PHONY: help setup demo test test-slow test-gpu lint types doctest readme format ci clean
+.PHONY: help setup demo test test-slow test-gpu lint types doctest readme docs format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
 	@echo "make test      set up, then run the tests"
 	@echo "make lint types doctest readme    the other checks of CI"
+	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
 	@echo "make format    let ruff rewrite the code"
 
@@ -56,11 +57,16 @@ doctest: setup
 readme: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_readme.py
 
+# Warnings are errors, and nothing is asked of the network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	$(PY) site_build/links.py site
+
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-ci: test lint types doctest readme
+ci: test lint types doctest readme docs
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

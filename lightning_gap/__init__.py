@@ -19,6 +19,7 @@ _HOME = {
     "GhostBatchNorm": "lightning_gap.ghost",
     "GradientNoiseScale": "lightning_gap.regime",
     "LargeBatchRegime": "lightning_gap.regime",
+    "MapFigure": "lightning_gap.monge",
     "MongeMap": "lightning_gap.monge",
     "SamplesDataModule": "lightning_gap.monge",
     "UltraSlowDiffusion": "lightning_gap.diffusion",
@@ -35,6 +36,7 @@ __all__ = [
     "GhostBatchNorm",
     "GradientNoiseScale",
     "LargeBatchRegime",
+    "MapFigure",
     "MongeMap",
     "SamplesDataModule",
     "UltraSlowDiffusion",
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
         recalibrate_batchnorm,
         revert_ghost_batchnorm,
     )
-    from lightning_gap.monge import MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
+    from lightning_gap.monge import MapFigure, MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
     from lightning_gap.regime import GradientNoiseScale, LargeBatchRegime, effective_batch_size
 
 

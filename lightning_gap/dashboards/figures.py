@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SERIES", "Curve", "as_png", "as_svg", "cloud", "curves", "dots", "log_law", "movements", "style"]
+__all__ = [
+    "DASHES", "SERIES", "Curve", "as_png", "as_svg", "cloud", "curves", "dots", "log_law", "movements", "overlay",
+    "scatter", "style",
+]  # fmt: skip
 
 # The colours of the light theme; `as_svg` replaces each by the page's custom property of that name.
 INK, MUTED, GRID, MID, PAPER = "#1d2430", "#656d78", "#ebe8e1", "#8d9096", "#fbfaf7"
-SERIES = ("#6f7682", "#c2512f", "#2f68b0", "#0f8a6d", "#8a5aa8")
+SERIES = ("#6f7682", "#c2512f", "#2f68b0", "#0f8a6d", "#8a5aa8", "#a8801a", "#1d8aa5", "#b3477c")
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _PROPERTIES = {INK: "ink", MUTED: "muted", GRID: "grid", MID: "mid", PAPER: "paper"} | {
     colour: f"s{i}" for i, colour in enumerate(SERIES)
 }
@@ -187,6 +191,86 @@ def curves(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.legend(loc="lower right")
+    return figure
+
+
+def overlay(
+    lines: Sequence[Curve],
+    styles: Sequence[int],
+    *,
+    xlabel: str,
+    ylabel: str,
+    logx: bool = False,
+    logy: bool = False,
+    wide: bool = False,
+    laws: Sequence[tuple[float, float, float, float] | None] = (),
+    floor_quantile: float | None = None,
+) -> "Figure":
+    """Return many lines over a common axis without a legend: the colours repeat after eight, with other dashes.
+
+    Args:
+        lines: What to draw; their own colours are not used.
+        styles: For each line a number: its place in :data:`SERIES`, and beyond these in :data:`DASHES`.
+        xlabel: What the abscissa is.
+        ylabel: What the ordinate is.
+        logx: Whether the abscissa is logarithmic.
+        logy: Whether the ordinate is.
+        wide: Whether the figure is as wide as the page.
+        laws: For each line ``(a, b, first, last)``: ``a + b·log x`` is drawn between these abscissae; or None.
+        floor_quantile: Cut the ordinate at this quantile of all values and at as much from the other side, so that
+            the first steps do not flatten the rest.
+    """
+    with style():
+        figure, axes = _new((10.4, 4.2) if wide else _SIZE)
+        for index, line in zip(styles, lines, strict=True):
+            few = len(line.x) <= 40
+            axes.plot(
+                line.x, line.y, color=SERIES[index % len(SERIES)], ls=DASHES[index // len(SERIES) % len(DASHES)],
+                lw=1.6, marker="o" if few else None, ms=3.4, mec="none",
+            )  # fmt: skip
+        for index, law in enumerate(laws):
+            if law is not None:
+                intercept, slope, first, last = law
+                t = np.geomspace(first, last, 60)
+                axes.plot(t, intercept + slope * np.log(t), color=INK, lw=0.9, ls=(0, (4, 2)), zorder=3 + index)
+        if logx:
+            axes.set_xscale("log")
+        if logy:
+            axes.set_yscale("log")
+        elif floor_quantile is not None and lines:
+            everything = np.concatenate([line.y for line in lines])
+            low, high = np.quantile(everything, [floor_quantile, 1 - floor_quantile])
+            inside = everything[(everything >= low) & (everything <= high)]
+            if len(inside) and high > low:
+                margin = 0.08 * (high - low)
+                axes.set_ylim(low - margin, high + margin)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+    return figure
+
+
+def scatter(points: Sequence[tuple[float, float]], styles: Sequence[int], *, xlabel: str, ylabel: str) -> "Figure":
+    """Return one dot a run over a logarithmic abscissa to base 2, in the colours of :func:`overlay`.
+
+    Args:
+        points: Abscissa and ordinate of each run.
+        styles: For each run its place in :data:`SERIES`.
+        xlabel: What the abscissa is.
+        ylabel: What the ordinate is.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    with style():
+        figure, axes = _new()
+        for index, (x, y) in zip(styles, points, strict=True):
+            axes.plot([x], [y], "o", ms=9, alpha=0.85, mec="none", color=SERIES[index % len(SERIES)])
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted({x for x, _ in points})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.margins(x=0.12, y=0.15)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
     return figure
 
 

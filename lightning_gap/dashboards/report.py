@@ -9,9 +9,10 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from lightning_gap.dashboards.figures import SERIES
 from lightning_gap.dashboards.table import ResultTable
 
-__all__ = ["Fact", "Figure", "Gallery", "Report", "Section", "render_html"]
+__all__ = ["Fact", "Figure", "Gallery", "Legend", "Report", "Section", "render_html"]
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,43 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Legend:
+    """Names beside the colours and dashes that :func:`lightning_gap.dashboards.figures.overlay` gives its lines.
+
+    Args:
+        title: What the entries are.
+        entries: Their names.
+        styles: For each the number of its line.
+    """
+
+    title: str
+    entries: Sequence[str]
+    styles: Sequence[int]
+
+    @property
+    def lines(self) -> list[tuple[str, int, str]]:
+        """Each name with the number of its colour and the SVG dashes of its line, empty if it is drawn through."""
+        dashes = ("", "8 4", "4 4")
+        return [
+            (entry, style % len(SERIES), dashes[style // len(SERIES) % len(dashes)])
+            for entry, style in zip(self.entries, self.styles, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class Section:
     """A chapter of a report.
 
     Args:
         title: Heading.
         lead: Opening sentences: the question, and the answer the numbers give.
-        blocks: Tables and galleries in reading order.
+        blocks: Tables, galleries and legends in reading order.
         kicker: Small line over the heading, for example the paper.
     """
 
     title: str
     lead: str
-    blocks: Sequence[ResultTable | Gallery]
+    blocks: Sequence[ResultTable | Gallery | Legend]
     kicker: str = ""
 
 

@@ -6,12 +6,10 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 import fsspec
-import rich
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -30,7 +28,8 @@ from lightning_gap.diffusion.distance import (
 from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, forecast_updates, next_log_update
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun, advice, read_reference, write_trace
-from lightning_gap.diffusion.results import define_axes, publish, summary
+from lightning_gap.diffusion.results import publish, summary
+from lightning_gap.loggers import define_axes, log_facts
 from lightning_gap.parallel import (
     from_rank_zero,
     holds_whole_weights,
@@ -43,6 +42,7 @@ from lightning_gap.parallel import (
     strategy_name,
     sum_over_ranks,
 )
+from lightning_gap.terminal import say
 
 __all__ = ["UltraSlowDiffusion"]
 
@@ -50,6 +50,8 @@ _PREFIX = "lightning_gap/diffusion/"
 _COLUMNS = ("updates", "learning_rate", *WeightDisplacement._fields)
 _OVERLAY = ("reference_distance", "reference_update")
 _FORECAST = ("remaining_updates", "remaining_updates_low", "remaining_updates_high")
+# What draws the laws again, beside what `DiffusionFit.numbers` returns.
+_LAWS = ("log_intercept", "power_coefficient", "first_update", "last_update")
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # A forecast in the middle of a run is made again soon; the summary's has the full number of resamples.
 _LIVE_RESAMPLES = 199
@@ -79,7 +81,7 @@ class UltraSlowDiffusion(Callback):
 
     With every checkpoint, and at the end, the trace is written to ``diffusion.csv`` beside the checkpoints (or in the
     logger's folder; nowhere, where there is neither). At the end a summary is printed, and a figure and a table go to
-    those loggers that take them, which are those of W&B and TensorBoard.
+    the loggers: those of W&B, TensorBoard, MLflow and CSV.
 
     With ``reference``, each point is also placed on the curve of another run, usually one with a small batch:
     ``reference_distance`` is how far that run was after as many updates, ``reference_update`` the update at which it
@@ -248,9 +250,7 @@ class UltraSlowDiffusion(Callback):
             self._check_model(pl_module, self._shapes)
         self._recording = True
         self._compare_with_reference()
-        if trainer.is_global_zero:
-            names = [name for name in (*self._trace, *_OVERLAY, *_FORECAST) if name != "updates"]
-            define_axes(trainer.loggers, _PREFIX + "updates", [_PREFIX + name for name in names])
+        log_facts(trainer.loggers, _PREFIX, {"parameters": self._parameters, "reference": self.reference or "none"})
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -279,12 +279,16 @@ class UltraSlowDiffusion(Callback):
         try:
             fit, whole = self._fit()
         except ValueError as reason:
-            _print(f"UltraSlowDiffusion: {len(self._trace['updates'])} points recorded, no law fitted: {reason}")
+            say(f"UltraSlowDiffusion: {len(self._trace['updates'])} points recorded, no law fitted: {reason}")
         else:
-            _log(trainer, {_PREFIX + name: x for name, x in fit.numbers().items() if math.isfinite(x)})
-            _print(summary(fit, varied=whole))
+            numbers = fit.numbers() | {name: getattr(fit, name) for name in _LAWS}
+            numbers["log_updates"] = math.log(self._step)
+            numbers = {_PREFIX + name: x for name, x in numbers.items() if math.isfinite(x)}
+            define_axes(trainer.loggers, f"{_PREFIX}log_updates", numbers)
+            _log(trainer, numbers)
+            say(summary(fit, varied=whole))
         if said := self.advice:
-            _print(f"UltraSlowDiffusion: {said}")
+            say(f"UltraSlowDiffusion: {said}")
         if trainer.is_global_zero and self._trace["updates"] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             publish(trainer.loggers, _PREFIX, step, self._trace, fit, self._reference_run)
@@ -442,6 +446,7 @@ class UltraSlowDiffusion(Callback):
         seen[_PREFIX + "log_updates"] = math.log(self._step)
         beside = self._beside_reference(now.distance)
         beside = {_PREFIX + name: value for name, value in beside.items() if math.isfinite(value)}
+        define_axes(trainer.loggers, f"{_PREFIX}log_updates", seen | beside)
         _log(trainer, seen | beside)
         # For `trainer.callback_metrics`, and the reference for the progress bar.
         pl_module.log_dict(seen, logger=False)
@@ -581,8 +586,3 @@ def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
-
-
-@rank_zero_only
-def _print(message: str | Table) -> None:
-    rich.print(message)

@@ -1,4 +1,4 @@
-"""Where results go that outlive the run: the terminal, and loggers that take tables and figures."""
+"""Where results go that outlive the run: the terminal and the loggers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,9 @@ from rich.table import Table
 from lightning_gap.diffusion.law import DiffusionFit
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun
+from lightning_gap.loggers import log_figure, log_table
 
-__all__ = ["define_axes", "publish", "summary"]
+__all__ = ["publish", "summary"]
 
 
 def summary(fit: DiffusionFit, *, varied: bool) -> Table:
@@ -34,16 +35,6 @@ def _range(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.3g} to {interval[1]:.3g}"
 
 
-def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
-    """Let W&B draw ``names`` against ``x``. Exact names: patterns lose to those of its own logger."""
-    for logger in loggers:
-        define = getattr(getattr(logger, "experiment", None), "define_metric", None)
-        if define is not None:
-            define(x, hidden=True)
-            for name in names:
-                define(name, step_metric=x)
-
-
 def publish(
     loggers: Iterable[Any],
     prefix: str,
@@ -52,39 +43,26 @@ def publish(
     fit: DiffusionFit | None,
     reference: ReferenceRun | None,
 ) -> None:
-    """Send the trace as a table, and its figure, to the loggers that take them.
+    """Send the trace as a table, and its figure, to the loggers.
 
     Args:
-        loggers: Lightning's loggers. Those of W&B and TensorBoard take both.
+        loggers: Lightning's loggers.
         prefix: What keys begin with.
         step: Logged with both.
         trace: Columns of equal length.
         fit: Drawn into the figure.
         reference: Drawn into the figure.
     """
+    loggers = list(loggers)
     rows = [list(row) for row in zip(*trace.values(), strict=True)]
-    for logger in loggers:
-        if hasattr(logger, "log_table"):  # W&B
-            logger.log_table(f"{prefix}trace", columns=list(trace), data=rows)
-            if (figure := _figure(trace, fit, reference)) is not None:
-                logger.log_image(f"{prefix}figure", [figure])
-        elif hasattr(getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
-            logger.experiment.add_text(f"{prefix}trace", _markdown(list(trace), rows), step)
-            if (figure := _figure(trace, fit, reference)) is not None:
-                logger.experiment.add_figure(f"{prefix}figure", figure, step)
+    log_table(loggers, f"{prefix}trace", list(trace), rows, step)
+    log_figure(loggers, f"{prefix}figure", lambda: _figure(trace, fit, reference), step)
 
 
 def _figure(trace: Mapping[str, Sequence[float]], fit: DiffusionFit | None, reference: ReferenceRun | None) -> Any:
-    """Return a figure that no window shows, or None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return None
+    """Return a figure that no window shows."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot_diffusion(trace, fit, reference, ax=figure.add_subplot())
     return figure
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([f"{value:.6g}" for value in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -8,7 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from lightning_gap.ghost.convert import GhostConversion, Skip, plan_ghost_batchn
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.synchronize import RunningStatisticsSync
+from lightning_gap.loggers import log_facts
 from lightning_gap.parallel import (
     data_parallel_group,
     data_parallel_size,
@@ -25,6 +25,7 @@ from lightning_gap.parallel import (
     shards_by_dtensor,
     strategy_name,
 )
+from lightning_gap.terminal import say
 
 __all__ = ["GhostBatchNorm"]
 
@@ -256,9 +257,8 @@ class GhostBatchNorm(Callback):
             table.add_row(name, "left as it is: in skip")
         for name, reason in plan.unable.items():
             table.add_row(name, f"left as it is: {reason}")
-        Console().print(table)
-        for logger in trainer.loggers:
-            logger.log_hyperparams({f"lightning_gap/ghost/{name}": value for name, value in facts.items()})
+        say(table)
+        log_facts(trainer.loggers, "lightning_gap/ghost/", facts)
 
 
 def _samples(batch: Any) -> int | None:

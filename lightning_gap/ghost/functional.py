@@ -270,6 +270,9 @@ def _update(
         return
     weights, decay = _average_weights(ghosts, momentum, running_stats, num_batches_tracked, mean)
     for running, stat in ((running_mean, mean), (running_var, var)):
+        if running.dtype == stat.dtype and isinstance(decay, float):
+            running.addmv_(stat.t(), weights, beta=decay)  # one call
+            continue
         running.copy_(running.to(stat.dtype).mul(decay).addmv(stat.t(), weights))
 
 

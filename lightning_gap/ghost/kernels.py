@@ -6,14 +6,15 @@ kernels, which all write into one output and give the same numbers:
 * ``one by one``: native batch-norm kernels on each ghost, for ghosts that fill the cache;
 * ``side by side``: elementwise operations on blocks of many small ghosts, where a call for each would cost more than
   its arithmetic;
-* ``as channels``: strided ghosts of a dense batch are the channels of a view, which one native call normalizes.
+* ``as channels``: strided ghosts of a dense batch are the channels of a view, which is one ghost to native kernels.
 
-``torch.compile``, ``torch.export`` and other devices get the defining formula, which compilers fuse. Ghosts that span
-ranks are kernels of their own, with one collective forward and one backward.
+``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining
+formula, which compilers fuse; so do ``torch.export`` and other devices. Ghosts that span ranks are kernels of their
+own, with one collective forward and one backward.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from lightning_gap.parallel import RankGroup
 
 __all__ = ["Run", "normalize", "normalize_over_ranks"]
 
-# Elements of a ghost from which a native call for each pays, and of a block that a core's cache can hold: measured.
+# Elements of a ghost from which a native call for each pays, and of a block that a core's cache can hold: measured. The
+# gradient of a large ghost takes blocks twice as large, for fewer calls.
 _LARGE_GHOST = 1 << 17
 _BLOCK = 1 << 18
 
@@ -60,7 +62,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     Returns:
         The output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
-    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+    opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
+    if x.device.type not in ("cpu", "cuda") or (torch.compiler.is_compiling() and not opaque):
         return _formula(x, weight, bias, eps, runs)
     first, positions = runs[0], math.prod(x.shape[2:])
     large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= _LARGE_GHOST
@@ -72,7 +75,12 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         inside = y.movedim(1, -1)
         dealt = first._replace(strided=False).split(inside).transpose(0, 1)
         return _with_rest(dealt, inside[first.stop :]).movedim(-1, 1), mean, var
-    y, mean, var, _ = _GhostNorm.apply(_dense(x), *_in_statistics_dtype(x, weight, bias), eps, runs)  # type: ignore[no-untyped-call]
+    weight, bias = _in_statistics_dtype(x, weight, bias)
+    if opaque:
+        numbers = [number for run in runs for number in (run.start, run.stop, run.ghosts, int(run.strided))]
+        y, mean, var, _ = _ghost_norm(_dense(x), weight, bias, eps, numbers)
+        return y, mean.detach(), var.detach()
+    y, mean, var, _ = _GhostNorm.apply(_dense(x), weight, bias, eps, runs)  # type: ignore[no-untyped-call]
     return y, mean, var
 
 
@@ -214,40 +222,173 @@ class _Kernel(NamedTuple):
     backward: Callable[[Run, Tensor, Tensor, Tensor | None, _Tables, Tensor | None], Tensor]
 
 
-def _native_forward(
-    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+def _forward_one_by_one(
+    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
 ) -> None:
-    # With momentum 1 the kernel's running statistics are the batch's own mean and unbiased variance. They are blended
-    # with what the buffers hold at weight 0, which must not be NaN: the tables come as zeros.
-    mean, var, invstd = tables
+    rows = len(x) // run.ghosts
+    parts = zip(x.split(rows), y.split(rows), *tables, strict=True)
+    if not _positions_as_channels(x):
+        for part, out, mean, var, invstd in parts:
+            # With momentum 1 the kernel's running statistics are the batch's own mean and unbiased variance. They are
+            # blended with what the buffers hold at weight 0, which must not be NaN: the tables come as zeros.
+            torch.ops.aten.native_batch_norm.out(
+                part, weight, bias, torch.zeros_like(mean), var, True, 1.0, eps,
+                out=out, save_mean=mean, save_invstd=invstd,
+            )  # fmt: skip
+        return
+    n = x.numel() // (run.ghosts * x.shape[1])
+    one = torch.ones_like(tables.mean[0])
+    for part, out, mean, var, invstd in parts:
+        moments = _moments(part)
+        mean.copy_(moments[0])
+        var.copy_(moments[1])
+        invstd.copy_(moments[1].add_(eps).rsqrt_())
+        scale = invstd if weight is None else invstd * weight
+        _native_transform(part, out, scale, bias, mean, one, 0.0)
+    tables.var.mul_(n / (n - 1))
+
+
+def _positions_as_channels(x: Tensor) -> bool:
+    """Whether statistics are faster position by position: torch's CPU kernel for (N, C, L) is no vector code."""
+    return x.dim() == 3 and x.device.type == "cpu"
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each channel, in float64 where positions have been joined."""
+    features = x.flatten(1) if _positions_as_channels(x) else x
+    # Float32 buffers beside half-precision samples make float32 statistics.
+    unused = features.new_zeros(2, features.shape[1], dtype=_statistics_dtype(x))
+    means, variances = torch.batch_norm_update_stats(features, unused[0], unused[1], 0.0)
+    if features is x:
+        return means, variances
+    means, variances = (t.view(x.shape[1], -1) for t in (means, variances))
+    mean = means.mean(1, True, dtype=torch.float64)
+    return mean[:, 0], (means - mean).square_().add_(variances).mean(1)
+
+
+def _native_transform(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> None:
+    """Write γ (x − μ) / √(σ² + ε) + β, as in evaluation."""
+    none = mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
-        x, weight, bias, torch.zeros_like(mean), var, True, 1.0, eps, out=y, save_mean=mean, save_invstd=invstd
+        x, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=none, save_invstd=none
     )
 
 
-def _native_sums(x: Tensor, grad_y: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """Return Σ dy·(x − μ)/σ and Σ dy of each channel, (2, C)."""
+def _native_sums(x: Tensor, grad_y: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ dy·(x − μ)/σ and Σ dy of each channel."""
     # The weight has no part in the sums; with half-precision inputs its dtype is that of the statistics.
-    _, *sums = torch.ops.aten.native_batch_norm_backward(
+    _, products, total = torch.ops.aten.native_batch_norm_backward(
         grad_y, x, mean, None, None, mean, invstd, True, 0.0, [False, True, True]
     )
-    return torch.stack(sums)
+    return products, total
 
 
-def _input_gradient(
-    x: Tensor, grad_y: Tensor, out: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, means: Tensor
-) -> None:
-    """Write γ/σ·(dy − x̂·mean(dy·x̂) − mean(dy)) of one ghost, with the two means over all its values."""
-    scale = invstd if weight is None else invstd * weight
-    slope = -scale * invstd * means[0]
-    shift = -scale * means[1] - slope * mean
-    shift, slope, scale = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (shift, slope, scale))
-    rows = max(1, _block(x) // x[0].numel())
+def _input_gradient(x: Tensor, grad_y: Tensor, out: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> None:
+    """Write scale·dy + slope·x + shift, with one number of each for a channel."""
+    rows = max(1, 2 * _block(x) // x[0].numel())
+    native = _positions_as_channels(x) and x.dtype == scale.dtype
+    zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+    wide = [t.view(-1, *(1,) * (x.dim() - 2)) for t in (scale, slope, shift)]
     for part, grad, target in zip(x.split(rows), grad_y.split(rows), out.split(rows), strict=True):
-        if target.dtype == scale.dtype:
-            torch.addcmul(shift, part, slope, out=target).addcmul_(grad, scale)
+        if native:
+            _native_transform(part, target, slope, shift, zero, one, 0.0)
+            target.addcmul_(grad, wide[0])
+        elif target.dtype == scale.dtype:
+            torch.addcmul(wide[2], part, wide[1], out=target).addcmul_(grad, wide[0])
         else:
-            target.copy_(torch.addcmul(shift, part, slope).addcmul_(grad, scale))
+            target.copy_(torch.addcmul(wide[2], part, wide[1]).addcmul_(grad, wide[0]))
+
+
+def _backward_one_by_one(
+    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
+) -> Tensor:
+    rows = len(x) // run.ghosts
+    scale, slopes, shifts = _coefficients(weight, tables.invstd, x.numel() // (run.ghosts * x.shape[1]))
+    sums = scale.new_empty(2, *scale.shape)
+    for i, (part, grad) in enumerate(zip(x.split(rows), grad_y.split(rows), strict=True)):
+        mean = tables.mean[i]
+        products, total = _native_sums(part, grad, mean, tables.invstd[i])
+        sums[0, i], sums[1, i] = products, total
+        if out is not None:
+            slope = products * slopes[i]
+            shift = torch.addcmul(total * shifts[i], slope, mean, value=-1)
+            _input_gradient(part, grad, out[i * rows : (i + 1) * rows], scale[i], slope, shift)
+    return sums.sum(1)
+
+
+def _coefficients(weight: Tensor | None, invstd: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what makes the gradient of x of its two sums.
+
+    It is a·dy + b·(x − μ) + c, with a = γ/σ, b = −a/(σn) for each unit of Σ dy·x̂ and c = −a/n for each of Σ dy.
+    """
+    scale = invstd if weight is None else invstd * weight
+    shift = scale / -n
+    return scale, shift * invstd, shift
+
+
+class _Blocks:
+    """Blocks of small ghosts: their samples, and their statistics, in shapes that broadcast against each other.
+
+    Positions are features beside the channels, so that all arithmetic is along long rows; only tables are joined.
+    """
+
+    over = (0, 2)  # of (samples apart, ghosts, rows together, features)
+
+    def __init__(self, run: Run, flat: Tensor) -> None:
+        self.ghosts, self.channels = run.ghosts, flat.shape[1]
+        self.values = flat.numel() // (self.ghosts * self.channels)
+        self.positions = math.prod(flat.shape[2:])
+        apart = (run.stop - run.start) // run.ghosts if run.strided else 1
+        together = len(flat) // (apart * run.ghosts)
+        self.shape = (apart, run.ghosts, together, self.channels * self.positions)
+        self.each = max(1, _block(flat) // (self.values * self.channels))
+
+    def samples(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return self._split(flat.view(self.shape))
+
+    def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
+        return self._split(table.view(1, self.ghosts, 1, self.channels))
+
+    def _split(self, ghosts: Tensor) -> tuple[Tensor, ...]:
+        return (ghosts,) if self.each >= self.ghosts else tuple(ghosts.split(self.each, 1))
+
+    def sum(self, samples: Tensor, out: Tensor) -> Tensor:
+        """Write the sums over each ghost's values."""
+        if self.positions == 1:
+            return torch.sum(samples, self.over, True, dtype=out.dtype, out=out)
+        features = torch.sum(samples, self.over, True, dtype=out.dtype)
+        return torch.sum(features.unflatten(-1, (self.channels, self.positions)), -1, out=out)
+
+    def whole(self, table: Tensor) -> Tensor:
+        """Return a table as statistics of all ghosts' features."""
+        return self.spread(table.view(1, self.ghosts, 1, self.channels))
+
+    def spread(self, statistics: Tensor) -> Tensor:
+        """Return statistics of channels as those of features."""
+        return statistics if self.positions == 1 else statistics.repeat_interleave(self.positions, -1)
+
+
+def _forward_side_by_side(
+    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
+) -> None:
+    blocks = _Blocks(run, x)
+    n, samples, (mean, var, invstd) = blocks.values, blocks.samples(x), tables
+    squared = torch.empty_like(samples[0], dtype=mean.dtype)
+    for part, means, squares in zip(samples, blocks.statistics(mean), blocks.statistics(var), strict=True):
+        blocks.sum(part, means).div_(n)
+        scratch = squared[:, : part.shape[1]]
+        torch.ops.aten.mse_loss.out(part, blocks.spread(means), _EACH, out=scratch)  # (x − μ)² in one pass
+        blocks.sum(scratch, squares)
+    torch.add(var.div_(n), eps, out=invstd).rsqrt_()
+    var.mul_(n / (n - 1))
+    scale = invstd if weight is None else invstd * weight
+    shift = torch.addcmul(mean.new_zeros(1) if bias is None else bias, mean, scale, value=-1)
+    _addcmul(blocks.whole(shift), x.view(blocks.shape), blocks.whole(scale), y.view(blocks.shape))
+
+
+_EACH = 0  # at::Reduction::None
 
 
 def _addcmul(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -257,92 +398,31 @@ def _addcmul(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> None:
         out.copy_(torch.addcmul(shift, x, scale))
 
 
-def _forward_one_by_one(
-    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
-) -> None:
-    rows = len(x) // run.ghosts
-    for part, out, *row in zip(x.split(rows), y.split(rows), *tables, strict=True):
-        _native_forward(part, out, weight, bias, eps, _Tables(*row))
-
-
-def _backward_one_by_one(
-    run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
-) -> Tensor:
-    rows = len(x) // run.ghosts
-    values = x.numel() // (run.ghosts * x.shape[1])
-    total = tables.mean.new_zeros(2, x.shape[1])
-    for i, (part, grad) in enumerate(zip(x.split(rows), grad_y.split(rows), strict=True)):
-        mean, invstd = tables.mean[i], tables.invstd[i]
-        sums = _native_sums(part, grad, mean, invstd)
-        total += sums
-        if out is not None:
-            _input_gradient(part, grad, out[i * rows : (i + 1) * rows], weight, mean, invstd, sums / values)
-    return total
-
-
-class _Blocks:
-    """Blocks of small ghosts: their samples, and their statistics, in shapes that broadcast against each other."""
-
-    over = (0, 2, 4)  # of (samples apart, ghosts, rows together, channels, positions)
-
-    def __init__(self, run: Run, flat: Tensor) -> None:
-        self.ghosts, self.channels = run.ghosts, flat.shape[1]
-        self.values = flat.numel() // (self.ghosts * self.channels)
-        apart = (run.stop - run.start) // run.ghosts if run.strided else 1
-        together = len(flat) // (apart * run.ghosts)
-        self.shape = (apart, run.ghosts, together, self.channels, *flat.shape[2:], *(1,) * (3 - flat.dim()))
-        self.each = max(1, _block(flat) // (self.values * self.channels))
-
-    def samples(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flat.view(self.shape).split(self.each, 1))
-
-    def statistics(self, table: Tensor) -> tuple[Tensor, ...]:
-        return tuple(table.view(1, self.ghosts, 1, self.channels, 1).split(self.each, 1))
-
-
-def _forward_side_by_side(
-    run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
-) -> None:
-    blocks, channels = _Blocks(run, x), x.shape[1]
-    n = blocks.values
-    # Factors of n are left to whole tables: a call for each block costs more than its arithmetic.
-    root = math.sqrt(n)
-    factor = (tables.mean.new_full((channels,), root) if weight is None else weight * root).view(-1, 1)
-    shift = tables.mean.new_zeros(channels, 1) if bias is None else bias.view(-1, 1)
-    tensors = (blocks.samples(x), blocks.samples(y), *map(blocks.statistics, tables))
-    for part, out, mean, squares, over_root in zip(*tensors, strict=True):
-        torch.sum(part, blocks.over, True, dtype=mean.dtype, out=mean).div_(n)
-        deviations = out if out.dtype == mean.dtype else torch.empty_like(out, dtype=mean.dtype)
-        torch.sub(part, mean, out=deviations).mul_(deviations)
-        torch.sum(deviations, blocks.over, True, out=squares)
-        torch.add(squares, eps * n, out=over_root).rsqrt_()
-        scale = over_root * factor
-        _addcmul(torch.addcmul(shift, mean, scale, value=-1), part, scale, out)
-    tables.var.div_(n - 1)
-    tables.invstd.mul_(root)
-
-
 def _backward_side_by_side(
     run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
 ) -> Tensor:
     blocks = _Blocks(run, x)
-    n = blocks.values
-    scale = tables.invstd if weight is None else tables.invstd * weight
-    sums = x.new_empty(2, run.ghosts, x.shape[1], dtype=scale.dtype)
-    parts = blocks.samples(x)
-    outs = (None,) * len(parts) if out is None else blocks.samples(out)
+    scale, slope, shift = _coefficients(weight, tables.invstd, blocks.values)
+    sums = scale.new_empty(2, *scale.shape)
+    products, totals = sums
+    parts, grads = blocks.samples(x), blocks.samples(grad_y)
     buffer = torch.empty_like(parts[0], dtype=scale.dtype)
-    statistics = map(blocks.statistics, (tables.mean, tables.invstd, scale, scale / -n, *sums))
-    tensors = (parts, blocks.samples(grad_y), outs, *statistics)
-    for part, grad, target, mean, invstd, factor, minus_factor_over_n, product, total in zip(*tensors, strict=True):
-        spare = target if target is not None and target.dtype == mean.dtype else torch.empty_like(buffer)
-        deviations = torch.sub(part, mean, out=spare[:, : part.shape[1]])
-        torch.sum(torch.mul(deviations, grad, out=buffer[:, : part.shape[1]]), blocks.over, True, out=product)
-        torch.sum(grad, blocks.over, True, dtype=mean.dtype, out=total)
-        product.mul_(invstd)
-        if target is not None:
-            torch.addcmul(grad, deviations, product * invstd, value=-1 / n, out=deviations)
-            _addcmul(total * minus_factor_over_n, deviations, factor, target)
+    statistics = map(blocks.statistics, (tables.mean, products, totals))
+    for part, grad, mean, product, total in zip(parts, grads, *statistics, strict=True):
+        scratch = buffer[:, : part.shape[1]]
+        torch.ops.aten.mse_loss_backward.grad_input(grad, part, blocks.spread(mean), _EACH, grad_input=scratch)
+        blocks.sum(scratch, product)  # of 2 (x − μ)·dy, in one pass
+        blocks.sum(grad, total)
+    products.mul_(tables.invstd / 2)
+    if out is not None:
+        slope *= products
+        shift = torch.addcmul(shift.mul_(totals), slope, tables.mean, value=-1)
+        factors = [blocks.whole(t).split(blocks.each, 1) for t in (shift, slope, scale)]
+        for part, grad, target, c, b, a in zip(parts, grads, blocks.samples(out), *factors, strict=True):
+            into = target if target.dtype == scale.dtype else buffer[:, : part.shape[1]]
+            torch.addcmul(c, part, b, out=into).addcmul_(grad, a)
+            if into is not target:
+                target.copy_(into)
     return sums.sum(1)
 
 
@@ -350,17 +430,23 @@ def _forward_as_channels(
     run: Run, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tables: _Tables
 ) -> None:
     weight, bias = (t if t is None else t.repeat(run.ghosts) for t in (weight, bias))
-    shape = _shape_as_channels(run, x)
-    _native_forward(x.view(shape), y.view(shape), weight, bias, eps, _Tables(*(t.view(-1) for t in tables)))
+    one, shape = run._replace(ghosts=1), _shape_as_channels(run, x)
+    _forward_one_by_one(one, x.view(shape), y.view(shape), weight, bias, eps, _flat_tables(tables))
 
 
 def _backward_as_channels(
     run: Run, x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, out: Tensor | None
 ) -> Tensor:
-    grad_x, sums = _gradients_as_channels(run, x, grad_y, weight, tables, out is not None)
-    if out is not None:
-        out.copy_(grad_x.view_as(out))
-    return sums
+    if not _positions_as_channels(x):
+        grad_x, sums = _gradients_as_channels(run, x, grad_y, weight, tables, out is not None)
+        if out is not None:
+            out.copy_(grad_x.view_as(out))
+        return sums
+    weight = weight if weight is None else weight.repeat(run.ghosts)
+    one, shape = run._replace(ghosts=1), _shape_as_channels(run, x)
+    out = out if out is None else out.view(shape)
+    sums = _backward_one_by_one(one, x.view(shape), grad_y.view(shape), weight, _flat_tables(tables), out)
+    return sums.view(2, run.ghosts, -1).sum(1)
 
 
 def _gradients_as_channels(
@@ -373,6 +459,10 @@ def _gradients_as_channels(
         tables.mean.view(-1), tables.invstd.view(-1), True, 0.0, [wanted, True, True],
     )  # fmt: skip
     return grad_x, torch.stack(sums).view(2, run.ghosts, -1).sum(1)
+
+
+def _flat_tables(tables: _Tables) -> _Tables:
+    return _Tables(*(t.view(1, -1) for t in tables))
 
 
 def _shape_as_channels(run: Run, x: Tensor) -> tuple[int, ...]:
@@ -415,22 +505,29 @@ class _GhostNorm(torch.autograd.Function):
         x, weight, bias, *tables = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_backward(ctx, x, weight, bias, grad_y), None, None
-        inside = _channels_inside(x)
-        flat = _flat(x, inside)
-        flat_grad = _flat(_like(grad_y, inside), inside)
-        parts, wanted = _parts(flat, ctx.runs), ctx.needs_input_grad[0]
-        if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS:  # its gradient is the whole: no copy
-            arguments = parts[0].run, flat, flat_grad, weight, _Tables(*tables), wanted
-            grad_x, total = _gradients_as_channels(*arguments)
-            return grad_x.view_as(x) if wanted else None, *_where_wanted(ctx, total), None, None
-        own = torch.empty_like(x) if wanted else None
-        out = None if own is None else _flat(own, inside)
-        total = tables[0].new_zeros(2, x.shape[1])
-        for run, rows, which, kernel in parts:
-            target = None if out is None else out[rows]
-            part = _Tables(*(t[which] for t in tables))
-            total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
-        return own, *_where_wanted(ctx, total), None, None
+        grad_x, total = _gradients(x, grad_y, weight, _Tables(*tables), ctx.runs, ctx.needs_input_grad[0])
+        return grad_x, *_where_wanted(ctx, total), None, None
+
+
+def _gradients(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, runs: list[Run], wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradient of x, if wanted, and those of weight and bias, (2, C)."""
+    inside = _channels_inside(x)
+    flat = _flat(x, inside)
+    flat_grad = _flat(_like(grad_y, inside), inside)
+    parts = _parts(flat, runs)
+    if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS and not _positions_as_channels(flat):
+        grad_x, total = _gradients_as_channels(parts[0].run, flat, flat_grad, weight, tables, wanted)
+        return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
+    own = torch.empty_like(x) if wanted else None
+    out = None if own is None else _flat(own, inside)
+    total = tables.mean.new_zeros(2, x.shape[1])
+    for run, rows, which, kernel in parts:
+        target = None if out is None else out[rows]
+        part = _Tables(*(t[which] for t in tables))
+        total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
+    return own, total
 
 
 def _differentiable_backward(
@@ -448,6 +545,61 @@ def _where_wanted(ctx: Any, gradients: Tensor) -> list[Tensor | None]:
     return [gradient if yes else None for yes, gradient in zip(wanted, gradients, strict=True)]
 
 
+# The same as one operator for torch.compile: its own CPU code for the statistics of images takes longer. A run is four
+# numbers here.
+
+
+@torch.library.custom_op("lightning_gap::ghost_norm", mutates_args=())
+def _ghost_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, var, invstd = _GhostNorm.forward(x, weight, bias, eps, _decoded(runs))
+    return y, mean, var, invstd
+
+
+@_ghost_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var, invstd = (x.new_empty(sum(runs[2::4]), x.shape[1], dtype=_statistics_dtype(x)) for _ in range(3))
+    return torch.empty_like(x), mean, var, invstd
+
+
+@torch.library.custom_op("lightning_gap::ghost_norm_backward", mutates_args=())
+def _ghost_norm_backward(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, total = _gradients(x, grad_y, weight, _Tables(mean, mean, invstd), _decoded(runs), wanted)
+    return x.new_empty(0) if grad_x is None else grad_x, total
+
+
+@_ghost_norm_backward.register_fake
+def _(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if wanted else x.new_empty(0), mean.new_empty(2, x.shape[1])
+
+
+def _decoded(runs: Sequence[int]) -> list[Run]:
+    return [Run(runs[i], runs[i + 1], runs[i + 2], bool(runs[i + 3])) for i in range(0, len(runs), 4)]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, ctx.runs = inputs
+    _, mean, _, invstd = output
+    ctx.save_for_backward(x, weight, mean, invstd)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, invstd = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
+    grad_x, total = _ghost_norm_backward(x, grad_y, weight, mean, invstd, ctx.runs, wanted)
+    return grad_x if wanted else None, *_where_wanted(ctx, total), None, None
+
+
+_ghost_norm.register_autograd(_backward, setup_context=_remember)
+
+
 class _RankGhostNorm(torch.autograd.Function):
     """One ghost over several ranks: its moments are gathered forward, its two sums of gradients are added backward."""
 
@@ -460,8 +612,7 @@ class _RankGhostNorm(torch.autograd.Function):
         values = flat.numel() // channels
         mean, var = flat.new_zeros(2, channels, dtype=_statistics_dtype(x))
         if values:
-            unused = torch.zeros_like(mean), torch.zeros_like(mean)
-            mean, var = torch.batch_norm_update_stats(flat, *unused, 0.0)
+            mean, var = (t.to(mean.dtype) for t in _moments(flat))
         own = torch.cat((mean, var * values, mean.new_tensor([values])))
         every = ranks.gather(own)
         counts, means, squares = every[:, -1:], every[:, :channels], every[:, channels:-1]
@@ -473,10 +624,7 @@ class _RankGhostNorm(torch.autograd.Function):
         var, unbiased = squares / count, squares / (count - 1)
         if values:
             flat_y = _flat(y, inside)
-            none = mean.new_empty(0)
-            torch.ops.aten.native_batch_norm.out(
-                flat, weight, bias, mean, var, False, 0.0, eps, out=flat_y, save_mean=none, save_invstd=none
-            )
+            _native_transform(flat, flat_y, weight, bias, mean, var, eps)
         return y, mean[None], unbiased[None], (var + eps).rsqrt(), count
 
     @staticmethod
@@ -493,12 +641,17 @@ class _RankGhostNorm(torch.autograd.Function):
         inside, mean = _channels_inside(x), mean[0]
         flat = _flat(x, inside)
         flat_grad = _flat(_like(grad_y, inside), inside)
-        own = _native_sums(flat, flat_grad, mean, invstd) if flat.numel() else mean.new_zeros(2, len(mean))
+        own = mean.new_zeros(2, len(mean))
+        if flat.numel():
+            own = torch.stack(_native_sums(flat, flat_grad, mean, invstd))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            means = ctx.ranks.sum(own) / count
+            products, total = ctx.ranks.sum(own)
             if flat.numel():
-                _input_gradient(flat, flat_grad, _flat(grad_x, inside), weight, mean, invstd, means)
+                scale, slope, shift = _coefficients(weight, invstd, count)
+                slope = products * slope
+                shift = torch.addcmul(total * shift, slope, mean, value=-1)
+                _input_gradient(flat, flat_grad, _flat(grad_x, inside), scale, slope, shift)
         # Of weight and bias this rank's share: the strategy adds them up.
         return grad_x, *_where_wanted(ctx, own), None, None

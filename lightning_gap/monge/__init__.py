@@ -7,6 +7,7 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.energy import energy_distance
+from lightning_gap.monge.figure import MapFigure
 from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.maps import MLP, ResidualMLP
@@ -22,6 +23,7 @@ from lightning_gap.monge.metrics import (
 from lightning_gap.monge.minibatch_energy import minibatch_energy_distance
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.objective import unbalanced_weights
+from lightning_gap.monge.plot import plot_map
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.schedules import Anneal
 from lightning_gap.monge.scores import MapScores
@@ -38,6 +40,7 @@ __all__ = [
     "ConvergenceWarning",
     "DisplacementCosine",
     "EnergyDistance",
+    "MapFigure",
     "MapScores",
     "MarginalWasserstein",
     "MongeGap",
@@ -59,6 +62,7 @@ __all__ = [
     "minibatch_energy_distance",
     "monge_gap",
     "optimal_transport",
+    "plot_map",
     "sinkhorn_divergence",
     "unbalanced_weights",
 ]

@@ -251,6 +251,7 @@ def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_worke
         batches,
         sampler=numbers,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         generator=own_randomness(),
@@ -260,12 +261,16 @@ def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_worke
 def held_out_loader(batches: HeldOutBatches) -> DataLoader[UnpairedBatch]:
     """Return the loader of validation or test batches."""
     numbers = BatchNumbers(batches, epochs=False)
-    return DataLoader(batches, sampler=numbers, batch_size=None, generator=own_randomness())
+    return DataLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
 
 
 def own_randomness() -> torch.Generator:
     """Return a generator for a loader, which would draw its workers' seed from the global one otherwise."""
     return torch.Generator().manual_seed(0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _joined(pairs: Sequence[tuple[Part, Part]], conditions: Tensor | None) -> UnpairedBatch:

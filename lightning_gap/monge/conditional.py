@@ -15,8 +15,7 @@ class ConditionalMap(ResidualMLP):
     r"""A map of sample and condition with one shared network, :math:`T(x \mid c) = x + \mathrm{net}(x, c)`.
 
     The condition is a label (a drug, a cell type) or a vector (a dose, an embedding of a molecule), and modulates every
-    hidden layer (FiLM, Perez et al. 2018). A conditional Monge gap is trained so by Driessen et al. 2024, "Conditional
-    Monge gap". The map starts at the identity, whatever the condition.
+    hidden layer (Perez et al. 2018, "FiLM"). The map starts at the identity, or another start, whatever the condition.
 
     Args:
         dim: Dimension :math:`d` of the samples.

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.files import as_texts, is_file, open_frame
+from lightning_gap.monge.files import is_file, open_frame
+from lightning_gap.monge.tables import as_texts
 
 __all__ = ["condition_names", "condition_vectors_of"]
 

@@ -24,8 +24,9 @@ def conservativity(
              = \frac1n \sum_i E_v \|J_{x_i} F\, v - J_{x_i} F^\top v\|_2^2
 
     The expectation is over random signs v (Hutchinson's estimator, unbiased); each probe costs one forward pass with
-    tangents and one backward pass, and no Jacobian is formed. As a regularizer of the field in
-    :class:`StructuredMap` it is that of Uscidda and Cuturi 2023, "The Monge Gap", section 4, after Chao et al. 2022.
+    tangents and one backward pass, and no Jacobian is formed. It regularizes the field of a :class:`StructuredMap`
+    (Uscidda and Cuturi 2023, "The Monge Gap", section 4), as it does score fields in Chao et al. 2023, "On
+    Investigating the Conservative Property of Score-Based Generative Models".
 
     Args:
         field: The vector field: ``field(x)`` or ``field(x, condition)`` of the shape of ``x``, row by row; a layer

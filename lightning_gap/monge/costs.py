@@ -703,9 +703,8 @@ class SqPNorm(TranslationInvariantCost):
 
 def _regular_radius(power: float) -> float:
     """Return the number at which ``|w|^power`` has slope 0.1 if it is flat at 0, and 10 if it is steep there."""
-    if power == 1:
-        return 0.0
-    return float(((0.1 if power > 1 else 10) / power) ** (1 / (power - 1)))
+    # At 0 itself no power's slope is computed right: not even that of the first.
+    return max(1e-6, ((0.1 if power > 1 else 10) / power) ** (1 / (power - 1))) if power != 1 else 1e-6
 
 
 def _at_least(w: Tensor, radius: float | Tensor) -> Tensor:

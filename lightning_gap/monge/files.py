@@ -1,10 +1,7 @@
-"""Tables of samples: arrays, data frames, AnnData, and files of them, with the labels beside their rows."""
+"""What a table of samples is read from: arrays, data frames, AnnData, and files of them."""
 
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,90 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Table", "as_texts", "is_file", "open_frame", "open_table", "read_vector", "titled"]
+from lightning_gap.monge.frames import frame_table, load_frame
+from lightning_gap.monge.h5ad import InFile, InMemory, anndata_table, within_h5ad
+from lightning_gap.monge.tables import Table, as_tensor, first_line, there_is
+
+__all__ = ["is_file", "open_frame", "open_table", "read_vector"]
 
 Array = NDArray[Any]
 
 # What stands after this in a path names an array within the file: "cells.npz::counts", "cells.h5ad::obsm/X_pca".
 _WITHIN = "::"
 _SUFFIXES = (".npy", ".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".h5ad")
-# Numbers that are read at once where a file holds more than is wanted: 64 MiB in single precision.
-_BLOCK = 2**24
-
-
-@dataclass(frozen=True)
-class Table:
-    """Samples in rows, and labels of the rows. Samples are read when they are asked for.
-
-    Attributes:
-        title: How messages call it: the argument, and the file.
-        length: Number of rows.
-        features: Names of the columns of samples, where they have names.
-        label_names: Names of the labels beside the rows.
-        read: Returns the samples of some rows, in increasing order; of all where ``None``.
-        label: Returns the labels of a name, one a row.
-    """
-
-    title: str
-    length: int
-    features: tuple[str, ...] | None
-    label_names: tuple[str, ...]
-    read: Callable[[Array | None], Tensor]
-    label: Callable[[str], Array]
-
-    def labels(self, argument: str, name: str) -> Array:
-        """Return the labels called ``name``, which ``argument`` asks for."""
-        if name not in self.label_names:
-            raise ValueError(f"{argument}: {self.title} has no {name!r}; {_there_is(self.label_names)}")
-        return self.label(name)
-
-    def rows(self, argument: str, wanted: Mapping[str, Any] | None) -> Array | None:
-        """Return the rows whose labels are among the wanted ones, ``{name: value or values}``; ``None`` for all."""
-        if wanted is None:
-            return None
-        if not isinstance(wanted, Mapping) or not wanted:
-            raise TypeError(f"{argument} must map a column to the values to keep, got {wanted!r}")
-        keep = np.ones(self.length, dtype=bool)
-        for name, values in wanted.items():
-            labels = as_texts(self.labels(argument, name))
-            values = [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
-            texts = as_texts(np.array(values, dtype=object))
-            for text in texts.tolist():
-                if text not in labels:
-                    raise ValueError(
-                        f"{argument}: {name!r} of {self.title} is never {text!r}; "
-                        f"{_there_is(np.unique(labels).tolist())}"
-                    )
-            keep &= np.isin(labels, texts)
-        if not keep.any():
-            raise ValueError(f"{argument}={dict(wanted)!r} leaves no row of {self.title}: ask for less at once")
-        return np.flatnonzero(keep)
-
-    def samples(self, rows: Array | None) -> Tensor:
-        """Return the samples of some rows, float64 if they are stored so and float32 otherwise.
-
-        Raises:
-            TypeError: They are no real numbers.
-            ValueError: They are no ``(n, d)`` matrix, there are none, or some are not finite (the rows are named).
-        """
-        samples = self.read(rows)
-        if samples.dim() != 2:
-            remedy = "add the missing dimension, as in x[:, None]" if samples.dim() == 1 else "flatten each sample"
-            raise ValueError(f"{self.title} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
-        if samples.numel() == 0:
-            raise ValueError(f"{self.title} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
-        finite = samples.isfinite()
-        if not bool(finite.all()):
-            bad = (~finite).any(dim=1).nonzero().flatten()
-            where = [int(i) if rows is None else int(rows[int(i)]) for i in bad[:5]]
-            shown = ", ".join(map(str, where)) + (", ..." if len(bad) > 5 else "")
-            column = int((~finite[bad[0]]).nonzero()[0])
-            first = f", first in {self.features[column]!r}" if self.features else ""
-            raise ValueError(
-                f"{self.title} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({shown}{first}): "
-                "remove or fill them; rows count from 0"
-            )
-        return samples
 
 
 def is_file(data: object) -> bool:
@@ -138,9 +62,9 @@ def open_table(
         table = _open_file(argument, str(data), columns, layer, obsm, labels)
     elif _is_instance(data, "pandas", "DataFrame"):
         _refuse_anndata_options(argument, layer, obsm)
-        table = _frame_table(argument, data, columns, labels)
+        table = frame_table(argument, data, columns, labels)
     elif _is_instance(data, "anndata", "AnnData"):
-        table = _anndata_table(argument, _InMemory(data), columns, layer, obsm)
+        table = anndata_table(argument, InMemory(data), columns, layer, obsm)
     else:
         _refuse_anndata_options(argument, layer, obsm)
         if columns is not None:
@@ -160,13 +84,7 @@ def open_frame(argument: str, location: str) -> Any:
     suffix = _suffix(path)
     if within is not None or suffix in (".npy", ".npz", ".h5ad"):
         raise ValueError(f"{argument}: {location!r} is no .csv, .tsv or .parquet file")
-    return _load_frame(f"{argument} ({path.name})", path, suffix, None, frozenset())
-
-
-def titled(table: Table, argument: str) -> Table:
-    """Return the same table as another argument."""
-    _, parenthesis, file = table.title.partition(" (")
-    return replace(table, title=argument + parenthesis + file)
+    return load_frame(f"{argument} ({path.name})", path, suffix, None, frozenset())
 
 
 def read_vector(argument: str, data: Any) -> Array:
@@ -189,21 +107,6 @@ def read_vector(argument: str, data: Any) -> Array:
     return array
 
 
-def as_texts(labels: Array) -> Array:
-    """Return labels as strings: whole numbers in floating point as integers, a missing label as ``""``."""
-    return np.array([_text(label) for label in labels.tolist()], dtype=str)
-
-
-def _text(label: Any) -> str:
-    if label is None or label != label:
-        return ""
-    if isinstance(label, bytes):
-        return label.decode()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return str(label)
-
-
 def _open_file(
     argument: str,
     location: str,
@@ -219,8 +122,8 @@ def _open_file(
         if within is not None:
             if layer is not None or obsm is not None:
                 raise ValueError(f"{argument}: {location!r} names an array already; leave out layer and obsm")
-            layer, obsm = _within_h5ad(argument, within)
-        return _anndata_table(title, _InFile(path), columns, layer, obsm)
+            layer, obsm = within_h5ad(argument, within)
+        return anndata_table(title, InFile(path), columns, layer, obsm)
     _refuse_anndata_options(title, layer, obsm)
     if suffix in (".npy", ".npz") and columns is not None:
         raise ValueError(f"columns are names, but {title} has none: use a .csv or .parquet file, or select before")
@@ -230,7 +133,7 @@ def _open_file(
         raise ValueError(f"{argument}: only .npz and .h5ad files hold named arrays, got {location!r}")
     if suffix == ".npy":
         return _array_table(title, _load_npy(title, path, mmap=True))
-    return _frame_table(title, _load_frame(title, path, suffix, columns, labels), columns, labels)
+    return frame_table(title, load_frame(title, path, suffix, columns, labels), columns, labels)
 
 
 def _resolve(argument: str, location: str) -> tuple[Path, str | None]:
@@ -249,13 +152,6 @@ def _suffix(path: Path) -> str | None:
     return next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
 
 
-def _library(name: str, what: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what}: reading it needs {name}: pip install 'lightning_gap[files]'") from error
-
-
 def _is_instance(data: object, module: str, name: str) -> bool:
     """Return whether ``data`` is of a class of an optional library, which is not imported for the question."""
     loaded = sys.modules.get(module)
@@ -268,16 +164,6 @@ def _refuse_anndata_options(title: str, layer: str | None, obsm: str | None) -> 
         raise ValueError(f"{option} is for AnnData and .h5ad files, but {title} is none: leave it out")
 
 
-def _there_is(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    if not shown:
-        return "it has no names"
-    return "there is " + ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")
-
-
-# Arrays
-
-
 def _array_table(title: str, data: Any) -> Table:
     if isinstance(data, Tensor):
         tensor = data.detach()
@@ -286,7 +172,7 @@ def _array_table(title: str, data: Any) -> Table:
         return _plain_table(title, len(tensor) if tensor.dim() else 0, lambda rows: _tensor_rows(tensor, rows))
     array = np.asarray(data)
     _check_real(title, array)
-    return _plain_table(title, len(array) if array.ndim else 0, lambda rows: _as_tensor(_array_rows(array, rows)))
+    return _plain_table(title, len(array) if array.ndim else 0, lambda rows: as_tensor(_array_rows(array, rows)))
 
 
 def _plain_table(title: str, length: int, read: Callable[[Array | None], Tensor]) -> Table:
@@ -303,11 +189,6 @@ def _array_rows(array: Array, rows: Array | None) -> Array:
     return array if rows is None else array[rows]
 
 
-def _as_tensor(array: Array) -> Tensor:
-    # A copy: read-only arrays and foreign byte orders are welcome, and later changes to the array do no harm.
-    return torch.from_numpy(np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32))
-
-
 def _check_real(title: str, array: Array) -> None:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{title} must hold real numbers, got an array of {array.dtype}: convert it first")
@@ -317,7 +198,7 @@ def _load_npy(title: str, path: Path, *, mmap: bool) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r}: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read {str(path)!r}: {first_line(error)}") from error
     return array
 
 
@@ -327,7 +208,7 @@ def _load_npz(title: str, path: Path, within: str | None) -> Array:
         raise ValueError(f"{title} holds several arrays: name one, as in '{path.name}::{next(iter(shapes))}'")
     name = next(iter(shapes)) if within is None else within
     if name not in shapes:
-        raise ValueError(f"{title} holds no array {name!r}; {_there_is(shapes)}")
+        raise ValueError(f"{title} holds no array {name!r}; {there_is(shapes)}")
     return _npz_array(title, path, name)
 
 
@@ -336,7 +217,7 @@ def _npz_array(title: str, path: Path, name: str) -> Array:
         with np.load(path, allow_pickle=False) as arrays:
             array: Array = arrays[name]
     except ValueError as error:
-        raise ValueError(f"{title}: cannot read the array {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read the array {name!r}: {first_line(error)}") from error
     return array
 
 
@@ -355,7 +236,7 @@ def _npz_shapes(title: str, path: Path) -> dict[str, tuple[int, ...]]:
                     )
                     shapes[name] = header(file)[0]
     except Exception as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r} as an .npz file: {_first_line(error)}") from error
+        raise ValueError(f"{title}: cannot read {str(path)!r} as an .npz file: {first_line(error)}") from error
     if not shapes:
         raise ValueError(f"{title} holds no arrays")
     return shapes
@@ -373,7 +254,7 @@ def _npz_table(title: str, path: Path, within: str | None) -> Table:
             )
         within = matrices[0] if matrices else next(iter(shapes))
     if within not in shapes:
-        raise ValueError(f"{title} holds no array {within!r}; {_there_is(shapes)}")
+        raise ValueError(f"{title} holds no array {within!r}; {there_is(shapes)}")
     name = within
     title = f"{title}{_WITHIN}{name}" if len(shapes) > 1 else title
     array = _npz_array(title, path, name)
@@ -385,215 +266,6 @@ def _npz_table(title: str, path: Path, within: str | None) -> Table:
         length,
         None,
         beside,
-        lambda rows: _as_tensor(_array_rows(array, rows)),
+        lambda rows: as_tensor(_array_rows(array, rows)),
         lambda label: _npz_array(title, path, label),
     )
-
-
-# Data frames
-
-
-def _load_frame(
-    title: str, path: Path, suffix: str | None, columns: Sequence[str] | None, labels: frozenset[str]
-) -> Any:
-    pandas = _library("pandas", title)
-    separator = "\t" if suffix is not None and suffix.startswith(".tsv") else ","
-    try:
-        if suffix == ".parquet":
-            names = _library("pyarrow.parquet", title).read_schema(path).names
-        else:
-            names = pandas.read_csv(path, sep=separator, nrows=0).columns.tolist()
-        wanted = names if columns is None else [name for name in names if name in {*map(str, columns), *labels}]
-        _check_columns(title, columns, names)
-        if suffix == ".parquet":
-            return pandas.read_parquet(path, columns=None if columns is None else wanted, engine="pyarrow")
-        return pandas.read_csv(path, sep=separator, usecols=wanted)
-    except (ModuleNotFoundError, _NoColumnError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r}: {_first_line(error)}") from error
-
-
-class _NoColumnError(ValueError):
-    """A table has no such column."""
-
-
-def _check_columns(title: str, columns: Sequence[str] | None, names: Sequence[str]) -> None:
-    for name in map(str, columns or ()):
-        if name not in names:
-            raise _NoColumnError(f"columns: {title} has no column {name!r}; {_there_is(names)}")
-
-
-def _frame_table(title: str, frame: Any, columns: Sequence[str] | None, labels: frozenset[str]) -> Table:
-    pandas = _library("pandas", title)
-    names = [str(name) for name in frame.columns]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{title} has two columns {twice!r}: rename one")
-    frame = frame.set_axis(names, axis=1)
-    if columns is None:
-        # An unnamed first column is what pandas and R write of row names.
-        features = [
-            name for name in names if name not in labels and not re.fullmatch(r"Unnamed: 0|__index_level_0__", name)
-        ]
-    else:
-        features = [str(name) for name in columns]
-        _check_columns(title, features, names)
-    if not features:
-        raise ValueError(f"{title} has no columns of samples; {_there_is(names)}")
-    texts = [name for name in features if not pandas.api.types.is_numeric_dtype(frame[name].dtype)]
-    if texts:
-        listed = ", ".join(map(repr, texts[:5])) + (", ..." if len(texts) > 5 else "")
-        raise TypeError(
-            f"{title}: the columns {listed} hold no numbers: name those of the samples, as in columns=['x', 'y']"
-        )
-
-    def read(rows: Array | None) -> Tensor:
-        chosen = frame[features] if rows is None else frame[features].iloc[rows]
-        single = all(dtype in ("float32", "Float32") for dtype in map(str, chosen.dtypes))
-        return _as_tensor(chosen.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan))
-
-    return Table(
-        title, len(frame), tuple(features), tuple(names), read, lambda name: frame[name].to_numpy(dtype=object)
-    )
-
-
-# AnnData
-
-
-class _InMemory:
-    """An ``AnnData`` object, backed or not."""
-
-    def __init__(self, data: Any) -> None:
-        self.obs: Any = data.obs
-        self.genes = [str(name) for name in data.var_names]
-        self.layers = tuple(map(str, data.layers))
-        self.obsm = tuple(map(str, data.obsm))
-        self._data = data
-
-    def matrix(self, layer: str | None, obsm: str | None) -> Any:
-        return (
-            self._data.obsm[obsm] if obsm is not None else self._data.X if layer is None else self._data.layers[layer]
-        )
-
-
-class _InFile:
-    """An ``.h5ad`` file, of which only what is asked for is read."""
-
-    def __init__(self, path: Path) -> None:
-        self._io = _library("anndata.io", path.name)
-        try:
-            self._file = _library("h5py", path.name).File(path, "r")
-            self.obs: Any = self._io.read_elem(self._file["obs"])
-            self.genes = [str(name) for name in self._io.read_elem(self._file["var"]).index]
-            self.layers = tuple(self._file.get("layers", ()))
-            self.obsm = tuple(self._file.get("obsm", ()))
-        except (OSError, KeyError) as error:
-            raise ValueError(f"{path.name}: cannot read {str(path)!r} as AnnData: {_first_line(error)}") from error
-
-    def matrix(self, layer: str | None, obsm: str | None) -> Any:
-        key = f"obsm/{obsm}" if obsm is not None else "X" if layer is None else f"layers/{layer}"
-        element = self._file.get(key)
-        if element is None:
-            return None
-        return element if element.attrs.get("encoding-type", "array") == "array" else self._sparse(element)
-
-    def _sparse(self, element: Any) -> Any:
-        if element.attrs["encoding-type"] == "csr_matrix":
-            return _SparseRows(element)
-        # Rows of a matrix that is stored by columns are found only in memory; a data frame is read whole.
-        found = self._io.read_elem(element)
-        return found.tocsr() if hasattr(found, "tocsr") else found
-
-
-class _SparseRows:
-    """A sparse matrix that a file stores by rows; slices of rows are read."""
-
-    def __init__(self, group: Any) -> None:
-        self.shape = tuple(map(int, group.attrs["shape"]))
-        self.dtype = group["data"].dtype
-        self._group = group
-        self._starts = group["indptr"][:]
-
-    def __getitem__(self, rows: slice) -> Any:
-        # Imported here: it takes a while, which only sparse files should pay.
-        from scipy.sparse import csr_matrix
-
-        starts = self._starts[rows.start : rows.stop + 1]
-        entries = slice(int(starts[0]), int(starts[-1]))
-        parts = self._group["data"][entries], self._group["indices"][entries], starts - starts[0]
-        return csr_matrix(parts, shape=(len(starts) - 1, self.shape[1]))
-
-
-def _within_h5ad(argument: str, within: str) -> tuple[str | None, str | None]:
-    group, _, name = within.partition("/")
-    if within == "X":
-        return None, None
-    if group in ("layers", "obsm") and name:
-        return (name, None) if group == "layers" else (None, name)
-    raise ValueError(f"{argument}: '{_WITHIN}{within}' must be {_WITHIN}X, {_WITHIN}layers/NAME or {_WITHIN}obsm/NAME")
-
-
-def _anndata_table(
-    title: str, data: "_InMemory | _InFile", columns: Sequence[str] | None, layer: str | None, obsm: str | None
-) -> Table:
-    if layer is not None and layer not in data.layers:
-        raise ValueError(f"layer: {title} has no layer {layer!r}; {_there_is(data.layers)}")
-    if obsm is not None and obsm not in data.obsm:
-        raise ValueError(f"obsm: {title} has no embedding {obsm!r}; {_there_is(data.obsm)}")
-    matrix = data.matrix(layer, obsm)
-    if matrix is None:
-        raise ValueError(f"{title} has no X: name a layer ({_there_is(data.layers)}) or obsm ({_there_is(data.obsm)})")
-    if hasattr(matrix, "to_numpy"):
-        matrix = matrix.to_numpy()
-    length, width = (int(size) for size in matrix.shape)
-    features: list[str] | None = data.genes if obsm is None else None
-    chosen: Array | None = None
-    if columns is not None:
-        if features is None:
-            raise ValueError(f"columns are genes, but obsm={obsm!r} of {title} has none: leave one of them out")
-        place = {name: i for i, name in enumerate(features)}
-        if len(place) < len(features):
-            raise ValueError(f"columns: the genes of {title} are not unique: call adata.var_names_make_unique() first")
-        for name in columns:
-            if name not in place:
-                raise ValueError(f"columns: {title} has no gene {name!r}; {_there_is(features)}")
-        chosen = np.array([place[name] for name in columns])
-        features = list(columns)
-    obs = data.obs
-
-    def read(rows: Array | None) -> Tensor:
-        return torch.from_numpy(_dense_rows(title, matrix, np.arange(length) if rows is None else rows, chosen, width))
-
-    return Table(
-        title,
-        length,
-        None if features is None else tuple(features),
-        tuple(map(str, obs.columns)),
-        read,
-        lambda name: obs[name].to_numpy(dtype=object),
-    )
-
-
-def _dense_rows(title: str, matrix: Any, rows: Array, columns: Array | None, width: int) -> Array:
-    """Return rows of a dense or sparse matrix, in memory or in a file, never holding much more than the result."""
-    dtype = np.dtype(matrix.dtype)
-    if dtype.kind not in "fiub":
-        raise TypeError(f"{title} must hold real numbers, got {dtype}: convert it first")
-    result = np.empty(
-        (len(rows), width if columns is None else len(columns)), np.float64 if dtype == np.float64 else np.float32
-    )
-    step = max(1, _BLOCK // max(1, width))
-    for start in range(0, int(matrix.shape[0]), step):
-        first, last = np.searchsorted(rows, (start, start + step))
-        if first == last:
-            continue
-        block = matrix[start : start + step]
-        block = block[rows[first:last] - start]
-        block = block if columns is None else block[:, columns]
-        result[first:last] = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
-    return result
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

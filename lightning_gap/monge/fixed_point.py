@@ -170,10 +170,7 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
                 residual[i] = 0
             elif not math.isfinite(error):
                 if iterations == restarted[i] + 1:
-                    raise FloatingPointError(
-                        f"the costs are too large for epsilon = {kernel.epsilons[i]:.3g} in {kernel.b.dtype}: use a "
-                        "larger epsilon, or float64; if a network made the samples, lower its learning rate"
-                    )
+                    raise _too_large(kernel, i)
                 image[i] = kernel.restart(i, as_tensor(safe[i]))
                 residual[i] = 0
                 best[i], restarted[i] = math.inf, iterations
@@ -191,6 +188,13 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         safe = image
         plain = kernel.symmetric and iterations < _PLAIN_SWEEPS
         G = image if plain else anderson.extrapolate(image, residual * root)
+
+
+def _too_large(kernel: Kernel, i: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the costs are too large for epsilon = {kernel.epsilons[i]:.3g} in {kernel.b.dtype}: use a larger epsilon, or "
+        "float64; if a network made the samples, lower its learning rate"
+    )
 
 
 def coarse_start(
@@ -254,8 +258,10 @@ def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Se
 def _anneal(kernel: DenseKernel) -> tuple[Tensor, Tensor]:
     """Return the potentials, followed from a large epsilon down, in the kernel's own buffers."""
     stages = 0
-    for C, epsilon in zip(kernel.C, kernel.epsilons, strict=True):
+    for i, (C, epsilon) in enumerate(zip(kernel.C, kernel.epsilons, strict=True)):
         enough = float(C.mean()) / 32
+        if not math.isfinite(enough):
+            raise _too_large(kernel, i)
         while epsilon * 4**stages < enough:
             stages += 1
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)

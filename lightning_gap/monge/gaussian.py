@@ -32,8 +32,9 @@ def gaussian_map(
 
     A is symmetric and positive semi-definite (Dowson and Landau 1982; Peyré and Cuturi 2019, "Computational Optimal
     Transport", remark 2.31). Inverses are pseudo-inverses, and directions in which the source does not vary are
-    translated, so that constant features, fewer samples than dimensions and a single sample are all allowed. Where the
-    target varies in directions that the source lacks, no map reaches it, and this one gives the conditional mean.
+    translated (unless shrinkage gives them a variance), so that constant features, fewer samples than dimensions and a
+    single sample are all allowed. Where the target varies in directions that the source lacks, no map reaches it, and
+    this one gives the conditional mean.
 
     Args:
         source: ``(n, d)`` samples of :math:`\mu`.
@@ -61,7 +62,7 @@ def gaussian_map(
     if shrinkage != "auto" and not _is_share(shrinkage):
         raise ValueError(f"shrinkage must be a number from 0 to 1 or 'auto', got {shrinkage!r}")
     m_source, S = _moments("source", source, weights[0], shrinkage)
-    m_target, T = _moments("target", target.to(source.device), weights[1], shrinkage)
+    m_target, T = _moments("target", target, weights[1], shrinkage)
     S_root, still = _root(S)
     T_root, _ = _root(T)
     # (T½ S T½)^½ = U diag(σ) Uᵀ from the singular values of T½ S½: no product is squared, so no digits are lost.
@@ -69,14 +70,14 @@ def gaussian_map(
     rank = int((sigma > 10 * len(S) * torch.finfo(sigma.dtype).eps * sigma.amax()).sum())
     half = (T_root @ U[:, :rank]) * sigma[:rank].rsqrt()
     A = half @ half.mT + still
+    A = (A + A.mT) / 2
     return A, m_target - A @ m_source
 
 
 def _moments(name: str, x: Tensor, weights: Tensor | None, shrinkage: float | Literal["auto"]) -> tuple[Tensor, Tensor]:
     """Return the mean and the shrunk covariance, in float64."""
     x = x.double()
-    w = check_weights(name, weights, x)
-    w = x.new_full((len(x),), 1 / len(x)) if w is None else w.to(x)
+    w = check_weights(f"the weights of {name}", weights, x)
     mean = w @ x
     x = x - mean
     covariance = (w[:, None] * x).mT @ x

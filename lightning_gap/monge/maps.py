@@ -55,11 +55,11 @@ class TransportMap(nn.Module):
         arguments = {"dim": dim, "hidden": list(check_widths(dim, hidden)), "activation": name, **others}
         if embedding_dim is not None:
             arguments |= {"conditions": conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        self._hparams = None if name is None else arguments
+        self._hparams = None if name is None or others.get("cost", "") is None else arguments
 
     @property
     def hparams(self) -> dict[str, Any] | None:
-        """Plain arguments that make the map again; ``None`` where a function of your own makes the activation."""
+        """Plain arguments that make the map again; ``None`` where the activation or the cost is one of your own."""
         return None if self._hparams is None else dict(self._hparams)
 
     def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:

@@ -95,7 +95,8 @@ class FiniteSamples:
             weights = self.weights[rows]
             weights = (weights / weights.sum())[part]
         rows = rows[part]
-        return Part(self.samples[rows], weights, None if self.images is None else self.images[rows])
+        images = None if self.images is None else self.images.index_select(0, rows)
+        return Part(self.samples.index_select(0, rows), weights, images)
 
     def _order(self, key: tuple[int, ...]) -> Tensor:
         if key not in self._orders:

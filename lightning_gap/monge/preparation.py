@@ -145,9 +145,11 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
     """
     stages = _stages(given, explicit, request)
     sides = [side for pair in stages.values() for side, _ in pair]
-    dtype = _common_dtype(sides)
-    representation = _fitted(stages["train"], request, dtype)
-    make = _Maker(request, Encoding(representation, dtype), [stage for stage in stages if stage not in explicit])
+    dim, dtype = _common_space(sides)
+    drawn = [stage for stage in stages if stage not in explicit]
+    reserved = request.eval_batch_size * (len(drawn) - 1)
+    representation = _fitted(stages["train"], request, reserved, dtype)
+    make = _Maker(request, Encoding(representation, dtype), drawn, reserved)
     populations = {
         stage: [make.populations(stage, i, side, rows) for i, (side, rows) in enumerate(pair)]
         for stage, pair in stages.items()
@@ -159,7 +161,7 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
     names = tuple(name for name in names if name in trained or any(name in pairs for pairs in found.values()))
     place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
     return Prepared(
-        dim=_dimension(make.encoding, given, request.rule.seed),
+        dim=dim if representation is None else representation.encoded_dim,
         features=next((side.features for side in given if isinstance(side, Side) and side.features), None),
         representation=representation,
         batch_size=batch_size,
@@ -186,10 +188,10 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
 class _Maker:
     """Makes populations of sides and rows."""
 
-    def __init__(self, request: Request, encoding: Encoding, stages: Sequence[str]) -> None:
+    def __init__(self, request: Request, encoding: Encoding, stages: Sequence[str], reserved: int) -> None:
         self.request = request
         self.encoding = encoding
-        self.reserved = request.eval_batch_size * (len(stages) - 1)
+        self.reserved = reserved
         self.stages = stages
         self._encoded: dict[int, tuple[Tensor, Tensor | None]] = {}
 
@@ -197,6 +199,8 @@ class _Maker:
         """Return the samples of a side in a stage by condition."""
         if not isinstance(side, Side):
             if stage == "train":
+                # Refuse now a stream of which nothing is left.
+                side.raw(1, generator(self.request.rule.seed, _FIT), skip=self.reserved)
                 return {None: side.trained_on(self.encoding, self.reserved)}
             size = self.request.eval_batch_size
             draws = generator(self.request.rule.seed, _HELD_OUT, _STAGES.index(stage), i)
@@ -252,39 +256,30 @@ def _split(side: Side | Endless, rule: SplitRule, number: int, strict: bool) -> 
     return split_rows(side.title, strata, side.groups, usable, rule, number, strict=strict)
 
 
-def _common_dtype(sides: Sequence[Side | Endless]) -> torch.dtype:
-    """Check that all sides have one dimension, and return their highest precision."""
-    dtypes, first = [], None
+def _common_space(sides: Sequence[Side | Endless]) -> tuple[int, torch.dtype]:
+    """Check that all sides have one dimension, and return it with their highest precision."""
+    dtypes, first = [], ("", 0)
     for side in sides:
-        title, samples = (side.title, side.samples) if isinstance(side, Side) else (side.argument, _few(side))
-        if first is None:
-            first = title, samples.shape[1]
-        elif samples.shape[1] != first[1]:
+        title, samples = (
+            (side.title, side.samples) if isinstance(side, Side) else (side.argument, side.raw(2, generator(0, _FIT)))
+        )
+        first = first if first[0] else (title, samples.shape[1])
+        if samples.shape[1] != first[1]:
             raise ValueError(f"{first[0]} has dimension {first[1]} but {title} has {samples.shape[1]}: they must agree")
         dtypes.append(samples.dtype)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _few(side: Endless) -> Tensor:
-    return side.raw(2, generator(0, _FIT))
-
-
-def _dimension(encoding: Encoding, given: Given, seed: int) -> int:
-    side = given[0]
-    return int(encoding(side.samples[:1] if isinstance(side, Side) else _few(side)).shape[1])
+    return first[1], torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _fitted(
-    train: Sequence[tuple[Side | Endless, Array]], request: Request, dtype: torch.dtype
+    train: Sequence[tuple[Side | Endless, Array]], request: Request, reserved: int, dtype: torch.dtype
 ) -> AffineRepresentation | None:
     """Return the representation of the training rows of both sides, if one is asked for."""
     if not request.standardize and request.components is None:
         return None
-    seed, held_out = request.rule.seed, request.eval_batch_size * len(_STAGES)
     samples = [
         side.samples[torch.from_numpy(rows)]
         if isinstance(side, Side)
-        else side.raw(_MANY, generator(seed, _FIT, i), skip=held_out)
+        else side.raw(_MANY, generator(request.rule.seed, _FIT, i), skip=reserved)
         for i, (side, rows) in enumerate(train)
     ]
     return AffineRepresentation.fit(

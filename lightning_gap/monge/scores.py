@@ -160,48 +160,21 @@ class MapScores(Metric):
             ValueError: Shapes or devices do not fit, values are not finite, a cost is not defined there, or optional
                 arguments came with some batches only. Nothing has changed then.
         """
-        given = {"mapped": mapped, "target": target, "true_images": true_images, "target_again": target_again}
-        sets = _by_condition("source", source, source, None)
-        others = {name: _by_condition(name, x, source, len(sets)) for name, x in given.items() if x is not None}
-        mass = {
-            "source": _by_condition("source_weights", source_weights, source, len(sets), weights=True),
-            "target": _by_condition("target_weights", target_weights, source, len(sets), weights=True),
-        }
-        labels = _labels(condition, source, len(sets))
+        given = {"source": source, "mapped": mapped, "target": target}
+        given |= {n: x for n, x in (("true_images", true_images), ("target_again", target_again)) if x is not None}
+        count = len(_by_condition("source", source, source, None))
+        sets = {name: _by_condition(name, x, source, count) for name, x in given.items()}
+        a = _by_condition("source_weights", source_weights, source, count, weights=True)
+        b = _by_condition("target_weights", target_weights, source, count, weights=True)
+        labels = _labels(condition, source, count)
         if self.conditions is not None:
             self._check_labels(labels)
         rows: dict[str, list[Tensor]] = {}
-
-        def add(name: str, samples: Tensor) -> None:
-            rows.setdefault(name, []).append(samples.detach())
-
-        for k, x in enumerate(sets):
+        for k in range(count):
             where = "" if source.dim() == 2 else f"[{k}]"
-            parts = {name: x_k[k] for name, x_k in others.items()}
-            for name, part in parts.items():
-                paired = name in ("mapped", "true_images")
-                check_pair(f"source{where}", x, f"{name}{where}", part, same_length=paired)
-            a, b = (
-                pooling_weights(f"{name}_weights{where}", mass[name][k], samples)
-                for name, samples in (("source", x), ("target", parts["target"]))
-            )
-            for name, samples, weights in (
-                ("source", x, a), ("mapped", parts["mapped"], a), ("true_images", parts.get("true_images"), a),
-                ("target", parts["target"], b), ("target_again", parts.get("target_again"), None),
-            ):  # fmt: skip
-                if samples is None:
-                    continue
-                kept = samples if weights is None else samples[weights > 0]
-                if name in ("source", "mapped"):
-                    self.cost.check_domain(f"{name}{where}", kept)
-                if name in ("mapped", "target", "target_again"):
-                    self.fitting_cost.check_domain(f"{name}{where}", kept)
-                add(name, kept)
-                if name in ("source", "target", "target_again"):
-                    label = labels[k : k + 1].expand(len(kept), -1)
-                    add("again_condition" if name == "target_again" else f"{name}_condition", label)
-                if name in ("source", "target") and weights is not None:
-                    add(f"{name}_weights", weights[weights > 0])
+            here = {name: parts[k] for name, parts in sets.items()}
+            for name, x in self._rows(where, here, a[k], b[k], labels[k : k + 1]).items():
+                rows.setdefault(name, []).append(x.detach())
         self._check_against_earlier(rows)
         for name, new in rows.items():
             getattr(self, name).append(torch.cat(new))
@@ -233,6 +206,30 @@ class MapScores(Metric):
             ModuleNotFoundError: Matplotlib is not installed.
         """
         return self._plot(val, ax)
+
+    def _rows(
+        self, where: str, given: Mapping[str, Tensor], a: Tensor | None, b: Tensor | None, label: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what one condition's samples add to each state, once they have been checked."""
+        source, target = given["source"], given["target"]
+        for name, x in given.items():
+            paired = name in ("mapped", "true_images")
+            check_pair(f"source{where}", source, f"{name}{where}", x, same_length=paired)
+        a = pooling_weights(f"source_weights{where}", a, source)
+        b = pooling_weights(f"target_weights{where}", b, target)
+        rows = {name: given[name][a > 0] for name in ("source", "mapped", "true_images") if name in given}
+        rows |= {"target": target[b > 0], "source_weights": a[a > 0], "target_weights": b[b > 0]}
+        if "target_again" in given:
+            rows["target_again"] = given["target_again"]
+        for cost, names in (
+            (self.cost, ("source", "mapped")),
+            (self.fitting_cost, ("mapped", "target", "target_again")),
+        ):
+            for name in names:
+                if name in rows:
+                    cost.check_domain(f"{name}{where}", rows[name])
+        labels = {"source_condition": "source", "target_condition": "target", "again_condition": "target_again"}
+        return rows | {name: label.expand(len(rows[of]), -1) for name, of in labels.items() if of in rows}
 
     def _check_labels(self, labels: Tensor) -> None:
         assert self.conditions is not None
@@ -293,8 +290,9 @@ class MapScores(Metric):
         if any(len(p.sets.get("target_again", p.sets["source"])) < len(p.sets["source"]) for p in pools):
             self._say_once(
                 "target_again",
-                rank_zero_warn,
-                "target_again has fewer samples than the source: the floors are those of its number, and too high",
+                rank_zero_info,
+                "MapScores: target_again has fewer samples than the source, so the floors are those of that number, "
+                "and somewhat high",
             )
 
     def _say_once(self, what: str, say: Callable[[str], Any], message: str) -> None:
@@ -315,40 +313,39 @@ class MapScores(Metric):
         return fitting, gap
 
     def _scores(self, pool: "_Pool", fitting_epsilon: float | None, gap_epsilon: float | None) -> dict[str, Tensor]:
-        x, mapped, y = (pool.sets[name] for name in ("source", "mapped", "target"))
-        zero = solver_precision(x).new_zeros(())
-        small = pool.at_most(self.max_samples)
-
-        def fits(name: str, small_name: "_Pool", suffix: str = "") -> dict[str, Tensor]:
-            images, target = small_name.sets[name], small_name.sets["target"]
-            weights = (small_name.source_weights if name == "mapped" else None, small_name.target_weights)
-            divergence = zero
-            if fitting_epsilon is not None or self.solver == "exact":
-                divergence = sinkhorn_divergence(
-                    images, target, cost=self.fitting_cost, epsilon=fitting_epsilon, weights=weights,
-                    reach=self.reach, solver=self.solver,
-                )  # fmt: skip
-            of_all = pool.source_weights if name == "mapped" else None, pool.target_weights
-            return {
-                f"sinkhorn_divergence{suffix}": divergence,
-                f"energy_distance{suffix}": energy_distance(images, target, weights=weights),
-                f"wasserstein_1{suffix}": marginal_wasserstein(pool.sets[name], y, weights=of_all).mean(),
-            }
-
-        scores = fits("mapped", small)
-        scores["monge_gap"] = zero
+        # Of the floor's samples no more than there are images, in either.
+        every, some = pool.at_most(sum(map(len, pool.sets.values()))), pool.at_most(self.max_samples)
+        x, mapped, a = pool.sets["source"], pool.sets["mapped"], pool.source_weights
+        scores = self._fit("mapped", every, some, fitting_epsilon)
+        scores["monge_gap"] = torch.zeros_like(scores["energy_distance"])
         if gap_epsilon is not None or self.solver == "exact":
             scores["monge_gap"] = monge_gap(
-                small.sets["source"], small.sets["mapped"], cost=self.cost, epsilon=gap_epsilon,
-                convention=self.convention, weights=small.source_weights, solver=self.solver,
+                some.sets["source"], some.sets["mapped"], cost=self.cost, epsilon=gap_epsilon,
+                convention=self.convention, weights=some.source_weights, solver=self.solver,
             )  # fmt: skip
         paid = solver_precision(self.cost.paired(x, mapped))
-        scores["displacement"] = paid.mean() if pool.source_weights is None else pool.source_weights @ paid
+        scores["displacement"] = paid.mean() if a is None else a @ paid
         if "true_images" in pool.sets:
-            scores |= self._against_truth(x, mapped, pool.sets["true_images"], pool.source_weights)
+            scores |= self._against_truth(x, mapped, pool.sets["true_images"], a)
         if "target_again" in pool.sets:
-            scores |= fits("target_again", small, "_floor")
+            floors = self._fit("target_again", every, some, fitting_epsilon)
+            scores |= {f"{name}_floor": value for name, value in floors.items()}
         return scores
+
+    def _fit(self, images: str, every: "_Pool", some: "_Pool", epsilon: float | None) -> dict[str, Tensor]:
+        """Return how far samples are from the target's: all of them, and some where it takes all pairs."""
+        few, all_weights = (
+            (pool.source_weights if images == "mapped" else None, pool.target_weights) for pool in (some, every)
+        )
+        x, y = some.sets[images], some.sets["target"]
+        energy = solver_precision(energy_distance(x, y, weights=few))
+        divergence = torch.zeros_like(energy)
+        if epsilon is not None or self.solver == "exact":
+            divergence = sinkhorn_divergence(
+                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, reach=self.reach, solver=self.solver
+            )
+        marginals = marginal_wasserstein(every.sets[images], every.sets["target"], weights=all_weights)
+        return {"sinkhorn_divergence": divergence, "energy_distance": energy, "wasserstein_1": marginals.mean()}
 
     def _against_truth(self, x: Tensor, mapped: Tensor, true: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
         # What is here has been gathered.

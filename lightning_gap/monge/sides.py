@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.files import Table, as_texts, is_file, open_table, read_vector, titled
+from lightning_gap.monge.files import is_file, open_table, read_vector
 from lightning_gap.monge.populations import map_images
+from lightning_gap.monge.tables import Table, as_texts, titled
 
 __all__ = ["Reading", "Side", "is_stream", "read_sides"]
 

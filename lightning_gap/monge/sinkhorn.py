@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -446,7 +447,8 @@ def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iter
     detached = [p.detached() for p in problems]
     n, m = len(detached[0].x), len(detached[0].y)
     graph = torch.is_grad_enabled()
-    with torch.no_grad(), threads(n * m), _kernel(detached, solver) as kernel:
+    # What overflows is found by the marginal error, and told with its remedy.
+    with torch.no_grad(), np.errstate(all="ignore"), threads(n * m), _kernel(detached, solver) as kernel:
         if kernel.symmetric:
             start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         else:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_gap.monge.files import as_texts
+from lightning_gap.monge.tables import as_texts
 
 __all__ = ["SplitRule", "generator", "named_groups", "split_rows"]
 

@@ -87,8 +87,15 @@ class StructuredMap(StartedMap):
             )
         kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
         kinds["embedding_dim"] = embedding_dim
-        super().__init__(dim, hidden, activation, start, cost=str(resolved), potential=potential, **kinds)
+        # A cost of the user's own has no name by which it could be made again.
+        name = str(resolved) if type(resolved).__module__ == TranslationInvariantCost.__module__ else None
+        super().__init__(dim, hidden, activation, start, cost=name, potential=potential, **kinds)
         self.cost = resolved
+        if isinstance(resolved, Mahalanobis) and len(resolved.factor[0]) != dim:
+            raise ValueError(
+                f"the map was made with dim={dim}, but the factor of its cost has {len(resolved.factor[0])} columns: "
+                "they must agree"
+            )
         try:
             probe = resolved.grad_h_conjugate(torch.eye(dim))
         except NotImplementedError as error:

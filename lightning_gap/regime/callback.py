@@ -10,22 +10,24 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gap.loggers import define_axes, log_facts, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero
 from lightning_gap.regime.batch import Pass, effective_batch_size, pass_over_data
 from lightning_gap.regime.checks import check_optimizers, check_schedulers, check_trainer, sized_from_trainer
 from lightning_gap.regime.companions import NEVER, EpochCounter, epoch_counters, warn_of_other_counters
 from lightning_gap.regime.noise import SampleNoise, noise_variance, output_module
-from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
+from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan, plan_regime, updates_in_epoch
 from lightning_gap.regime.scaling import LR_RULES, LRRule, lr_factor, rule_name, scale_moments, scale_optimizer
 from lightning_gap.regime.schedules import ReferenceClock, scale_momentums, scale_scheduler
 from lightning_gap.regime.warmup import Warmup
+from lightning_gap.terminal import say
 
 __all__ = ["LargeBatchRegime"]
 
+_PREFIX = "lightning_gap/regime/"
 # The rule of a learning rate that LearningRateFinder has found at the batch that runs.
 _FOUND = "found"
 
@@ -45,8 +47,9 @@ class LargeBatchRegime(Callback):
     right then; validation, early stopping, ``ReduceLROnPlateau`` and the checkpoints of ``ModelCheckpoint`` at the end
     of this run's epoch in which it falls. Schedulers stepped every update are in updates already.
 
-    What it did is printed before training as a table and logged as hyperparameters; ``lr_over_batch``,
-    ``samples_seen`` and ``clipped_fraction`` are logged under ``lightning_gap/regime/`` at every update.
+    What it did is printed before training as a table and logged as hyperparameters; ``updates``,
+    ``samples_seen``, ``learning_rate``, ``lr_over_batch`` and ``clipped_fraction`` are logged under
+    ``lightning_gap/regime/`` at every update.
 
     Args:
         reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
@@ -420,9 +423,9 @@ class LargeBatchRegime(Callback):
 
     @rank_zero_only
     def _report(self, trainer: Trainer, plan: RegimePlan) -> None:
-        Console().print(plan.table())
-        for logger in trainer.loggers:
-            logger.log_hyperparams({f"lightning_gap/regime/{key}": value for key, value in plan.to_dict().items()})
+        say(plan.table())
+        log_facts(trainer.loggers, _PREFIX, plan.to_dict())
+        log_table(trainer.loggers, f"{_PREFIX}plan", PLAN_COLUMNS, plan.rows())
 
     # ----------------------------------------------------------------- train
 
@@ -518,20 +521,22 @@ class LargeBatchRegime(Callback):
         elif updated:
             self._samples += plan.batch_size
         if updated:
-            self._log(pl_module, plan)
+            self._log(trainer, pl_module, plan)
             self._watch_groups(trainer, plan)
         if trainer.global_step == trainer.max_steps and plan.ends_with_reference_epoch:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.
             trainer.should_stop = True
 
-    def _log(self, pl_module: LightningModule, plan: RegimePlan) -> None:
-        facts: dict[str, Any] = {"samples_seen": float(self._samples)}
+    def _log(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+        facts: dict[str, Any] = {"updates": float(trainer.global_step), "samples_seen": float(self._samples)}
         if self._warmups[0].made:
+            facts["learning_rate"] = self._warmups[0].learning_rate
             facts["lr_over_batch"] = self._warmups[0].learning_rate / plan.batch_size
         if self._clippable:
             facts["clipped_fraction"] = self._clipped / self._clippable
+        define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
         for name, value in facts.items():
-            pl_module.log(f"lightning_gap/regime/{name}", value)
+            pl_module.log(_PREFIX + name, value)
 
     def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
         sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]

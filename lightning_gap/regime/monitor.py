@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gap.loggers import define_axes
 from lightning_gap.parallel import (
     data_parallel_size,
     gradients_stay_scaled,
@@ -23,8 +22,11 @@ from lightning_gap.parallel import (
 from lightning_gap.regime.batch import effective_batch_size, pass_over_data
 from lightning_gap.regime.callback import LargeBatchRegime
 from lightning_gap.regime.noise_scale import NoiseScaleEstimate, batch_verdict, gradient_moments
+from lightning_gap.terminal import say
 
 __all__ = ["GradientNoiseScale"]
+
+_PREFIX = "lightning_gap/regime/"
 
 
 class GradientNoiseScale(Callback):
@@ -192,16 +194,18 @@ class GradientNoiseScale(Callback):
     ) -> None:
         """Log the noise scale if it was measured in this update."""
         if self._measuring and self._micro_batches == 0 and self.estimate.measurements:
-            pl_module.log("lightning_gap/regime/noise_scale", self.estimate.noise_scale)
-            pl_module.log("lightning_gap/regime/critical_batch_size", self.estimate.critical_batch_size)
+            facts = {
+                "updates": float(trainer.global_step),
+                "noise_scale": self.estimate.noise_scale,
+                "critical_batch_size": self.estimate.critical_batch_size,
+            }
+            define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
+            for name, value in facts.items():
+                pl_module.log(_PREFIX + name, value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which side of the critical batch this run was on."""
-        self._report(effective_batch_size(trainer))
-
-    @rank_zero_only
-    def _report(self, batch_size: int) -> None:
-        Console(soft_wrap=True).print(f"Gradient noise scale: {batch_verdict(batch_size, self.estimate)}")
+        say(f"Gradient noise scale: {batch_verdict(effective_batch_size(trainer), self.estimate)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, as plain Python."""

@@ -7,7 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["RegimePlan", "plan_regime", "updates_in_epoch"]
+__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime", "updates_in_epoch"]
+
+# The headings of a plan's table.
+PLAN_COLUMNS = ("", "reference", "now")
 
 # What must agree between a checkpoint's plan and the plan of the run that resumes from it.
 _IDENTITY = ("reference_batch_size", "lr_rule", "train_longer", "reference_updates_per_epoch", "noise_variance")
@@ -154,29 +157,37 @@ class RegimePlan:
             if saved.get(name) != getattr(self, name)
         ]
 
-    def table(self) -> Table:
-        """Return the plan as a table, the reference run beside this run."""
-        table = Table("", "reference", "now", title="Large-batch regime", title_justify="left")
-        table.add_row("batch (samples per update)", f"{self.reference_batch_size}", f"{self.batch_size}")
-        table.add_row("ratio", "1", f"{self.ratio:g}")
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return the plan line by line: what, in the reference run, in this run."""
+        rows = [
+            ("batch (samples per update)", f"{self.reference_batch_size}", f"{self.batch_size}"),
+            ("ratio", "1", f"{self.ratio:g}"),
+        ]
         for index, (reference, now) in enumerate(self.learning_rates):
             label = f"learning rate, group {index} ({self.lr_rule}, x{self.lr_factor:.4g})"
-            table.add_row(label, f"{reference:.6g}", f"{now:.6g}")
+            rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
         if self.train_longer:
-            table.add_row("updates", _limit(self.reference_updates), _limit(self.updates))
+            rows.append(("updates", _limit(self.reference_updates), _limit(self.updates)))
             if self.updates_per_epoch is not None:
-                table.add_row("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}")
-                table.add_row("epochs", _limit(self.reference_epochs), _limit(self.epochs))
+                rows.append(("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}"))
+                rows.append(("epochs", _limit(self.reference_epochs), _limit(self.epochs)))
         for line in (*self.schedulers, *self.companions):
             name, _, fate = line.partition(": ")
-            table.add_row(name, "", fate)
+            rows.append((name, "", fate))
         if self.clip_norm is not None:
             until = "always" if self.clip_updates is None else f"up to update {self.clip_updates}"
-            table.add_row("gradient norm clipped", "", f"{self.clip_norm:g}, {until}")
+            rows.append(("gradient norm clipped", "", f"{self.clip_norm:g}, {until}"))
         if self.warmup_updates:
-            table.add_row("warm-up from the reference rate", "", f"{self.warmup_updates} updates")
+            rows.append(("warm-up from the reference rate", "", f"{self.warmup_updates} updates"))
         if self.noise_variance:
-            table.add_row("gradient noise", "", f"sample weights of variance {self.noise_variance:g}")
+            rows.append(("gradient noise", "", f"sample weights of variance {self.noise_variance:g}"))
+        return rows
+
+    def table(self) -> Table:
+        """Return the plan as a table, the reference run beside this run."""
+        table = Table(*PLAN_COLUMNS, title="Large-batch regime", title_justify="left")
+        for row in self.rows():
+            table.add_row(*row)
         return table
 
 

@@ -719,7 +719,7 @@ def test_wandb_gets_axes_a_figure_and_a_table(tmp_path):
         )
         fit(tmp_path, UltraSlowDiffusion(), logger=logger)
         summary = dict(logger.experiment.summary)
-        assert (KEY + "distance", {"step_metric": KEY + "updates"}) in defined
+        assert (KEY + "distance", {"step_metric": KEY + "log_updates"}) in defined
         assert summary[KEY + "figure"]["_type"] == "images/separated"
         assert summary[KEY + "trace"]["ncols"] == 6
     finally:

@@ -219,6 +219,12 @@ def test_bad_data_are_refused(changes, error, message):
         SamplesDataModule(**arguments)
 
 
+def test_the_batch_shrinks_to_a_small_set_if_asked_to():
+    with pytest.warns(UserWarning, match="batch_size=32 shrinks to 9, the smaller training set"):
+        data = SamplesDataModule(numbered(40), numbered(10), batch_size=32, small_conditions="shrink")
+    assert data.batch_size == 9
+
+
 def test_one_sample_of_each_is_enough():
     data = SamplesDataModule(torch.zeros(1, 2), torch.ones(1, 2), batch_size=1, val_fraction=0)
     assert [rows(t) for t in next(iter(data.train_dataloader()))[:2]] == [[0], [1]]

@@ -1,6 +1,8 @@
 """Samples from arrays, data frames, AnnData, and files of them."""
 
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,13 +103,13 @@ def test_from_anndata_asks_for_columns_of_obs(tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
-@pytest.mark.parametrize("stored", ["file", "memory"])
+@pytest.mark.parametrize("stored", ["file", "memory", "backed"])
 def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.files._BLOCK", 9)  # three rows at once
+    monkeypatch.setattr("lightning_gap.monge.h5ad._BLOCK", 9)  # three rows at once
     given = cells(matrix(VALUES))
-    if stored == "file":
+    if stored != "memory":
         given.write_h5ad(tmp_path / "a.h5ad")
-        given = tmp_path / "a.h5ad"
+        given = tmp_path / "a.h5ad" if stored == "file" else anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
     data = SamplesDataModule(given, given, **table_options(columns=["MX2", "ISG15"]))
     np.testing.assert_allclose(predicted(data), VALUES[ARM == "control"][:, [2, 0]], rtol=1e-6)
     assert data.feature_names == ("MX2", "ISG15")
@@ -144,6 +146,13 @@ def test_features_of_both_sides_are_matched_by_name():
     torch.testing.assert_close(source.sort(0).values, target.sort(0).values)
     with pytest.raises(ValueError, match="the features of source and target differ: target has no 'MX1'"):
         SamplesDataModule(frame()[GENES], frame()[["MX2", "ISG15"]].assign(other=1.0), batch_size=4)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "category", "object", "float64"])
+def test_missing_labels_of_a_frame_are_refused(dtype):
+    given = frame()[GENES].assign(donor=pd.array([1, None] * (N // 2), dtype="Int64").astype(dtype))
+    with pytest.raises(ValueError, match=r"groups of the source is missing in 20 of 40 rows, first in row 1"):
+        SamplesDataModule(given, given, batch_size=4, groups="donor", val_groups=[1])
 
 
 def test_row_names_of_a_csv_file_are_no_feature(tmp_path):
@@ -236,3 +245,46 @@ def test_a_missing_library_is_named_with_what_brings_it(kind, library, tmp_path,
         ModuleNotFoundError, match=rf"needs {library.split('.')[0]}.*pip install 'lightning_gap\[files\]'"
     ):
         SamplesDataModule(path, path, batch_size=4)
+
+
+DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[3] / "shared" / "data"))
+real = pytest.mark.skipif(not (DATA / "kang_ifnb.npz").exists(), reason=f"no data at {DATA}; set LIGHTNING_GAP_DATA")
+
+
+@real
+@pytest.mark.filterwarnings("ignore:conditions with fewer than batch_size=64")
+def test_a_patient_and_small_cell_types_of_the_interferon_data():
+    cells = f"{DATA}/kang_ifnb.npz::logcounts"
+    data = SamplesDataModule(
+        cells, cells, source_rows={"treated": 0}, target_rows={"treated": 1}, conditions="cell_type",
+        small_conditions="drop", groups="patient", test_groups=["107"], batch_size=64, standardize=True, components=20,
+    )  # fmt: skip
+    with np.load(DATA / "kang_ifnb.npz") as raw:
+        types = {str(t) for t in np.unique(raw["cell_type"])}
+        held = [
+            [
+                int(((raw["patient"] == 107) & (raw["treated"] == arm) & (raw["cell_type"] == int(name))).sum())
+                for arm in (0, 1)
+            ]
+            for name in data.condition_names
+        ]
+    assert set(data.condition_names) < types
+    assert [[b.source.shape[1], b.target.shape[1]] for b in data.test_dataloader()] == held
+    batch = next(iter(data.train_dataloader()))
+    assert batch.source.shape == (len(data.condition_names), 64, 20)
+    assert bool(batch.source.isfinite().all())
+
+
+@real
+def test_the_ground_truth_of_the_benchmark_pairs():
+    pair = f"{DATA}/w2_mix3to10_D2.npz"
+    data = SamplesDataModule(
+        f"{pair}::train_x", f"{pair}::train_y", batch_size=1024, eval_batch_size=4096, standardize=True,
+        test={"source": f"{pair}::test_x", "target": f"{pair}::test_map", "true_images": f"{pair}::test_map"},
+    )  # fmt: skip
+    (batch,) = data.test_dataloader()
+    decode = data.representation.decode
+    with np.load(pair) as raw:
+        error = np.square(decode(batch.true_images).numpy() - decode(batch.source).numpy()).sum(1).mean()
+        expected = np.square(raw["test_map"] - raw["test_x"]).sum(1).mean()
+    assert error == pytest.approx(expected, rel=1e-5)

@@ -331,12 +331,15 @@ def test_solves_are_bounded(monkeypatch):
     assert sizes == [(50, 45), (50, 45)]
 
 
-def test_the_floor_takes_as_many_samples_as_the_images():
+def test_the_floor_takes_as_many_samples_as_the_images(caplog):
     got = scored(((X[:30], T[:30], Y), {"target_again": AGAIN}), **EPSILONS)
     rows = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:30]
     assert float(got["energy_distance_floor"]) == pytest.approx(float(energy_distance(AGAIN[rows], Y)), rel=1e-5)
-    with pytest.warns(UserWarning, match="target_again has fewer samples than the source"):
+    marginal = float(marginal_wasserstein(AGAIN[rows], Y).mean())
+    assert float(got["wasserstein_1_floor"]) == pytest.approx(marginal, rel=1e-5)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         scored(((X, T, Y), {"target_again": AGAIN[:9]}))
+    assert any("target_again has fewer samples than the source" in record.message for record in caplog.records)
 
 
 def test_a_better_map_scores_better_and_the_best_is_at_the_floor():
@@ -439,7 +442,7 @@ def _process(rank, port, results):
 def test_two_processes_are_as_one():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_process, args=(free_port(), results), nprocs=2, start_method="fork")
+        mp.spawn(_process, args=(free_port(), results), nprocs=2)
         results = dict(results)
     for case in DDP:
         one = scored(_shares(case, 0), _shares(case, 1), **EPSILONS)

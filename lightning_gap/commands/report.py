@@ -1,0 +1,62 @@
+"""``lightning-gap report``: runs compared on one HTML page."""
+
+import argparse
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from lightning_gap.commands.parsing import CommandError
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser.
+
+    Args:
+        commands: What ``parser.add_subparsers`` returned.
+    """
+    report = commands.add_parser(
+        "report",
+        help="compare runs on one self-contained HTML page",
+        description="Read runs from the files of Lightning's CSVLogger, TensorBoardLogger, WandbLogger (offline) and "
+        "MLFlowLogger (local file store), and write one page that needs no network: results with the best marked, "
+        "curves, regimes, the distance from the initial weights against log t, and transport maps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="the folder of a run, or a folder with runs in it at any depth",
+    )  # fmt: skip
+    report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page to write")
+    report.add_argument("--title", default=argparse.SUPPRESS, help="heading of the page")
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise CommandError("the report draws with matplotlib: pip install 'lightning_gap[plots]'") from None
+    from lightning_gap.dashboards.comparison import compare, result_metrics, results_table
+    from lightning_gap.dashboards.report import render_html
+    from lightning_gap.dashboards.runs import RunError, read_runs
+    from lightning_gap.terminal import say
+
+    if options.output.is_dir():
+        raise CommandError(f"--output {options.output} is a folder: name a file, as {options.output / 'report.html'}")
+    try:
+        runs = read_runs(options.runs)
+    except RunError as error:
+        raise CommandError(str(error)) from None
+    page = render_html(compare(runs, title=getattr(options, "title", None)))
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write --output {options.output}: {error.strerror}; choose another file") from None
+    number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{number}: open {options.output}")
+    if options.open:
+        webbrowser.open(options.output.resolve().as_uri())

@@ -1,0 +1,154 @@
+"""The one file that knows loggers: x axes, facts, tables and figures, for whichever of Lightning's loggers there are.
+
+Numbers need nothing here: they go through ``pl_module.log`` or ``logger.log_metrics``, with the same keys everywhere.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+__all__ = ["define_axes", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
+
+_KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
+_defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
+
+
+def _kind(logger: Any) -> str | None:
+    """Return which of Lightning's loggers this is, or is derived from, in either of Lightning's two packages."""
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    return next((kind for kind in _KNOWN if kind in names), None)
+
+
+@rank_zero_only
+def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
+    """Let W&B draw metrics against one of their own instead of its step. Call it before each log: it remembers.
+
+    Exact names, since patterns lose to those of Lightning's own logger.
+
+    Args:
+        loggers: A trainer's loggers.
+        x: The metric to draw against, logged in the same call as the others.
+        names: The metrics.
+    """
+    for logger in loggers:
+        if _kind(logger) == "WandbLogger":
+            known = _defined.setdefault(logger, set())
+            new = [name for name in names if (x, name) not in known and name != x]
+            if new and (x, x) not in known:
+                logger.experiment.define_metric(x, hidden=True)
+                known.add((x, x))
+            for name in new:
+                logger.experiment.define_metric(name, step_metric=x)
+                known.add((x, name))
+
+
+@rank_zero_only
+def log_facts(loggers: Iterable[Any], prefix: str, facts: Mapping[str, Any]) -> None:
+    """Log what was decided, as hyper-parameters.
+
+    Args:
+        loggers: A trainer's loggers.
+        prefix: What keys begin with, as ``"lightning_gap/regime/"``.
+        facts: Plain Python values by name.
+    """
+    for logger in loggers:
+        logger.log_hyperparams({f"{prefix}{name}": value for name, value in facts.items()})
+
+
+@rank_zero_only
+def log_table(
+    loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int = 0
+) -> None:
+    """Log a table: to W&B as one, to TensorBoard as text, to MLflow and CSV as the file ``tables/KEY.csv``.
+
+    Args:
+        loggers: A trainer's loggers; others than these four are passed over.
+        key: Its name, ``lightning_gap/<room>/<name>``.
+        columns: Headings.
+        rows: As many cells each.
+        step: The logged step.
+    """
+    for logger in loggers:
+        kind = _kind(logger)
+        if kind == "WandbLogger":
+            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])
+        elif kind == "TensorBoardLogger":
+            logger.experiment.add_text(key, markdown(columns, rows), step)
+        elif kind == "MLFlowLogger":
+            logger.experiment.log_text(logger.run_id, _csv(columns, rows), f"tables/{key}.csv")
+        elif kind == "CSVLogger":
+            path = Path(logger.log_dir, "tables", f"{key}.csv")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_csv(columns, rows), encoding="utf-8")
+
+
+def takes_figures(logger: Any) -> bool:
+    """Return whether :func:`log_figure` has a way to give a logger figures.
+
+    Args:
+        logger: One of a trainer's loggers.
+    """
+    return _kind(logger) is not None
+
+
+@rank_zero_only
+def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: int) -> None:
+    """Log a figure: to W&B and TensorBoard as an image, to MLflow and CSV as the file ``figures/KEY/STEP.png``.
+
+    Without matplotlib there are no figures.
+
+    Args:
+        loggers: A trainer's loggers; others than these four are passed over.
+        key: Its name, ``lightning_gap/<room>/<name>``.
+        draw: Returns a Matplotlib figure; called once, and only if a logger takes it.
+        step: The logged step.
+    """
+    takers = [logger for logger in loggers if takes_figures(logger)]
+    if not takers:
+        return
+    try:
+        figure = draw()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return
+    for logger in takers:
+        kind = _kind(logger)
+        if kind == "WandbLogger":
+            logger.log_image(key, [figure], step)
+        elif kind == "TensorBoardLogger":
+            logger.experiment.add_figure(key, figure, step, close=False)
+        elif kind == "MLFlowLogger":
+            logger.experiment.log_figure(logger.run_id, figure, f"figures/{key}/{step:08d}.png")
+        else:
+            path = Path(logger.log_dir, "figures", key, f"{step:08d}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=110)
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table as Markdown, numbers to six digits.
+
+    Args:
+        columns: Headings.
+        rows: As many cells each.
+
+    Example:
+        >>> print(markdown(["t", "distance"], [[1, 0.25]]))
+        | t | distance |
+        | --- | --- |
+        | 1 | 0.25 |
+    """
+    written = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(columns), ["---"] * len(columns), *written])

@@ -1,0 +1,260 @@
+"""MongeMap as a scikit-learn transformer."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from numpy.typing import ArrayLike, NDArray
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_gap.monge.costs import resolve
+from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.gap import sinkhorn_divergence
+from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
+
+try:
+    from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        "MongeMapTransformer needs scikit-learn 1.6 or newer: pip install 'lightning_gap[sklearn]'"
+    ) from error
+
+__all__ = ["MongeMapTransformer"]
+
+_DTYPES = [np.float64, np.float32]
+
+
+class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    r"""Learns a transport map from one sample to another, and moves new samples along it.
+
+    .. math::
+        \min_T \; S_{\varepsilon_1}(T\sharp\mu, \nu) + \lambda\, M^c_{\varepsilon_2}(T)
+
+    (Uscidda and Cuturi 2023, "The Monge Gap", section 3.) ``fit(X, y)`` takes a sample of each measure, of any sizes:
+    their rows are not paired. It trains a :class:`~lightning_gap.MongeMap` by Adam with a cosine decay, and leaves no
+    trace: no files, no output, and torch's, NumPy's and Python's global random numbers as they were (unless
+    ``random_state`` is ``None``, which draws a seed from NumPy's, as everywhere in scikit-learn). Each ``fit`` starts
+    anew.
+
+    Model selection splits ``X`` and ``y`` by the same row numbers, so they must then be of one length.
+
+    Args:
+        cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
+            function.
+        fitting_cost: Ground cost of the Sinkhorn divergence.
+        gap_weight: Weight :math:`\lambda \ge 0` of the Monge gap.
+        hidden: Widths of the network's hidden layers.
+        max_steps: Updates.
+        batch_size: Samples of each set in a batch, or all of the smaller set where it has fewer.
+        learning_rate: Adam's, at the start.
+        fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the mean cost within
+            the target.
+        gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the mean cost between the sets.
+        standardize: Whether the map is learned between features divided by their standard deviations in both samples
+            together: costs and epsilons are then those of standardized features. Choose ``False`` for features in
+            common units, and for points of the sphere.
+        n_components: Learn the map between so many principal components of both samples together; images lie in their
+            span then. All features by default.
+        accelerator: Lightning's accelerator for the training, as ``"cpu"`` or ``"auto"``.
+        random_state: Seed of the initial weights and of the batches.
+
+    Attributes:
+        model_: The trained :class:`~lightning_gap.MongeMap`, between represented features.
+        representation_: The scikit-learn pipeline to these.
+        n_features_in_: Number of features.
+        feature_names_in_: Their names, where ``X`` has names.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> X, y = rng.normal(size=(200, 2)), 0.5 * rng.normal(size=(150, 2)) + [3, 0]
+        >>> transformer = MongeMapTransformer(max_steps=150, learning_rate=1e-2, hidden=(32,), random_state=0)
+        >>> moved = transformer.fit(X, y).transform(X)
+        >>> bool(np.abs(moved.mean(0) - y.mean(0)).max() < 0.2)
+        True
+    """
+
+    def __init__(
+        self,
+        cost: CostLike = "sqeuclidean",
+        *,
+        fitting_cost: CostLike = "sqeuclidean",
+        gap_weight: float = 1.0,
+        hidden: Sequence[int] = (128, 128, 128),
+        max_steps: int = 1000,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        fitting_epsilon: float | None = None,
+        gap_epsilon: float | None = None,
+        standardize: bool = True,
+        n_components: int | None = None,
+        accelerator: str = "cpu",
+        random_state: Any = None,
+    ) -> None:
+        # As scikit-learn wants it: kept as given, and checked by fit.
+        self.cost = cost
+        self.fitting_cost = fitting_cost
+        self.gap_weight = gap_weight
+        self.hidden = hidden
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.fitting_epsilon = fitting_epsilon
+        self.gap_epsilon = gap_epsilon
+        self.standardize = standardize
+        self.n_components = n_components
+        self.accelerator = accelerator
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: ArrayLike | None = None) -> "MongeMapTransformer":
+        """Learn the map.
+
+        Args:
+            X: ``(n, d)`` samples of the source, at least two.
+            y: ``(m, d)`` samples of the target.
+
+        Returns:
+            The transformer itself.
+
+        Raises:
+            ValueError: Samples or an option cannot be used.
+        """
+        if y is None:
+            raise ValueError(
+                "MongeMapTransformer requires y to be passed, but the target y is None: give fit(X, y) two samples"
+            )
+        for name, value in (("max_steps", self.max_steps), ("batch_size", self.batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        source = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
+        target = self._target(y)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        representation = make_pipeline(
+            StandardScaler() if self.standardize else FunctionTransformer(),
+            FunctionTransformer() if self.n_components is None else PCA(self.n_components, random_state=seed),
+        ).fit(np.concatenate([source, target.astype(source.dtype)]))
+        x, z = (torch.from_numpy(representation.transform(samples)).float() for samples in (source, target))
+        with isolate_rng(), _quietly():
+            torch.manual_seed(seed)
+            data = SamplesDataModule(
+                x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
+            )
+            model = MongeMap(
+                x.shape[1],
+                cost=self.cost,
+                fitting_cost=self.fitting_cost,
+                gap_weight=self.gap_weight,
+                hidden=tuple(self.hidden),
+                fitting_epsilon=self.fitting_epsilon,
+                gap_epsilon=self.gap_epsilon,
+                optimizer=partial(Adam, lr=float(self.learning_rate)),
+                lr_scheduler=partial(CosineAnnealingLR, T_max=int(self.max_steps)),
+            )
+            trainer = Trainer(
+                accelerator=self.accelerator,
+                devices=1,
+                # Not of a cluster's job or of torchrun, whose processes would each wait for the others.
+                plugins=LightningEnvironment(),
+                max_steps=int(self.max_steps),
+                max_epochs=-1,
+                limit_val_batches=0,
+                num_sanity_val_steps=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(model, data)
+        # Without the trainer, which would keep the samples alive; in double, so that a sample's image does not depend
+        # on the samples beside it.
+        model._trainer = None
+        self.model_ = model.to("cpu", torch.float64).eval()
+        self.representation_ = representation
+        return self
+
+    def transform(self, X: ArrayLike) -> NDArray[np.floating[Any]]:
+        """Return the images of samples.
+
+        Args:
+            X: ``(n, d)`` samples.
+
+        Returns:
+            ``(n, d)`` images, of the precision of ``X``.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+            ValueError: The samples cannot be used.
+        """
+        check_is_fitted(self)
+        samples = validate_data(self, X, dtype=_DTYPES, reset=False)
+        encoded = torch.from_numpy(np.array(self.representation_.transform(samples), dtype=np.float64))
+        images = self.representation_.inverse_transform(self.model_.transport(encoded).numpy())
+        return np.asarray(images, dtype=samples.dtype)
+
+    def score(self, X: ArrayLike, y: ArrayLike) -> float:
+        """Return minus the Sinkhorn divergence between images and target, in the features' own units.
+
+        Its epsilon is 5 % of the mean cost within ``y``, whatever the estimator's parameters, so that these compare.
+
+        Args:
+            X: ``(n, d)`` samples of the source.
+            y: ``(m, d)`` samples of the target.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+            ValueError: The samples cannot be used.
+        """
+        images = torch.from_numpy(np.asarray(self.transform(X), dtype=np.float64))
+        target = torch.from_numpy(np.asarray(self._target(y), dtype=np.float64))
+        cost = resolve(self.fitting_cost)
+        epsilon = share_of_mean_cost(0.05, target, target, cost)
+        return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
+
+    def _target(self, y: ArrayLike) -> NDArray[Any]:
+        target: NDArray[Any] = check_array(y, dtype=_DTYPES, input_name="y")
+        if target.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"y has {target.shape[1]} features, but X has {self.n_features_in_}: fit(X, y) takes two samples "
+                "of one space, not labels"
+            )
+        return target
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep Lightning's remarks on a run, which nobody here can act on, from the user."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*GPU available but not used")
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

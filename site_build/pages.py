@@ -1,0 +1,43 @@
+"""MkDocs hooks: formulas become MathML when the site is built, so that no script is needed to read them."""
+
+import html
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+# MkDocs counts warnings below its own logger, and a strict build fails for any.
+_log = logging.getLogger("mkdocs.hooks.pages")
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+
+
+def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
+    """Replace the page's formulas, and warn of those that are not understood."""
+
+    def mathml(match: re.Match[str]) -> str:
+        latex = html.unescape(match[3]).strip()
+        made = convert(latex, display="inline" if match[2] == "(" else "block")
+        if "\\" in made:
+            _log.warning("%s: this formula is not understood: %s", page.file.src_path, latex)
+        return made if match[2] == "(" else f'<div class="formula">{made}</div>'
+
+    return _FORMULA.sub(mathml, content)
+
+
+def on_config(config: Any, **kwargs: Any) -> Any:
+    """Leave out the entries of the navigation that have no page."""
+    config.nav = _existing(config.nav, Path(config.docs_dir))
+    return config
+
+
+def _existing(entries: list[Any], docs: Path) -> list[Any]:
+    kept: list[Any] = []
+    for entry in entries:
+        ((title, value),) = entry.items()
+        if isinstance(value, list):
+            kept.append({title: _existing(value, docs)})
+        elif (docs / value).exists():
+            kept.append(entry)
+    return kept

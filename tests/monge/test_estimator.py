@@ -1,0 +1,156 @@
+"""MongeMapTransformer: scikit-learn's checks, and a fit without side effects."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn", minversion="1.6")
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from lightning_gap.monge.estimator import MongeMapTransformer
+
+RNG = np.random.default_rng(2)
+X, Y = RNG.normal(size=(80, 3)), 0.5 * RNG.normal(size=(60, 3)) + [3, 0, -1]
+QUICK = {"hidden": (4,), "max_steps": 2, "random_state": 0}
+
+
+class GivenLabels(MongeMapTransformer):
+    """scikit-learn's checks give labels as y; the target is then the source in another order."""
+
+    def fit(self, X, y=None):
+        if y is not None:
+            y = X[::-1] if isinstance(X, np.ndarray) and X.ndim == 2 else X
+        return super().fit(X, y)
+
+    def score(self, X, y):
+        return super().score(X, X)
+
+
+@parametrize_with_checks([GivenLabels(**QUICK)])
+def test_checks_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def test_it_learns_a_map_between_samples_of_any_sizes():
+    transformer = MongeMapTransformer(max_steps=60, learning_rate=5e-2, hidden=(16,), random_state=0)
+    moved = transformer.fit(X, Y).transform(X)
+    assert moved.shape == X.shape
+    np.testing.assert_allclose(moved.mean(0), Y.mean(0), atol=0.15)
+    np.testing.assert_allclose(moved.std(0), Y.std(0), rtol=0.35)
+    before = MongeMapTransformer(max_steps=1, learning_rate=1e-9, random_state=0).fit(X, Y)
+    np.testing.assert_allclose(before.transform(X), X, atol=1e-5)  # the network starts at the identity
+    assert transformer.score(X, Y) > 0.1 * before.score(X, Y)
+
+
+def test_a_second_fit_begins_anew_and_seeds_decide():
+    transformer = MongeMapTransformer(**QUICK)
+    first = transformer.fit(X, Y).transform(X)
+    transformer.fit(X + 10, Y * 3)
+    assert np.array_equal(transformer.fit(X, Y).transform(X), first)
+    other = MongeMapTransformer(**{**QUICK, "random_state": 1})
+    assert not np.array_equal(other.fit_transform(X, Y), first)
+    assert np.array_equal(clone(transformer).fit_transform(X, Y), first)
+
+
+def test_a_fit_leaves_no_trace(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    x, y = X.copy(), Y.copy()
+    MongeMapTransformer(**QUICK).fit(X, Y).transform(X)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+    assert random.getstate() == state[2]
+    assert np.array_equal(X, x)
+    assert np.array_equal(Y, y)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pickled_it_maps_the_same_without_its_samples():
+    transformer = MongeMapTransformer(**QUICK).fit(X, Y)
+    text = pickle.dumps(transformer)
+    assert np.array_equal(pickle.loads(text).transform(X), transformer.transform(X))
+    assert len(text) < 40_000
+    many = RNG.normal(size=(20_000, 3))
+    assert len(pickle.dumps(MongeMapTransformer(**QUICK).fit(many, many))) < 40_000
+
+
+def test_names_of_features():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(X, columns=["CD3", "CD4", "CD8"])
+    transformer = MongeMapTransformer(**QUICK).set_output(transform="pandas")
+    moved = transformer.fit_transform(frame, Y)
+    assert list(moved.columns) == list(transformer.get_feature_names_out()) == ["CD3", "CD4", "CD8"]
+    np.testing.assert_array_equal(moved, MongeMapTransformer(**QUICK).fit(X, Y).transform(X))
+
+
+def test_components_and_scales():
+    scale = np.array([1.0, 1e4, 1e-3])
+    options = {**QUICK, "max_steps": 40, "learning_rate": 1e-1}
+    moved = MongeMapTransformer(**options).fit(X * scale, Y * scale).transform(X * scale)
+    np.testing.assert_allclose(moved.mean(0) / scale, Y.mean(0), atol=0.3)
+    projected = MongeMapTransformer(**QUICK, n_components=2).fit(X, Y).transform(X)
+    assert projected.shape == X.shape
+    assert np.linalg.matrix_rank(projected - projected.mean(0), tol=1e-6) == 2
+    raw = MongeMapTransformer(**QUICK, standardize=False).fit(X, Y)
+    assert raw.model_.fitting_epsilon == pytest.approx(0.05 * 2 * Y.var(0).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_images_do_not_depend_on_the_samples_beside_them(dtype):
+    transformer = MongeMapTransformer(**QUICK).fit(X, Y)
+    x = X.astype(dtype)
+    moved = transformer.transform(x)
+    assert moved.dtype == dtype
+    np.testing.assert_allclose(np.concatenate([transformer.transform(row[None]) for row in x]), moved, rtol=1e-6)
+
+
+def test_in_pipelines_and_model_selection():
+    pipeline = make_pipeline(StandardScaler(), MongeMapTransformer(**QUICK))
+    assert pipeline.fit(X[:60], Y).transform(X).shape == X.shape
+    search = GridSearchCV(
+        MongeMapTransformer(**{**QUICK, "max_steps": 10}), {"learning_rate": [1e-6, 1e-1]}, cv=2, error_score="raise"
+    )
+    search.fit(X[:60], Y)
+    assert search.best_params_ == {"learning_rate": 1e-1}
+
+
+def test_options_reach_the_map():
+    transformer = MongeMapTransformer(
+        "euclidean", fitting_cost="pnorm(p=1.5)", gap_weight=0.5, fitting_epsilon=0.7, gap_epsilon=0.2, **QUICK
+    ).fit(X, Y)
+    model = transformer.model_
+    assert (str(model.cost), str(model.fitting_cost), model.gap_weight) == ("euclidean", "pnorm(p=1.5)", 0.5)
+    assert (float(model.fitting_epsilon), float(model.gap_epsilon)) == (pytest.approx(0.7), pytest.approx(0.2))
+
+
+@pytest.mark.parametrize(
+    ("options", "y", "message"),
+    [
+        ({}, None, "requires y to be passed, but the target y is None"),
+        ({}, np.zeros(80), "Expected 2D array, got 1D array"),
+        ({}, Y[:, :2], "y has 2 features, but X has 3"),
+        ({"max_steps": 0}, Y, "max_steps must be a positive integer, got 0"),
+        ({"batch_size": 1.5}, Y, "batch_size must be a positive integer, got 1.5"),
+        ({"learning_rate": 0}, Y, "learning_rate must be positive, got 0"),
+        ({"gap_weight": -1}, Y, "gap_weight must be a finite number of at least 0"),
+        ({"cost": "euclid"}, Y, "unknown cost"),
+        ({}, np.ones((5, 3)), "fitting_epsilon cannot be decided"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(options, y, message):
+    with pytest.raises(ValueError, match=message):
+        MongeMapTransformer(**{**QUICK, **options}).fit(X, y)
+
+
+def test_it_must_be_fitted_first():
+    with pytest.raises(NotFittedError):
+        MongeMapTransformer().transform(X)

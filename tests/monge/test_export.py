@@ -1,0 +1,39 @@
+"""A fitted map leaves Lightning: torch.export and ONNX, for any number of samples."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gap import MongeMap
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = MongeMap(2, hidden=(8, 8))
+    nn.init.normal_(model.map.displacement[-1].weight)
+    return model.eval()
+
+
+def test_torch_export_takes_any_number_of_samples(model, tmp_path):
+    n = torch.export.Dim("n")
+    program = torch.export.export(model.map, (torch.zeros(2, 2),), dynamic_shapes=({0: n},))
+    torch.export.save(program, tmp_path / "map.pt2")
+    loaded = torch.export.load(tmp_path / "map.pt2").module()
+    for rows in (1, 5, 300):
+        x = torch.randn(rows, 2)
+        assert not torch.equal(model.transport(x), x)
+        torch.testing.assert_close(loaded(x), model.transport(x))
+
+
+def test_onnx_takes_any_number_of_samples(model, tmp_path):
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    n = torch.export.Dim("n")
+    torch.onnx.export(model.map, (torch.zeros(2, 2),), tmp_path / "map.onnx", dynamo=True, dynamic_shapes=({0: n},))
+    session = runtime.InferenceSession(tmp_path / "map.onnx")
+    (name,) = (given.name for given in session.get_inputs())
+    for rows in (1, 5, 300):
+        x = torch.randn(rows, 2)
+        (images,) = session.run(None, {name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(images), model.transport(x), rtol=1e-4, atol=1e-5)
