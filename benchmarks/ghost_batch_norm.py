@@ -1,12 +1,13 @@
 """Ghost batch normalization against plain BatchNorm and against the ways peers do it: time and memory, as ratios.
 
     python benchmarks/ghost_batch_norm.py op [--threads 1 2] [--repeat 9] [--device cpu|cuda] [--dtype float32]
-    python benchmarks/ghost_batch_norm.py step | compile | memory | convert
+    python benchmarks/ghost_batch_norm.py step | compile | memory | convert | limit
 
 ``op``: one layer, forward and backward with a given upstream gradient. ``step``: a whole training step of a CNN with
 six convolutions and of an MLP with four normalized layers. ``compile``: the layer under ``torch.compile``, against
 compiled BatchNorm. ``memory``: the highest resident memory of one forward and backward pass, beyond what was there.
-``convert``: a ResNet-50.
+``convert``: a ResNet-50. ``limit``: the passes over memory that contiguous ghosts cannot do without, each one call of
+torch's fastest kernel, with nothing around them: what is left to gain without kernels of our own.
 
 All that are compared run in turns; a ratio is the median over the turns. With one CPU thread the clock is the process's
 CPU time, which other processes on the machine disturb less; else it is the wall clock, with a GPU synchronized. With
@@ -265,6 +266,69 @@ def resident(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
+def limit(arguments: argparse.Namespace) -> None:
+    header("bare passes over contiguous ghosts", "input", "format", "ghost", "threads", "plain, ms", "passes", "ghosts")
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for shape, order in shapes_for(arguments):
+            x, upstream = tensors(shape, order, "cpu", torch.float32)
+            for size in arguments.ghosts:
+                modules = rivals(shape, order, size, "cpu")
+                runs = {name: passes(modules[name], x, upstream) for name in ("plain", "contiguous")}
+                bare = bare_passes if len(shape) == 2 else bare_image_passes
+                runs["passes"] = bare(x.detach(), upstream, size)
+                seconds = in_turns(runs, arguments.repeat * (8 if len(shape) == 2 else 1), "cpu")
+                row(
+                    str(shape), order, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
+                    *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in ("passes", "contiguous")),
+                )  # fmt: skip
+
+
+def bare_passes(x: Tensor, upstream: Tensor, size: int) -> Callable[[], None]:
+    """Nine passes over all ghosts at a time: two sums, squares, y; products, two sums, two terms of the gradient."""
+    ghosts, gradients = (t.unflatten(0, (-1, size)) for t in (x, upstream))
+    table, aten = ghosts.mean(1, True), torch.ops.aten
+
+    def run() -> None:
+        y, scratch, grad_x = (torch.empty_like(ghosts) for _ in range(3))
+        torch.sum(ghosts, 1, True)
+        aten.mse_loss.out(ghosts, table, 0, out=scratch)
+        torch.sum(scratch, 1, True)
+        torch.addcmul(table, ghosts, table, out=y)
+        aten.mse_loss_backward.grad_input(gradients, ghosts, table, 0, grad_input=scratch)
+        torch.sum(scratch, 1, True)
+        torch.sum(gradients, 1, True)
+        torch.addcmul(table, ghosts, table, out=grad_x).addcmul_(gradients, table)
+
+    return run
+
+
+def bare_image_passes(x: Tensor, upstream: Tensor, size: int) -> Callable[[], None]:
+    """One call a ghost for the statistics, for y and for the two sums, and two for the gradient."""
+    aten, channels = torch.ops.aten, x.shape[1]
+    zero, one, none = torch.zeros(channels), torch.ones(channels), torch.empty(0)
+    scale = one.view(-1, 1, 1)
+    nchw = x.is_contiguous()
+
+    def run() -> None:
+        y, grad_x = torch.empty_like(x), torch.empty_like(x)
+        for part, out in zip(x.split(size), y.split(size), strict=True):
+            torch.batch_norm_update_stats(part.flatten(1) if nchw else part, None, None, 0.0)
+            aten.native_batch_norm.out(
+                part, one, zero, zero, one, False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
+            )
+        for part, gradient, out in zip(x.split(size), upstream.split(size), grad_x.split(size), strict=True):
+            aten.native_batch_norm_backward(
+                gradient, part, one, None, None, zero, one, True, 0.0, [False, True, True]
+            )  # fmt: skip
+            aten.native_batch_norm.out(
+                part, one, zero, zero, one, False, 0.0, 0.0, out=out, save_mean=none, save_invstd=none
+            )
+            out.addcmul_(gradient, scale)
+
+    return run
+
+
 def convert(arguments: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ghost"))
     from architectures import resnet50
@@ -296,7 +360,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    sections = {"op": op, "step": step, "compile": compiled, "memory": memory, "convert": convert}
+    sections = {"op": op, "step": step, "compile": compiled, "memory": memory, "convert": convert, "limit": limit}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=sections)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

@@ -8,6 +8,7 @@ from importlib import import_module
 from lightning_gap import __version__
 from lightning_gap.commands import COMMANDS
 from lightning_gap.commands.parsing import CommandError, Parser
+from lightning_gap.commands.trainer import TRAINER_COMMANDS, run
 
 __all__ = ["main", "parser"]
 
@@ -33,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 and one line on stderr if the user asked for something that cannot be done.
     """
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words and words[0] in TRAINER_COMMANDS:
+            run(words)
+            return
+        options = parser().parse_args(words)
         options.run(options)
     except CommandError as error:
         print(f"lightning-gap: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
@@ -59,15 +60,27 @@ def scores(folder):
 
 
 def samples(folder):
-    anndata = __import__("pytest").importorskip("anndata")
     pair = np.random.default_rng(0).normal(size=(4, 1500, 2)).astype(np.float32)
     np.savez(folder / "pair.npz", **dict(zip(("train_x", "train_y", "test_x", "test_map"), pair, strict=True)))
-    rows = 4000
-    cells = anndata.AnnData(np.random.default_rng(1).normal(size=(rows, 25)).astype(np.float32))
-    cells.layers["logcounts"] = cells.X
-    cells.obs["treated"] = ["control", "stim"] * (rows // 2)
-    cells.obs["cell_type"] = ["B cells"] * (rows // 2) + ["CD14+ Monocytes"] * (rows // 2)
-    cells.obs["patient"] = [name for name in ("101", "107", "1015", "1488") for _ in range(2)] * (rows // 8)
-    cells.obs_names, cells.var_names = (np.array([f"{i}" for i in range(size)], dtype=object) for size in cells.shape)
-    cells.write_h5ad(folder / "kang.h5ad")
+    write_cells(folder / "kang.h5ad")
     return {}
+
+
+def real_cells(folder):
+    write_cells(folder / "kang.h5ad")
+    return {}
+
+
+def write_cells(path):
+    """A file of the form that the pages name; its values mean nothing."""
+    anndata, pd = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    rows, genes = 4000, 25
+    values = np.random.default_rng(1).normal(size=(rows, genes)).astype(np.float32)
+    obs = pd.DataFrame({
+        "treated": np.array(["control", "stim"] * (rows // 2), dtype=object),
+        "cell_type": np.array(["B cells"] * (rows // 2) + ["CD14+ Monocytes"] * (rows // 2), dtype=object),
+        "patient": np.array(["101", "101", "107", "107"] * (rows // 4), dtype=object),
+    })  # fmt: skip
+    obs = obs.set_axis([f"cell{i}" for i in range(rows)])
+    var = pd.DataFrame(index=[f"gene{i}" for i in range(genes)])
+    anndata.AnnData(values, obs=obs, var=var, layers={"logcounts": values}).write_h5ad(path)

@@ -6,4 +6,4 @@ A module imports nothing heavy at its top, so that ``lightning-gap --help`` answ
 __all__ = ["COMMANDS"]
 
 # In the order of the help.
-COMMANDS = ("demo", "plan", "report", "dashboard", "completion")
+COMMANDS = ("trainer", "transport", "demo", "plan", "report", "dashboard", "completion")

@@ -96,6 +96,10 @@ def panels(
             Panel(fit, title, updates, (f"{_MONGE}train_{name}", f"{_MONGE}val_{name}"), log_y=name != "displacement")
             for name, title in names
         ]
+        found += [
+            Panel(fit, title, updates, (f"{_MONGE}val_{name}", f"{_MONGE}val_{name}_floor"), log_y=True)
+            for name, title in (("energy_distance", "Energy distance"), ("wasserstein_1", "Marginal Wasserstein-1"))
+        ]
         found.append(Panel(fit, "Map", "", (f"{_MONGE}map",), kind="images"))
     return found
 

@@ -6,14 +6,15 @@ kernels, which all write into one output and give the same numbers:
 * ``one by one``: native batch-norm kernels on each ghost, for ghosts that fill the cache;
 * ``side by side``: elementwise operations on blocks of many small ghosts, where a call for each would cost more than
   its arithmetic;
-* ``as channels``: strided ghosts of a dense batch are the channels of a view, which one native call normalizes.
+* ``as channels``: strided ghosts of a dense batch are the channels of a view, which is one ghost to native kernels.
 
-``torch.compile``, ``torch.export`` and other devices get the defining formula, which compilers fuse. Ghosts that span
-ranks are kernels of their own, with one collective forward and one backward.
+``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining
+formula, which compilers fuse; so do ``torch.export`` and other devices. Ghosts that span ranks are kernels of their
+own, with one collective forward and one backward.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ from lightning_gap.parallel import RankGroup
 
 __all__ = ["Run", "normalize", "normalize_over_ranks"]
 
-# Elements of a ghost from which a native call for each pays, and of a block that a core's cache can hold: measured.
+# Elements of a ghost from which a native call for each pays, and of a block that a core's cache can hold: measured. The
+# gradient of a large ghost takes blocks twice as large, for fewer calls.
 _LARGE_GHOST = 1 << 17
 _BLOCK = 1 << 18
-_LARGE_BLOCK_FACTOR = 2  # a large ghost's second passes do with the outer caches: fewer calls
 
 Normalized = tuple[Tensor, Tensor, Tensor]  # output, means and unbiased variances (ghosts, channels)
 
@@ -61,7 +62,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     Returns:
         The output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
-    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+    opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
+    if x.device.type not in ("cpu", "cuda") or (torch.compiler.is_compiling() and not opaque):
         return _formula(x, weight, bias, eps, runs)
     first, positions = runs[0], math.prod(x.shape[2:])
     large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= _LARGE_GHOST
@@ -73,7 +75,12 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         inside = y.movedim(1, -1)
         dealt = first._replace(strided=False).split(inside).transpose(0, 1)
         return _with_rest(dealt, inside[first.stop :]).movedim(-1, 1), mean, var
-    y, mean, var, _ = _GhostNorm.apply(_dense(x), *_in_statistics_dtype(x, weight, bias), eps, runs)  # type: ignore[no-untyped-call]
+    weight, bias = _in_statistics_dtype(x, weight, bias)
+    if opaque:
+        numbers = [number for run in runs for number in (run.start, run.stop, run.ghosts, int(run.strided))]
+        y, mean, var, _ = _ghost_norm(_dense(x), weight, bias, eps, numbers)
+        return y, mean.detach(), var.detach()
+    y, mean, var, _ = _GhostNorm.apply(_dense(x), weight, bias, eps, runs)  # type: ignore[no-untyped-call]
     return y, mean, var
 
 
@@ -251,7 +258,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     features = x.flatten(1) if _positions_as_channels(x) else x
     # Float32 buffers beside half-precision samples make float32 statistics.
     unused = features.new_zeros(2, features.shape[1], dtype=_statistics_dtype(x))
-    means, variances = torch.batch_norm_update_stats(features, *unused, 0.0)
+    means, variances = torch.batch_norm_update_stats(features, unused[0], unused[1], 0.0)
     if features is x:
         return means, variances
     means, variances = (t.view(x.shape[1], -1) for t in (means, variances))
@@ -280,7 +287,7 @@ def _native_sums(x: Tensor, grad_y: Tensor, mean: Tensor, invstd: Tensor) -> tup
 
 def _input_gradient(x: Tensor, grad_y: Tensor, out: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> None:
     """Write scale·dy + slope·x + shift, with one number of each for a channel."""
-    rows = max(1, _LARGE_BLOCK_FACTOR * _block(x) // x[0].numel())
+    rows = max(1, 2 * _block(x) // x[0].numel())
     native = _positions_as_channels(x) and x.dtype == scale.dtype
     zero, one = torch.zeros_like(shift), torch.ones_like(shift)
     wide = [t.view(-1, *(1,) * (x.dim() - 2)) for t in (scale, slope, shift)]
@@ -410,8 +417,8 @@ def _backward_side_by_side(
     if out is not None:
         slope *= products
         shift = torch.addcmul(shift.mul_(totals), slope, tables.mean, value=-1)
-        statistics = (blocks.whole(t).split(blocks.each, 1) for t in (shift, slope, scale))
-        for part, grad, target, c, b, a in zip(parts, grads, blocks.samples(out), *statistics, strict=True):
+        factors = [blocks.whole(t).split(blocks.each, 1) for t in (shift, slope, scale)]
+        for part, grad, target, c, b, a in zip(parts, grads, blocks.samples(out), *factors, strict=True):
             into = target if target.dtype == scale.dtype else buffer[:, : part.shape[1]]
             torch.addcmul(c, part, b, out=into).addcmul_(grad, a)
             if into is not target:
@@ -498,22 +505,29 @@ class _GhostNorm(torch.autograd.Function):
         x, weight, bias, *tables = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable_backward(ctx, x, weight, bias, grad_y), None, None
-        inside = _channels_inside(x)
-        flat = _flat(x, inside)
-        flat_grad = _flat(_like(grad_y, inside), inside)
-        parts, wanted = _parts(flat, ctx.runs), ctx.needs_input_grad[0]
-        if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS and not _positions_as_channels(flat):
-            arguments = parts[0].run, flat, flat_grad, weight, _Tables(*tables), wanted
-            grad_x, total = _gradients_as_channels(*arguments)  # the gradient is the whole: no copy
-            return grad_x.view_as(x) if wanted else None, *_where_wanted(ctx, total), None, None
-        own = torch.empty_like(x) if wanted else None
-        out = None if own is None else _flat(own, inside)
-        total = tables[0].new_zeros(2, x.shape[1])
-        for run, rows, which, kernel in parts:
-            target = None if out is None else out[rows]
-            part = _Tables(*(t[which] for t in tables))
-            total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
-        return own, *_where_wanted(ctx, total), None, None
+        grad_x, total = _gradients(x, grad_y, weight, _Tables(*tables), ctx.runs, ctx.needs_input_grad[0])
+        return grad_x, *_where_wanted(ctx, total), None, None
+
+
+def _gradients(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, tables: _Tables, runs: list[Run], wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradient of x, if wanted, and those of weight and bias, (2, C)."""
+    inside = _channels_inside(x)
+    flat = _flat(x, inside)
+    flat_grad = _flat(_like(grad_y, inside), inside)
+    parts = _parts(flat, runs)
+    if len(parts) == 1 and parts[0].kernel is _AS_CHANNELS and not _positions_as_channels(flat):
+        grad_x, total = _gradients_as_channels(parts[0].run, flat, flat_grad, weight, tables, wanted)
+        return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
+    own = torch.empty_like(x) if wanted else None
+    out = None if own is None else _flat(own, inside)
+    total = tables.mean.new_zeros(2, x.shape[1])
+    for run, rows, which, kernel in parts:
+        target = None if out is None else out[rows]
+        part = _Tables(*(t[which] for t in tables))
+        total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target)
+    return own, total
 
 
 def _differentiable_backward(
@@ -529,6 +543,61 @@ def _differentiable_backward(
 def _where_wanted(ctx: Any, gradients: Tensor) -> list[Tensor | None]:
     wanted = ctx.needs_input_grad[1:3]
     return [gradient if yes else None for yes, gradient in zip(wanted, gradients, strict=True)]
+
+
+# The same as one operator for torch.compile: its own CPU code for the statistics of images takes longer. A run is four
+# numbers here.
+
+
+@torch.library.custom_op("lightning_gap::ghost_norm", mutates_args=())
+def _ghost_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, var, invstd = _GhostNorm.forward(x, weight, bias, eps, _decoded(runs))
+    return y, mean, var, invstd
+
+
+@_ghost_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var, invstd = (x.new_empty(sum(runs[2::4]), x.shape[1], dtype=_statistics_dtype(x)) for _ in range(3))
+    return torch.empty_like(x), mean, var, invstd
+
+
+@torch.library.custom_op("lightning_gap::ghost_norm_backward", mutates_args=())
+def _ghost_norm_backward(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, total = _gradients(x, grad_y, weight, _Tables(mean, mean, invstd), _decoded(runs), wanted)
+    return x.new_empty(0) if grad_x is None else grad_x, total
+
+
+@_ghost_norm_backward.register_fake
+def _(
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if wanted else x.new_empty(0), mean.new_empty(2, x.shape[1])
+
+
+def _decoded(runs: Sequence[int]) -> list[Run]:
+    return [Run(runs[i], runs[i + 1], runs[i + 2], bool(runs[i + 3])) for i in range(0, len(runs), 4)]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, ctx.runs = inputs
+    _, mean, _, invstd = output
+    ctx.save_for_backward(x, weight, mean, invstd)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, invstd = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
+    grad_x, total = _ghost_norm_backward(x, grad_y, weight, mean, invstd, ctx.runs, wanted)
+    return grad_x if wanted else None, *_where_wanted(ctx, total), None, None
+
+
+_ghost_norm.register_autograd(_backward, setup_context=_remember)
 
 
 class _RankGhostNorm(torch.autograd.Function):

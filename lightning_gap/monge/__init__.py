@@ -2,6 +2,7 @@
 
 from lightning_gap.monge import costs
 from lightning_gap.monge.batches import UnpairedBatch
+from lightning_gap.monge.brenier import BrenierMap
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.data import SamplesDataModule
@@ -19,6 +20,7 @@ from lightning_gap.monge.metrics import (
     SinkhornDivergence,
     UnexplainedVariance,
 )
+from lightning_gap.monge.minibatch_energy import minibatch_energy_distance
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.objective import unbalanced_weights
 from lightning_gap.monge.plot import plot_map
@@ -33,6 +35,7 @@ __all__ = [
     "MLP",
     "AffineRepresentation",
     "Anneal",
+    "BrenierMap",
     "ConditionalMap",
     "ConvergenceWarning",
     "DisplacementCosine",
@@ -56,6 +59,7 @@ __all__ = [
     "energy_distance",
     "gaussian_map",
     "marginal_wasserstein",
+    "minibatch_energy_distance",
     "monge_gap",
     "optimal_transport",
     "plot_map",

@@ -1,8 +1,8 @@
 """Unpaired samples of two populations, as a LightningDataModule."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -31,8 +31,24 @@ from lightning_gap.parallel import data_parallel_rank, data_parallel_size
 
 __all__ = ["SamplesDataModule", "Split", "UnpairedBatch"]
 
-# Functions before text: a configuration file names them by their import path.
-Samples: TypeAlias = Callable[[int, torch.Generator], Any] | str | Path | ArrayLike | Tensor | Iterable[Any]
+
+class Sampler(Protocol):
+    """Draws samples."""
+
+    def __call__(self, n: int, generator: torch.Generator, /) -> Any:
+        """Return ``(n, d)`` samples."""
+
+
+class KnownMap(Protocol):
+    """Maps samples."""
+
+    def __call__(self, samples: Tensor, /) -> Any:
+        """Return their images."""
+
+
+# Functions before text: a configuration file names them by their import path. As protocols, since a plain callable
+# would claim all text when a configuration is written.
+Samples: TypeAlias = Sampler | str | Path | ArrayLike | Tensor | Iterable[Any]
 Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
 _ENDLESS_STEPS = 100
@@ -137,7 +153,7 @@ class SamplesDataModule(LightningDataModule):
         weights: str | Sequence[Any] | None = None,
         conditions: str | Sequence[Any] | None = None,
         groups: str | Sequence[Any] | None = None,
-        true_images: Callable[[Tensor], Tensor] | str | Path | ArrayLike | Tensor | None = None,
+        true_images: KnownMap | str | Path | ArrayLike | Tensor | None = None,
         condition_vectors: Table | None = None,
         conditions_per_batch: int | None = None,
         small_conditions: Literal["refuse", "drop", "shrink"] = "refuse",

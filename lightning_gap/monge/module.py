@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast, get_args, overload
 
@@ -22,6 +23,7 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.files import is_file, open_table
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.populations import FiniteSamples, Turn
@@ -82,8 +84,9 @@ class MongeMap(LightningModule):
             ``Anneal(10, 1, updates=1000)``.
         gap_weight: Weight :math:`\lambda \ge 0` of the Monge gap, or a schedule; at 0 the gap is only measured in
             validation.
-        gap_reference: ``(r, d)`` samples of a reference measure :math:`\rho` whose support covers the source's: a map
-            that is optimal on it is optimal on the source. Each step takes as many of them as it has source samples.
+        gap_reference: ``(r, d)`` samples, or a path to them, of a reference measure :math:`\rho` whose support covers
+            the source's: a map that is optimal on it is optimal on the source. Each step takes as many of them as it
+            has source samples.
         gap_on: Where the gap is measured: on the ``"source"`` batch, on the ``"reference"`` (the default where there is
             one), or on ``"both"`` as one sample.
         conservative_weight: Weight :math:`\lambda_c \ge 0` of the conservativity of the map's ``field``.
@@ -128,7 +131,7 @@ class MongeMap(LightningModule):
         dim: int | None = None,
         *,
         cost: CostLike = "sqeuclidean",
-        map: nn.Module | Mapping[str, Any] | None = None,
+        map: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128, 128),
         fitting_loss: FittingLoss = "sinkhorn",
         fitting_cost: CostLike = "sqeuclidean",
@@ -138,13 +141,13 @@ class MongeMap(LightningModule):
         relative_gap_epsilon: float = 0.01,
         epsilon_factor: float | Schedule = 1.0,
         gap_weight: float | Schedule = 1.0,
-        gap_reference: ArrayLike | Tensor | None = None,
+        gap_reference: str | Path | ArrayLike | Tensor | None = None,
         gap_on: GapOn | None = None,
         conservative_weight: float = 0.0,
         conservative_probes: int = 1,
         reach: float | None = None,
         reweight: bool = False,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = partial(Adam, lr=1e-3),  # noqa: B008
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: str = "auto",
         global_batch: bool = True,
@@ -178,12 +181,13 @@ class MongeMap(LightningModule):
             solver=check_solver(solver),
         )
         self.global_batch = bool(global_batch)
-        self.optimizer = build("optimizer", optimizer)
+        self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))
         self.register_buffer("gap_epsilon", _undecided(check_epsilon("gap_epsilon", gap_epsilon)))
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("gap_reference", reference)
+        # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
         self.map = given if given is not None else None if dim is None else ResidualMLP(dim, hidden)
         self.hidden = tuple(hidden)
@@ -207,8 +211,8 @@ class MongeMap(LightningModule):
                 "gap_epsilon": gap_epsilon,
                 "relative_fitting_epsilon": self.relative_fitting_epsilon,
                 "relative_gap_epsilon": self.relative_gap_epsilon,
-                "epsilon_factor": _describedcheck_number(self.epsilon_factor),
-                "gap_weight": _describedcheck_number(self.gap_weight),
+                "epsilon_factor": _described_schedule(self.epsilon_factor),
+                "gap_weight": _described_schedule(self.gap_weight),
                 "gap_reference": None if reference is None else {"shape": list(reference.shape)},
                 "gap_on": gap_on,
                 "conservative_weight": self.conservative_weight,
@@ -486,19 +490,6 @@ class MongeMap(LightningModule):
             samples = samples.expand(len(batch.source), *samples.shape)
         return _gathered(samples, group), _gathered(self._images(samples, batch.condition), group)
 
-    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
-        """Log what a training step found."""
-        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
-        # an epoch's second batch on only the numbers are new.
-        results = _results_of(self.trainer)
-        keys = [f"training_step.{name}" for name in (_UPDATES, *(_key("train", name) for name in values))]
-        if not batch_idx or results is None or not all(key in results for key in keys):
-            self._log("train", values, batch_size=batch_size)
-            return
-        updates = torch.tensor(float(self.global_step), device=self.device)
-        for key, value in zip(keys, (updates, *values.values()), strict=True):
-            results.update_metrics(key, value.detach(), batch_size)
-
     def _new_scores(self, *, named: bool) -> MapScores:
         scores = MapScores(
             cost=self.cost,
@@ -551,11 +542,28 @@ class MongeMap(LightningModule):
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
 
+    def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
+        # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
+        # an epoch's second batch on only the numbers are new.
+        results, named = _results_of(self.trainer), self._named("train", values)
+        keys = [f"training_step.{name}" for name in named]
+        if not batch_idx or results is None or not all(key in results for key in keys):
+            self._log("train", values, batch_size=batch_size)
+            return
+        for key, value in zip(keys, named.values(), strict=True):
+            results.update_metrics(key, value, batch_size)
+
     def _log(self, stage: str, values: Mapping[str, Tensor], **options: Any) -> None:
-        logged = {_key(stage, name): value.detach() for name, value in values.items()}
+        logged = self._named(stage, values)
         define_axes(self.trainer.loggers, _UPDATES, logged)
-        self.log(_UPDATES, float(self.global_step), reduce_fx="max", **options)
+        # Of an epoch's updates the last, not their mean.
+        self.log(_UPDATES, logged.pop(_UPDATES), reduce_fx="max", **options)
         self.log_dict(logged, **options)
+
+    def _named(self, stage: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values by the names under which they are logged, and the updates so far."""
+        named = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
+        return named | {_UPDATES: torch.tensor(float(self.global_step), device=self.device)}
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
@@ -626,10 +634,6 @@ def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
     return cost.paired(source.reshape(-1, source.shape[-1]), mapped.reshape(-1, mapped.shape[-1])).mean()
 
 
-def _key(stage: str, name: str) -> str:
-    return f"lightning_gap/monge/{stage}_{name}"
-
-
 def _results_of(trainer: Trainer) -> Any:
     """Return what the trainer has been told by ``log``; ``None`` where this Lightning keeps it elsewhere."""
     return getattr(trainer, "_results", None)
@@ -648,7 +652,7 @@ def _described_map(given: nn.Module | None) -> dict[str, Any] | None:
     return described if described is not None and "class_path" in described else None
 
 
-def _describedcheck_number(value: float | Schedule) -> Any:
+def _described_schedule(value: float | Schedule) -> Any:
     return describe(value) if callable(value) else value
 
 
@@ -657,6 +661,8 @@ def _reference(samples: Any) -> Tensor | None:
         return None
     if isinstance(samples, Mapping):  # of a checkpoint, whose state holds the samples
         return torch.zeros(samples["shape"])
+    if is_file(samples):
+        samples = open_table("gap_reference", samples).samples(None)
     tensor = samples.detach().clone() if isinstance(samples, Tensor) else torch.tensor(np.asarray(samples))
     tensor = tensor if tensor.is_floating_point() else tensor.float()
     check_samples("gap_reference", tensor)

@@ -27,10 +27,13 @@ def describe(thing: Any) -> dict[str, Any] | None:
     if thing is None:
         return None
     factory = isinstance(thing, partial | type)
+    positional = thing.args if isinstance(thing, partial) else ()
     made = thing.func if isinstance(thing, partial) else thing if factory else type(thing)
+    if positional and isinstance(positional[-1], type) and getattr(made, "__module__", "").startswith("jsonargparse."):
+        # What a command line makes of a class that is still to be called: its own function, and the class.
+        made, positional = positional[-1], ()
     path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
     arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
-    positional = thing.args if isinstance(thing, partial) else ()
     if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
         return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
     return {"class_path": path, "init_args": _plain_copy(arguments), "partial": factory}

@@ -313,13 +313,14 @@ def test_every_kernel(sizes, grouping, dtype, monkeypatch):
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
-def test_compiled_without_graph_breaks(grouping):
+@pytest.mark.parametrize("dim", [2, 4])  # the formula, and the kernels as one operator
+def test_compiled_without_graph_breaks(dim, grouping):
     torch._dynamo.reset()
-    plain = make(4)
+    plain = make(dim)
     ghost = convert_ghost_batchnorm(copy.deepcopy(plain), G, grouping=grouping)
     compiled = torch.compile(ghost, fullgraph=True, backend="aot_eager")
     for n in (2 * G, 2 * G + 1):
-        mine, twin = (randn(n, 4).requires_grad_() for _ in range(2))
+        mine, twin = (randn(n, dim).requires_grad_() for _ in range(2))
         twin.data.copy_(mine.data)
         y, expected = compiled(mine), one_after_another(plain, twin, G, grouping=grouping)
         (y**3).sum().backward()
@@ -328,6 +329,21 @@ def test_compiled_without_graph_breaks(grouping):
         torch.testing.assert_close(mine.grad, twin.grad, rtol=1e-10, atol=1e-10)
     for name, value in ghost.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
+def test_operator_of_compiled_graphs_is_what_it_declares(grouping):
+    # Shapes, strides and dtypes, as the compiler is told them and as the kernels give them.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    runs = [0, 8, 2, int(grouping == "strided"), 8, 10, 1, 0]
+    for dim, dtype in ((4, torch.float64), (5, torch.float64), (4, torch.bfloat16)):
+        for memory_format in ("contiguous", "channels_last"):
+            x = as_format(randn(10, dim, dtype=dtype), memory_format).requires_grad_()
+            statistics = torch.float32 if dtype == torch.bfloat16 else dtype
+            weight, bias = (torch.randn(3, dtype=statistics, requires_grad=True) for _ in range(2))
+            for arguments in ((x, weight, bias), (x, None, None), (x.detach(), weight, None)):
+                torch.library.opcheck(torch.ops.lightning_gap.ghost_norm, (*arguments, 1e-5, runs), test_utils=checks)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,60 @@
+"""``lightning-gap fit``, ``validate``, ``test`` and ``predict``: transport maps from configuration files."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_gap.commands.parsing import CommandError
+
+__all__ = ["TRAINER_COMMANDS", "add", "parsers", "run"]
+
+TRAINER_COMMANDS = {
+    "fit": "train a transport map on files of samples",
+    "validate": "score a map on the samples held out for validation",
+    "test": "score a map on the samples held out for the test",
+    "predict": "map all source samples of the data",
+}
+
+
+def add(commands: Any) -> None:
+    """Add the commands to a parser, for its help: their own options are LightningCLI's.
+
+    Args:
+        commands: What ``parser.add_subparsers`` returned.
+    """
+    for name, what in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run one of the commands.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        CommandError: Something is wrong with them, or with what they name.
+    """
+    _require_jsonargparse(words[0])
+    from lightning_gap.commands.map_cli import run_trainer
+
+    run_trainer(list(words))
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of the commands.
+
+    Raises:
+        CommandError: jsonargparse is missing.
+    """
+    _require_jsonargparse("completion")
+    from lightning_gap.commands.map_cli import trainer_parsers
+
+    return trainer_parsers()
+
+
+def _require_jsonargparse(command: str) -> None:
+    try:
+        import jsonargparse  # noqa: F401
+    except ImportError:
+        raise CommandError(f"{command} needs jsonargparse: pip install 'lightning_gap[cli]'") from None
