@@ -63,7 +63,8 @@ def train(seed: int, steps: int, **options: float) -> dict[str, float]:
 
 
 def table(name: str, values: tuple[float, ...], seeds: list[int], steps: int) -> None:
-    print(f"\n| {name} | divergence | floor | gap, % of what the map pays | displacement |\n| --- | --- | --- | --- | --- |")
+    head = f"{name} | divergence | floor | gap, % of what the map pays | displacement"
+    print(f"\n| {head} |\n| --- | --- | --- | --- | --- |")
     for value in values:
         runs = [train(seed, steps, **{name: value}) for seed in seeds]
         cells = []

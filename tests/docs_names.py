@@ -66,21 +66,17 @@ def samples(folder):
     return {}
 
 
-def real_cells(folder):
-    write_cells(folder / "kang.h5ad")
-    return {}
-
-
 def write_cells(path):
     """A file of the form that the pages name; its values mean nothing."""
     anndata, pd = pytest.importorskip("anndata"), pytest.importorskip("pandas")
     rows, genes = 4000, 25
     values = np.random.default_rng(1).normal(size=(rows, genes)).astype(np.float32)
-    obs = pd.DataFrame({
-        "treated": np.array(["control", "stim"] * (rows // 2), dtype=object),
-        "cell_type": np.array(["B cells"] * (rows // 2) + ["CD14+ Monocytes"] * (rows // 2), dtype=object),
-        "patient": np.array(["101", "101", "107", "107"] * (rows // 4), dtype=object),
-    })  # fmt: skip
-    obs = obs.set_axis([f"cell{i}" for i in range(rows)])
-    var = pd.DataFrame(index=[f"gene{i}" for i in range(genes)])
-    anndata.AnnData(values, obs=obs, var=var, layers={"logcounts": values}).write_h5ad(path)
+    # Releases of anndata for Python 3.11 cannot write the strings of pandas 3.
+    with pd.option_context("future.infer_string", False):
+        obs = pd.DataFrame({
+            "treated": ["control", "stim"] * (rows // 2),
+            "cell_type": ["B cells"] * (rows // 2) + ["CD14+ Monocytes"] * (rows // 2),
+            "patient": ["101", "101", "107", "107"] * (rows // 4),
+        }, index=[f"cell{i}" for i in range(rows)])  # fmt: skip
+        var = pd.DataFrame(index=[f"gene{i}" for i in range(genes)])
+        anndata.AnnData(values, obs=obs, var=var, layers={"logcounts": values}).write_h5ad(path)

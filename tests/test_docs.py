@@ -67,6 +67,8 @@ def test_the_plan_in_the_page_is_the_plan(page, capsys):
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
 
 
+# Pages that have a test of their own.
+ELSEWHERE = {"real_cells.md"}
 # Pages whose code takes longer than some ten seconds on one core.
 SLOW = {"howto_diffusion.md"}
 # What a block needs beyond the tests' own packages.
@@ -88,7 +90,7 @@ class OnACPU(Trainer):
     [
         pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
         for page in PAGES
-        if _blocks(page, "python")
+        if _blocks(page, "python") and page not in ELSEWHERE
     ],
 )
 def test_a_page_s_code_runs_as_written(page, tmp_path, monkeypatch):
