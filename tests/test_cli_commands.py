@@ -149,7 +149,7 @@ def test_completion_knows_all_commands_and_options(capsys, shell):
     for word in ("demo", "plan", "report", "dashboard", "reference-batch-size", "offline"):
         assert word in script
     pytest.importorskip("jsonargparse")
-    for word in ("fit", "predict", "transport", "trainer.max_steps", "model.gap_weight", "data.val_fraction", "columns"):
+    for word in ("fit", "predict", "transport", "trainer.max_steps", "model.gap_weight", "data.val_fraction"):
         assert word in script
 
 
