@@ -27,13 +27,14 @@ __all__ = [
 ]
 
 
-def pooling_weights(name: str, weights: Tensor | None, samples: Tensor) -> Tensor:
+def pooling_weights(name: str, weights: Tensor | None, samples: Tensor, part_of: int | None = None) -> Tensor:
     """Return weights such that batches can be pooled: 1 a sample on average, so that a batch counts by its samples.
 
     Args:
         name: The caller's argument, for messages.
         weights: ``(n,)`` weights of a batch, summing to 1; uniform where ``None``. Samples of weight 0 do not count.
         samples: The ``(n, d)`` samples they belong to.
+        part_of: Size of the batch where these are one process's part of it; the weights sum to 1 over all parts then.
 
     Raises:
         TypeError: The weights are no tensor.
@@ -42,8 +43,8 @@ def pooling_weights(name: str, weights: Tensor | None, samples: Tensor) -> Tenso
     if weights is None:
         return samples.new_ones(len(samples), dtype=_wide(samples))
     given = weights.detach() if isinstance(weights, Tensor) else weights
-    weights = check_weights(name, given, solver_precision(samples))
-    return weights.to(_wide(samples)) * (weights > 0).sum()
+    weights = check_weights(name, given, solver_precision(samples), balanced=part_of is None)
+    return weights.to(_wide(samples)) * ((weights > 0).sum() if part_of is None else part_of)
 
 
 def pooled(weights: Tensor, like: Tensor) -> Tensor | None:

@@ -33,11 +33,13 @@ from lightning_gap.monge.schedules import Schedule
 from lightning_gap.monge.scores import MapScores
 from lightning_gap.monge.sinkhorn import CostLike, check_solver, share_of_mean_cost
 from lightning_gap.monge.specification import build, describe
+from lightning_gap.monge.splits import generator
 from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel_rank, data_parallel_size
 
 __all__ = ["MongeMap"]
 
 _UPDATES = "lightning_gap/monge/updates"
+_PROBES = 1  # first entry of the key of random draws
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -189,6 +191,7 @@ class MongeMap(LightningModule):
         self.register_buffer("gap_reference", reference)
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
+        described = _described_map(given)
         self.map = given if given is not None else None if dim is None else ResidualMLP(dim, hidden)
         self.hidden = tuple(hidden)
         self.representation = (
@@ -199,9 +202,10 @@ class MongeMap(LightningModule):
         gap_reference = None  # Lightning compares each argument with the dictionary, which arrays do not bear.
         self.save_hyperparameters(
             {
-                "dim": dim,
+                # Of a network that is not described, nothing is made in its place.
+                "dim": dim if given is None or described is not None else None,
                 "cost": str(self.cost),
-                "map": _described_map(given),
+                "map": described,
                 "hidden": list(hidden),
                 "fitting_loss": fitting_loss
                 if isinstance(fitting_loss, str)
@@ -258,6 +262,7 @@ class MongeMap(LightningModule):
         if names and self.condition_names is None:
             self.condition_names = [str(name) for name in names]
             self.hparams["condition_names"] = self.condition_names
+        self._check_condition_names(data)
         if self.map is None:
             dim = getattr(data, "dim", None)
             if dim is None:
@@ -271,6 +276,16 @@ class MongeMap(LightningModule):
             raise MisconfigurationException(
                 f"conservative_weight={self.conservative_weight:g} regularizes the vector field of a structured map, "
                 f"and {type(self.map).__name__} has none: give map=StructuredMap(...), or conservative_weight=0"
+            )
+
+    def _check_condition_names(self, data: Any) -> None:
+        """Refuse labels that mean other conditions than in training; vectors mean the same everywhere."""
+        names = [str(name) for name in getattr(data, "condition_names", ())]
+        mine = self.condition_names or []
+        if getattr(data, "condition_vectors", None) is None and names != mine[: len(names)]:
+            raise MisconfigurationException(
+                f"the labels of the data mean the conditions {', '.join(names)}, and those of this map "
+                f"{', '.join(mine)}: give the data module the same conditions, or condition_vectors"
             )
 
     def _adopt_representation(self, data: Any) -> None:
@@ -395,9 +410,7 @@ class MongeMap(LightningModule):
         b = self._unpack(batch)
         group = data_parallel_group(self.trainer) if self.global_batch else None
         source, target = _gathered(b.source, group), _gathered(b.target, group)
-        if not bool(self.started):
-            self._start(source, target)
-        self._decide_epsilons(source, target)
+        self._begin(b)
         gap_weight, factor = _now(self.gap_weight, self.global_step), _now(self.epsilon_factor, self.global_step)
         mapped = self._images(b.source, b.condition)
         with_gap = gap_weight > 0
@@ -420,16 +433,24 @@ class MongeMap(LightningModule):
         if self.conservative_weight:
             field = cast(nn.Module, cast(nn.Module, self.map).field)
             flat, condition = _flat(b.source, b.condition)
-            logged["conservativity"] = conservativity(field, flat, condition, probes=self.conservative_probes)
+            # By epoch, batch and rank, so that a resumed run draws the same.
+            draws = generator(0, _PROBES, self.current_epoch, batch_idx, data_parallel_rank(self.trainer))
+            logged["conservativity"] = conservativity(
+                field, flat, condition, probes=self.conservative_probes, generator=draws
+            )
             total = total + self.conservative_weight * logged["conservativity"]
         logged["loss"] = total
         with torch.no_grad():
-            logged["displacement"] = _displacement(self.cost, b.source, mapped)
+            logged["displacement"] = _displacement(self.cost, b.source, mapped, b.source_weights)
         for name, value in (("gap_weight", self.gap_weight), ("epsilon_factor", self.epsilon_factor)):
             if callable(value):
                 logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor, device=self.device)
         self._log_step(logged, batch_idx, source.shape[-2])
         return total
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what a validation that was interrupted has left."""
+        self._forget_scores("val")
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep held-out samples and their images."""
@@ -438,6 +459,10 @@ class MongeMap(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all held-out samples."""
         self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what a test that was interrupted has left."""
+        self._forget_scores("test")
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep test samples and their images."""
@@ -502,6 +527,10 @@ class MongeMap(LightningModule):
         )
         return scores.to(self.device)
 
+    def _forget_scores(self, stage: str) -> None:
+        if stage in self.scores:
+            del self.scores[stage]
+
     def _score(self, stage: str, batch: Sequence[Tensor]) -> None:
         b = self._unpack(batch)
         mapped = self._images(b.source, b.condition)
@@ -513,7 +542,7 @@ class MongeMap(LightningModule):
                 b.source,
                 mapped,
                 b.target,
-                fitting_epsilon=None,
+                fitting_epsilon=_decided(self.fitting_epsilon),
                 gap_epsilon=None,
                 with_gap=False,
                 weights=(b.source_weights, b.target_weights),
@@ -525,10 +554,19 @@ class MongeMap(LightningModule):
             b.target,
             source_weights=b.source_weights,
             target_weights=b.target_weights,
+            parts_of=self._sizes_of_whole(b),
             condition=b.condition,
             true_images=b.true_images,
             target_again=b.target_again,
         )
+
+    def _sizes_of_whole(self, b: UnpairedBatch) -> tuple[int, int] | None:
+        """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
+        group = data_parallel_group(self.trainer)
+        if group is None or (b.source_weights is None and b.target_weights is None):
+            return None
+        n, m = group.sum(torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=self.device)).tolist()
+        return n, m
 
     def _log_scores(self, stage: str) -> None:
         if stage not in self.scores:  # not a single batch
@@ -604,6 +642,16 @@ class MongeMap(LightningModule):
         dtype = parameter.dtype if parameter is not None else x.dtype
         return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
 
+    def _begin(self, b: UnpairedBatch) -> None:
+        """Start the map and decide the epsilons from the first batch of all devices, so that all begin alike."""
+        if bool(self.started) and None not in (_decided(self.fitting_epsilon), _decided(self.gap_epsilon)):
+            return
+        group = data_parallel_group(self.trainer)
+        source, target = _gathered(b.source, group), _gathered(b.target, group)
+        if not bool(self.started):
+            self._start(source, target)
+        self._decide_epsilons(source, target)
+
     @torch.no_grad()
     def _decide_epsilons(self, source: Tensor, target: Tensor) -> None:
         # Once, so that the loss does not change under the optimizer's feet; in the checkpoint, so that a resumed run
@@ -630,8 +678,11 @@ def _gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) ->
     return samples if group is None or samples is None else group.gather_rows(samples, dim)
 
 
-def _displacement(cost: Cost, source: Tensor, mapped: Tensor) -> Tensor:
-    return cost.paired(source.reshape(-1, source.shape[-1]), mapped.reshape(-1, mapped.shape[-1])).mean()
+def _displacement(cost: Cost, source: Tensor, mapped: Tensor, weights: Tensor | None) -> Tensor:
+    paid = cost.paired(source.reshape(-1, source.shape[-1]), mapped.reshape(-1, mapped.shape[-1]))
+    if weights is None:
+        return paid.mean()
+    return ((paid.view(weights.shape) * weights).sum(-1) / weights.sum(-1)).mean()
 
 
 def _results_of(trainer: Trainer) -> Any:

@@ -138,6 +138,7 @@ class MapScores(Metric):
         *,
         source_weights: Tensor | None = None,
         target_weights: Tensor | None = None,
+        parts_of: tuple[int, int] | None = None,
         condition: Tensor | None = None,
         true_images: Tensor | None = None,
         target_again: Tensor | None = None,
@@ -151,6 +152,8 @@ class MapScores(Metric):
             source_weights: ``(n,)`` or ``(K, n)`` weights summing to 1 a condition; uniform by default. A sample of
                 weight 0 is left out: give it to rows that only fill a batch up.
             target_weights: ``(m,)`` or ``(K, m)``, likewise.
+            parts_of: Numbers of source and target samples of the batch of all processes, where this is one's part of
+                it and weights sum to 1 over all of them.
             condition: ``(K,)`` labels of the conditions, or ``(K, p)`` vectors; by default they are 0 to K - 1.
             true_images: Images of ``source`` under the true map, where it is known.
             target_again: ``(k, d)`` or ``(K, k, d)`` further samples of the target, at best as many as of the source.
@@ -173,7 +176,7 @@ class MapScores(Metric):
         for k in range(count):
             where = "" if source.dim() == 2 else f"[{k}]"
             here = {name: parts[k] for name, parts in sets.items()}
-            for name, x in self._rows(where, here, a[k], b[k], labels[k : k + 1]).items():
+            for name, x in self._rows(where, here, (a[k], b[k]), parts_of, labels[k : k + 1]).items():
                 rows.setdefault(name, []).append(x.detach())
         self._check_against_earlier(rows)
         for name, new in rows.items():
@@ -208,15 +211,21 @@ class MapScores(Metric):
         return self._plot(val, ax)
 
     def _rows(
-        self, where: str, given: Mapping[str, Tensor], a: Tensor | None, b: Tensor | None, label: Tensor
+        self,
+        where: str,
+        given: Mapping[str, Tensor],
+        weights: tuple[Tensor | None, Tensor | None],
+        parts_of: tuple[int, int] | None,
+        label: Tensor,
     ) -> dict[str, Tensor]:
         """Return what one condition's samples add to each state, once they have been checked."""
         source, target = given["source"], given["target"]
         for name, x in given.items():
             paired = name in ("mapped", "true_images")
             check_pair(f"source{where}", source, f"{name}{where}", x, same_length=paired)
-        a = pooling_weights(f"source_weights{where}", a, source)
-        b = pooling_weights(f"target_weights{where}", b, target)
+        n, m = parts_of or (None, None)
+        a = pooling_weights(f"source_weights{where}", weights[0], source, n)
+        b = pooling_weights(f"target_weights{where}", weights[1], target, m)
         rows = {name: given[name][a > 0] for name in ("source", "mapped", "true_images") if name in given}
         rows |= {"target": target[b > 0], "source_weights": a[a > 0], "target_weights": b[b > 0]}
         if "target_again" in given:

@@ -89,6 +89,23 @@ def test_training_goes_on_from_it_as_if_never_stopped(tmp_path):
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+def test_random_probes_go_on_as_if_never_stopped(tmp_path):
+    def fit(epochs: int, **options) -> MongeMap:
+        torch.manual_seed(0)
+        # In the plane all probes agree.
+        model = MongeMap(map=StructuredMap(3, hidden=(8,)), conservative_weight=1.0, optimizer=FAST)
+        samples = SamplesDataModule(*gaussians(120, 3), batch_size=24, val_fraction=0.2)
+        run = trainer(max_epochs=epochs)
+        run.fit(model, samples, **options)
+        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    whole, _ = fit(2), fit(1)
+    resumed = fit(2, ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
 def test_it_trains_on_with_nothing_else_given(tmp_path):
     options = {
         "gap_weight": Anneal(2.0, 0.5, updates=6),
@@ -146,3 +163,31 @@ def test_a_map_on_the_sphere_trains_and_reloads(tmp_path):
     mapped = loaded.transport(x)
     assert torch.equal(mapped, model.transport(x))
     torch.testing.assert_close(mapped.norm(dim=-1), torch.ones(120))
+
+
+@pytest.mark.parametrize("dim", [2, None])
+def test_a_map_with_an_activation_of_ones_own_is_asked_for(tmp_path, dim):
+    """Another one in its place would take its weights, which have the same names and shapes."""
+
+    def slope() -> nn.Module:
+        return nn.LeakyReLU(0.5)
+
+    model = MongeMap(dim, map=ResidualMLP(2, activation=slope), optimizer=FAST)
+    with pytest.raises(MisconfigurationException, match=r"load_from_checkpoint\(path, map=\.\.\.\)"):
+        saved(model, tmp_path / "map.ckpt", data())
+    again = MongeMap.load_from_checkpoint(
+        tmp_path / "map.ckpt", weights_only=True, map=ResidualMLP(2, activation=slope)
+    )
+    x = gaussians(30)[0]
+    assert torch.equal(again.transport(x), model.transport(x))
+
+
+def test_labels_that_mean_other_conditions_are_refused():
+    three, two = ["a", "b", "c"] * 40, ["b", "c"] * 60
+    model = MongeMap(hidden=(8,), optimizer=FAST)
+    trainer(max_steps=1).fit(model, data(conditions=(three, three), batch_size=8))
+    message = "labels of the data mean the conditions b, c, and those of this map a, b, c"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer().validate(model, data(conditions=(two, two), batch_size=8), verbose=False)
+    first = ["a", "b"] * 60
+    trainer().validate(model, data(conditions=(first, first), batch_size=8), verbose=False)

@@ -88,3 +88,44 @@ def test_rows_of_unequal_numbers_are_gathered_with_their_gradient(tmp_path):
         assert torch.equal(gathered, rows)
         assert torch.equal(by_column, rows.T)
         assert torch.equal(grad, 2 * gradient[part])  # the sum over both ranks' losses
+
+
+class FirstEpsilons(Callback):
+    """Writes a rank's epsilons and weights as they are after the first update, and the scores at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not batch_idx:
+            self.first = weights(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if "/val_" in name}
+        torch.save((self.first, scores), self.folder / f"{trainer.global_rank}.pt")
+
+
+def weighted(folder: Path, devices: int, **options) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]]:
+    folder.mkdir()
+    draws = torch.Generator().manual_seed(5)
+    shares = tuple(torch.rand(160, generator=draws) + 0.05 for _ in range(2))
+    data = SamplesDataModule(*gaussians(160), batch_size=32 // devices, val_fraction=0.2, weights=shares)
+    several = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
+    run = trainer(callbacks=[FirstEpsilons(folder)], num_sanity_val_steps=0, limit_train_batches=2, **several)
+    run.fit(small(None, **options), data)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
+
+
+@pytest.mark.distributed
+def test_weighted_samples_are_scored_on_several_processes_as_on_one(tmp_path):
+    ((_, expected),) = weighted(tmp_path / "one", 1)
+    assert expected
+    for _, scores in weighted(tmp_path / "several", 2):
+        assert scores == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_devices_that_compare_their_own_batches_begin_alike(tmp_path):
+    first, second = (values for values, _ in weighted(tmp_path / "two", 2, global_batch=False))
+    for name in ("fitting_epsilon", "gap_epsilon"):
+        assert torch.equal(first[name], second[name]), name

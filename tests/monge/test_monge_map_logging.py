@@ -3,12 +3,17 @@
 from functools import partial
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from monge_runs import Metrics, samples, small, trainer
+from monge_runs import Metrics, fit_batch, gaussians, samples, small, trainer
+from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap
-from lightning_gap.monge import Anneal
+from lightning_gap.monge import Anneal, UnpairedBatch
 
 
 def logged(folder, **options):
@@ -41,3 +46,29 @@ def test_steps_are_logged_where_the_trainer_keeps_its_results_elsewhere(tmp_path
     expected = logged(tmp_path / "known")
     monkeypatch.setattr("lightning_gap.monge.module._results_of", lambda trainer: None)
     assert logged(tmp_path / "unknown") == expected
+
+
+def test_an_interrupted_validation_leaves_nothing_for_the_next():
+    class Stop(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("stopped")
+
+    source, target = gaussians(40)
+    loader = DataLoader([(source, target)], batch_size=None)
+    model = small(fitting_epsilon=1.0, gap_epsilon=1.0)
+    (expected,) = trainer().validate(model, loader, verbose=False)
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(callbacks=[Stop()]).validate(model, DataLoader([(source, target + 9)], batch_size=None), verbose=False)
+    assert trainer().validate(model, loader, verbose=False) == [expected]
+
+
+def test_the_displacement_in_training_is_weighted():
+    source, target = gaussians(20)
+    weights = torch.zeros(20)
+    weights[3] = 1.0
+    network = nn.Linear(2, 2)
+    watch = Metrics()
+    model = MongeMap(map=network, optimizer=partial(SGD, lr=0.0), fitting_epsilon=1.0, gap_epsilon=1.0)
+    fit_batch(model, UnpairedBatch(source, target, source_weights=weights), callbacks=[watch])
+    expected = (source[3] - network(source[3]).detach()).square().sum()
+    assert watch.train[0]["train_displacement"] == pytest.approx(float(expected), rel=1e-5)

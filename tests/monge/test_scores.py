@@ -24,6 +24,8 @@ from lightning_gap.monge import (
     marginal_wasserstein,
     scores,
 )
+from lightning_gap.monge.batches import HeldOutBatches
+from lightning_gap.monge.populations import FiniteSamples
 
 GENERATOR = torch.Generator().manual_seed(3)
 N, M, D = 60, 45, 3
@@ -452,3 +454,22 @@ def test_two_processes_are_as_one():
     for rank in range(2):
         same(results[rank, "conditions"], one)
         assert results[rank, "marginal"] == pytest.approx(marginal_wasserstein(X, T).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_weighted_batch_are_scored_as_the_batch(parts):
+    generator = torch.Generator().manual_seed(3)
+    source, target = (FiniteSamples(torch.randn(n, 2, generator=generator), torch.rand(n, generator=generator) + 0.1)
+                      for n in (20, 31))  # fmt: skip
+    every = []
+    for replicas in (1, parts):
+        scores = MapScores(fitting_epsilon=0.5, gap_epsilon=0.5)
+        for rank in range(replicas):
+            b = HeldOutBatches([(source, target)], [None], 100, num_replicas=replicas, rank=rank)[0]
+            scores.update(
+                b.source, 2 * b.source + 1, b.target, source_weights=b.source_weights,
+                target_weights=b.target_weights, parts_of=(20, 31) if replicas > 1 else None,
+            )  # fmt: skip
+        every.append(scores.compute())
+    for name, value in every[0].items():
+        torch.testing.assert_close(every[1][name], value, rtol=1e-5, atol=1e-6)
