@@ -59,7 +59,7 @@ readme: setup
 
 # Warnings are errors, and nothing is asked of the network.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 	$(PY) site_build/links.py site
 
 format: setup

@@ -10,7 +10,21 @@ from latex2mathml.converter import convert
 
 # MkDocs counts warnings below its own logger, and a strict build fails for any.
 _log = logging.getLogger("mkdocs.hooks.pages")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
+    """Name the files of the repository that a page links to, and the site does not hold."""
+    docs = Path(config.docs_dir).resolve()
+
+    def named(match: re.Match[str]) -> str:
+        target = (Path(page.file.abs_src_path).parent / match[2]).resolve()
+        if target.is_relative_to(docs) or not target.exists():
+            return match[0]
+        return f"{match[1]} (`{target.relative_to(docs.parent)}`)"
+
+    return _LINK.sub(named, markdown)
 
 
 def on_page_content(content: str, page: Any, **kwargs: Any) -> str:

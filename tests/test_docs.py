@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch import Trainer, seed_everything
 from logged_runs import csv_run
 
+from lightning_gap import monge
 from lightning_gap.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -123,3 +124,16 @@ def test_a_page_s_code_runs_as_written(page, tmp_path, monkeypatch):
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
         assert (DOCS / target).exists(), target
+
+
+def test_every_public_name_has_an_entry_in_the_api():
+    shown = {
+        line[4:]
+        for page in DOCS.glob("api/*.md")
+        for line in page.read_text("utf-8").splitlines()
+        if line[:4] == "::: "
+    }
+    # These pages show whole packages.
+    assert {f"lightning_gap.{name}" for name in ("regime", "ghost", "diffusion", "monge.costs", "dashboards")} <= shown
+    names = {f"lightning_gap.monge.{name}" for name in monge.__all__ if name != "costs"}
+    assert names <= shown, names - shown
