@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_gap.monge.arguments import check_count
 from lightning_gap.monge.batches import (
     HeldOutBatches,
     UnpairedBatch,
@@ -53,7 +54,7 @@ Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
 _ENDLESS_STEPS = 100
 _START = 20  # first entry of the key of random draws
-_OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components", "most")
+_OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components")
 
 
 class Split(NamedTuple):
@@ -179,7 +180,8 @@ class SamplesDataModule(LightningDataModule):
             ("steps_per_epoch", steps_per_epoch, 1),
             ("components", components, 1),
         ):
-            _check_count(name, value, least)
+            if value is not None or name not in _OPTIONAL:
+                check_count(name, value, least)
         if small_conditions not in ("refuse", "drop", "shrink"):
             raise ValueError(f"small_conditions must be 'refuse', 'drop' or 'shrink', got {small_conditions!r}")
         if conditions is None:
@@ -329,7 +331,8 @@ class SamplesDataModule(LightningDataModule):
         Args:
             most: Largest number of each side; all of a finite set by default.
         """
-        _check_count("most", most, 1)
+        if most is not None:
+            check_count("most", most)
         most_endless = self.eval_batch_size if most is None else most
         sides = []
         for i in range(2):
@@ -525,12 +528,3 @@ def _read_explicit(stage: str, given: Any, reading: Reading, train: Sequence[Sid
         if trained is not None and trained.features and side.features and trained.features != side.features:
             raise ValueError(f"{side.title} has other features than {trained.title}: name them by columns=")
     return source, target
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
