@@ -70,7 +70,8 @@ class SamplesDataModule(LightningDataModule):
     Batches are :class:`UnpairedBatch`. In training a batch has ``batch_size`` random samples of each side, drawn
     independently; an epoch goes through the larger set once, but for a last incomplete batch. With conditions a batch
     has ``batch_size`` samples of each side for every condition, ``(K, batch_size, d)``. Validation and test see what
-    is held out as one batch, or one a condition; prediction gets all raw source samples in their order.
+    is held out as one batch, or one a condition; prediction gets all raw source samples in their order, but for
+    those of conditions that ``small_conditions="drop"`` leaves out.
 
     Rows of each batch follow from seed, epoch and number alone: a run that resumes within an epoch sees what the
     uninterrupted one would have seen, and several processes share the batch that one would see at the same global
@@ -383,7 +384,7 @@ class SamplesDataModule(LightningDataModule):
         return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return all raw source samples in their order, with conditions as pairs ``(samples, condition)``.
+        """Return the raw source samples in their order, with conditions as pairs ``(samples, condition)``.
 
         A source without labels comes once under every condition, in the order of :attr:`condition_names`.
         """

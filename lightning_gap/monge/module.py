@@ -696,7 +696,8 @@ def _displacement(cost: Cost, source: Tensor, mapped: Tensor, weights: Tensor | 
 
 def _results_of(trainer: Trainer) -> Any:
     """Return what the trainer has been told by ``log``; ``None`` where this Lightning keeps it elsewhere."""
-    return getattr(trainer, "_results", None)
+    results = getattr(trainer, "_results", None)
+    return results if hasattr(results, "update_metrics") else None
 
 
 def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
