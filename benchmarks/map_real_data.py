@@ -1,6 +1,6 @@
 """Maps from control to treated cells, on cells that no map has seen, against the simple maps that may be enough.
 
-    LIGHTNING_GAP_DATA=FOLDER python benchmarks/map_real_data.py [kang sachs] [--seeds 0 1 2] [--choose]
+    LIGHTNING_GAP_DATA=FOLDER python benchmarks/map_real_data.py [kang sachs] [--seeds 0 1 2] [--only REGEX] [--choose]
 
 ``kang``: blood cells before and after interferon β (Kang et al. 2018, "Multiplexed droplet single-cell RNA-sequencing
 using natural genetic variation"), log counts of 100 genes, learned in 20 principal components. Patient 107 is held out,
@@ -35,6 +35,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
@@ -299,6 +300,7 @@ def trained_maps(task: Task, options: Options) -> dict[str, Options]:
     """Return what is trained, by its name in the table."""
     rows = {
         "plain MLP, no gap": replace(options, start="none", gap_weight=0.0),
+        "MongeMap of a plain MLP": replace(options, start="none"),
         "residual MLP, no gap": replace(options, start="identity", gap_weight=0.0),
         "residual MLP from the Gaussian map, no gap": replace(options, start="gaussian", gap_weight=0.0),
         "MongeMap from the identity": replace(options, start="identity"),
@@ -319,7 +321,8 @@ def print_table(rows: dict[str, list[dict[str, float]]], columns: tuple[str, ...
         for column in columns:
             values = np.array([run.get(column, np.nan) for run in runs])
             digits = DIGITS.get(column, 0 if column == "s a fit" else 4)
-            spread = f" ± {values.std(ddof=1):.{digits}f}" if values.std() > 0 and column != "s a fit" else ""
+            spread = f"{values.std(ddof=1):.{digits}f}" if len(values) > 1 and column != "s a fit" else "0"
+            spread = f" ± {spread}" if float(spread) else ""
             cells.append("" if np.isnan(values).any() else f"{values.mean():.{digits}f}{spread}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
@@ -342,13 +345,15 @@ def candidates(task: Task) -> dict[str, Options]:
     return found
 
 
-def scores(name: str, folder: Path, seed: int, choose: bool) -> dict[str, dict[str, float]]:
-    """Return the scores of all maps for a seed, on test cells or on validation cells."""
+def scores(name: str, folder: Path, seed: int, choose: bool, only: str) -> dict[str, dict[str, float]]:
+    """Return the scores of maps for a seed, on test cells or on validation cells."""
     quiet()
     task = TASKS[name](folder)[choose](seed)
     scorer = Scorer(task)
     rows = {title: scorer.of(mapped) for title, mapped in scorer.simple_maps().items()}
     for title, options in (candidates(task) if choose else trained_maps(task, CHOSEN[name])).items():
+        if not re.search(only, title):
+            continue
         start = time.process_time()
         mapped = fit(task, options, seed)
         spent = time.process_time() - start
@@ -373,13 +378,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("LIGHTNING_GAP_DATA"), help="folder of the files")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", default="", help="regular expression: train only maps whose names match")
     parser.add_argument("--choose", action="store_true", help="validate candidates instead of testing")
     args = parser.parse_args()
     if args.data is None:
         parser.error("give --data, the folder of the data files, or set LIGHTNING_GAP_DATA")
     if unknown := set(args.tasks) - set(TASKS):
         parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
-    work = [(name, Path(args.data), seed, args.choose) for name in args.tasks for seed in args.seeds]
+    work = [(name, Path(args.data), seed, args.choose, args.only) for name in args.tasks for seed in args.seeds]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         found = pool.starmap(scores, work, chunksize=1)
     for name in args.tasks:

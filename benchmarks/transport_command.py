@@ -1,7 +1,8 @@
 """Peak memory and throughput of ``lightning-gap transport`` on a file of many rows, against the bare network.
 
 Each figure is that of a process of its own. The bare network maps the same rows, by the same batch, from one block in
-memory that it goes through again and again: it reads and writes nothing. The processes take turns.
+memory that it goes through again and again: it reads and writes nothing. The processes take turns. On a machine that
+others use, trust the rows by seconds of a core, in which all threads count: reading, mapping and writing.
 
     python benchmarks/transport_command.py --rows 10_000_000
 """
@@ -24,7 +25,7 @@ rows, dim, batch = int(rows), int(dim), int(batch)
 torch.set_num_threads({threads})
 model = load_map(checkpoint)
 idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 if command == "transport":
     transport_file(model, source, output, batch_size=batch, overwrite=True)
 else:
@@ -32,7 +33,7 @@ else:
     with torch.no_grad():
         for first in range(0, rows, batch):
             model.map(x[: min(batch, rows - first)])
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, idle)
+print(time.perf_counter() - start, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, idle)
 """
 
 
@@ -63,14 +64,14 @@ def make_rows(path: Path, rows: int, dim: int) -> None:
             file.write(block[: min(len(block), rows - first)].data)
 
 
-def measure(command: str, words: list[str], threads: int) -> tuple[float, float, float]:
-    """Return seconds, peak memory and memory before the first row, in MB."""
+def measure(command: str, words: list[str], threads: int) -> tuple[float, float, float, float]:
+    """Return seconds, seconds of a core, peak memory and memory before the first row, in MB."""
     done = subprocess.run(
         [sys.executable, "-c", CODE.format(threads=threads), *words, command],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    seconds, peak, idle = map(float, done.stdout.split())
-    return seconds, peak / 1024, idle / 1024
+    seconds, cpu, peak, idle = map(float, done.stdout.split())
+    return seconds, cpu, peak / 1024, idle / 1024
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
         make_checkpoint(checkpoint, options.dim)
         make_rows(source, options.rows, options.dim)
         words = [*map(str, (checkpoint, source, output, options.rows, options.dim, options.batch_size))]
-        found: dict[str, list[tuple[float, float, float]]] = {"network": [], "transport": []}
+        found: dict[str, list[tuple[float, float, float, float]]] = {"network": [], "transport": []}
         start = time.perf_counter()
         for _ in range(options.repeats):
             for command, runs in found.items():
@@ -94,13 +95,16 @@ def main() -> None:
         assert output.stat().st_size == source.stat().st_size
     print(f"{options.rows} x {options.dim} float32, batches of {options.batch_size}, {options.threads} threads, "
           f"median of {options.repeats}; {time.perf_counter() - start:.0f} s")  # fmt: skip
-    print("| | rows/s | of the network's | peak memory, MB | of it before the first row |")
-    print("| --- | --- | --- | --- | --- |")
-    bare = median(seconds for seconds, _, _ in found["network"])
+    print(
+        "| | rows/s | of the network's | rows/s of a core | of the network's | peak memory, MB | before the first row |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    bare, bare_cpu = (median(run[i] for run in found["network"]) for i in (0, 1))
     for command, runs in found.items():
-        seconds = median(run[0] for run in runs)
-        print(f"| {command} | {options.rows / seconds:.0f} | {bare / seconds:.0%} | {max(run[1] for run in runs):.0f} | "
-              f"{max(run[2] for run in runs):.0f} |")  # fmt: skip
+        seconds, cpu = (median(run[i] for run in runs) for i in (0, 1))
+        peak, idle = (max(run[i] for run in runs) for i in (2, 3))
+        print(f"| {command} | {options.rows / seconds:.0f} | {bare / seconds:.0%} | {options.rows / cpu:.0f} | "
+              f"{bare_cpu / cpu:.0%} | {peak:.0f} | {idle:.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

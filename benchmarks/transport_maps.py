@@ -18,6 +18,7 @@ sphere along its meridians, turned at random.
 
 import argparse
 import json
+import logging
 import math
 import os
 import statistics
@@ -47,7 +48,6 @@ from lightning_gap.monge import (
     ResidualMLP,
     SphereMap,
     StructuredMap,
-    UnexplainedVariance,
     gaussian_map,
     minibatch_energy_distance,
 )
@@ -122,16 +122,13 @@ def fit(model: MongeMap, source: Tensor, target: Tensor, *, batch: int, updates:
     return clock.seconds
 
 
-def against_truth(x: Tensor, mapped: Tensor, true: Tensor, variance: float | None = None) -> dict[str, float]:
-    """Return L2-UVP in % and the cosine of displacements, in float64."""
+def against_truth(x: Tensor, mapped: Tensor, true: Tensor, variance: float) -> dict[str, float]:
+    """Return L2-UVP in %, for this variance of the target, and the cosine of displacements, in float64."""
     x, mapped, true = x.double(), mapped.double(), true.double()
-    uvp, cosine = UnexplainedVariance(), DisplacementCosine()
-    uvp.update(mapped, true)
+    cosine = DisplacementCosine()
     cosine.update(x, mapped, true)
-    value = float(uvp.compute())
-    if variance is not None:  # of the whole target, rather than of the test images
-        value = float((mapped - true).square().sum(1).mean()) / variance * 100
-    return {"uvp": value, "cosine": float(cosine.compute())}
+    error = float((mapped - true).square().sum(1).mean())
+    return {"uvp": 100 * error / variance, "cosine": float(cosine.compute())}
 
 
 def w2(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -164,6 +161,7 @@ def gaussians(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each dimension, map and seed: L2-UVP of maps between Gaussians."""
     for dim in args.dims:
         for seed in args.seeds:
+            # The samples' own moments give the closed form: what is learned can only come near it.
             rng = np.random.default_rng(seed)
             roots = [rng.normal(size=(dim, dim)) / math.sqrt(dim) + 0.5 * np.eye(dim) for _ in range(2)]
             m = [rng.normal(size=dim) for _ in range(2)]
@@ -184,7 +182,7 @@ def gaussians(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ("BrenierMap", BrenierMap(dim), 1e-2),
             ):
                 seed_everything(seed, verbose=False)
-                updates = args.updates or 1000
+                updates = args.updates or 150
                 model = MongeMap(
                     map=net,
                     gap_weight=0 if name == "BrenierMap" else 1,
@@ -217,20 +215,22 @@ def line(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for p in (1.5, 2.0, 3.0):
         for seed in args.seeds:
             seed_everything(seed, verbose=False)
-            x, y = torch.rand(16384, 1), true_map(torch.rand(16384, 1))
+            x, y = torch.rand(131_072, 1), true_map(torch.rand(131_072, 1))
             for name, net in (
                 ("ResidualMLP", ResidualMLP(1, start="mean")),
                 ("StructuredMap", StructuredMap(1, f"pnorm(p={p:g})", start="mean")),
             ):
-                updates = args.updates or 1500
+                updates = args.updates or 800
                 model = MongeMap(
                     map=net,
                     cost=f"pnorm(p={p:g})",
-                    relative_fitting_epsilon=0.01,
-                    optimizer=partial(Adam, lr=3e-3),
+                    # The entropic gap draws images towards their mean: 2 % of the range at weight 1.
+                    gap_weight=0.1,
+                    relative_fitting_epsilon=0.005,
+                    optimizer=partial(Adam, lr=1e-2),
                     lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
                 )
-                seconds = fit(model, x, y, batch=1024, updates=updates, seed=seed)
+                seconds = fit(model, x, y, batch=512, updates=updates, seed=seed)
                 error = float((model.transport(grid) - true_map(grid)).abs().max())
                 yield {
                     "p": p, "map": name, "seed": seed, "updates": updates, "seconds": seconds, "sup": 100 * error,
@@ -263,7 +263,7 @@ def sphere(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         true = true_map(test)
         for name, gap_weight in (("no gap", 0.0), ("gap", 1.0)):
             seed_everything(seed, verbose=False)
-            updates = args.updates or 1500
+            updates = args.updates or 600
             model = MongeMap(
                 map=SphereMap(3),
                 cost=HalfSquaredGeodesic(),
@@ -323,6 +323,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     console = Console(width=140)
     for section in args.sections:
         rows = []

@@ -1,4 +1,4 @@
-"""Check a built site without a network: every internal link and anchor leads somewhere, and nothing loads from elsewhere.
+"""Check a built site without a network: internal links and anchors lead somewhere, and nothing loads from elsewhere.
 
 ``python site_build/links.py site`` lists what is wrong, and exits with 1 where anything is.
 """

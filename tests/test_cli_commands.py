@@ -148,20 +148,32 @@ def test_completion_knows_all_commands_and_options(capsys, shell):
     script = _said(capsys, "completion", shell)
     for word in ("demo", "plan", "report", "dashboard", "reference-batch-size", "offline"):
         assert word in script
+    pytest.importorskip("jsonargparse")
+    for word in (
+        "fit",
+        "predict",
+        "transport",
+        "trainer.max_steps",
+        "model.gap_weight",
+        "data.val_fraction",
+        "columns",
+    ):
+        assert word in script
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes(capsys, tmp_path):
     pytest.importorskip("shtab")
     (tmp_path / "script").write_text(_said(capsys, "completion", "bash"))
-    code = (
-        "source ./script\n"
-        "COMP_WORDS=(lightning-gap plan --ref) COMP_CWORD=2\n"
-        "$(complete -p lightning-gap | sed 's/.*-F \\([^ ]*\\).*/\\1/') lightning-gap --ref plan\n"
-        'echo "${COMPREPLY[@]}"\n'
-    )
-    done = subprocess.run([shutil.which("bash"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "--reference-batch-size" in done.stdout, done.stderr
+    for command, start, word in (("plan", "--ref", "--reference-batch-size"), ("fit", "--model.gap_w", "gap_weight")):
+        code = (
+            "source ./script\n"
+            f"COMP_WORDS=(lightning-gap {command} {start}) COMP_CWORD=2\n"
+            f"$(complete -p lightning-gap | sed 's/.*-F \\([^ ]*\\).*/\\1/') lightning-gap {start} {command}\n"
+            'echo "${COMPREPLY[@]}"\n'
+        )
+        done = subprocess.run([shutil.which("bash"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert word in done.stdout, done.stderr
 
 
 def test_paths_are_completed_by_files(capsys):

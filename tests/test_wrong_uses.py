@@ -7,10 +7,14 @@ A row is what is wrong, how it is done, and what the line says. To add one, add 
 import builtins
 import math
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from logged_runs import csv_run, large_batch_run
 
@@ -28,6 +32,7 @@ from lightning_gap import (
 )
 from lightning_gap.cli import main
 from lightning_gap.diffusion import fit_diffusion
+from lightning_gap.monge import ConditionalMap, ResidualMLP
 
 PLAN = "plan --batch-size 64 --reference-batch-size 16 "
 BOARD = "dashboard --entity e --project p "
@@ -65,7 +70,68 @@ COMMANDS = [
     ("an unknown shell", "completion basic", "invalid choice: 'basic'"),
 ]  # fmt: skip
 
+FIT = "fit --data.source {}/a.npy --data.target {}/b.npy "
+MAP, DRUGS = "transport {}/map.ckpt ", "transport {}/drugs.ckpt "
+
+MAPS = [
+    ("a map of nothing", "fit", "arguments are required: --data.source, --data.target"),
+    ("no such configuration", "fit --config nowhere.yaml", "--config: File does not exist"),
+    ("YAML that is none", "fit --config {}/broken.yaml", "Problems parsing config"),
+    ("a wrong key in YAML", "fit --config {}/cots.yaml", "does not accept option 'model.cots'"),
+    ("a wrong key of a network", FIT + "--config {}/hiden.yaml", "--model.map: Option 'hiden' is not accepted"),
+    ("a wrong type", FIT + "--data.batch_size many", "--data.batch_size: 'many' is no whole number"),
+    ("a word for a number", FIT + "--model.gap_weight high", "--model.gap_weight: 'high' is no number"),
+    ("an abbreviation", FIT + "--trainer.max_step 3", "unrecognized arguments: --trainer.max_step"),
+    ("samples that are not there", "fit --data.source {}/no.npy --data.target {}/b.npy", "source: there is no file"),
+    ("a file of NaN", "fit --data.source {}/nan.npy --data.target {}/b.npy", "holds NaN or infinity in 1 of 40 rows"),
+    ("another dimension", "fit --data.source {}/a.npy --data.target {}/three.npy", "dimension 2 but target"),
+    ("a wrong column", "fit --data.source {}/t.csv --data.target {}/t.csv --data.columns [u,w]", "has no column 'w'"),
+    ("a wrong column of conditions", "fit --data.source {}/t.csv --data.target {}/t.csv --data.columns [u,v] "
+     "--data.conditions dose", "has no 'dose'"),
+    ("rows that are not there", "fit --data.source {}/t.csv --data.target {}/t.csv --data.columns [u,v] "
+     "--data.source_rows {drug: z}", "is never 'z'; there is 'a', 'b'"),
+    ("a cost that is none", FIT + "--model.cost manhatan", "unknown cost 'manhatan': choose one of cosine"),
+    ("a negative epsilon of a map", FIT + "--model.gap_epsilon=-1", "gap_epsilon must be a positive finite number"),
+    ("a loss that is none", FIT + "--model.fitting_loss energi", "'energi' is no one of 'sinkhorn', 'energy'"),
+    ("a batch over the samples", FIT + "--data.batch_size 1000", "use batch_size <= 36, or hold out less"),
+    ("a network that is none", FIT + "--model.map Nope", "--model.map: 'Nope' is no class or function known"),
+    ("a network without its dimension", FIT + "--model.map MLP", "--model.map: the following arguments are required"),
+    ("an optimizer that is none", FIT + "--model.optimizer Adan", "--model.optimizer: 'Adan' is no class"),
+    ("a callback that is none", FIT + "--trainer.callbacks+=Nope", "--trainer.callbacks: 'Nope' is no class"),
+    ("a callback without its argument", FIT + "--trainer.callbacks+=LargeBatchRegime",
+     "--trainer.callbacks: the following arguments are required: reference_batch_size"),
+    ("a callback of nothing", FIT + "--trainer.callbacks+=LargeBatchRegime "
+     "--trainer.callbacks.reference_batch_size=0", "error: reference_batch_size=0 must be at least 1"),
+    ("a model that is none", FIT + "--model torch.nn.Linear", "--model: Import path does not correspond to a subclass"),
+    ("a device that is not there", FIT + "--data.batch_size 8 --trainer.devices 0", "devices"),
+    ("a damaged checkpoint", FIT + "--ckpt_path {}/last.ckpt", "is damaged or no checkpoint; copy it again"),
+    ("no such checkpoint", "validate" + FIT[3:] + "--ckpt_path {}/no.ckpt", "there is no checkpoint"),
+    ("a checkpoint of something else", "test" + FIT[3:] + "--ckpt_path {}/other.ckpt", "no checkpoint of a MongeMap"),
+    ("a folder as a checkpoint", "test" + FIT[3:] + "--ckpt_path {}", "is a folder: name the .ckpt file in it"),
+    ("no file to transport", MAP, "required: IN, OUT"),
+    ("transport by a damaged checkpoint", "transport {}/last.ckpt {}/a.npy out.npy", "is damaged or no checkpoint"),
+    ("transport of what is not there", MAP + "{}/no.npy out.npy", "IN: there is no file"),
+    ("transport of another dimension", MAP + "{}/three.npy out.npy", "the map takes 2 features, and IN (three.npy)"),
+    ("transport of NaN", MAP + "{}/nan.npy out.npy", "holds NaN or infinity in row 7"),
+    ("transport of all numbers", MAP + "{}/t.csv out.npy", "has 3 (u, v, dose_mg): name the features by --columns"),
+    ("transport of a wrong column", MAP + "{}/t.csv out.npy --columns u,w", "has no column 'w'"),
+    ("transport of a vector", MAP + "{}/one.npy out.npy", "must have shape (n, d)"),
+    ("transport over a file", MAP + "{}/a.npy {}/b.npy", "exists: choose another name, or give --overwrite"),
+    ("transport to a folder", MAP + "{}/a.npy {}/folder.npy", "is a folder: name a file"),
+    ("transport under a file", MAP + "{}/a.npy {}/b.npy/out.npy", "choose another folder"),
+    ("transport to nowhere", MAP + "{}/a.npy nowhere/out.npy", "choose another folder"),
+    ("transport to an unknown format", MAP + "{}/a.npy out.txt", "must end in one of .npy"),
+    ("AnnData out of an array", MAP + "{}/a.npy out.h5ad", "write an .npy, .csv or .parquet file"),
+    ("a condition without conditions", MAP + "{}/a.npy out.npy --condition x", "this map has no conditions"),
+    ("conditions without a condition", DRUGS + "{}/a.npy out.npy", "give --condition, one of 'a', 'b'"),
+    ("an unknown condition", DRUGS + "{}/a.npy out.npy --condition z", "its conditions are 'a', 'b'"),
+    ("a column of unknown conditions", DRUGS + "{}/t.csv out.npy --columns u,v --condition cell", "no condition 'c0'"),
+    ("no rows at a time", MAP + "{}/a.npy out.npy --batch-size 0", "--batch-size: 0 is too small"),
+    ("a device of transport", MAP + "{}/a.npy out.npy --device abacus", "there is no such device here"),
+]  # fmt: skip
+
 MISSING = [
+    ("jsonargparse", "fit --data.source {}/a.npy", "pip install 'lightning_gap[cli]'"),
     ("matplotlib", "report {}/run", "pip install 'lightning_gap[plots]'"),
     ("wandb", "report {}/damaged", "pip install 'lightning_gap[wandb]'"),
     ("wandb_workspaces", BOARD + "--offline {}/w.json", "pip install 'lightning_gap[wandb]'"),
@@ -112,7 +178,31 @@ def files(tmp_path_factory):
     (folder / "last.ckpt").write_bytes(b"PK\x03\x04 cut off")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "run-x.wandb").write_bytes(b":W&B\xe1\xbe\x00" + b"\x01\x00\x00\x00\x03\x00\x01abc")
+    _write_samples(folder)
     return folder
+
+
+def _write_samples(folder):
+    """Write samples, tables, configurations and checkpoints of maps, good ones and others."""
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    for name, samples in (("a", x[:, :2]), ("b", x[:, 1:]), ("three", x), ("one", x[:, 0])):
+        np.save(folder / f"{name}.npy", samples)
+    x[7, 1] = np.nan
+    np.save(folder / "nan.npy", x[:, :2])
+    rows = [f"{i},{i + 1},c{i},{'ab'[i % 2]},{i}" for i in range(40)]
+    (folder / "t.csv").write_text("\n".join(["u,v,cell,drug,dose_mg", *rows]) + "\n")
+    (folder / "broken.yaml").write_text("model: {cost: [\n")
+    (folder / "cots.yaml").write_text("model: {cots: euclidean}\n")
+    (folder / "hiden.yaml").write_text("model: {map: {class_path: MLP, init_args: {dim: 2, hiden: [8]}}}\n")
+    (folder / "folder.npy").mkdir()
+    for name, model in (
+        ("map", MongeMap(map=ResidualMLP(2, [4]))),
+        ("drugs", MongeMap(map=ConditionalMap(2, [4], conditions=2), condition_names=["a", "b"])),
+        ("other", BoringModel()),
+    ):
+        fit = Trainer(logger=False, accelerator="cpu", barebones=True)
+        fit.strategy.connect(model)
+        fit.save_checkpoint(folder / f"{name}.ckpt")
 
 
 def _holds(folder):
@@ -124,6 +214,8 @@ def _refused(capsys, words):
         main(words)
     assert ended.value.code == 2
     out, err = capsys.readouterr()
+    # Lightning's own notices, such as that of the seed, are not ours.
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("INFO: "))
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("lightning-gap")
@@ -143,6 +235,22 @@ def test_a_wrong_command_is_one_line_and_loses_nothing(words, said, files, capsy
     monkeypatch.chdir(tmp_path)
     before = _holds(files)
     assert said in _refused(capsys, words.replace("{}", str(files)).split())
+    assert _holds(files) == before
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("words", "said"), [row[1:] for row in MAPS], ids=[row[0] for row in MAPS])
+def test_a_wrong_use_of_maps_is_one_line_and_loses_nothing(words, said, files, capsys, monkeypatch, tmp_path):
+    if not words.startswith("transport"):
+        pytest.importorskip("jsonargparse")
+    if ".csv" in words:
+        pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    before = _holds(files)
+    mapping = re.search(r"\{\w+: \w+\}", words)
+    parts = words.replace(mapping[0], "MAPPING").split() if mapping else words.split()
+    assert said in _refused(capsys, [part.replace("MAPPING", (mapping or [""])[0]).replace("{}", str(files))
+                                     for part in parts])  # fmt: skip
     assert _holds(files) == before
     assert os.listdir(tmp_path) == []
 

@@ -178,7 +178,8 @@ class MapCLI(LightningCLI):
                 "--trainer.devices=1, or lightning-gap transport"
             )
         parts = self.trainer.predict(**{**options, "return_predictions": True})
-        images = torch.cat([part for part in parts or [] if isinstance(part, torch.Tensor)]).float().cpu().numpy()
+        mapped = torch.cat([part for part in parts or [] if isinstance(part, torch.Tensor)]).cpu()
+        images = (mapped.float() if mapped.dtype == torch.bfloat16 else mapped).numpy()
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = _free(folder / "predictions.npy")
@@ -205,8 +206,9 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save it under a name that is free."""
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            self.config_filename = _free(Path(trainer.log_dir, self.config_filename)).name
+        log_dir = trainer.log_dir  # asked by every process: it is broadcast
+        if trainer.is_global_zero and log_dir is not None:
+            self.config_filename = _free(Path(log_dir, self.config_filename)).name
         super().setup(trainer, pl_module, stage)
 
 
@@ -258,7 +260,7 @@ def _names_a_class(words: Sequence[str], part: str) -> bool:
             if isinstance(given, str) and Path(given).is_file():
                 given = _loaded(given)
             found |= isinstance(given, str) or (isinstance(given, dict) and "class_path" in given)
-        found |= option in (f"--{part}.class_path", f"--{part}.help") and not option.endswith("help")
+        found |= option == f"--{part}.class_path"
     return found
 
 
@@ -275,8 +277,8 @@ def _one_line(message: str) -> str:
     """Return what a parser says in one line: which option, what is wrong, and what would be right."""
     if message.startswith("the following arguments are required"):
         message = re.sub(r"\b(?:fit|validate|test|predict)\.(?=[a-z])", "--", message)
-    found = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<said>.*)', message, re.DOTALL)
-    if found is None:
+    found = re.match(r'(?:Parser key "(?P<key>[^"]+)":\s*)?(?P<said>.*)', message, re.DOTALL)
+    if found is None or (found["key"] is None and "any of the Union subtypes" not in message):
         return _flat(message)
     said, given = found["said"], re.search(r"\n\s*Given value: (.*)", found["said"], re.DOTALL)
     errors = re.search(r"Errors:\n(?P<indent> *)- (?P<all>.*?)(?:\n\s*Given value type:|$)", said, re.DOTALL)
@@ -290,7 +292,8 @@ def _one_line(message: str) -> str:
     given = given or re.search(r"\. Got value: (.*)", said)
     value = repr(_shortened(_flat(given[1]))) if given is not None else "this"
     what = reasons[0] if reasons else f"{value} is no {', or '.join(dict.fromkeys(kinds))}"
-    return f"--{found['key'].removeprefix('--')}: {_shortened(what, 400)}"
+    option = "" if found["key"] is None else f"--{found['key'].removeprefix('--')}: "
+    return option + _shortened(what, 400)
 
 
 def _kind(error: str) -> str | None:

@@ -220,8 +220,8 @@ class MongeMap(LightningModule):
                 "gap_epsilon": gap_epsilon,
                 "relative_fitting_epsilon": self.relative_fitting_epsilon,
                 "relative_gap_epsilon": self.relative_gap_epsilon,
-                "epsilon_factor": _described_number(self.epsilon_factor),
-                "gap_weight": _described_number(self.gap_weight),
+                "epsilon_factor": _described_schedule(self.epsilon_factor),
+                "gap_weight": _described_schedule(self.gap_weight),
                 "gap_reference": None if reference is None else {"shape": list(reference.shape)},
                 "gap_on": gap_on,
                 "conservative_weight": self.conservative_weight,
@@ -713,7 +713,7 @@ def _described_map(given: nn.Module | None) -> dict[str, Any] | None:
     return described if described is not None and "class_path" in described else None
 
 
-def _described_number(value: float | Schedule) -> Any:
+def _described_schedule(value: float | Schedule) -> Any:
     return describe(value) if callable(value) else value
 
 

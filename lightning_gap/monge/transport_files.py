@@ -48,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMap:
-    """Return the map of a checkpoint, on a device and in evaluation mode.
+    """Return the map of a checkpoint, on a device.
 
     Args:
         path: The file.
@@ -60,8 +60,7 @@ def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMa
         ValueError: It is damaged, or no checkpoint of a :class:`MongeMap`.
     """
     read_checkpoint(path)
-    model = MongeMap.load_from_checkpoint(Path(path).expanduser(), map_location=torch.device(device))
-    return model.eval()
+    return MongeMap.load_from_checkpoint(Path(path).expanduser(), map_location=torch.device(device))
 
 
 def transport_file(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap import costs
-from lightning_gap.monge import MLP, ConditionalMap, ResidualMLP, SphereMap, StructuredMap
+from lightning_gap.monge import MLP, BrenierMap, ConditionalMap, ResidualMLP, SphereMap, StructuredMap
 
 WIDTHS = (8, 4)
 MAPS = {
@@ -23,6 +23,8 @@ MAPS = {
     "structured, pnorm": lambda d: StructuredMap(d, costs.PNorm(1.5), WIDTHS),
     "potential, sqpnorm": lambda d: StructuredMap(d, "sqpnorm(p=3)", WIDTHS, "softplus", potential=True),
     "potential, mahalanobis": lambda d: StructuredMap(d, costs.Mahalanobis(2 * torch.eye(d)), WIDTHS, potential=True),
+    "brenier": lambda d: BrenierMap(d, WIDTHS),
+    "brenier, identity": lambda d: BrenierMap(d, WIDTHS, start="identity"),
     "sphere": lambda d: SphereMap(d, WIDTHS),
     "labels": lambda d: ConditionalMap(d, WIDTHS, conditions=3, start="gaussian"),
     "vectors": lambda d: ConditionalMap(d, WIDTHS, condition_dim=2, embedding_dim=4),
