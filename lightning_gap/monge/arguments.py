@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-__all__ = ["check_count", "check_number"]
+__all__ = ["check_count", "check_number", "check_positive_integer"]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -22,6 +22,21 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def check_positive_integer(name: str, value: Any) -> int:
+    """Return the value if it is a positive integer.
+
+    Args:
+        name: The caller's argument, for the message.
+        value: What the caller was given.
+
+    Raises:
+        ValueError: It is anything else (a bool is no integer).
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
 
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_gap.monge.arguments import check_count
 from lightning_gap.monge.batches import (
     HeldOutBatches,
     UnpairedBatch,
@@ -53,7 +54,7 @@ Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
 _ENDLESS_STEPS = 100
 _START = 20  # first entry of the key of random draws
-_OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components", "most")
+_OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components")
 
 
 class Split(NamedTuple):
@@ -69,7 +70,8 @@ class SamplesDataModule(LightningDataModule):
     Batches are :class:`UnpairedBatch`. In training a batch has ``batch_size`` random samples of each side, drawn
     independently; an epoch goes through the larger set once, but for a last incomplete batch. With conditions a batch
     has ``batch_size`` samples of each side for every condition, ``(K, batch_size, d)``. Validation and test see what
-    is held out as one batch, or one a condition; prediction gets all raw source samples in their order.
+    is held out as one batch, or one a condition; prediction gets all raw source samples in their order, but for
+    those of conditions that ``small_conditions="drop"`` leaves out.
 
     Rows of each batch follow from seed, epoch and number alone: a run that resumes within an epoch sees what the
     uninterrupted one would have seen, and several processes share the batch that one would see at the same global
@@ -179,7 +181,8 @@ class SamplesDataModule(LightningDataModule):
             ("steps_per_epoch", steps_per_epoch, 1),
             ("components", components, 1),
         ):
-            _check_count(name, value, least)
+            if value is not None or name not in _OPTIONAL:
+                check_count(name, value, least)
         if small_conditions not in ("refuse", "drop", "shrink"):
             raise ValueError(f"small_conditions must be 'refuse', 'drop' or 'shrink', got {small_conditions!r}")
         if conditions is None:
@@ -329,7 +332,8 @@ class SamplesDataModule(LightningDataModule):
         Args:
             most: Largest number of each side; all of a finite set by default.
         """
-        _check_count("most", most, 1)
+        if most is not None:
+            check_count("most", most)
         most_endless = self.eval_batch_size if most is None else most
         sides = []
         for i in range(2):
@@ -380,7 +384,7 @@ class SamplesDataModule(LightningDataModule):
         return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return all raw source samples in their order, with conditions as pairs ``(samples, condition)``.
+        """Return the raw source samples in their order, with conditions as pairs ``(samples, condition)``.
 
         A source without labels comes once under every condition, in the order of :attr:`condition_names`.
         """
@@ -525,12 +529,3 @@ def _read_explicit(stage: str, given: Any, reading: Reading, train: Sequence[Sid
         if trained is not None and trained.features and side.features and trained.features != side.features:
             raise ValueError(f"{side.title} has other features than {trained.title}: name them by columns=")
     return source, target
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if value is None and name in _OPTIONAL:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

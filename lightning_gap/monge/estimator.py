@@ -184,7 +184,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             trainer.fit(model, data)
         # Without the trainer, which would keep the samples alive; in double, so that a sample's image does not depend
         # on the samples beside it.
-        model._trainer = None
+        model.trainer = None
         self.model_ = model.to("cpu", torch.float64).eval()
         self.representation_ = representation
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gap.loggers import log_figure, takes_figures
+from lightning_gap.monge.arguments import check_positive_integer
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.parallel import holds_whole_weights
 
@@ -76,9 +77,7 @@ class MapFigure(Callback):
         max_points: int = 1000,
         theme: Theme = "light",
     ) -> None:
-        valid = isinstance(every_n_validations, int) and not isinstance(every_n_validations, bool)
-        if not valid or every_n_validations < 1:
-            raise ValueError(f"every_n_validations must be a positive integer, got {every_n_validations!r}")
+        check_positive_integer("every_n_validations", every_n_validations)
         if samples is not None and (not isinstance(samples, tuple | list) or len(samples) not in (2, 3)):
             raise TypeError("samples must be (source, target), or (source, target, condition) for a conditional map")
         self.every_n_validations = every_n_validations
@@ -209,6 +208,8 @@ def _mapped(
     """Return source, images and target in the precision of the network."""
     parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), x)
     x, y = x.to(parameter.dtype), y.to(parameter.dtype)
+    if condition is not None and condition.is_floating_point():
+        condition = condition.to(parameter.dtype)
     if condition is None or not getattr(getattr(pl_module, "map", None), "conditional", False):
         return x, pl_module(x), y
     return x, pl_module(x, condition.expand(len(x), *condition.shape)), y

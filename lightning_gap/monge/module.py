@@ -167,6 +167,11 @@ class MongeMap(LightningModule):
             raise ValueError(
                 "reweight=True needs reach, the strength of the soft marginals: give reach=..., or neither"
             )
+        if reach is not None and not reweight and fitting_loss != "sinkhorn":
+            raise ValueError(
+                "reach softens the marginals of the Sinkhorn divergence only: give reweight=True for another "
+                "fitting_loss, or leave reach out"
+            )
         reference = _reference(gap_reference)
         gap_on = gap_on or ("source" if reference is None else "reference")
         if gap_on not in get_args(GapOn):
@@ -392,7 +397,10 @@ class MongeMap(LightningModule):
         if self.representation is None:
             return cast(Tensor, self(self._as_map_takes(x), condition))
         encoded = self.representation.encode(x)
-        return self._as_map_takes(self.representation.decode(self(self._as_map_takes(encoded), condition)))
+        return self._decoded(self(self._as_map_takes(encoded), condition))
+
+    def _decoded(self, images: Tensor) -> Tensor:
+        return images if self.representation is None else self._as_map_takes(self.representation.decode(images))
 
     def _conditions(self, condition: Any, n: int) -> Tensor | None:
         """Return a condition for each of n samples."""
@@ -473,12 +481,13 @@ class MongeMap(LightningModule):
         self._log_scores("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the images of raw source samples."""
+        """Return the raw images of raw source samples, or of the encoded source of an :class:`UnpairedBatch`."""
         if isinstance(batch, Tensor):
             return self._raw_images(batch, None)
-        conditional = getattr(self.map, "conditional", False)
-        condition = batch.condition if isinstance(batch, UnpairedBatch) else batch[1] if conditional else None
-        return self._raw_images(batch[0], condition if conditional else None)
+        if isinstance(batch, UnpairedBatch):
+            b = self._checked(batch)
+            return self._decoded(self._images(b.source, b.condition))
+        return self._raw_images(batch[0], batch[1] if getattr(self.map, "conditional", False) else None)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler which is stepped after every update."""
@@ -687,7 +696,8 @@ def _displacement(cost: Cost, source: Tensor, mapped: Tensor, weights: Tensor | 
 
 def _results_of(trainer: Trainer) -> Any:
     """Return what the trainer has been told by ``log``; ``None`` where this Lightning keeps it elsewhere."""
-    return getattr(trainer, "_results", None)
+    results = getattr(trainer, "_results", None)
+    return results if hasattr(results, "update_metrics") else None
 
 
 def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gap.monge.arguments import check_positive_integer
+
 __all__ = [
     "Activation",
     "ConditionalPerceptron",
@@ -14,7 +16,6 @@ __all__ = [
     "PotentialGradient",
     "activation_factory",
     "check_condition",
-    "check_integer",
     "check_widths",
     "network",
     "perceptron",
@@ -55,21 +56,6 @@ _SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     "softplus": (F.softplus, torch.sigmoid),
     "tanh": (torch.tanh, _tanh_slope),
 }
-
-
-def check_integer(name: str, value: object) -> int:
-    """Return the value if it is a positive integer.
-
-    Args:
-        name: The caller's argument, for the message.
-        value: What was given for it.
-
-    Raises:
-        ValueError: It is no positive integer.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
 
 
 def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
@@ -176,12 +162,12 @@ class Conditioning(nn.Module):
                 "give one of conditions=, the number of categories, and condition_dim=, the dimension of vectors, "
                 f"got conditions={conditions!r} and condition_dim={condition_dim!r}"
             )
-        check_integer("embedding_dim", embedding_dim)
+        check_positive_integer("embedding_dim", embedding_dim)
         self.embedding: nn.Module
         if conditions is not None:
-            self.embedding = nn.Embedding(check_integer("conditions", conditions), embedding_dim)
+            self.embedding = nn.Embedding(check_positive_integer("conditions", conditions), embedding_dim)
         else:
-            p = check_integer("condition_dim", condition_dim)
+            p = check_positive_integer("condition_dim", condition_dim)
             self.embedding = nn.Sequential(_linear(p, embedding_dim), nn.SiLU())
         self.films = nn.ModuleList(_linear(embedding_dim, 2 * width) for width in widths)
         for film, width in zip(self.films, widths, strict=True):

@@ -355,6 +355,7 @@ def _settle(
             raise ValueError(f"all conditions are smaller than batch_size={request.batch_size}: {listed}")
         rank_zero_warn(
             f"conditions with fewer than batch_size={request.batch_size} training samples are left out: {listed}"
+            + ("; prediction leaves their rows out too" if request.condition_vectors is None else "")
         )
         return request.batch_size
     if empty:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gap.monge.arguments import check_positive_integer
 from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
 from lightning_gap.monge.exact import exact_plan
 from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
@@ -283,8 +284,7 @@ def solve_all(
     """
     if not 0 < tolerance < 2:
         raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}")
+    check_positive_integer("max_iterations", max_iterations)
     groups: dict[Any, list[int]] = {}
     for number, p in enumerate(problems):
         chosen = _choose(solver, p.cost, p.x, p.y)

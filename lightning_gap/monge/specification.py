@@ -61,6 +61,9 @@ def build(argument: str, description: Any) -> Any:
         made = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{argument}: there is no class {path!r} here: {error}") from error
+    if not isinstance(made, type) or not f"{made.__module__}.".startswith(_PACKAGES):
+        # Not what those modules import, either.
+        raise ValueError(f"{argument}: {path!r} is no class of {' or '.join(p[:-1] for p in _PACKAGES)}")
     arguments = dict(description.get("init_args") or {})
     if description.get("partial"):
         return partial(made, **arguments) if arguments else made

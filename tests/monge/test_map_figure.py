@@ -291,3 +291,14 @@ def test_of_two_processes_the_first_draws(tmp_path):
     assert [results[rank][0] for rank in range(2)] == [True, False]
     assert results[0][1] == results[1][1]
     assert len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_vectors_of_conditions_in_double_are_drawn():
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = ["low", "high"] * 20
+    doses = {"low": 0.0, "high": 1.0}
+    data = SamplesDataModule(x, y, batch_size=8, conditions=(labels, labels), condition_vectors=doses)
+    drawing = MapFigure()
+    trainer(drawing, num_sanity_val_steps=0).fit(model(dim=None), data)
+    assert drawing.figure is not None

@@ -229,6 +229,7 @@ def test_samples_are_encoded_and_images_decoded():
     [
         ({"fitting_loss": "mmd"}, ValueError, "fitting_loss must be one of sinkhorn, energy, or a function, got 'mmd'"),
         ({"reweight": True}, ValueError, "reweight=True needs reach"),
+        ({"reach": 1.0, "fitting_loss": "energy"}, ValueError, "reach softens .* Sinkhorn divergence only"),
         ({"gap_on": "reference"}, ValueError, "gap_on='reference' needs gap_reference"),
         ({"gap_on": "target"}, ValueError, "gap_on must be one of source, reference, both, got 'target'"),
         ({"gap_reference": [[math.nan, 0.0]]}, ValueError, "gap_reference holds NaN or infinity in 1 of 1 rows"),
@@ -250,3 +251,20 @@ def test_bad_arguments_are_refused(options, error, message):
 def test_batches_that_do_not_fit_are_refused(source, target):
     with pytest.raises(ValueError, match="all but the numbers of samples must agree"):
         fit_batch(small(), (torch.zeros(source), torch.zeros(target)))
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_batches_of_held_out_samples_are_predicted_from_the_coordinates_they_are_in(conditional):
+    source, target = gaussians(120)
+    labels = ["a", "b"] * 60
+    options = {"conditions": (labels, labels)} if conditional else {}
+    data = SamplesDataModule(100 * source, 100 * target, batch_size=16, standardize=True, **options)
+    model = MongeMap(hidden=(8,), optimizer=partial(Adam, lr=0.05))
+    run = trainer()
+    run.fit(model, data)
+    held_out = [batch.source for batch in data.val_dataloader()]
+    predicted = trainer().predict(model, data.val_dataloader())
+    for x, images, name in zip(held_out, predicted, ["a", "b"], strict=False):
+        raw = model.representation.decode(x)
+        expected = model.transport(raw.flatten(0, -2), name if conditional else None).view(x.shape)
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-2)
