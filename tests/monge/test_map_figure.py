@@ -218,7 +218,7 @@ def test_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline")
     trainer(MapFigure(arrows=5), logger=logger).fit(model(), samples())
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()

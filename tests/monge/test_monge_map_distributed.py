@@ -33,7 +33,7 @@ def run(folder: Path, devices: int, steps: int, **options) -> list[tuple[list[fl
     folder.mkdir()
     data = SamplesDataModule(*gaussians(160), batch_size=32 // devices, val_fraction=0.2)
     several = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
-    trainer(max_steps=steps, max_epochs=-1, callbacks=[Record(folder)], **several).fit(small(None, **options), data)
+    trainer(max_steps=steps, max_epochs=-1, callbacks=[Record(folder)], **several).fit(small(**options), data)
     return [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
 
 
@@ -112,7 +112,7 @@ def weighted(folder: Path, devices: int, **options) -> list[tuple[dict[str, torc
     data = SamplesDataModule(*gaussians(160), batch_size=32 // devices, val_fraction=0.2, weights=shares)
     several = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
     run = trainer(callbacks=[FirstEpsilons(folder)], num_sanity_val_steps=0, limit_train_batches=2, **several)
-    run.fit(small(None, **options), data)
+    run.fit(small(**options), data)
     return [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
 
 
