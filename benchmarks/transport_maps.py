@@ -177,15 +177,18 @@ def gaussians(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"D": dim, "map": "gaussian_map", "seed": seed} | against_truth(
                 test, test @ closed + offset, true, variance
             )
-            for name, net, lr in (
-                ("ResidualMLP, Gaussian start", ResidualMLP(dim, start="gaussian"), 1e-3),
-                ("BrenierMap", BrenierMap(dim), 1e-2),
+            unbiased = partial(minibatch_energy_distance, relative_epsilon=0.5)
+            for name, net, loss, gap_weight, lr in (
+                ("ResidualMLP, Gaussian start, Sinkhorn", ResidualMLP(dim, start="gaussian"), "sinkhorn", 1, 1e-3),
+                ("ResidualMLP, Gaussian start, unbiased", ResidualMLP(dim, start="gaussian"), unbiased, 0.1, 1e-4),
+                ("BrenierMap, Sinkhorn", BrenierMap(dim), "sinkhorn", 0, 1e-2),
             ):
                 seed_everything(seed, verbose=False)
                 updates = args.updates or 150
                 model = MongeMap(
                     map=net,
-                    gap_weight=0 if name == "BrenierMap" else 1,
+                    fitting_loss=loss,
+                    gap_weight=gap_weight,
                     optimizer=partial(Adam, lr=lr),
                     lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
                 )

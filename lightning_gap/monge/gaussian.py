@@ -10,6 +10,9 @@ from lightning_gap.monge.samples import check_pair, check_weights
 
 __all__ = ["gaussian_map"]
 
+# From so many samples a dimension on, a sample covariance needs no shrinkage.
+_ENOUGH = 20
+
 
 def _is_share(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
@@ -41,8 +44,9 @@ def gaussian_map(
         target: ``(m, d)`` samples of :math:`\nu`.
         weights: ``(n,)`` and ``(m,)`` weights that sum to 1; uniform by default.
         shrinkage: Share in [0, 1] by which each covariance is drawn towards the multiple of the identity with its
-            trace; ``"auto"`` takes the oracle-approximating share (Chen et al. 2010, equation 23), which vanishes as
-            the number of samples grows. For weights, that number is :math:`1 / \sum_i a_i^2`.
+            trace; ``"auto"`` takes the oracle-approximating share (Chen et al. 2010, equation 23) below 20 samples a
+            dimension, and none from there on: all variances are known well then, and any share would swamp the small
+            ones. For weights, the number of samples is :math:`1 / \sum_i a_i^2`.
 
     Returns:
         The ``(d, d)`` matrix A and the ``(d,)`` vector b, in float64, on the device of ``source``.
@@ -83,7 +87,11 @@ def _moments(name: str, x: Tensor, weights: Tensor | None, shrinkage: float | Li
     covariance = (w[:, None] * x).mT @ x
     d = len(covariance)
     level = covariance.trace() / d
-    share = _oracle_share(covariance, float(1 / w.square().sum())) if shrinkage == "auto" else float(shrinkage)
+    if shrinkage == "auto":
+        n = float(1 / w.square().sum())
+        share = _oracle_share(covariance, n) if n < _ENOUGH * d else 0.0
+    else:
+        share = float(shrinkage)
     covariance = (1 - share) * covariance
     covariance.diagonal().add_(share * level)
     return mean, covariance
