@@ -196,6 +196,9 @@ class MongeMap(LightningModule):
         self.register_buffer("gap_reference", reference)
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
+        made_with = getattr(given, "dim", None)
+        if dim is not None and isinstance(made_with, int) and made_with != dim:
+            raise ValueError(f"dim={dim}, but the map was made with dim={made_with}: leave dim out, the map tells it")
         described = _described_map(given)
         self.map = given if given is not None else None if dim is None else ResidualMLP(dim, hidden)
         self.hidden = tuple(hidden)
@@ -261,6 +264,11 @@ class MongeMap(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take from the data what was not given: the representation, the names of conditions, the default network."""
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):
+            raise MisconfigurationException(
+                f"precision={self.trainer.precision!r} would round epsilons and the representation to sixteen bits: "
+                "use 'bf16-mixed' or '16-mixed', where the network alone is in half precision"
+            )
         data = getattr(self.trainer, "datamodule", None)
         self._adopt_representation(data)
         names = getattr(data, "condition_names", ())

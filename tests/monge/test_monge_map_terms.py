@@ -268,3 +268,14 @@ def test_batches_of_held_out_samples_are_predicted_from_the_coordinates_they_are
         raw = model.representation.decode(x)
         expected = model.transport(raw.flatten(0, -2), name if conditional else None).view(x.shape)
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_sixteen_bits_for_everything_are_refused(precision):
+    with pytest.raises(MisconfigurationException, match="use 'bf16-mixed' or '16-mixed'"):
+        fit_batch(small(), gaussians(20), precision=precision)
+
+
+def test_a_map_of_another_dimension_is_refused():
+    with pytest.raises(ValueError, match="dim=3, but the map was made with dim=2: leave dim out"):
+        MongeMap(3, map=StructuredMap(2))
