@@ -1,0 +1,64 @@
+"""Train a network of the paper under a regime that YAML describes, with this package's public callbacks.
+
+    python examples/reproductions/large_batch/train.py fit --config examples/reproductions/large_batch/f1_mnist.yaml \
+        --config examples/reproductions/large_batch/columns/ra.yaml --data.path mnist_full.npz
+
+A second ``--config`` overrides the first. ``reproduce.py`` runs all rows of the tables.
+"""
+
+import torch
+
+# Imported so that YAML may call them by their short names.
+from images import Images
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI, LRSchedulerCallable, OptimizerCallable
+from networks import C1, F1, Phases, ResNet44  # noqa: F401
+from torch import Tensor, nn
+
+from lightning_gap import GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion  # noqa: F401
+
+
+class Classifier(LightningModule):
+    """A network under cross entropy.
+
+    Args:
+        network: From images (n, c, h, w) to scores (n, classes).
+        optimizer: Of the reference run.
+        lr_scheduler: Of the reference run, stepped every epoch.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
+        super().__init__()
+        self.network, self._optimizer, self._lr_scheduler = network, optimizer, lr_scheduler
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy of a batch."""
+        loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log cross entropy and error, %."""
+        scores = self.network(batch[0]).float()
+        self.log("test_loss", nn.functional.cross_entropy(scores, batch[1]))
+        self.log("test_error", 100 * (scores.argmax(1) != batch[1]).float().mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LRScheduler]]:
+        """Return the reference run's."""
+        optimizer = self._optimizer(self.parameters())
+        return [optimizer], [self._lr_scheduler(optimizer)]
+
+
+class _CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        """One seed names the weights, the order of the images and their augmentation."""
+        parser.link_arguments("seed_everything", "data.seed")
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the application."""
+    _CLI(Classifier, Images, args=args, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()
