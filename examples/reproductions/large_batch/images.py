@@ -85,6 +85,10 @@ class _Plain(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        return self.as_they_are(rows)
+
+    def as_they_are(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return images as floats, and their labels, without augmentation."""
         index = torch.tensor(rows)
         return self._floats(self.images[index]), self.labels[index]
 

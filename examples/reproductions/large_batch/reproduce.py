@@ -62,11 +62,11 @@ def column_file(column: str) -> Path:
 
 
 def wanted(only: list[str]) -> Iterator[tuple[str, str, int]]:
-    """Yield network, column and seed of each run that ``network``, ``network/column`` or ``network/column/seed`` names."""
+    """Yield network, column and seed of the runs that ``network``, ``network/column``, ... ``/seed`` name."""
     for name in only:
         network, column, seed = (*name.split("/"), "", "")[:3]
         if network not in TABLE or (column and column not in TABLE[network]):
-            known = ", ".join(TABLE[network] if network in TABLE else TABLE)
+            known = ", ".join(TABLE.get(network, TABLE))
             raise SystemExit(f"--only {name}: there are {known}")
         columns = [column] if column else list(TABLE[network])
         for each, kind in product([int(seed)] if seed else SEEDS, columns):
@@ -141,9 +141,15 @@ def keep(folder: Path, kept: Path, options: list[str]) -> None:
     costs = [json.loads(line) for line in (folder / "cost.jsonl").read_text().splitlines()]
     facts: dict[str, Any] = {name: round(sum(cost[name] for cost in costs), 1) for name in costs[0]}
     facts |= {"parts": len(costs), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     facts["precision"] = dict(zip(options[::2], options[1::2], strict=False)).get("--trainer.precision", "32-true")
     kept.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

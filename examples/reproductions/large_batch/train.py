@@ -49,15 +49,17 @@ class Classifier(LightningModule):
         return [optimizer], [self._lr_scheduler(optimizer)]
 
 
-class _CLI(LightningCLI):
+class CLI(LightningCLI):
+    """One seed for all that is random."""
+
     def add_arguments_to_parser(self, parser):
-        """One seed names the weights, the order of the images and their augmentation."""
+        """Name the weights, the order of the images and their augmentation by one seed."""
         parser.link_arguments("seed_everything", "data.seed")
 
 
 def main(args: ArgsType = None) -> None:
     """Run the application."""
-    _CLI(Classifier, Images, args=args, save_config_kwargs={"overwrite": True})
+    CLI(Classifier, Images, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":
