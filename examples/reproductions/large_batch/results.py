@@ -54,6 +54,16 @@ VARIATIONS = {
         "sb": "batch 128",
     },
     "statistics": {"gbn": "sequential, one step a ghost", "gbn_per_step": "per step, the mean of the ghosts"},
+    "momentum": {
+        "sb": "batch 128",
+        "fresh_sb": "batch 128, momentum anew",
+        "lb": "4096",
+        "fresh_lb": "4096, momentum anew",
+        "lr": "√ rule",
+        "fresh_lr": "√ rule, momentum anew",
+        "gbn": "√ rule, ghosts",
+        "fresh_gbn": "√ rule, ghosts, momentum anew",
+    },
     "noise": {
         "layer_sb": "batch 128",
         "layer_lb": "4096",
