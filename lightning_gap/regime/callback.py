@@ -386,7 +386,13 @@ class LargeBatchRegime(Callback):
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
-        self._arm(trainer.global_step if changed else self._epoch_start)
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch and not changed:
+            # A checkpoint of an epoch's last batch: Lightning goes on in the next epoch without ending this one, nor
+            # starting that one. Plateaus still have this one's end before them.
+            self._set_counters(trainer.global_step)
+        else:
+            self._arm(trainer.global_step if changed else self._epoch_start)
 
     def _take_up(self, trainer: Trainer, plan: RegimePlan) -> bool:
         """Take up what a checkpoint left; return whether it is of another batch."""
@@ -441,7 +447,11 @@ class LargeBatchRegime(Callback):
         self._arm(trainer.global_step)
 
     def _arm(self, start: int) -> None:
-        plan, self._epoch_start = _planned(self.plan), start
+        self._epoch_start = start
+        self._set_counters(start)
+
+    def _set_counters(self, start: int) -> None:
+        plan = _planned(self.plan)
         if self._counters:
             end = start + cast(int, plan.updates_per_epoch)
             end = end if plan.updates is None else min(end, plan.updates)

@@ -117,6 +117,24 @@ def test_companions_resume(tmp_path):
         assert trace.validated == [update for update in full.validated if update > step]
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create.*")
+def test_companions_resume_from_the_last_batch_of_an_epoch(tmp_path):
+    def callbacks():
+        return LargeBatchRegime(4), EarlyStopping("score", patience=3)
+
+    def saving():
+        return ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+
+    options = {"enable_checkpointing": True, "max_epochs": 12}
+    trainer, full = run(Scored(30), None, *callbacks(), saving(), **options)
+    assert trainer.global_step == 106
+    for step in (14, 16, 104):  # before, at the end of and after an epoch with a validation; one before the last
+        resumed, trace = run(Scored(30), None, *callbacks(), ckpt_path=tmp_path / f"step={step}.ckpt", max_epochs=12)
+        assert resumed.global_step == 106
+        # The validation at the end of that very epoch is lost, as in Lightning.
+        assert trace.validated == [update for update in full.validated if update > step]
+
+
 def test_a_stopped_run_gives_everything_back():
     class Fails(Callback):
         def on_train_batch_end(self, trainer, *args):
