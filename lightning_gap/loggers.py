@@ -6,11 +6,11 @@ Numbers need nothing here: they go through ``pl_module.log`` or ``logger.log_met
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+import fsspec
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 __all__ = ["define_axes", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
 
@@ -56,8 +56,21 @@ def log_facts(loggers: Iterable[Any], prefix: str, facts: Mapping[str, Any]) -> 
         prefix: What keys begin with, as ``"lightning_gap/regime/"``.
         facts: Plain Python values by name.
     """
+    keyed = {f"{prefix}{name}": value for name, value in facts.items()}
     for logger in loggers:
-        logger.log_hyperparams({f"{prefix}{name}": value for name, value in facts.items()})
+        logger.log_hyperparams(_new_to_mlflow(logger, keyed) if _kind(logger) == "MLFlowLogger" else keyed)
+
+
+def _new_to_mlflow(logger: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the run does not hold yet: MLflow ends a run that gives one of its parameters another value."""
+    known = logger.experiment.get_run(logger.run_id).data.params
+    kept = 250  # characters that Lightning's logger sends of a value
+    if changed := sorted(key for key in facts if key in known and str(facts[key])[:kept] != known[key][:kept]):
+        rank_zero_warn(
+            f"MLflow keeps the parameters of a run as they were first logged, so it does not get what is now another "
+            f"{', '.join(changed)}. Log to a new run to have these."
+        )
+    return {key: value for key, value in facts.items() if key not in known}
 
 
 @rank_zero_only
@@ -82,9 +95,7 @@ def log_table(
         elif kind == "MLFlowLogger":
             logger.experiment.log_text(logger.run_id, _csv(columns, rows), f"tables/{key}.csv")
         elif kind == "CSVLogger":
-            path = Path(logger.log_dir, "tables", f"{key}.csv")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_csv(columns, rows), encoding="utf-8")
+            _write(logger, f"tables/{key}.csv", _csv(columns, rows).encode())
 
 
 def takes_figures(logger: Any) -> bool:
@@ -126,9 +137,17 @@ def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: 
         elif kind == "MLFlowLogger":
             logger.experiment.log_figure(logger.run_id, figure, f"figures/{key}/{step:08d}.png")
         else:
-            path = Path(logger.log_dir, "figures", key, f"{step:08d}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=110)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=110)
+            _write(logger, f"figures/{key}/{step:08d}.png", picture.getvalue())
+
+
+def _write(logger: Any, name: str, content: bytes) -> None:
+    """Write a file into a CSVLogger's folder, which may be a remote one."""
+    filesystem, path = fsspec.core.url_to_fs(f"{logger.log_dir}/{name}")
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with filesystem.open(path, "wb") as file:
+        file.write(content)
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,3 +108,39 @@ def test_the_figure_of_a_logger_derived_from_lightnings(tmp_path):
     logger = Mine(tmp_path)
     loggers.log_figure([logger], "lightning_gap/x/y", Figure, 7)
     assert Path(logger.log_dir, "figures/lightning_gap/x/y/00000007.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mlflow_does_not_end_a_run_that_goes_on_with_another_plan():
+    class MLFlowLogger:  # what MLflow does, without it
+        run_id = "1"
+
+        def __init__(self):
+            self.params = {}
+            self.experiment = self
+
+        def get_run(self, run_id):
+            return SimpleNamespace(data=SimpleNamespace(params=self.params))
+
+        def log_hyperparams(self, params):
+            for key, value in params.items():
+                if self.params.setdefault(key, str(value)) != str(value):
+                    raise RuntimeError("Changing param values is not allowed")
+
+    logger = MLFlowLogger()
+    loggers.log_facts([logger], "a/", {"epochs": 1, "rule": "sqrt"})
+    with pytest.warns(UserWarning, match="another a/epochs. Log to a new run"):
+        loggers.log_facts([logger], "a/", {"epochs": 16, "rule": "sqrt", "clip": 5.0})
+    assert logger.params == {"a/epochs": "1", "a/rule": "sqrt", "a/clip": "5.0"}
+
+
+def test_tables_and_figures_follow_csv_to_a_remote_folder(tmp_path, monkeypatch):
+    import fsspec
+    from matplotlib.figure import Figure
+
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger("memory://runs")
+    loggers.log_table([logger], "a/b", ["x"], [[1]])
+    loggers.log_figure([logger], "a/c", Figure, 7)
+    found = fsspec.filesystem("memory").find("/runs")
+    assert [name.partition("version_0/")[2] for name in found] == ["figures/a/c/00000007.png", "tables/a/b.csv"]
+    assert not list(tmp_path.rglob("*"))
