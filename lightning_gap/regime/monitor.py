@@ -56,8 +56,9 @@ class GradientNoiseScale(Callback):
         TypeError: If ``every_n_updates`` is not an int.
         ValueError: If an argument is out of its range.
         MisconfigurationException: When ``fit`` starts, if an update has a single micro-batch, so that there are no two
-            batch sizes; under strategies that shard weights; with manual optimization; with a fused optimizer in 16-bit
-            mixed precision; after a ``LargeBatchRegime`` that clips gradients.
+            batch sizes, or one of unknown size; under strategies that shard weights; with manual optimization; with a
+            fused optimizer in 16-bit mixed precision; after a ``LargeBatchRegime`` that clips gradients; beside one
+            with ``gradient_noise``.
 
     References:
         McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2 and appendix A.1.
@@ -113,6 +114,11 @@ class GradientNoiseScale(Callback):
                 any(isinstance(callback, LargeBatchRegime) and callback.clip_norm for callback in earlier),
                 "LargeBatchRegime(clip_norm=...) clips the gradients first. Put GradientNoiseScale before it.",
             ),
+            (
+                any(isinstance(callback, LargeBatchRegime) and callback.gradient_noise for callback in callbacks),
+                "LargeBatchRegime(gradient_noise=...) weights the samples at random, and that noise would be measured "
+                "too. Measure in a run without it.",
+            ),
         )
         for refused, reason in refusals:
             if refused:
@@ -135,7 +141,14 @@ class GradientNoiseScale(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether the last batch of an epoch is smaller than the others."""
+        """Refuse batches of unknown size, and find out whether the last one of an epoch is smaller than the others."""
+        try:
+            effective_batch_size(trainer)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                "GradientNoiseScale compares batch sizes, and that of the training data cannot be told. Use one "
+                "DataLoader with a batch_size, or a batch sampler that has one."
+            ) from error
         try:
             epoch = pass_over_data(trainer)
         except MisconfigurationException:

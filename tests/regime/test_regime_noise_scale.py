@@ -175,12 +175,22 @@ def test_refusals(monkeypatch):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
 
+    class Several(Mean):
+        def train_dataloader(self):
+            return [super().train_dataloader(), super().train_dataloader()]
+
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("refused before the first step")
+
     scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    noisy = LargeBatchRegime(4, lr_rule="none", train_longer=False, gradient_noise=True)
     for module, callbacks, options, message in (
         (Mean(), [GradientNoiseScale()], {}, "one micro-batch"),
         (Manual(), [GradientNoiseScale()], {}, "automatic optimization"),
         (Fused(), [GradientNoiseScale()], {"plugins": [scaler], "accumulate_grad_batches": 2}, "fused=False"),
         (Mean(), [LargeBatchRegime(4, clip_norm=1.0), GradientNoiseScale()], {}, "Put GradientNoiseScale before it"),
+        (Mean(), [GradientNoiseScale(), noisy], {"accumulate_grad_batches": 2}, "noise would be measured too"),
+        (Several(), [GradientNoiseScale()], {"accumulate_grad_batches": 2}, "Use one DataLoader with a batch_size"),
     ):
         with pytest.raises(MisconfigurationException, match=message):
             run(module, None, *callbacks, **options)
