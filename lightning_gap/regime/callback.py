@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +31,8 @@ __all__ = ["LargeBatchRegime"]
 _PREFIX = "lightning_gap/regime/"
 # The rule of a learning rate that LearningRateFinder has found at the batch that runs.
 _FOUND = "found"
+# What has been scaled: a module that keeps its optimizer must not have it scaled again in its next fit.
+_scaled: WeakSet[Optimizer] = WeakSet()
 
 
 class LargeBatchRegime(Callback):
@@ -295,6 +298,11 @@ class LargeBatchRegime(Callback):
             self._lift_epochs(trainer)
         configs = trainer.lr_scheduler_configs
         check_optimizers(trainer, plan)
+        if plan.lr_factor != 1.0 and any(optimizer in _scaled for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "LargeBatchRegime: configure_optimizers returned the optimizer of an earlier fit, whose learning rates "
+                "are scaled already. Make a new optimizer and new schedulers in configure_optimizers."
+            )
         check_schedulers(trainer, pl_module, plan, self.stretch_schedulers)
         if plan.noise_variance:
             self._noise = self._weigh_samples(trainer, pl_module, plan)
@@ -647,6 +655,7 @@ def _scale(trainer: Trainer, factor: float, moment_ratio: float) -> None:
     """Multiply every learning rate of a trainer's optimizers and schedulers, and follow with Adam's moments."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     if factor != 1.0:
+        _scaled.update(trainer.optimizers)
         for optimizer in trainer.optimizers:
             scale_optimizer(optimizer, factor)
         for scheduler in schedulers:

@@ -242,6 +242,22 @@ def test_a_second_fit_is_planned_anew_and_the_limits_are_given_back():
     assert trace.rates[0] == pytest.approx([1e-3 * 7.5**0.5, 5e-4 * 7.5**0.5])
 
 
+def test_an_optimizer_that_is_kept_is_not_scaled_again():
+    class Keeps(Regression):
+        kept = None
+
+        def configure_optimizers(self):
+            self.kept = self.kept or super().configure_optimizers()
+            return self.kept
+
+    model = Keeps()
+    run(model, loader(30), LargeBatchRegime(4), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match="the optimizer of an earlier fit"):
+        run(model, loader(30), LargeBatchRegime(4), max_epochs=1)
+    assert model.kept.param_groups[0]["lr"] == pytest.approx(1e-3 * 7.5**0.5)
+    run(model, loader(30), LargeBatchRegime(30), max_epochs=1)  # nothing to scale
+
+
 def test_the_same_trainer_fits_again():
     regime = LargeBatchRegime(7)
     trainer = trainer_of(trace := Trace(), regime, max_epochs=3)
