@@ -145,12 +145,14 @@ class RegimePlan:
     def disagreements(self, saved: dict[str, Any]) -> list[str]:
         """Return how a saved plan differs from this one in what a resumed run cannot change.
 
-        The batch may change where the updates do not depend on it.
+        The batch may change where the updates do not depend on it; at one batch the factor stays.
 
         Args:
             saved: What :meth:`to_dict` returned when the checkpoint was written.
         """
-        names = [*_IDENTITY, "batch_size"] if self.train_longer not in (0, 1) or self.noise_variance else _IDENTITY
+        names = [*_IDENTITY, "batch_size"] if self.train_longer not in (0, 1) or self.noise_variance else [*_IDENTITY]
+        if saved.get("batch_size") == self.batch_size:
+            names.append("lr_factor")  # two functions may have one name
         return [
             f"{name} was {saved.get(name)!r} and is {getattr(self, name)!r}"
             for name in names

@@ -168,6 +168,8 @@ def test_a_plan_is_plain_python_and_compares_with_its_checkpoint():
     part = plan_of(60, 4, 30, 6, train_longer=0.5)
     assert plan_of(60, 4, 20, 6, train_longer=0.5).disagreements(part.to_dict()) == ["batch_size was 30 and is 20"]
     assert plan_of(120, 4, 30, 6).disagreements(plan.to_dict()) == ["reference_updates_per_epoch was 15 and is 30"]
+    other = {**plan.to_dict(), "lr_factor": 1.5}
+    assert plan.disagreements(other) == [f"lr_factor was 1.5 and is {plan.lr_factor!r}"]
     assert plan.disagreements({})[0] == "reference_batch_size was None and is 4"
     file = io.BytesIO()
     torch.save(plan.to_dict(), file)
