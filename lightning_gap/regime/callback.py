@@ -151,7 +151,7 @@ class LargeBatchRegime(Callback):
             )
         self.gradient_noise = gradient_noise
         self.plan: RegimePlan | None = None
-        self._rate_found = False  # by LearningRateFinder, at the batch that runs
+        self._finder: LearningRateFinder | None = None  # that may have set the learning rate, at the batch that runs
         self._limits: tuple[int | None, int, int] | None = None  # the user's, while ours are in their place
         self._reset()
 
@@ -180,11 +180,9 @@ class LargeBatchRegime(Callback):
         """Plan the regime and set the limits of epochs and updates; before ``configure_optimizers`` reads them."""
         if stage != "fit":
             return
-        scales = self.lr_rule != "none"
-        self._rate_found |= scales and any(
-            isinstance(callback, LearningRateFinder) and callback._update_attr
-            for callback in cast(Any, trainer).callbacks
-        )
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, LearningRateFinder) and callback._update_attr and self.lr_rule != "none":
+                self._finder = callback
         if _tuning(trainer):
             return
         train_longer = self.train_longer
@@ -212,12 +210,6 @@ class LargeBatchRegime(Callback):
         batch_size = self.batch_size or effective_batch_size(trainer)
         ratio = batch_size / self.reference_batch_size
         rule, factor = rule_name(self.lr_rule), lr_factor(self.lr_rule, ratio)
-        if self._rate_found:
-            rank_zero_warn(
-                "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
-                "scaled."
-            )
-            rule, factor = _FOUND, 1.0
         try:
             variance = noise_variance(ratio) if self.gradient_noise else 0.0
             plan = self._planned_length(trainer, train_longer, batch_size, rule, factor)
@@ -230,6 +222,11 @@ class LargeBatchRegime(Callback):
             warmup_updates=0 if factor == 1.0 else self.warmup_updates,
             noise_variance=variance,
         )
+
+    def _rate_found(self) -> bool:
+        """Whether LearningRateFinder has set the learning rate; it may also have found none."""
+        found = None if self._finder is None else self._finder.optimal_lr
+        return found is not None and found._optimal_idx is not None
 
     def _planned_length(
         self, trainer: Trainer, train_longer: float, batch_size: int, rule: str, factor: float
@@ -290,6 +287,12 @@ class LargeBatchRegime(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         plan = _planned(self.plan)
+        if plan.lr_rule != _FOUND and not self._restored and self._rate_found():
+            rank_zero_warn(
+                "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
+                "scaled."
+            )
+            plan = _with_found_rate(plan)
         if self._limits is not None:
             # With max_steps set, Lightning resumes from the end of an epoch by one stray batch of that epoch. So it is
             # set while configure_optimizers may read it, and again once a checkpoint is restored.
@@ -601,7 +604,7 @@ class LargeBatchRegime(Callback):
             return
         plan, saved = _planned(self.plan), state_dict["plan"]
         if saved["lr_rule"] == _FOUND:
-            plan = self.plan = replace(plan, lr_rule=_FOUND, lr_factor=1.0, warmup_updates=0)
+            plan = self.plan = _with_found_rate(plan)
         differences = plan.disagreements(saved)
         if differences:
             raise MisconfigurationException(
@@ -665,6 +668,10 @@ def _scale(trainer: Trainer, factor: float, moment_ratio: float) -> None:
             scale_moments(optimizer, moment_ratio)
         for scheduler in schedulers:
             scale_momentums(scheduler, moment_ratio)
+
+
+def _with_found_rate(plan: RegimePlan) -> RegimePlan:
+    return replace(plan, lr_rule=_FOUND, lr_factor=1.0, warmup_updates=0)
 
 
 def _planned(plan: RegimePlan | None) -> RegimePlan:

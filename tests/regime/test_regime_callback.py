@@ -699,9 +699,9 @@ def test_a_rate_that_the_tuner_found_is_not_scaled(update, tmp_path):
             return super().configure_optimizers()
 
     model, regime = Read(), LargeBatchRegime(4)
-    model.batch_size = 30
     trainer = trainer_of(trace := Trace(), regime, default_root_dir=tmp_path, max_epochs=1)
-    Tuner(trainer).lr_find(model, num_training=5, attr_name="learning_rate", update_attr=update)
+    Tuner(trainer).lr_find(model, num_training=20, attr_name="learning_rate", update_attr=update)
+    model.batch_size = 30
     model.learning_rate = 0.02 if update else 1e-3  # what was found may be any value
     if update:
         with pytest.warns(UserWarning, match="it is not scaled"):
@@ -718,17 +718,27 @@ def test_a_rate_finder_beside_the_regime_finds_the_rate_that_runs(tmp_path):
     model.batch_size = 30
 
     def finder():
-        return LearningRateFinder(num_training_steps=5, attr_name="learning_rate")
+        return LearningRateFinder(num_training_steps=20, attr_name="learning_rate")
 
     options = {"default_root_dir": tmp_path, "max_epochs": 2}
     with pytest.warns(UserWarning, match="it is not scaled"):
         trainer, trace = run(model, None, LargeBatchRegime(4), finder(), save := SaveAt(tmp_path), **options)
     assert trainer.global_step == 30
-    assert trace.rates[0][0] == model.learning_rate
+    assert trace.rates[0][0] == model.learning_rate != 1e-3
     resumed = Tunable()
     resumed.batch_size = 30
     _, rest = run(resumed, None, LargeBatchRegime(4), ckpt_path=tmp_path / f"{save.saved[3]}.ckpt", **options)
     assert rest.rates == trace.rates[save.saved[3] :]
+
+
+def test_the_rate_is_scaled_where_a_finder_has_found_none(tmp_path):
+    model = Tunable()
+    model.batch_size = 30
+    finder = LearningRateFinder(num_training_steps=5, attr_name="learning_rate")  # too few to say anything
+    _, trace = run(model, None, regime := LargeBatchRegime(4), finder, default_root_dir=tmp_path, max_epochs=2)
+    assert model.learning_rate == 1e-3
+    assert regime.plan.lr_rule == "sqrt"
+    assert trace.rates[0][0] == pytest.approx(1e-3 * 7.5**0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
