@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -33,6 +34,7 @@ __all__ = [
     "loss_scale",
     "mean_over_ranks",
     "replaces_batchnorm_by_syncbatchnorm",
+    "require_lightning",
     "save_shards",
     "shard_copies",
     "shard_like",
@@ -70,6 +72,23 @@ def data_parallel_rank(trainer: Trainer) -> int:
     """
     kwargs = trainer.distributed_sampler_kwargs
     return int(kwargs["rank"]) if kwargs else 0
+
+
+def require_lightning(trainer: Any, who: str) -> None:
+    """Refuse the trainer of the other package, ``pytorch_lightning``, whose strategies are other classes.
+
+    Args:
+        trainer: What a callback was given.
+        who: The callback, for the message.
+
+    Raises:
+        MisconfigurationException: If it is not a trainer of ``lightning.pytorch``.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"{who} is made for lightning.pytorch, and this Trainer is {type(trainer).__module__.partition('.')[0]}'s: "
+            "import Trainer and LightningModule from lightning.pytorch."
+        )
 
 
 def strategy_name(trainer: Trainer) -> str:

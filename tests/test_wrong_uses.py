@@ -295,3 +295,15 @@ def test_wrong_code_is_refused_in_one_line(do, said, tmp_path):
     assert "\n" not in str(refused.value).strip()
     assert len(str(refused.value)) > 20
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [
+    lambda: LargeBatchRegime(4), GradientNoiseScale, lambda: GhostBatchNorm(4), UltraSlowDiffusion
+])  # fmt: skip
+def test_the_trainer_of_the_other_package_is_named(make):
+    other = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.demos.boring_classes import BoringModel as Model
+
+    trainer = other.Trainer(accelerator="cpu", barebones=True, max_steps=1, callbacks=[make()])
+    with pytest.raises(MisconfigurationException, match="import Trainer and LightningModule from lightning.pytorch"):
+        trainer.fit(Model())

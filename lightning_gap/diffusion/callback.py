@@ -35,6 +35,7 @@ from lightning_gap.parallel import (
     holds_whole_weights,
     load_shards,
     local_shard,
+    require_lightning,
     save_shards,
     shard_copies,
     shard_like,
@@ -216,6 +217,7 @@ class UltraSlowDiffusion(Callback):
         self._evaluating = stage != "fit"
         if self._evaluating:
             return
+        require_lightning(trainer, type(self).__name__)
         self._sharded = shards_by_dtensor(trainer)
         if not (self._sharded or holds_whole_weights(trainer)):
             raise MisconfigurationException(
@@ -254,7 +256,8 @@ class UltraSlowDiffusion(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._recording and optimizer is trainer.optimizers[0]:
+        # Lightning's stand-in for no optimizer has no groups.
+        if self._recording and optimizer is trainer.optimizers[0] and optimizer.param_groups:
             rate = optimizer.param_groups[0]["lr"]
             # A tensor is changed in place by its scheduler; it is read out, which waits for the device, only when due.
             self._learning_rate = rate.clone() if isinstance(rate, Tensor) else rate

@@ -22,6 +22,7 @@ from lightning_gap.parallel import (
     data_parallel_subgroup,
     holds_whole_weights,
     replaces_batchnorm_by_syncbatchnorm,
+    require_lightning,
     shards_by_dtensor,
     strategy_name,
 )
@@ -131,6 +132,7 @@ class GhostBatchNorm(Callback):
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
         if stage != "fit":
             return
+        require_lightning(trainer, type(self).__name__)
         if not (holds_whole_weights(trainer) or shards_by_dtensor(trainer)):
             raise MisconfigurationException(
                 f"GhostBatchNorm does not handle {strategy_name(trainer)}; use strategy='ddp', ModelParallelStrategy "

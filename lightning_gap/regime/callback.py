@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.loggers import define_axes, log_facts, log_table
-from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero
+from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
 from lightning_gap.regime.batch import Pass, effective_batch_size, pass_over_data
 from lightning_gap.regime.checks import check_optimizers, check_schedulers, check_trainer, sized_from_trainer
 from lightning_gap.regime.companions import NEVER, EpochCounter, epoch_counters, warn_of_other_counters
@@ -180,6 +180,7 @@ class LargeBatchRegime(Callback):
         """Plan the regime and set the limits of epochs and updates; before ``configure_optimizers`` reads them."""
         if stage != "fit":
             return
+        require_lightning(trainer, type(self).__name__)
         for callback in cast(Any, trainer).callbacks:
             if isinstance(callback, LearningRateFinder) and callback._update_attr and self.lr_rule != "none":
                 self._finder = callback
@@ -562,8 +563,10 @@ class LargeBatchRegime(Callback):
     def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
         sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         for optimizer, size, before in zip(trainer.optimizers, sizes, self._groups, strict=True):
+            if size <= before or plan.lr_factor == 1.0:
+                continue
             rate = optimizer.param_groups[-1]["lr"]
-            if size > before and plan.lr_factor != 1.0 and rate != optimizer.defaults["lr"]:
+            if rate != optimizer.defaults["lr"]:
                 rank_zero_warn(
                     f"LargeBatchRegime: a parameter group was added with the learning rate {float(rate):g}, which is "
                     "taken as it is. A group without a rate of its own gets the optimizer's, which is scaled."

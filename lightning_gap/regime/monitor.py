@@ -17,6 +17,7 @@ from lightning_gap.parallel import (
     holds_whole_weights,
     loss_scale,
     mean_over_ranks,
+    require_lightning,
     strategy_name,
 )
 from lightning_gap.regime.batch import effective_batch_size, pass_over_data
@@ -98,6 +99,7 @@ class GradientNoiseScale(Callback):
         """Refuse what cannot be measured."""
         if stage != "fit":
             return
+        require_lightning(trainer, type(self).__name__)
         # Gradients that an earlier callback has clipped are not the batch's.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         earlier = callbacks[: callbacks.index(self)]

@@ -1,5 +1,6 @@
 """The first updates: a learning rate that grows from the reference run's, under whatever schedule runs."""
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
@@ -80,7 +81,7 @@ class Warmup:
             self._full = [group["lr"] for group in groups]
             for group, rate in zip(groups, self._full, strict=True):
                 group["lr"] = scaled(rate, share)
-        self._used = groups[0]["lr"]
+        self._used = groups[0]["lr"] if groups else math.nan  # Lightning's stand-in for no optimizer has none
 
     def _end(self) -> None:
         self.give_back()

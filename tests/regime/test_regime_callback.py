@@ -21,6 +21,7 @@ from regime_runs import EPOCH_SCHEDULES, EPOCHS, SAMPLES, Regression, SaveAt, Tr
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_gap import UltraSlowDiffusion
 from lightning_gap.regime import LargeBatchRegime, effective_batch_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*callbacks used to create.*")
@@ -256,6 +257,18 @@ def test_an_optimizer_that_is_kept_is_not_scaled_again():
         run(model, loader(30), LargeBatchRegime(4), max_epochs=1)
     assert model.kept.param_groups[0]["lr"] == pytest.approx(1e-3 * 7.5**0.5)
     run(model, loader(30), LargeBatchRegime(30), max_epochs=1)  # nothing to scale
+
+
+@pytest.mark.filterwarnings("ignore:.*will run with no optimizer.*")
+def test_a_module_without_an_optimizer_runs():
+    class Without(Regression):
+        def configure_optimizers(self):
+            return None
+
+    regime, diffusion = LargeBatchRegime(4, lr_rule="none"), UltraSlowDiffusion()
+    trainer, _ = run(Without(), loader(30), regime, diffusion, max_epochs=1)
+    assert trainer.global_step == 15
+    assert diffusion.trace["distance"][-1] == 0.0
 
 
 def test_the_same_trainer_fits_again():
