@@ -15,6 +15,7 @@ from lightning_gap.regime.plan import updates_in_epoch
 
 __all__ = ["Pass", "effective_batch_size", "pass_over_data"]
 
+_GIVEN = "or pass batch_size=, and with it max_steps without max_epochs or train_longer=False"
 _LR_ONLY = "set max_steps without max_epochs, or pass train_longer=False (with batch_size=) for the learning rate alone"
 
 
@@ -89,7 +90,7 @@ def training_loader(trainer: Trainer) -> Any:
         except Exception as error:
             raise MisconfigurationException(
                 f"{type(source).__name__}.train_dataloader() cannot be called before the module's own setup ({error}). "
-                f"Pass the loader to trainer.fit, move it to a LightningDataModule, {_LR_ONLY}."
+                f"Pass the loader to trainer.fit, move it to a LightningDataModule, {_GIVEN}."
             ) from error
     if source is None:
         raise MisconfigurationException(
@@ -98,7 +99,7 @@ def training_loader(trainer: Trainer) -> Any:
     loaders = (source if isinstance(source, CombinedLoader) else CombinedLoader(source)).flattened
     if len(loaders) != 1:
         raise MisconfigurationException(
-            f"There are {len(loaders)} training loaders, so a batch size cannot be told. Use one, {_LR_ONLY}."
+            f"There are {len(loaders)} training loaders, so a batch size cannot be told. Use one, {_GIVEN}."
         )
     return loaders[0]
 
@@ -111,7 +112,7 @@ def loader_batch_size(loader: Any) -> int:
             return size
     raise MisconfigurationException(
         f"The batch size of the training loader ({type(loader).__name__}) is unknown: neither it nor its batch_sampler "
-        f"has an integer batch_size. Give it one, {_LR_ONLY}."
+        f"has an integer batch_size. Give it one, {_GIVEN}."
     )
 
 

@@ -608,6 +608,12 @@ def test_what_a_refusal_names_as_remedy_works():
     several = LargeBatchRegime(4, batch_size=40, train_longer=False)
     run(_Listed(), [loader(30), loader(10)], several, limit_train_batches=2)
     assert several.plan.ratio == 10
+    for module, data in ((Late(), None), (_Listed(), [loader(30), loader(10)])):
+        limited = LargeBatchRegime(4, batch_size=30)
+        with pytest.raises(MisconfigurationException, match="or pass batch_size=, and with it max_steps"):
+            run(module, data, LargeBatchRegime(4), max_epochs=-1, max_steps=3)
+        trainer, _ = run(module, data, limited, max_epochs=-1, max_steps=3)
+        assert (trainer.global_step, limited.plan.ratio) == (3, 7.5)
 
 
 def test_a_stream_is_limited_by_updates():
