@@ -305,5 +305,5 @@ def test_the_trainer_of_the_other_package_is_named(make):
     from pytorch_lightning.demos.boring_classes import BoringModel as Model
 
     trainer = other.Trainer(accelerator="cpu", barebones=True, max_steps=1, callbacks=[make()])
-    with pytest.raises(MisconfigurationException, match="import Trainer and LightningModule from lightning.pytorch"):
+    with pytest.raises(MisconfigurationException, match=r"import Trainer and .* from lightning\.pytorch"):
         trainer.fit(Model())

@@ -32,8 +32,9 @@ def recalibrate_batchnorm(
     .. math:: R = \frac{1}{B} \sum_{b=1}^{B} S_b ,
 
     :math:`S_b` the mean, or the unbiased variance. Each counts the same, so let the loader drop a smaller last batch.
-    Only these layers are in training mode meanwhile: dropout is off and no random number is drawn. With several
-    processes each gives its part of the data, at least one batch, and all end up with the average over all of them.
+    Only these layers are in training mode meanwhile: dropout is off and no random number is drawn but those of the
+    loader. With several processes each gives its part of the data, at least one batch, and all end up with the average
+    over all of them.
 
     Args:
         module: The model; a ``DistributedDataParallel`` wrapper is looked through.

@@ -52,7 +52,7 @@ class LargeBatchRegime(Callback):
 
     What it did is printed before training as a table and logged as hyperparameters; ``updates``,
     ``samples_seen``, ``learning_rate``, ``lr_over_batch`` and ``clipped_fraction`` are logged under
-    ``lightning_gap/regime/`` at every update.
+    ``lightning_gap/regime/`` at every update, of which the loggers get one in ``log_every_n_steps``.
 
     Args:
         reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
@@ -82,8 +82,8 @@ class LargeBatchRegime(Callback):
         TypeError: If a batch size or a number of updates is not an int.
         ValueError: If an argument is out of its range, or does not go with another.
         MisconfigurationException: When ``fit`` starts, before anything is changed, if the trainer, the module, its
-            optimizer, a scheduler or the loader is one that this regime cannot be right for. Also on resuming a
-            checkpoint of another regime, or of a run without this callback.
+            optimizer (one that an earlier fit has scaled, too), a scheduler or the loader is one that this regime
+            cannot be right for. Also on resuming a checkpoint of another regime, or of a run without this callback.
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", sections 4 and 5. Goyal et al. 2017, "Accurate,
