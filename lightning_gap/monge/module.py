@@ -416,7 +416,8 @@ class MongeMap(LightningModule):
             return None
         if not getattr(self.map, "conditional", False):
             raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
-        each = conditions_of(condition, n, self.condition_names or ())
+        vector_dim = getattr(self.map, "condition_dim", None)
+        each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim)
         return self._as_map_takes(each) if each.is_floating_point() else each
 
     # --- the loops ------------------------------------------------------------------------------------------------
