@@ -72,22 +72,31 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
     return torch.stack(vectors).to(dtype)
 
 
-def conditions_of(given: Any, n: int, names: Sequence[str]) -> Tensor:
+def conditions_of(given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None) -> Tensor:
     """Return a condition for each of n samples.
 
     Args:
         given: One condition for all samples, or one for each: names, labels, or vectors.
         n: Number of samples.
         names: Names of the labels, in order.
+        vector_dim: Dimension of the vectors where conditions are vectors, as far as it is known.
 
     Returns:
         ``(n,)`` labels (int64) or ``(n, p)`` vectors.
 
     Raises:
-        ValueError: A name is not known, or there is neither one condition nor one for each sample.
+        ValueError: A name is not known, a number could be a name or a label, names are given where conditions are
+            vectors, or there is neither one condition nor one for each sample.
     """
     if not isinstance(given, Tensor):
         array = np.asarray(given)
+        if array.dtype.kind in "USO" and vector_dim is not None:
+            raise ValueError(
+                f"condition={array.ravel()[0]!s} is a name, but the conditions of this map are vectors of {vector_dim} "
+                "numbers, whose names it does not hold: give the vector"
+            )
+        if array.dtype.kind in "iu" and vector_dim is None:
+            _refuse_ambiguous(array, names)
         if array.dtype.kind in "USO":
             wanted = [str(name) for name in array.ravel()]
             unknown = sorted(set(wanted) - set(names))
@@ -97,6 +106,10 @@ def conditions_of(given: Any, n: int, names: Sequence[str]) -> Tensor:
             array = np.array([list(names).index(name) for name in wanted])
         given = torch.from_numpy(np.array(array))
     each: Tensor
+    if vector_dim is not None:
+        given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
+        if vector_dim == 1 and given.dim() == 1:
+            given = given[:, None]
     if given.is_floating_point():
         each = given[None] if given.dim() < 2 else given
         each = each[:, None] if each.dim() == 1 else each
@@ -107,3 +120,14 @@ def conditions_of(given: Any, n: int, names: Sequence[str]) -> Tensor:
     if len(each) != n:
         raise ValueError(f"condition holds {len(each)} conditions for {n} samples: give one, or one for each")
     return each
+
+
+def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
+    """Raise for a number that is the name of one condition and would be taken for the label of another."""
+    place = {name: label for label, name in enumerate(names)}
+    for number in np.unique(numbers).tolist():
+        if place.get(str(number), number) != number:
+            raise ValueError(
+                f"condition={number} could be the label {number}, or the name {str(number)!r} of the label "
+                f"{place[str(number)]}: give names as text, and labels as a tensor"
+            )

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.frames import frame_table, load_frame
-from lightning_gap.monge.h5ad import InFile, InMemory, anndata_table, within_h5ad
+from lightning_gap.monge.h5ad import InFile, InMemory, anndata_table, dense_rows, within_h5ad
 from lightning_gap.monge.tables import Table, as_tensor, first_line, there_is
 
-__all__ = ["is_file", "open_frame", "open_table", "read_vector"]
+__all__ = ["is_file", "open_frame", "open_table", "read_matrix", "read_vector"]
 
 Array = NDArray[Any]
 
@@ -37,7 +37,7 @@ def open_table(
     obsm: str | None = None,
     labels: Iterable[str] = (),
 ) -> Table:
-    """Return the table of an array, tensor, data frame, AnnData, or a path to a file of one.
+    """Return the table of an array, tensor, sparse matrix, data frame, AnnData, or a path to a file of one.
 
     Args:
         argument: The caller's argument, for messages.
@@ -85,6 +85,24 @@ def open_frame(argument: str, location: str) -> Any:
     if within is not None or suffix in (".npy", ".npz", ".h5ad"):
         raise ValueError(f"{argument}: {location!r} is no .csv, .tsv or .parquet file")
     return load_frame(f"{argument} ({path.name})", path, suffix, None, frozenset())
+
+
+def read_matrix(argument: str, data: Any) -> Tensor:
+    """Return an array, a sparse matrix or a data frame as a tensor, float64 if it is that and float32 otherwise.
+
+    Args:
+        argument: The caller's argument, for messages.
+        data: What to convert. It may be empty, and hold NaN.
+
+    Raises:
+        TypeError: It is AnnData, of which one matrix is wanted, or holds no real numbers.
+    """
+    if is_file(data) or _is_instance(data, "anndata", "AnnData"):
+        raise TypeError(
+            f"{argument} must be a tensor or an array, got {type(data).__name__}: give what the map was trained on, "
+            "as adata.X, adata.layers[...] or adata.obsm[...]"
+        )
+    return open_table(argument, data).read(None)
 
 
 def read_vector(argument: str, data: Any) -> Array:
@@ -170,9 +188,20 @@ def _array_table(title: str, data: Any) -> Table:
         if tensor.is_complex():
             raise TypeError(f"{title} must hold real numbers, got a tensor of {tensor.dtype}: convert it first")
         return _plain_table(title, len(tensor) if tensor.dim() else 0, lambda rows: _tensor_rows(tensor, rows))
+    if hasattr(data, "tocsr"):
+        return _sparse_table(title, data.tocsr())
     array = np.asarray(data)
     _check_real(title, array)
     return _plain_table(title, len(array) if array.ndim else 0, lambda rows: as_tensor(_array_rows(array, rows)))
+
+
+def _sparse_table(title: str, matrix: Any) -> Table:
+    length, width = (int(size) for size in matrix.shape)
+
+    def read(rows: Array | None) -> Tensor:
+        return torch.from_numpy(dense_rows(title, matrix, np.arange(length) if rows is None else rows, None, width))
+
+    return _plain_table(title, length, read)
 
 
 def _plain_table(title: str, length: int, read: Callable[[Array | None], Tensor]) -> Table:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gap.monge.tables import Table, first_line, library, objects, there_is
 
-__all__ = ["InFile", "InMemory", "anndata_table", "within_h5ad"]
+__all__ = ["InFile", "InMemory", "anndata_table", "dense_rows", "within_h5ad"]
 
 Array = NDArray[Any]
 
@@ -134,7 +134,7 @@ def anndata_table(
     obs = data.obs
 
     def read(rows: Array | None) -> Tensor:
-        return torch.from_numpy(_dense_rows(title, matrix, np.arange(length) if rows is None else rows, chosen, width))
+        return torch.from_numpy(dense_rows(title, matrix, np.arange(length) if rows is None else rows, chosen, width))
 
     return Table(
         title,
@@ -146,8 +146,19 @@ def anndata_table(
     )
 
 
-def _dense_rows(title: str, matrix: Any, rows: Array, columns: Array | None, width: int) -> Array:
-    """Return rows of a dense or sparse matrix, in memory or in a file, never holding much more than the result."""
+def dense_rows(title: str, matrix: Any, rows: Array, columns: Array | None, width: int) -> Array:
+    """Return rows of a dense or sparse matrix, in memory or in a file, never holding much more than the result.
+
+    Args:
+        title: How messages call it.
+        matrix: The matrix, of which slices of rows can be taken.
+        rows: Numbers of the rows, in increasing order.
+        columns: Numbers of the columns; all by default.
+        width: Number of the matrix's columns.
+
+    Raises:
+        TypeError: It holds no real numbers.
+    """
     dtype = np.dtype(matrix.dtype)
     if dtype.kind not in "fiub":
         raise TypeError(f"{title} must hold real numbers, got {dtype}: convert it first")

@@ -23,7 +23,7 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.files import is_file, open_table
+from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.populations import FiniteSamples, Turn
@@ -371,7 +371,7 @@ class MongeMap(LightningModule):
         """Return the images of raw samples, in evaluation mode and without gradients.
 
         Args:
-            x: ``(n, d)`` samples, a tensor on any device or an array.
+            x: ``(n, d)`` samples: a tensor on any device, an array, a sparse matrix or a data frame.
             condition: For a conditional map, one condition for all samples or one for each: names, labels, or vectors.
             batch_size: Rows that go through the network at once.
 
@@ -381,7 +381,7 @@ class MongeMap(LightningModule):
         Raises:
             ValueError: The shape is not ``(n, d)``, ``batch_size`` is not positive, or the condition is not known.
         """
-        x = x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
+        x = x if isinstance(x, Tensor) else read_matrix("x", x)
         if x.dim() != 2:
             raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}")
         check_count("batch_size", batch_size)
@@ -416,7 +416,8 @@ class MongeMap(LightningModule):
             return None
         if not getattr(self.map, "conditional", False):
             raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
-        each = conditions_of(condition, n, self.condition_names or ())
+        vector_dim = getattr(self.map, "condition_dim", None)
+        each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim)
         return self._as_map_takes(each) if each.is_floating_point() else each
 
     # --- the loops ------------------------------------------------------------------------------------------------
@@ -730,12 +731,7 @@ def _reference(samples: Any) -> Tensor | None:
         return None
     if isinstance(samples, Mapping):  # of a checkpoint, whose state holds the samples
         return torch.zeros(samples["shape"])
-    if is_file(samples):
-        samples = open_table("gap_reference", samples).samples(None)
-    tensor = samples.detach().clone() if isinstance(samples, Tensor) else torch.tensor(np.asarray(samples))
-    tensor = tensor if tensor.is_floating_point() else tensor.float()
-    check_samples("gap_reference", tensor)
-    return tensor
+    return open_table("gap_reference", samples).samples(None)
 
 
 def _fitting_loss(loss: Any) -> FittingLoss:

@@ -58,7 +58,9 @@ class Side:
 
 def is_stream(data: object) -> bool:
     """Return whether ``data`` is a sampler or an iterable of samples rather than the samples themselves."""
-    if is_file(data) or isinstance(data, Tensor | np.ndarray | Sequence) or hasattr(data, "__array__"):
+    if is_file(data) or isinstance(data, Tensor | np.ndarray | Sequence):
+        return False
+    if hasattr(data, "__array__") or hasattr(data, "tocsr"):
         return False
     return callable(data) or (isinstance(data, Iterable) and not hasattr(data, "obs"))
 

@@ -416,3 +416,17 @@ def test_the_default_network_is_a_residual_mlp_at_the_identity():
 def test_an_unknown_solver_is_refused_at_once():
     with pytest.raises(ValueError, match="solver must be one of"):
         MongeMap(2, solver="sinkhorn")
+
+
+def test_transport_takes_what_cells_come_in():
+    sparse, anndata, pandas = (pytest.importorskip(name) for name in ("scipy.sparse", "anndata", "pandas"))
+    x = np.array([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]], dtype=np.float32)
+    model = MongeMap(2)
+    expected = model.transport(x)
+    matrices = [make(x) for make in (sparse.csr_matrix, sparse.csc_matrix, sparse.coo_matrix, sparse.csr_array)]
+    for given in (*matrices, x[::-1][::-1], x.astype(">f4"), pandas.DataFrame(x, columns=["a", "b"])):
+        assert torch.equal(model.transport(given), expected)
+    assert model.transport(matrices[0][:0]).shape == (0, 2)
+    with pytest.raises(TypeError, match=r"x must be a tensor or an array, got AnnData: .* adata\.X"):
+        model.transport(anndata.AnnData(x))
+    assert torch.equal(MongeMap(2, gap_reference=matrices[0]).gap_reference, torch.as_tensor(x))

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -148,6 +149,27 @@ def test_conditions_that_do_not_fit_are_refused(condition, message):
         model.transport(gaussians(24)[0], condition)
     with pytest.raises(ValueError, match="this map has no conditions"):
         small().transport(gaussians(24)[0], 0)
+
+
+def test_a_number_that_is_the_name_of_another_label_is_refused():
+    model = MongeMap(map=ConditionalMap(2, conditions=3, hidden=(8,)), condition_names=["1", "2", "10"])
+    x = gaussians(24)[0]
+    for condition in (1, 10, np.full(24, 2)):
+        with pytest.raises(ValueError, match=r"could be the label [0-9]+, or the name"):
+            model.transport(x, condition)
+    assert torch.equal(model.transport(x, "10"), model.transport(x, torch.tensor(2)))
+    assert torch.equal(model.transport(x, 0), model.transport(x, "1"))
+    same = MongeMap(map=ConditionalMap(2, conditions=2, hidden=(8,)), condition_names=["0", "1"])
+    assert same.transport(x, 1).shape == x.shape
+
+
+def test_doses_are_numbers_one_for_all_or_one_each():
+    model = MongeMap(map=ConditionalMap(2, condition_dim=1, hidden=(8,)), condition_names=["low", "high"])
+    x = gaussians(24)[0]
+    for dose in (1, [1], np.ones(24), np.ones(24, dtype=int), torch.ones(24, 1)):
+        assert torch.equal(model.transport(x, dose), model.transport(x, 1.0))
+    with pytest.raises(ValueError, match="condition=low is a name, but the conditions of this map are vectors of 1"):
+        model.transport(x, "low")
 
 
 def test_conservativity_needs_a_field():

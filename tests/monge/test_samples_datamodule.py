@@ -294,3 +294,11 @@ def test_evaluation_with_nothing_held_out_is_refused(stage):
     evaluate = trainer.validate if stage == "val" else trainer.test
     with pytest.raises(MisconfigurationException, match=f"{stage}_fraction=0 holds no samples out"):
         evaluate(Recorder(), data)
+
+
+@pytest.mark.parametrize("kind", ["csr_matrix", "csc_matrix", "coo_array"])
+def test_sparse_matrices_are_samples(kind):
+    make = getattr(pytest.importorskip("scipy.sparse"), kind)
+    x = np.random.default_rng(0).poisson(0.5, (40, 3)).astype(np.float32)
+    data = SamplesDataModule(make(x), make(x + 1), batch_size=8)
+    assert torch.equal(data.source, torch.as_tensor(x))
