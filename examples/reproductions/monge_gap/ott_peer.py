@@ -103,14 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
+    parser.add_argument("--tasks", nargs="+", help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--updates", type=int, help="updates in place of the configuration's")
     args = parser.parse_args(arguments)
     # Seed by seed.
     for path in sorted(args.runs.glob("*/*/samples.npz"), key=lambda path: (path.parent.name, path)):
-        for gap in args.gaps if int(path.parent.name) in args.seeds else ():
-            train(path, gap, int(path.parent.name), args.updates)
+        task, seed = path.parts[-3], int(path.parts[-2])
+        for gap in args.gaps if seed in args.seeds and task in (args.tasks or [task]) else ():
+            train(path, gap, seed, args.updates)
 
 
 if __name__ == "__main__":
