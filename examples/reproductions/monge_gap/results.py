@@ -49,7 +49,7 @@ BASE = {
 }
 OTHERS = {
     "gaussians": "L2-UVP in % between [Gaussians](../transport_maps.md#gaussians), median (least to largest):",
-    "sphere": "[On the sphere](../transport_maps.md#the-sphere), the mean geodesic error in % of the mean displacement:",
+    "sphere": "[On the sphere](../transport_maps.md#the-sphere), the geodesic error in % of the mean displacement:",
 }
 SOURCE, TARGET, IMAGE = "#868c96", "#e08a1e", "#2f7fd0"
 Rows = list[dict[str, Any]]
@@ -245,8 +245,11 @@ def _maps(path: Path, out: Path) -> None:
         numbers = [float(row[name]) for name in ("x1", "x2", "image1", "image2")]
         found.setdefault((row["task"], row["library"], row["gap"]), []).append(numbers)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
-    figure = Figure(figsize=(3.1 * len(GAPS), 3.1 * len(tasks)), dpi=100, layout="constrained")
-    for line, task in zip(figure.subplots(len(tasks), len(GAPS), squeeze=False), tasks, strict=True):
+    spans = [np.ptp(np.asarray(found[task, "", "samples"]).reshape(-1, 2), axis=0) for task in tasks]
+    heights = [max(3.0 * min(1.2, span[1] / span[0]), 1.5) for span in spans]
+    figure = Figure(figsize=(3.0 * len(GAPS), sum(heights) + 0.4), dpi=100, layout="constrained")
+    axes = figure.subplots(len(tasks), len(GAPS), squeeze=False, height_ratios=heights)
+    for line, task in zip(axes, tasks, strict=True):
         drawn = np.asarray(found[task, "", "samples"])
         for ax, (gap, name) in zip(line, GAPS.items(), strict=True):
             ax.scatter(*drawn[:, :2].T, s=5, color=SOURCE, label="source", linewidth=0)
