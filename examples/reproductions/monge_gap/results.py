@@ -240,21 +240,21 @@ def _maps(path: Path, out: Path) -> None:
         return
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    found: dict[tuple[str, str, str], Any] = {}
+    found: dict[tuple[str, str], Any] = {}
     for row in rows:
         numbers = [float(row[name]) for name in ("x1", "x2", "image1", "image2")]
-        found.setdefault((row["task"], row["library"], row["gap"]), []).append(numbers)
+        found.setdefault((row["task"], row["gap"]), []).append(numbers)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
-    spans = [np.ptp(np.asarray(found[task, "", "samples"]).reshape(-1, 2), axis=0) for task in tasks]
+    spans = [np.ptp(np.asarray(found[task, "samples"]).reshape(-1, 2), axis=0) for task in tasks]
     heights = [max(3.0 * min(1.2, span[1] / span[0]), 1.5) for span in spans]
     figure = Figure(figsize=(3.0 * len(GAPS), sum(heights) + 0.4), dpi=100, layout="constrained")
     axes = figure.subplots(len(tasks), len(GAPS), squeeze=False, height_ratios=heights)
     for line, task in zip(axes, tasks, strict=True):
-        drawn = np.asarray(found[task, "", "samples"])
+        drawn = np.asarray(found[task, "samples"])
         for ax, (gap, name) in zip(line, GAPS.items(), strict=True):
             ax.scatter(*drawn[:, :2].T, s=5, color=SOURCE, label="source", linewidth=0)
             ax.scatter(*drawn[:, 2:].T, s=5, color=TARGET, label="target", linewidth=0)
-            moved = np.asarray(found.get((task, "lightning_gap", gap), np.zeros((0, 4))))
+            moved = np.asarray(found.get((task, gap), np.zeros((0, 4))))
             ax.add_collection(LineCollection(list(moved.reshape(-1, 2, 2)), colors=IMAGE, linewidths=0.4, alpha=0.7))
             ax.scatter(*moved[:, 2:].T, s=5, color=IMAGE, label="image", linewidth=0, zorder=3)
             ax.set(xticks=[], yticks=[], aspect="equal")

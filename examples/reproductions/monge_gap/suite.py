@@ -30,6 +30,7 @@ LOGS, RUNS = Path("docs/results/logs/monge_gap"), Path("runs/monge_gap")
 GAPS = ("none", "l2", "l22", "p1.5")
 COSTS = {"l2": "euclidean", "l22": "sqeuclidean", "p1.5": "pnorm(p=1.5)"}
 SEEDS = (0, 1, 2)
+LIBRARIES = ("lightning_gap", "ott")
 # Samples of an exact gap, and displacements of a picture.
 EXACT, SHOWN = 1024, 200
 
@@ -130,22 +131,18 @@ def draw_from(runs: Path, logs: Path, tasks: Sequence[str], seed: int) -> None:
     """Keep the displacements of one seed, and some samples of the target, for the figure."""
     with (logs / "displacements.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["task", "library", "gap", "x1", "x2", "image1", "image2"])
+        writer.writerow(["task", "gap", "x1", "x2", "image1", "image2"])
         for task in tasks:
             path = runs / task / str(seed) / "samples.npz"
             if not path.exists():
                 continue
             with np.load(path) as arrays:
                 for a, b in zip(arrays["test_x"][: 2 * SHOWN], arrays["test_y"][: 2 * SHOWN], strict=True):
-                    writer.writerow([task, "", "samples", *(f"{value:.4g}" for value in (*a.tolist(), *b.tolist()))])
-            for library in LIBRARIES:
-                for gap in GAPS:
-                    found = path.parent / f"{library}_{gap}.npz"
-                    if found.exists():
-                        writer.writerows([[task, library, gap, *row] for row in picture(path, found)])
-
-
-LIBRARIES = ("lightning_gap", "ott")
+                    writer.writerow([task, "samples", *(f"{value:.4g}" for value in (*a.tolist(), *b.tolist()))])
+            for gap in GAPS:
+                found = path.parent / f"lightning_gap_{gap}.npz"
+                if found.exists():
+                    writer.writerows([[task, gap, *row] for row in picture(path, found)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
