@@ -212,7 +212,10 @@ def values(rows: Rows, name: str) -> list[Any]:
 
 
 def _ablation(rows: Rows, name: str) -> str:
-    dims = sorted({row["D"] for row in rows})
+    # Dimensions where something was changed.
+    dims = sorted(
+        {row["D"] for value in values(rows, name) for row in _like(rows, **{name: value}) if value != BASE[name]}
+    )
     lines = []
     for value in values(rows, name):
         shown = f"{value:g}" if isinstance(value, float) else str(value)
