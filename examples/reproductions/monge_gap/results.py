@@ -280,19 +280,20 @@ def _curves(rows: Rows, out: Path) -> None:
         for ax, name in zip(line, names, strict=True):
             groups = [(value, column(_like(rows, D=dim, **{name: value}), "uvp")) for value in values(rows, name)]
             groups = [(value, found) for value, found in groups if found]
+            if len(groups) < 2:
+                ax.set_axis_off()
+                continue
             # A weight of 0 has its place at the left end of the logarithmic axis.
-            places = [value or 0.001 for value, _ in groups] or [1.0]
+            places = [value or 0.001 for value, _ in groups]
             ax.set(xscale="log", xlim=(min(places) / 1.6, max(places) * 1.6))
-            for place, (_, found) in zip(places, groups, strict=False):
+            for place, (_, found) in zip(places, groups, strict=True):
                 ax.plot([place] * len(found), found, "o", markersize=4, alpha=0.6, color=IMAGE)
-            ax.plot(places[: len(groups)], [np.mean(found) for _, found in groups], color=IMAGE, linewidth=1)
+            ax.plot(places, [np.mean(found) for _, found in groups], color=IMAGE, linewidth=1)
             ax.axvline(BASE[name], color=SOURCE, linewidth=0.8, linestyle=":")
             ax.set_ylim(0, None)
-            if name in ("gap_weight", "batch"):
-                ax.set_xticks(places, [f"{value:g}" for value, _ in groups], minor=False)
-                ax.minorticks_off()
-            if dim == dims[-1]:
-                ax.set_xlabel(ABLATIONS[name].replace(", share of the mean cost", ""))
+            ax.set_xticks(places, [f"{value:g}" for value, _ in groups])
+            ax.minorticks_off()
+            ax.set_xlabel(ABLATIONS[name].replace(", share of the mean cost", ""))
         line[0].set_ylabel(f"L2-UVP, %, D = {dim}")
     figure.savefig(out)
 
