@@ -216,6 +216,8 @@ def _ablation(rows: Rows, name: str) -> str:
     dims = sorted(
         {row["D"] for value in values(rows, name) for row in _like(rows, **{name: value}) if value != BASE[name]}
     )
+    if not dims:
+        return "Not run."
     lines = []
     for value in values(rows, name):
         shown = f"{value:g}" if isinstance(value, float) else str(value)
