@@ -185,7 +185,7 @@ def main() -> None:
     ]
     # The share at the quartiles of the step, which is nearly all of the time and of its spread.
     whole_spread = [options.updates * seconds for seconds in updates]
-    title = f"{options.updates} updates"
+    title = f"{options.updates:,} updates"
     for name, extra in (("without a reference", added), ("with a reference", with_reference)):
         share = spread([100 * extra / seconds for seconds in whole_spread])
         rows.append({"table": title, "callback": name, "added, %": share, "copies of the weights held": held / weights})

@@ -102,7 +102,7 @@ SPEED = {
     "ghost_memory": Benchmark(
         f"{GHOST} memory --ghosts 32 128 --shapes 16x16",
         "Highest memory of Ghost BN", 0.5,
-        f"{GHOST} memory --ghosts 1024 --shapes 1d", ("linux",),
+        f"{GHOST} memory --ghosts 1024 --shapes 16x16", ("linux",),
     ),
     "ghost_limit": Benchmark(
         f"{GHOST} limit --threads 1 --ghosts 32 128 --shapes 1d --repeat 5",
@@ -125,7 +125,7 @@ SPEED = {
     "regime": Benchmark(
         "regime_overhead.py --updates 8 --turns 3",
         "`LargeBatchRegime` and `GradientNoiseScale`, beside an update of ResNet-18", 1.2,
-        "regime_overhead.py --updates 2 --turns 1",
+        "regime_overhead.py --updates 3 --turns 1",
     ),
     "diffusion": Benchmark(
         "diffusion_overhead.py --steps 12",
@@ -186,7 +186,7 @@ SPEED = {
     "scale": Benchmark(
         "transport_scale.py --solvers dense blocked --sizes 1000 3000 10000 30000 --dims 2 --limit 100",
         "Time and memory against n: our dense and blocked solvers", 0.8,
-        "transport_scale.py --solvers dense --sizes 50 100 --dims 2",
+        "transport_scale.py --solvers dense --sizes 100 --dims 2",
     ),
     "scale_keops": Benchmark(
         "transport_scale.py --solvers online --sizes 1000 3000 --dims 2 --limit 100",
@@ -391,10 +391,9 @@ def text_of(value: Any) -> str:
             return text_of(value["median"])
         return f"{text_of(value['median'])} ({text_of(value['low'])} to {text_of(value['high'])})"
     if isinstance(value, float):
-        if value == 0 or 1e-3 <= abs(value) < 1e6:
-            digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 3
-            return f"{value:,.{digits}f}"
-        return f"{value:.1e}"
+        if value == 0 or 1 <= abs(value) < 1e6:
+            return f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}" if value else "0"
+        return f"{value:.3g}" if 1e-3 <= abs(value) < 1 else f"{value:.1e}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
