@@ -357,15 +357,15 @@ def run(options: argparse.Namespace) -> int:
     names = options.only or list(chosen)
     known, failed = read(options.logs), 0
     options.logs.mkdir(parents=True, exist_ok=True)
-    left = sum(chosen[name].minutes for name in names)
+    left = sum(chosen[name].minutes for name in names if not missing(chosen[name], options))
     for name in names:
         benchmark = chosen[name]
         arguments = (options.quick and benchmark.quick) or benchmark.arguments
         absent, log = missing(benchmark, options), known.get(name)
-        left -= benchmark.minutes
         if absent:
             print(f"{name}: skipped, needs {' and '.join(absent)}", flush=True)
             continue
+        left -= benchmark.minutes
         same = log and log["sources"] == sources(shlex.split(arguments)[0]) and log["command"] == command(arguments)
         if same and not options.again:
             print(f"{name}: logged already, by this code", flush=True)
