@@ -14,6 +14,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from measurements import Row, add_json, ratios, spread, write_rows
 from torch import Tensor
 
 from lightning_gap.diffusion import weight_displacement, weight_norm
@@ -53,7 +54,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def table(dtype: torch.dtype, repeats: int) -> None:
+def table(dtype: torch.dtype, repeats: int) -> list[Row]:
     anchor = {str(i): torch.randn(shape).to(dtype) for i, shape in enumerate(SHAPES)}
     weights = {name: (a.float() + 0.01 * torch.randn(a.shape)).to(dtype) for name, a in anchor.items()}
     zero = {name: torch.zeros_like(a) for name, a in anchor.items()}
@@ -71,22 +72,28 @@ def table(dtype: torch.dtype, repeats: int) -> None:
     bandwidths = f"{2e-9 * size / median(reading):.1f} GB/s, at best {2e-9 * size / min(reading):.1f}"
     print(f"{dtype}: {size / 1e6:.0f} MB a copy, both read once in {1e3 * median(reading):.2f} ms ({bandwidths})")
     print(f"{'':24}{'ms':>8}{'x read':>8}{'best':>8}{'error':>10}{'equal moves':>14}")
+    where = {"weights": str(dtype).removeprefix("torch.")}
+    rows: list[Row] = [{**where, "way": "read both once", "ms": spread(reading, 1e3), "× reading": 1.0, "error": ""}]
     for name, way in ways.items():
         ratio = median(t / r for t, r in zip(times[name], reading, strict=True))
         errors = [abs(way(w, a, norm) / exact(w, a) - 1) for w, a in ((weights, anchor), (equal, zero))]
         best = min(times[name]) / min(reading)
         print(f"{name:24}{1e3 * median(times[name]):8.2f}{ratio:8.2f}{best:8.2f}{errors[0]:10.0e}{errors[1]:14.0e}")
+        timed = {"ms": spread(times[name], 1e3), "× reading": ratios(times[name], reading)}
+        rows.append({**where, "way": name, **timed, "error": errors[0]})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
+    add_json(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        table(dtype, options.repeats)
+    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in table(dtype, options.repeats)]
+    write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from measurements import add_json, spread, write_rows
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12, help="steps that are run and timed")
     parser.add_argument("--updates", type=int, default=10_000, help="the run whose time is put together")
+    add_json(parser)
     options = parser.parse_args()
     console = Console()
 
@@ -131,7 +133,8 @@ def main() -> None:
     )
     model = ResNet18()
     trainer.fit(model, DataLoader(Images(options.batch_size * 4), options.batch_size))
-    step = median(b - a for a, b in zip(clock.starts[1:], clock.starts[2:], strict=False)) - median(diffusion.recording)
+    updates = [b - a for a, b in zip(clock.starts[1:], clock.starts[2:], strict=False)]
+    step = median(updates) - median(diffusion.recording)
     record, wait = median(diffusion.recording), median(diffusion.waiting or [0.0])
 
     grid = [next_log_update(0, diffusion.points_per_decade)]
@@ -169,6 +172,24 @@ def main() -> None:
     held = sum(tensor.nbytes for tensor in diffusion._anchor.values())
     weights = sum(p.nbytes for p in model.parameters())
     console.print(f"memory held: {held / weights:.4f} copies of the parameters")
+    parts_found = {
+        f"a step of training, batch {options.batch_size}": (updates, 1e3, "ms"),
+        "a measurement, recorded and logged": (diffusion.recording, 1e3, "ms"),
+        "the hooks where none is due": (diffusion.waiting or [0.0], 1e6, "µs"),
+        "a forecast at a point, with a reference": ([forecast], 1e3, "ms"),
+        "the fit at the end": ([fit], 1e3, "ms"),
+    }
+    rows = [
+        {"table": "Parts", "part": name, "time": spread(times, scale), "unit": unit}
+        for name, (times, scale, unit) in parts_found.items()
+    ]
+    # The share at the quartiles of the step, which is nearly all of the time and of its spread.
+    whole_spread = [options.updates * seconds for seconds in updates]
+    title = f"{options.updates:,} updates"
+    for name, extra in (("without a reference", added), ("with a reference", with_reference)):
+        share = spread([100 * extra / seconds for seconds in whole_spread])
+        rows.append({"table": title, "callback": name, "added, %": share, "copies of the weights held": held / weights})
+    write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

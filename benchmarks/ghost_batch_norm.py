@@ -26,12 +26,13 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import Row, add_json, ratios, spread, write_rows
 from torch import Tensor, nn
 
 from lightning_gap import convert_ghost_batchnorm
@@ -42,6 +43,8 @@ RESNET50 = [((256, 64, 112, 112), "channels_last"), ((256, 256, 56, 56), "channe
 RESNET50 += [((256, 512, 28, 28), "channels_last"), ((256, 1024, 14, 14), "channels_last")]
 RESNET50 += [((256, 2048, 7, 7), "channels_last")]
 FEATURES = [((4096, 256), "1-d")]
+
+ROWS: list[Row] = []
 
 
 class Chunks(nn.Module):
@@ -122,6 +125,12 @@ def ratio(mine: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
+def compared(seconds: dict[str, list[float]], names: Iterable[str], base: str, **where: object) -> None:
+    """Keep a row: milliseconds of BatchNorm, and the spread of each rival's ratios to it."""
+    found = {name: ratios(seconds[name], seconds["plain"]) for name in names if name in seconds}
+    ROWS.append({**where, base: spread(seconds["plain"], 1e3), **{name: found.get(name, "") for name in names}})
+
+
 def passes(module: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Callable[[], None]:
     def run() -> None:
         module(x).backward(upstream)
@@ -147,6 +156,8 @@ def op(arguments: argparse.Namespace) -> None:
                 modules = rivals(shape, memory, size, arguments.device)
                 repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
                 seconds = in_turns({k: passes(m, x, upstream) for k, m in modules.items()}, repeat, arguments.device)
+                shown = [name for name in names if name != "tabnet" or name in seconds]
+                compared(seconds, shown, "plain, ms", input=str(shape), format=memory, ghost=size, threads=threads)
                 row(
                     str(shape), memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
                     *(f"{ratio(seconds[n], seconds['plain']):.2f}" if n in seconds else "-" for n in names),
@@ -197,6 +208,7 @@ def step(arguments: argparse.Namespace) -> None:
                                 )
                         runs[name] = training_step(net, x, target)
                     seconds = in_turns(runs, arguments.repeat * (2 if build is mlp else 1), "cpu")
+                    compared(seconds, names, "plain, ms", model=label, format=memory, ghost=size, threads=threads)
                     row(
                         label, memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.1f}",
                         *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in names),
@@ -229,6 +241,8 @@ def compiled(arguments: argparse.Namespace) -> None:
                 runs = {k: passes(torch.compile(m, fullgraph=True), x, upstream) for k, m in modules.items()}
                 repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
                 seconds = in_turns(runs, repeat, arguments.device)
+                where = {"input": str(shape), "format": memory, "ghost": size, "threads": threads}
+                compared(seconds, names, "compiled plain, ms", **where)
                 row(
                     str(shape), memory, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
                     *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in names),
@@ -245,6 +259,9 @@ def memory(arguments: argparse.Namespace) -> None:
             modules = rivals(shape, order, size, "cpu")
             peaks = {name: [peak(passes(modules[name], x, upstream)) for _ in range(5)] for name in ("plain", *names)}
             least = {name: statistics.median(values) for name, values in peaks.items()}
+            found = {name: ratios(peaks[name], peaks["plain"]) for name in names}
+            where = {"input": str(shape), "format": order, "ghost": size}
+            ROWS.append({**where, "plain, MiB": spread(peaks["plain"]), **found})
             row(
                 str(shape), order, str(size), f"{least['plain']:.0f}",
                 *(f"{least[name] / least['plain']:.2f}" for name in names),
@@ -278,6 +295,8 @@ def limit(arguments: argparse.Namespace) -> None:
                 bare = bare_passes if len(shape) == 2 else bare_image_passes
                 runs["passes"] = bare(x.detach(), upstream, size)
                 seconds = in_turns(runs, arguments.repeat * (8 if len(shape) == 2 else 1), "cpu")
+                where = {"input": str(shape), "format": order, "ghost": size, "threads": threads}
+                compared(seconds, ("passes", "contiguous"), "plain, ms", **where)
                 row(
                     str(shape), order, str(size), str(threads), f"{1e3 * statistics.median(seconds['plain']):.2f}",
                     *(f"{ratio(seconds[n], seconds['plain']):.2f}" for n in ("passes", "contiguous")),
@@ -340,6 +359,7 @@ def convert(arguments: argparse.Namespace) -> None:
         convert_ghost_batchnorm(model, 32)
         seconds.append(time.perf_counter() - start)
     layers = sum(type(layer).__name__ == "GhostBatchNorm2d" for layer in model.modules())
+    ROWS.append({"model": "ResNet-50", "layers": layers, "ms": spread(seconds, 1e3)})
     print(f"ResNet-50, {layers} layers: {1e3 * statistics.median(seconds):.2f} ms")
 
 
@@ -371,11 +391,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--reuse-memory", action="store_true")
+    add_json(parser)
     arguments = parser.parse_args()
     if arguments.reuse_memory:
         keep_freed_memory()
     torch.manual_seed(0)
     sections[arguments.section](arguments)
+    write_rows(arguments.json, ROWS)
 
 
 if __name__ == "__main__":

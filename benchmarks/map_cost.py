@@ -14,6 +14,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from measurements import Row, add_json, ratios, spread, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=40)
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -63,13 +65,15 @@ def main() -> None:
         )
         if "conservativity" not in name:
             calls[name, "forward"] = lambda net=net, inputs=inputs: net(*inputs)
-    best = dict.fromkeys(calls, float("inf"))
+    spent: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(arguments.repeats):
         for key, call in calls.items():
             start = time.process_time()
             with torch.set_grad_enabled(key[1] == "training"):
                 call()
-            best[key] = min(best[key], time.process_time() - start)
+            spent[key].append(time.process_time() - start)
+    best = {key: min(times) for key, times in spent.items()}
+    rows: list[Row] = []
     table = Table("map", "forward, ms", "ratio", "training, ms", "ratio")
     for name in maps:
         row = []
@@ -79,7 +83,16 @@ def main() -> None:
                 f"{1000 * seconds:.2f}", f"{seconds / best['ResidualMLP', kind]:.2f}"
             ]  # fmt: skip
         table.add_row(name, *row)
+        found: dict[str, object] = {"map": name}
+        for kind in ("forward", "training"):
+            times, base = spent.get((name, kind)), spent["ResidualMLP", kind]
+            if times:
+                found |= {f"{kind}, ms": spread(times, 1e3), f"{kind}, ratio": ratios(times, base)}
+            else:
+                found |= {f"{kind}, ms": "", f"{kind}, ratio": ""}
+        rows.append(found)
     Console(width=120).print(table)
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import statistics
 import tempfile
 import time
 import warnings
@@ -40,6 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from measurements import Row, add_json, ratios, spread, write_rows
 from torch import Tensor
 from torch.optim import Adam
 from torch.utils.data import DataLoader
@@ -136,8 +136,8 @@ class InTurns(Callback):
         self.start = time.process_time()
 
 
-def step(size: int, dim: int, steps: int, *, bare: bool) -> tuple[float, float, float]:
-    """Return the milliseconds of a step under the trainer and of the plain loop, and the median of their ratios."""
+def step(size: int, dim: int, steps: int, *, bare: bool) -> list[tuple[float, float]]:
+    """Return the seconds of a step under the trainer and of the plain loop, in each turn."""
     batches = [UnpairedBatch(*samples(size, dim, seed)) for seed in range(steps)]
     torch.manual_seed(0)
     net, same = ResidualMLP(dim, HIDDEN), ResidualMLP(dim, HIDDEN)
@@ -147,9 +147,7 @@ def step(size: int, dim: int, steps: int, *, bare: bool) -> tuple[float, float, 
     quiet_trainer(max_steps=steps, callbacks=[turns]).fit(Bare(net, batches[0]) if bare else MongeMap(map=net), loader)
     ours, theirs = (torch.stack(losses[: 3 * TURN]) for losses in (turns.losses, turns.plain.losses))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0.0)
-    seconds = turns.seconds[1:]  # the first turn has both sides' first calls
-    mine, plain = (1e3 * statistics.median(pair[k] for pair in seconds) for k in (0, 1))
-    return mine, plain, statistics.median(a / b for a, b in seconds)
+    return turns.seconds[1:]  # the first turn has both sides' first calls
 
 
 class Stopwatch:
@@ -287,14 +285,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--parts", action="store_true", help="of the shell, in milliseconds a step")
+    add_json(parser)
     args = parser.parse_args()
     quiet()
+    rows: list[Row] = []
     say = partial(print, flush=True)
     if args.section == "step":
         say("| batch | d | under the Trainer | ms | plain loop, ms | ratio |\n|---|---|---|---|---|---|")
         for size, dim in args.batches or [(256, 2), (1024, 32)]:
             for name, bare in (("MongeMap", False), ("bare module", True)):
-                mine, plain, ratio = step(size, dim, args.steps or 200, bare=bare)
+                mine, plain = zip(*step(size, dim, args.steps or 200, bare=bare), strict=True)
+                times = {"ms": spread(mine, 1e3), "plain loop, ms": spread(plain, 1e3), "ratio": ratios(mine, plain)}
+                rows.append({"batch": size, "d": dim, "under the Trainer": name, **times})
+                mine, plain, ratio = (found["median"] for found in times.values())
                 say(f"| {size} | {dim} | {name} | {mine:.2f} | {plain:.2f} | {ratio:.3f} |")
             if args.parts:
                 for name, ms in sorted(parts(size, dim, args.steps or 200).items(), key=lambda part: -part[1]):
@@ -308,6 +311,8 @@ def main() -> None:
                 several = losses(processes, args.steps or 50, size, dim, **options)
                 worst = float(((several - one) / one).abs().max())
                 row = title, size, dim, processes, one.shape[1], f"{worst:.1e}", f"{one[0, -1]:.3f}"
+                named = ("loss", "batch", "d", "processes", "steps", "largest relative difference", "last loss")
+                rows.append(dict(zip(named, row, strict=True)))
                 say("| " + " | ".join(map(str, row)) + " |")
     else:
         say("| batch | d | solver | processor, s | wall, s | memory, GB |\n|---|---|---|---|---|---|")
@@ -315,6 +320,9 @@ def main() -> None:
             processor, wall, memory = in_new_process(large, size, dim)
             solver = "dense" if size <= 4096 else "blocked"
             say(f"| {size} | {dim} | {solver} | {processor:.1f} | {wall:.1f} | {memory:.2f} |")
+            where = {"batch": size, "d": dim, "solver": solver}
+            rows.append({**where, "processor, s": processor, "wall, s": wall, "memory, GB": memory})
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Both callbacks run in the training whose updates are timed, so each update gives
 and the seconds of the whole update. A second table has the same hooks beside the smallest of models, in turns with and
 without them, so that nothing hides in the noise of a large update.
 
-Run: python benchmarks/regime_overhead.py
+    python benchmarks/regime_overhead.py [--updates 8] [--turns 3]
 """
 
+import argparse
 import contextlib
 import io
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from measurements import Row, add_json, spread, write_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -133,7 +135,8 @@ CASES: dict[str, tuple[Callable[[], Callback], int]] = {
 }
 
 
-def beside_resnet(batch: int, updates: int) -> None:
+def beside_resnet(batch: int, updates: int) -> list[Row]:
+    rows: list[Row] = []
     print(f"ResNet-18, batch {batch}: {'update, ms':>15} {'hooks, ms':>12} {'share, %':>10}")
     for name, (make, accumulate) in CASES.items():
         torch.manual_seed(0)
@@ -147,10 +150,18 @@ def beside_resnet(batch: int, updates: int) -> None:
         if name.endswith("10th"):  # most updates are not measured, so here the mean
             inside = statistics.mean(pair[1] for pair in pairs)
         print(f"{name:34}{1e3 * total:6.0f}{1e3 * inside:12.2f}{100 * inside / total:12.3f}", flush=True)
+        times, hooks = zip(*pairs, strict=True)
+        if name.endswith("10th"):
+            row = {"hooks, ms": 1e3 * inside, "share, %": 100 * inside / total}
+        else:
+            row = {"hooks, ms": spread(hooks, 1e3), "share, %": spread([100 * b / a for a, b in pairs])}
+        rows.append({"table": f"ResNet-18, batch {batch}", "callback": name, "update, ms": spread(times, 1e3), **row})
+    return rows
 
 
-def beside_nothing(updates: int, turns: int) -> None:
+def beside_nothing(updates: int, turns: int) -> list[Row]:
     """The whole cost of a callback, Lightning's calls of its hooks included, with a model that costs next to none."""
+    rows: list[Row] = []
     print("A linear model, interleaved pairs, µs: without, with, difference")
     data = DataLoader(TensorDataset(torch.randn(16, 4), torch.randint(10, (16,))), batch_size=16)
     for name, (make, accumulate) in CASES.items():
@@ -166,15 +177,28 @@ def beside_nothing(updates: int, turns: int) -> None:
         without, with_ = (1e6 * statistics.median(seconds) for seconds in medians)
         difference = 1e6 * statistics.median(b - a for a, b in zip(*medians, strict=True))
         print(f"{name:34}{without:8.0f}{with_:8.0f}{difference:8.0f}", flush=True)
+        spreads = {
+            "without, µs": spread(medians[0], 1e6),
+            "with, µs": spread(medians[1], 1e6),
+            "difference, µs": spread([b - a for a, b in zip(*medians, strict=True)], 1e6),
+        }
+        rows.append({"table": "A linear model, an update", "callback": name, **spreads})
+    return rows
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=8, help="of ResNet-18")
+    parser.add_argument("--turns", type=int, default=3, help="with and without, beside the linear model")
+    add_json(parser)
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     print(f"{torch.get_num_threads()} threads")
-    beside_nothing(updates=60, turns=3)
-    beside_resnet(batch=32, updates=8)
+    rows = beside_nothing(updates=60, turns=options.turns)
+    rows += beside_resnet(batch=32, updates=options.updates)
+    write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

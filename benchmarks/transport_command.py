@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from measurements import add_json, ratios, spread, write_rows
+
 CODE = """
 import resource, sys, time
 import torch
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add_json(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, source, output = (Path(folder, name) for name in ("map.ckpt", "in.npy", "out.npy"))
@@ -105,6 +108,16 @@ def main() -> None:
         peak, idle = (max(run[i] for run in runs) for i in (2, 3))
         print(f"| {command} | {options.rows / seconds:.0f} | {bare / seconds:.0%} | {options.rows / cpu:.0f} | "
               f"{bare_cpu / cpu:.0%} | {peak:.0f} | {idle:.0f} |")  # fmt: skip
+    rows = []
+    for command, runs in found.items():
+        speeds, bare_speeds = ([options.rows / run[0] for run in side] for side in (runs, found["network"]))
+        core_speeds, bare_core = ([options.rows / run[1] for run in side] for side in (runs, found["network"]))
+        rows.append({
+            "": command, "rows/s": spread(speeds), "of the network's": ratios(speeds, bare_speeds),
+            "rows/s of a core": spread(core_speeds), "of its": ratios(core_speeds, bare_core),
+            "peak memory, MB": max(run[2] for run in runs), "before the first row, MB": max(run[3] for run in runs),
+        })  # fmt: skip
+    write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

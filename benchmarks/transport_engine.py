@@ -1,12 +1,13 @@
-"""Our transport engine against OTT-JAX and GeomLoss: value and gradient of one Monge gap, in interleaved pairs.
+"""Our transport engine against OTT-JAX, GeomLoss and POT: value and gradient of one Monge gap, in interleaved pairs.
 
-    python benchmarks/transport_engine.py [--sizes 256 512 1024 2048] [--seconds 3] [--geomloss]
+    python benchmarks/transport_engine.py [--sizes 256 512 1024 2048] [--seconds 3] [--peer ott|geomloss|pot]
 
 Peers: ``pip install -r benchmarks/requirements.txt`` beside this package. Each cell alternates our call and the peer's
 on the same samples, and prints medians, the median ratio, and what accuracy each one reached. OTT-JAX is jitted and
 warmed up; "best" is the fastest of its default, Anderson acceleration (memory 5) and momentum 1.5. GeomLoss runs
 tensorized at the smallest of some scalings whose gradient error is no more than ours; ">" marks a cell where it was not
-yet as exact when its time was up.
+yet as exact when its time was up. POT runs its logarithmic Sinkhorn on tensors, at the largest of some thresholds whose
+gradient error is no more than ours; the gradient is that of the plan held still, so that it need not store its loop.
 """
 
 import argparse
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from measurements import Row, add_json, ratios, spread, write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +39,11 @@ def samples(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), y.astype(np.float32)
 
 
-def interleaved(ours: Callable[[], object], peer: Callable[[], object], seconds: float) -> tuple[float, float, float]:
-    """Return the median milliseconds of both and the median of the pairs' ratios."""
+Pairs = tuple[np.ndarray, np.ndarray]
+
+
+def interleaved(ours: Callable[[], object], peer: Callable[[], object], seconds: float) -> Pairs:
+    """Return the milliseconds of both, call by call."""
     ours(), peer()
     times, start = [], time.perf_counter()
     # What takes many seconds is not timed five times.
@@ -57,7 +62,13 @@ def interleaved(ours: Callable[[], object], peer: Callable[[], object], seconds:
             pair.append(1e3 * (time.perf_counter() - begin))
         times.append(pair)
     mine, theirs = np.array(times).T
-    return float(np.median(mine)), float(np.median(theirs)), float(np.median(theirs / mine))
+    return mine, theirs
+
+
+def median_ratio(pairs: Pairs) -> float:
+    """Return the median of how many times as long the peer takes."""
+    mine, theirs = pairs
+    return float(np.median(theirs / mine))
 
 
 def our_call(x: np.ndarray, y: np.ndarray, cost: str, share: float) -> Callable[[], torch.Tensor]:
@@ -130,6 +141,37 @@ def geomloss_call(x: np.ndarray, y: np.ndarray, cost: str, epsilon: float, scali
     return call
 
 
+def pot_call(x: np.ndarray, y: np.ndarray, cost: str, epsilon: float, threshold: float) -> Callable[[], object]:
+    """Return a call that computes the gradient of the gap with POT's plan."""
+    import ot
+
+    tx, ty = torch.tensor(x), torch.tensor(y).requires_grad_()
+    weights = torch.full((len(x),), 1 / len(x))
+
+    def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ot.dist(a, b, metric="sqeuclidean") if cost == "sqeuclidean" else torch.cdist(a, b)
+
+    def call() -> torch.Tensor:
+        C = distances(tx, ty)
+        with torch.no_grad():
+            plan = ot.bregman.sinkhorn_log(
+                weights, weights, C, epsilon, numItermax=10_000, stopThr=threshold, warn=False
+            )  # fmt: skip
+        squares = (ty - tx).square().sum(1)
+        direct = squares.mean() if cost == "sqeuclidean" else squares.sqrt().mean()
+        return torch.autograd.grad(direct - (plan * C).sum(), ty)[0].detach()
+
+    return call
+
+
+# What a peer is called, and the settings it is tried at until it is as exact as we are.
+PEERS = {"ott": "OTT-JAX", "geomloss": "GeomLoss", "pot": "POT"}
+TRIED = {
+    "geomloss": ("scaling", geomloss_call, (0.5, 0.9, 0.99, 0.995, 0.999)),
+    "pot": ("threshold", pot_call, (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)),
+}
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,60 +179,82 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 32])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.01])
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each pair of calls")
-    parser.add_argument("--geomloss", action="store_true", help="compare with GeomLoss instead of OTT-JAX")
+    parser.add_argument("--peer", choices=PEERS, default="ott")
+    add_json(parser)
     args = parser.parse_args()
-    peer = "GeomLoss" if args.geomloss else "OTT-JAX"
+    peer = PEERS[args.peer]
     table = Table(title=f"Monge gap, value and gradient: ours against {peer} ({torch.get_num_threads()} threads)")
     columns = ("n", "d", "cost", "rel. ε", "ours ms", "error", "sweeps", f"{peer} ms", "error", "ratio")
-    for column in (*columns, *(() if args.geomloss else ("best ms", "ratio"))):
+    for column in (*columns, *(("best ms", "ratio") if args.peer == "ott" else ())):
         table.add_column(column, justify="right")
-    ratios: dict[float, list[tuple[float, float]]] = {share: [] for share in args.shares}
+    rows: list[Row] = []
+    found_by_share: dict[float, list[tuple[float, float]]] = {share: [] for share in args.shares}
     for n in args.sizes:
         for d in args.dims:
             x, y = samples(n, d)
             for cost in COSTS:
                 for share in args.shares:
-                    row, found = cell(x, y, cost, share, args)
-                    ratios[share].append(found)
+                    row, found, numbers = cell(x, y, cost, share, args)
+                    found_by_share[share].append(found)
+                    rows.append({"n": n, "d": d, "cost": cost, "relative ε": share, **numbers})
                     table.add_row(str(n), str(d), cost, str(share), *row)
                     Console().print(n, d, cost, share, *row, style="dim")
     Console(width=140).print(table)
-    for share, pairs in ratios.items():
+    write_rows(args.json, rows)
+    for share, pairs in found_by_share.items():
         for name, values in zip(("default", "best"), zip(*pairs, strict=True), strict=True):
             mean = math.exp(float(np.mean(np.log(values))))
             print(f"relative ε {share}, against {peer} {name}: geometric mean {mean:.1f}, lowest {min(values):.2f}")
 
 
-def cell(x: np.ndarray, y: np.ndarray, cost: str, share: float, args: argparse.Namespace) -> tuple[list[str], tuple]:
-    """Measure one cell; return its texts and its ratios to the peer's default and best."""
+def cell(
+    x: np.ndarray, y: np.ndarray, cost: str, share: float, args: argparse.Namespace
+) -> tuple[list[str], tuple[float, float], Row]:
+    """Measure one cell; return its texts, its ratios to the peer's default and best, and its numbers."""
     ours = our_call(x, y, cost, share)
     solved = optimal_transport(torch.tensor(x), torch.tensor(y), cost=cost, relative_epsilon=share)
     reference = reference_gradient(x, y, cost, share)
     error = relative_error(ours(), reference)
-    if args.geomloss:
-        for scaling in (0.5, 0.9, 0.99, 0.995, 0.999):
-            call = geomloss_call(x, y, cost, solved.epsilon, scaling)
+    peer = PEERS[args.peer]
+    if args.peer in TRIED:
+        name, make, settings = TRIED[args.peer]
+        for setting in settings:
+            call = make(x, y, cost, solved.epsilon, setting)
             begin = time.perf_counter()
             theirs_error = relative_error(call(), reference)
             if theirs_error <= error or time.perf_counter() - begin > 4 * args.seconds:
                 break
-        mine, theirs, ratio = interleaved(ours, call, args.seconds)
+        pairs = interleaved(ours, call, args.seconds)
+        ratio = best_ratio = median_ratio(pairs)
         # Where it is not yet as exact as ours, it would have to take longer still.
-        sign = "" if theirs_error <= error else ">"
-        texts = [f"{theirs:.1f} (scaling {scaling})", f"{theirs_error:.1e}", f"{sign}{ratio:.1f}"]
-        best_ratio = ratio
+        exact = theirs_error <= error
+        texts = [
+            f"{np.median(pairs[1]):.1f} ({name} {setting})", f"{theirs_error:.1e}", f"{'' if exact else '>'}{ratio:.1f}"
+        ]  # fmt: skip
+        extra = {name: setting, "as exact": "yes" if exact else "not yet"}
     else:
         calls = ott_calls(x, y, cost, share)
         theirs_error = relative_error(calls["default"](), reference)
-        mine, theirs, ratio = interleaved(ours, calls["default"], args.seconds)
-        texts = [f"{theirs:.1f}", f"{theirs_error:.1e}", f"{ratio:.1f}"]
-        best, best_ratio = theirs, ratio
+        pairs = best = interleaved(ours, calls["default"], args.seconds)
+        ratio = best_ratio = median_ratio(pairs)
+        texts = [f"{np.median(pairs[1]):.1f}", f"{theirs_error:.1e}", f"{ratio:.1f}"]
         for name in ("anderson", "momentum"):
-            _, other, other_ratio = interleaved(ours, calls[name], args.seconds)
-            if other_ratio < best_ratio and relative_error(calls[name](), reference) < 10 * max(error, theirs_error):
-                best, best_ratio = other, other_ratio
-        texts += [f"{best:.1f}", f"{best_ratio:.1f}"]
-    return [f"{mine:.1f}", f"{error:.1e}", str(solved.iterations), *texts], (ratio, best_ratio)
+            other = interleaved(ours, calls[name], args.seconds)
+            if median_ratio(other) < best_ratio and (
+                relative_error(calls[name](), reference) < 10 * max(error, theirs_error)
+            ):
+                best, best_ratio = other, median_ratio(other)
+        texts += [f"{np.median(best[1]):.1f}", f"{best_ratio:.1f}"]
+        extra = {f"{peer} best / ours": ratios(best[1], best[0])}
+    numbers = {
+        "ours, ms": spread(pairs[0]),
+        "error": error,
+        f"{peer}, ms": spread(pairs[1]),
+        f"error, {peer}": theirs_error,
+        f"{peer} / ours": ratios(pairs[1], pairs[0]),
+        **extra,
+    }
+    return [f"{np.median(pairs[0]):.1f}", f"{error:.1e}", str(solved.iterations), *texts], (ratio, best_ratio), numbers
 
 
 if __name__ == "__main__":

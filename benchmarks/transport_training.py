@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from measurements import Row, add_json, ratios, spread, write_rows
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import make_moons, make_s_curve
@@ -302,7 +303,9 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=[0], help="of both networks' first weights, one run each"
     )
     parser.add_argument("--trainer", action="store_true", help="run ours through Lightning's Trainer")
+    add_json(parser)
     args = parser.parse_args()
+    rows: list[Row] = []
     torch.set_num_threads(args.threads)
     how = "Trainer" if args.trainer else "plain loop"
     table = Table(
@@ -326,6 +329,12 @@ def main() -> None:
                 qualities.append([Quality.of(side.transport, task.fitting_epsilon) for side in (ours, theirs)])
             times, network = np.concatenate(runs), ours.network_ms()
             ratio = float(np.median(times[:, 1] / times[:, 0]))
+            found: dict[str, object] = {"gap": gap, "batch": size, "ours": how}
+            found |= {"ms a step": spread(times[:, 0], 1e3), "OTT-JAX, ms": spread(times[:, 1], 1e3)}
+            found["OTT-JAX / ours"] = ratios(times[:, 1], times[:, 0])
+            for k, side in enumerate(("ours", "OTT-JAX")):
+                found[f"divergence, {side}"] = Quality.texts([pair[k] for pair in qualities])[0]
+            rows.append(found)
             for k, name in enumerate(("ours", "OTT-JAX")):
                 table.add_row(
                     *((gap, str(size)) if k == 0 else ("", "")),
@@ -338,6 +347,7 @@ def main() -> None:
                     end_section=k == 1,
                 )
     console.print(table)
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
