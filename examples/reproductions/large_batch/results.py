@@ -41,7 +41,9 @@ VARIATIONS = {
         "sb": "batch 128",
         "lb": "4096, rate as it was",
         "lr": "√ rule",
+        "lr_warmup": "√ rule, 5 epochs of warm-up",
         "gbn": "√ rule, ghosts",
+        "gbn_warmup": "√ rule, ghosts, 5 epochs of warm-up",
         "linear": "linear rule",
         "linear_warmup": "linear rule, 5 epochs of warm-up",
         "linear_gbn": "linear rule, ghosts",
@@ -164,7 +166,7 @@ def blocks(runs: Runs) -> dict[str, str]:
         titles = ["", "updates", "epochs", "CPU s", "accuracy, %", "below batch 128"]
         if name == "statistics" or not reference:
             titles, rows = titles[:-1], [row[:-1] for row in rows]
-        made[name] = table(titles, rows)
+        made[name] = table(titles, rows) if rows else "Not run yet."
     return made
 
 
