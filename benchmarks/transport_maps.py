@@ -227,7 +227,7 @@ def line(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 model = MongeMap(
                     map=net,
                     cost=f"pnorm(p={p:g})",
-                    # The entropic gap draws images towards their mean: 2 % of the range at weight 1.
+                    # The entropic gap pushes images apart: 2 % of the range at weight 1.
                     gap_weight=0.1,
                     relative_fitting_epsilon=0.005,
                     optimizer=partial(Adam, lr=1e-2),
