@@ -398,10 +398,10 @@ class LargeBatchRegime(Callback):
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
-        loop = trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch and not changed:
-            # A checkpoint of an epoch's last batch: Lightning goes on in the next epoch without ending this one, nor
-            # starting that one. Plateaus still have this one's end before them.
+        loop = trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch and not changed:
+            # A checkpoint of an epoch's last batch, from before its validation: Lightning goes on in the next epoch
+            # without ending this one, nor starting that one. Plateaus still have this one's end before them.
             self._set_counters(trainer.global_step)
         else:
             self._arm(trainer.global_step if changed else self._epoch_start)
