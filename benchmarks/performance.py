@@ -6,11 +6,11 @@
     python benchmarks/performance.py list
 
 ``run`` runs the benchmarks of speed and memory, about 20 minutes on two cores. Each leaves a log in
-``docs/results/logs/performance/``, with its rows as data, all that it printed, the machine, and the load before and
-after. One that this code has logged already is not repeated unless ``--again``: a log knows the package's and the
-benchmark's sources by their hash. One that needs what is not there (a GPU, data, a compiler) is skipped, with the
-reason. ``--science`` runs the benchmarks of accuracy instead, whose results have pages of their own, and leaves what
-they print in ``--logs`` too.
+``docs/results/logs/performance/``, with its rows as data, all that it printed, the machine, its load before and after,
+and how many cores other processes took meanwhile. One that this code has logged already is not repeated unless
+``--again``: a log knows the package's and the benchmark's sources by their hash. One that needs what is not there (a
+GPU, data, a compiler) is skipped, with the reason. ``--science`` runs the benchmarks of accuracy instead, whose results
+have pages of their own, and leaves what they print in ``--logs`` too.
 
 ``page`` fills the marked blocks of the page from the logs alone. ``all`` is both.
 
@@ -18,7 +18,7 @@ they print in ``--logs`` too.
 taken where it has OTT-JAX. ``--data`` is the folder of the Wasserstein-2 benchmark pairs, and for ``--science`` of
 cells and images. ``--quick`` takes tiny sizes, to see that all is well; its logs say so.
 
-Run it on a machine that does nothing else: a load near 0 before each benchmark.
+Run it on a machine that does nothing else: others should take next to no cores.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -141,7 +142,7 @@ SPEED = {
         "transport_engine.py --sizes 64 --dims 2 --shares 0.1 --seconds 0.05", ("peers",),
     ),
     "engine_geomloss": Benchmark(
-        "transport_engine.py --peer geomloss --sizes 256 1024 --dims 2 --seconds 1",
+        "transport_engine.py --peer geomloss --sizes 256 512 --dims 2 --seconds 1",
         "Value and gradient of a Monge gap, against GeomLoss", 1.5,
         "transport_engine.py --peer geomloss --sizes 64 --dims 2 --shares 0.1 --seconds 0.05",
     ),
@@ -284,6 +285,17 @@ def versions(python: str) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def busy() -> float | None:
+    """Return the seconds that all cores have worked for others than the processes that this one has waited for."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, soft, steal = map(int, stat.read_text().split()[1:9])
+    mine = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return worked - mine.ru_utime - mine.ru_stime
+
+
 def missing(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
     """Return what a benchmark needs that is not there."""
 
@@ -324,9 +336,9 @@ def run_one(name: str, benchmark: Benchmark, options: argparse.Namespace) -> dic
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
         line = [str(python), str(FOLDER / handed[0]), *handed[1:], *(["--json", str(file)] if benchmark.rows else [])]
-        before, start = os.getloadavg()[0], time.perf_counter()
+        before, others, start = os.getloadavg()[0], busy(), time.perf_counter()
         done = subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment)
-        seconds, after = time.perf_counter() - start, os.getloadavg()[0]
+        seconds, after, others_after = time.perf_counter() - start, os.getloadavg()[0], busy()
         if done.returncode:
             raise RuntimeError(f"ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -338,6 +350,8 @@ def run_one(name: str, benchmark: Benchmark, options: argparse.Namespace) -> dic
         "machine": machine(),
         "versions": versions(str(python)),
         "load": {"before": round(before, 2), "after": round(after, 2)},
+        # What others did meanwhile: the load before a benchmark is mostly that of the benchmark before it.
+        "others_cores": None if others is None else round(max(0.0, others_after - others) / seconds, 2),
         "seconds": round(seconds, 1),
         "rows": rows,
         "printed": done.stdout.splitlines(),
@@ -380,21 +394,25 @@ def run(options: argparse.Namespace) -> int:
             continue
         file = options.logs / f"{name}.json"
         file.write_text(json.dumps(log, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        print(f"{log['seconds']:.0f} s, load {log['load']['before']} before", flush=True)
+        print(f"{log['seconds']:.0f} s, others took {log['others_cores']} cores", flush=True)
     return failed
 
 
 def text_of(value: Any) -> str:
     """Return a cell: a spread as its median and quartiles, a number to three digits."""
     if isinstance(value, Mapping):
-        if value["count"] == 1:
-            return text_of(value["median"])
-        return f"{text_of(value['median'])} ({text_of(value['low'])} to {text_of(value['high'])})"
+        median, low, high = (three_digits(value[name]) for name in ("median", "low", "high"))
+        return median if value["count"] == 1 else f"{median} ({low} to {high})"
     if isinstance(value, float):
-        if value == 0 or 1 <= abs(value) < 1e6:
-            return f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}" if value else "0"
-        return f"{value:.3g}" if 1e-3 <= abs(value) < 1 else f"{value:.1e}"
+        return f"{value:.3g}" if 1e-3 <= abs(value) < 1 else three_digits(value)
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def three_digits(value: float) -> str:
+    """Return a measured number."""
+    if 1 <= abs(value) < 1e9:
+        return f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}"
+    return f"{value:#.3g}" if 1e-3 <= abs(value) < 1 else f"{value:.1e}" if value else "0"
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -416,9 +434,9 @@ def log_block(name: str, log: dict[str, Any] | None) -> str:
     if log is None:
         needs = " and ".join(NEEDS[need] for need in benchmark.needs if need == "cuda")
         return f"Not run{f': it needs {needs}' if needs else ' yet'}."
-    load = f"load {log['load']['before']:g} before and {log['load']['after']:g} after"
+    others = "" if log["others_cores"] is None else f"; other processes took {log['others_cores']:.2f} cores"
     quick = "**A tiny run, whose numbers mean nothing.** " if log["quick"] else ""
-    return f"{tables(log['rows'])}\n\n{quick}`{log['command']}`, {log['date']}, {log['seconds']:.0f} s, {load}."
+    return f"{tables(log['rows'])}\n\n{quick}`{log['command']}`, {log['date']}, {log['seconds']:.0f} s{others}."
 
 
 def machine_block(logs: Mapping[str, dict[str, Any]]) -> str:

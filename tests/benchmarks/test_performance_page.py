@@ -57,6 +57,7 @@ def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path):
     assert log["rows"][0]["map"] == "ResidualMLP"
     assert log["rows"][0]["training, ratio"]["median"] == 1.0
     assert set(log["load"]) == {"before", "after"}
+    assert log["others_cores"] is None or 0 <= log["others_cores"] <= log["machine"]["cores"]
     assert {"cpu", "cores", "torch_threads"} <= set(log["machine"])
     assert str(ROOT) not in json.dumps(log)
     shown = page.read_text(encoding="utf-8")
