@@ -434,7 +434,7 @@ def log_block(name: str, log: dict[str, Any] | None) -> str:
     if log is None:
         needs = " and ".join(NEEDS[need] for need in benchmark.needs if need == "cuda")
         return f"Not run{f': it needs {needs}' if needs else ' yet'}."
-    others = "" if log["others_cores"] is None else f"; other processes took {log['others_cores']:.2f} cores"
+    others = "" if log.get("others_cores") is None else f"; other processes took {log['others_cores']:.2f} cores"
     quick = "**A tiny run, whose numbers mean nothing.** " if log["quick"] else ""
     return f"{tables(log['rows'])}\n\n{quick}`{log['command']}`, {log['date']}, {log['seconds']:.0f} s{others}."
 
