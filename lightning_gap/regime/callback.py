@@ -398,8 +398,8 @@ class LargeBatchRegime(Callback):
         if self._ticked is None:
             self._ticked = trainer.global_step
         self._tick(trainer.global_step)
-        loop = trainer.fit_loop.epoch_loop
-        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch and not changed:
+        batches = trainer.fit_loop.epoch_loop
+        if batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch and not changed:
             # A checkpoint of an epoch's last batch, from before its validation: Lightning goes on in the next epoch
             # without ending this one, nor starting that one. Plateaus still have this one's end before them.
             self._set_counters(trainer.global_step)
