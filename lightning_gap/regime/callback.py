@@ -82,8 +82,9 @@ class LargeBatchRegime(Callback):
         TypeError: If a batch size or a number of updates is not an int.
         ValueError: If an argument is out of its range, or does not go with another.
         MisconfigurationException: When ``fit`` starts, before anything is changed, if the trainer, the module, its
-            optimizer (one that an earlier fit has scaled, too), a scheduler or the loader is one that this regime
-            cannot be right for. Also on resuming a checkpoint of another regime, or of a run without this callback.
+            optimizer, a scheduler or the loader is one that this regime cannot be right for; so is an optimizer
+            that an earlier fit in this process has scaled, on resuming from a checkpoint too. Also on resuming a
+            checkpoint of another regime, or of a run without this callback.
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", sections 4 and 5. Goyal et al. 2017, "Accurate,
