@@ -306,6 +306,9 @@ def main() -> None:
             reached = sum(run["reached"] for run in runs)
             row: dict[str, Any] = {"task": title, "level": level, "side": "MongeMap" if side == "ours" else "OTT-JAX"}
             row["reached"] = f"{reached} of {len(runs)}"
+            # A side may be far below the level when it is first checked.
+            last = {name: [run["quality"].get(name, math.nan) for run in runs] for name in level_of(task, args)}
+            row["at the stop, median"] = shown({name: float(np.median(values)) for name, values in last.items()})
             for name, key in (("steps", "steps"), ("processor, s", "cpu"), ("wall, s", "wall")):
                 row[name] = spread([run[key] for run in runs])
             row["compiling, s"] = spread([run["compiling"] for run in runs]) if side == "ott" else ""

@@ -5,7 +5,7 @@
     python benchmarks/performance.py page
     python benchmarks/performance.py list
 
-``run`` runs the benchmarks of speed and memory, about 20 minutes on two cores. Each leaves a log in
+``run`` runs the benchmarks of speed and memory, about 25 minutes on two cores. Each leaves a log in
 ``docs/results/logs/performance/``, with its rows as data, all that it printed, the machine, its load before and after,
 and how many cores other processes took meanwhile. One that this code has logged already is not repeated unless
 ``--again``: a log knows the package's and the benchmark's sources by their hash. One that needs what is not there (a
@@ -87,31 +87,31 @@ GHOST = "ghost_batch_norm.py"
 SPEED = {
     "ghost_op": Benchmark(
         f"{GHOST} op --threads 1 --ghosts 32 128 --repeat 7 --reuse-memory",
-        "Ghost BN forward and backward, against BatchNorm and peers' designs", 2.5,
+        "Ghost BN forward and backward, against BatchNorm and peers' designs", 1.2,
         f"{GHOST} op --threads 1 --ghosts 32 --repeat 3 --shapes 1d", ("linux",),
     ),
     "ghost_step": Benchmark(
         f"{GHOST} step --threads 1 --ghosts 32 --repeat 5",
-        "A training step with Ghost BN, against BatchNorm", 1.5,
+        "A training step with Ghost BN, against BatchNorm", 1.1,
         f"{GHOST} step --threads 1 --ghosts 32 --repeat 1 --models mlp",
     ),
     "ghost_compile": Benchmark(
         f"{GHOST} compile --threads 1 --ghosts 32 --shapes 1d --repeat 5",
-        "The same under `torch.compile`", 1,
+        "The same under `torch.compile`", 0.3,
         f"{GHOST} compile --threads 1 --ghosts 1024 --shapes 1d --repeat 1", ("compiler",),
     ),
     "ghost_memory": Benchmark(
-        f"{GHOST} memory --ghosts 32 128 --shapes 16x16",
-        "Highest memory of Ghost BN", 0.5,
+        f"{GHOST} memory --ghosts 32 --shapes 16x16",
+        "Highest memory of Ghost BN", 0.6,
         f"{GHOST} memory --ghosts 1024 --shapes 16x16", ("linux",),
     ),
     "ghost_limit": Benchmark(
         f"{GHOST} limit --threads 1 --ghosts 32 128 --shapes 1d --repeat 5",
-        "The passes over memory that Ghost BN cannot do without", 0.2,
+        "The passes over memory that Ghost BN cannot do without", 0.1,
         f"{GHOST} limit --threads 1 --ghosts 128 --shapes 1d --repeat 1",
     ),
     "ghost_convert": Benchmark(
-        f"{GHOST} convert", "Converting a ResNet-50", 0.2, f"{GHOST} convert --repeat 2",
+        f"{GHOST} convert", "Converting a ResNet-50", 0.1, f"{GHOST} convert --repeat 2",
     ),
     "ghost_gpu": Benchmark(
         f"{GHOST} op --device cuda --threads 1 --ghosts 32 128",
@@ -125,12 +125,12 @@ SPEED = {
     ),
     "regime": Benchmark(
         "regime_overhead.py --updates 8 --turns 3",
-        "`LargeBatchRegime` and `GradientNoiseScale`, beside an update of ResNet-18", 1.2,
+        "`LargeBatchRegime` and `GradientNoiseScale`, beside an update of ResNet-18", 1,
         "regime_overhead.py --updates 3 --turns 1",
     ),
     "diffusion": Benchmark(
         "diffusion_overhead.py --steps 12",
-        "`UltraSlowDiffusion` in 10,000 updates of ResNet-18", 0.5, "diffusion_overhead.py --steps 3 --batch-size 2",
+        "`UltraSlowDiffusion` in 10,000 updates of ResNet-18", 0.4, "diffusion_overhead.py --steps 3 --batch-size 2",
     ),
     "distance": Benchmark(
         "diffusion_distance.py --repeats 40",
@@ -138,70 +138,70 @@ SPEED = {
     ),
     "engine_ott": Benchmark(
         "transport_engine.py --sizes 256 1024 --seconds 1",
-        "Value and gradient of a Monge gap, against OTT-JAX", 4,
+        "Value and gradient of a Monge gap, against OTT-JAX", 2.2,
         "transport_engine.py --sizes 64 --dims 2 --shares 0.1 --seconds 0.05", ("peers",),
     ),
     "engine_geomloss": Benchmark(
-        "transport_engine.py --peer geomloss --sizes 256 512 --dims 2 --seconds 1",
-        "Value and gradient of a Monge gap, against GeomLoss", 1.5,
+        "transport_engine.py --peer geomloss --sizes 512 --dims 2 --seconds 1",
+        "Value and gradient of a Monge gap, against GeomLoss", 1.7,
         "transport_engine.py --peer geomloss --sizes 64 --dims 2 --shares 0.1 --seconds 0.05",
     ),
     "engine_pot": Benchmark(
-        "transport_engine.py --peer pot --sizes 256 1024 --seconds 1",
-        "Value and gradient of a Monge gap, against POT", 1.5,
+        "transport_engine.py --peer pot --sizes 256 1024 --dims 2 --seconds 1",
+        "Value and gradient of a Monge gap, against POT", 1,
         "transport_engine.py --peer pot --sizes 64 --dims 2 --shares 0.1 --seconds 0.05", ("peers",),
     ),
     "training": Benchmark(
-        "transport_training.py --threads 1 --iterations 300 --batches 256 1024 --gaps l2 l22",
-        "A training step of a map, against OTT-JAX's estimator", 3,
+        "transport_training.py --threads 1 --iterations 120 --batches 256 1024 --gaps l2 l22",
+        "A training step of a map, against OTT-JAX's estimator", 2,
         "transport_training.py --threads 1 --iterations 4 --block 2 --batches 64 --gaps l22", ("peers",),
     ),
     "equal_quality_moons": Benchmark(
         "map_to_equal_quality.py moons --peers PEERS",
-        "`MongeMap` and OTT-JAX's estimator to equal quality, like for like", 2.5,
+        "`MongeMap` and OTT-JAX's estimator to equal quality, like for like", 1.8,
         "map_to_equal_quality.py moons --peers PEERS --seeds 0 --steps 4 --every 2", ("peers",),
     ),
     "equal_quality_w2": Benchmark(
         "map_to_equal_quality.py w2 --dims 8 --limit 120 --peers PEERS --data DATA",
-        "The same on the Wasserstein-2 benchmark, each side's recipe", 5,
+        "The same on the Wasserstein-2 benchmark, each side's recipe", 4.8,
         "map_to_equal_quality.py w2 --dims 2 --seeds 0 --steps 2 --every 1 --peers PEERS --data DATA",
         ("peers", "data"),
     ),
     "shell": Benchmark(
         "map_training_shell.py step --steps 100",
-        "`MongeMap` under the Trainer, against a plain loop", 0.8,
+        "`MongeMap` under the Trainer, against a plain loop", 0.6,
         "map_training_shell.py step --batches 32:2 --steps 30",
     ),
     "large_step": Benchmark(
         "map_training_shell.py large --batches 4096:2 16384:2",
-        "One step on a large batch: seconds and memory", 0.8, "map_training_shell.py large --batches 128:2",
+        "One step on a large batch: seconds and memory", 0.5, "map_training_shell.py large --batches 128:2",
     ),
     "maps": Benchmark(
-        "map_cost.py", "What each map costs, against a residual network", 0.3, "map_cost.py --repeats 2 --batch 16",
+        "map_cost.py", "What each map costs, against a residual network", 0.2, "map_cost.py --repeats 2 --batch 16",
     ),
     "command": Benchmark(
-        "transport_command.py --rows 2_000_000 --threads 1",
-        "`lightning-gap transport`, against the bare network", 0.8,
+        "transport_command.py --rows 1_000_000 --threads 1",
+        "`lightning-gap transport`, against the bare network", 0.7,
         "transport_command.py --rows 2000 --repeats 1 --threads 1",
     ),
     "scale": Benchmark(
         "transport_scale.py --solvers dense blocked --sizes 1000 3000 10000 30000 --dims 2 --limit 100",
-        "Time and memory against n: our dense and blocked solvers", 0.8,
+        "Time and memory against n: our dense and blocked solvers", 1.7,
         "transport_scale.py --solvers dense --sizes 100 --dims 2",
     ),
     "scale_keops": Benchmark(
         "transport_scale.py --solvers online --sizes 1000 3000 --dims 2 --limit 100",
-        "Time and memory against n: GeomLoss on KeOps", 0.5,
+        "Time and memory against n: GeomLoss on KeOps", 0.4,
         "transport_scale.py --solvers online --sizes 400 --dims 2", ("compiler",),
     ),
     "scale_million": Benchmark(
         "transport_scale.py --solvers multiscale --sizes 10000 100000 1000000 --dims 2 --limit 300",
-        "Time and memory to n = 10⁶: GeomLoss's multiscale solver on KeOps", 5,
+        "Time and memory to n = 10⁶: GeomLoss's multiscale solver on KeOps", 1.7,
         "transport_scale.py --solvers multiscale --sizes 400 --dims 2", ("compiler",),
     ),
     "scale_passes": Benchmark(
         "transport_scale.py --pass-rows 500 --sizes 10000 100000 1000000",
-        "One pass over n² pairs, to n = 10⁶: our blocks against KeOps", 0.7,
+        "One pass over n² pairs, to n = 10⁶: our blocks against KeOps", 1,
         "transport_scale.py --pass-rows 20 --sizes 1000 --dims 2", ("compiler",),
     ),
 }  # fmt: skip
