@@ -92,7 +92,7 @@ def moons_side(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     player = (tt.Ours if side == "ours" else tt.Theirs)(task)
     compiling = time.perf_counter() - begin
     # The seeds of the test samples are those of no batch.
-    x, target = tt.moons(SAMPLES, 424_242), torch.from_numpy(tt.s_curve(SAMPLES, 434_343)).double()
+    x, target = tt.moon(SAMPLES, 424_242), torch.from_numpy(tt.s_curve(SAMPLES, 434_343)).double()
 
     def quality() -> Quality:
         mapped = torch.from_numpy(player.transport(x)).double()
@@ -120,13 +120,11 @@ def our_w2(arrays: dict[str, np.ndarray], level: Quality, seed: int, args: argpa
     """Train the recipe of ``transport_maps.py`` by Lightning's Trainer until it is good."""
     import logging
     import warnings
-    from functools import partial
 
     import transport_maps as tm
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from lightning_gap import MongeMap, SamplesDataModule
-    from lightning_gap.monge import BrenierMap, minibatch_energy_distance
 
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -152,14 +150,7 @@ def our_w2(arrays: dict[str, np.ndarray], level: Quality, seed: int, args: argpa
                 self.check(trainer, model)
 
     seed_everything(seed, verbose=False)
-    dim = arrays["train_x"].shape[1]
-    model = MongeMap(
-        map=BrenierMap(dim, tm.HIDDEN, start="plan", plan_epsilon=tm.PLAN_EPSILON, plan_steps=tm.PLAN_STEPS),
-        fitting_loss=partial(minibatch_energy_distance, relative_epsilon=tm.SHARE),
-        gap_weight=0,
-        optimizer=partial(torch.optim.Adam, lr=tm.LR),
-        lr_scheduler=partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=partial(tm._warm_cosine, updates=tm.UPDATES)),
-    )
+    model = tm.recipe(arrays["train_x"].shape[1], tm.UPDATES)
     samples = (torch.from_numpy(arrays[name]) for name in ("train_x", "train_y"))
     data = SamplesDataModule(*samples, batch_size=tm.BATCH, val_fraction=0, seed=seed)
     Trainer(

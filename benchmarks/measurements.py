@@ -1,4 +1,4 @@
-"""What the benchmarks share: the spread of what was timed, and rows that other programs can read.
+"""What the benchmarks share: the spread of what was timed, and rows that other programs can read, published figures.
 
 A row is a dictionary of what a table's row shows: texts, numbers, and spreads. A row may have a ``"table"``, the title
 of the table that it belongs to.
@@ -12,9 +12,19 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["add_json", "ratios", "spread", "write_rows"]
+__all__ = ["PUBLISHED", "add_json", "ratios", "spread", "write_rows"]
 
 Row = Mapping[str, Any]
+
+# L2-UVP in %, from the poster of the Wasserstein-2 benchmark (github.com/iamalexkorotin/Wasserstein2Benchmark); their
+# solvers draw fresh samples without end, in batches of 1024, for 20 to 250 thousand iterations on a GPU.
+PUBLISHED = {
+    "MM:R": {2: 0.1, 4: 0.3, 8: 0.7, 16: 1.9, 32: 2.8},
+    "W2": {2: 0.1, 4: 0.7, 8: 2.6, 16: 3.3, 32: 6.0},
+    "MM-B": {2: 0.1, 4: 0.7, 8: 3.1, 16: 6.4, 32: 12.0},
+    "LS": {2: 5.0, 4: 11.6, 8: 21.5, 16: 31.7, 32: 42.1},
+    "QC": {2: 1.5, 4: 14.5, 8: 28.6, 16: 47.2, 32: 64.0},
+}
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:

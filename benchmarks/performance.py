@@ -45,8 +45,10 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 LOGS = ROOT / "docs" / "results" / "logs" / "performance"
 PAGE = ROOT / "docs" / "results" / "performance.md"
-sys.path.insert(0, str(ROOT / "examples" / "reproductions"))
+REPRODUCTIONS = ROOT / "examples" / "reproductions"
+sys.path.insert(0, str(REPRODUCTIONS))
 
+from machine import processor  # noqa: E402
 from marked import differences, table, write  # noqa: E402
 
 # Distributions whose versions a log holds.
@@ -81,6 +83,10 @@ class Benchmark:
     needs: tuple[str, ...] = ()
     page: str = ""
     rows: bool = True
+
+    def line(self, quick: bool) -> str:
+        """Return the arguments of a whole run, or of a tiny one where there is one."""
+        return (quick and self.quick) or self.arguments
 
 
 GHOST = "ghost_batch_norm.py"
@@ -236,13 +242,14 @@ SCIENCE = {
 
 
 def sources(script: str) -> str:
-    """Return a hash of a benchmark's code, of what it imports from this folder, and of the package."""
+    """Return a hash of a benchmark's code, of what it imports from this folder or shares, and of the package."""
     found, left = set(), {FOLDER / script}
     while left:
         path = left.pop()
         found.add(path)
         names = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        left |= {FOLDER / f"{name}.py" for name in names if (FOLDER / f"{name}.py").exists()} - found
+        near = {folder / f"{name}.py" for name in names for folder in (FOLDER, REPRODUCTIONS / "monge_gap")}
+        left |= {file for file in near if file.exists()} - found
     digest = hashlib.sha256()
     for path in sorted(found | set((ROOT / "lightning_gap").rglob("*.py"))):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -253,13 +260,8 @@ def machine() -> dict[str, Any]:
     """Describe this machine in words, without its name."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(re.findall(r"^(.*?)\s*: (.*)$", info.read_text(), flags=re.MULTILINE))
-        cpu = fields.get("model name", cpu)
     described: dict[str, Any] = {
-        "cpu": cpu,
+        "cpu": processor(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -326,7 +328,7 @@ def read(logs: Path) -> dict[str, dict[str, Any]]:
 
 def run_one(name: str, benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
     """Run a benchmark, and return its log."""
-    arguments = (options.quick and benchmark.quick) or benchmark.arguments
+    arguments = benchmark.line(options.quick)
     given = {"PEERS": options.peers, "DATA": options.data, "OUTPUT": options.logs / name}
     words = shlex.split(arguments)
     handed = [re.sub("PEERS|DATA|OUTPUT", lambda found: str(given[found[0]]), word) for word in words]
@@ -374,7 +376,7 @@ def run(options: argparse.Namespace) -> int:
     left = sum(chosen[name].minutes for name in names if not missing(chosen[name], options))
     for name in names:
         benchmark = chosen[name]
-        arguments = (options.quick and benchmark.quick) or benchmark.arguments
+        arguments = benchmark.line(options.quick)
         absent, log = missing(benchmark, options), known.get(name)
         if absent:
             print(f"{name}: skipped, needs {' and '.join(absent)}", flush=True)

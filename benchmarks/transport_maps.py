@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from measurements import PUBLISHED
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -53,15 +54,6 @@ from lightning_gap.monge import (
 )
 from lightning_gap.monge.costs import Geodesic
 
-# L2-UVP in %, from the benchmark's poster (github.com/iamalexkorotin/Wasserstein2Benchmark); their solvers draw fresh
-# samples without end, in batches of 1024, for 20 to 250 thousand iterations on a GPU.
-PUBLISHED = {
-    "MM:R": {2: 0.1, 4: 0.3, 8: 0.7, 16: 1.9, 32: 2.8},
-    "W2": {2: 0.1, 4: 0.7, 8: 2.6, 16: 3.3, 32: 6.0},
-    "MM-B": {2: 0.1, 4: 0.7, 8: 3.1, 16: 6.4, 32: 12.0},
-    "LS": {2: 5.0, 4: 11.6, 8: 21.5, 16: 31.7, 32: 42.1},
-    "QC": {2: 1.5, 4: 14.5, 8: 28.6, 16: 47.2, 32: 64.0},
-}
 # OTT-JAX 0.6.0, MongeGapEstimator, a perceptron of widths 128, 128, 128, batch 512, gap weight 1 (10 in the second
 # row): 240 s (200 s) on two cores, the same 16384 samples, one seed.
 OTT = {"OTT-JAX, λ = 1": {2: 1.5, 8: 6.9, 32: 48.6}, "OTT-JAX, λ = 10": {32: 43.9}}
@@ -131,6 +123,17 @@ def against_truth(x: Tensor, mapped: Tensor, true: Tensor, variance: float) -> d
     return {"uvp": 100 * error / variance, "cosine": float(cosine.compute())}
 
 
+def recipe(dim: int, updates: int) -> MongeMap:
+    """Return the model for the benchmark's pairs; the learning rate decays over the updates."""
+    return MongeMap(
+        map=BrenierMap(dim, HIDDEN, start="plan", plan_epsilon=PLAN_EPSILON, plan_steps=PLAN_STEPS),
+        fitting_loss=partial(minibatch_energy_distance, relative_epsilon=SHARE),
+        gap_weight=0,
+        optimizer=partial(Adam, lr=LR),
+        lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+    )
+
+
 def w2(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each dimension and seed."""
     for dim in args.dims:
@@ -145,13 +148,7 @@ def w2(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for seed in args.seeds:
             seed_everything(seed, verbose=False)
             updates = args.updates or UPDATES
-            model = MongeMap(
-                map=BrenierMap(dim, HIDDEN, start="plan", plan_epsilon=PLAN_EPSILON, plan_steps=PLAN_STEPS),
-                fitting_loss=partial(minibatch_energy_distance, relative_epsilon=SHARE),
-                gap_weight=0,
-                optimizer=partial(Adam, lr=LR),
-                lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
-            )
+            model = recipe(dim, updates)
             seconds = fit(model, source, target, batch=BATCH, updates=updates, seed=seed)
             found = against_truth(x, model.transport(x), true, variance)
             yield {"D": dim, "map": "BrenierMap", "seed": seed, "updates": updates, "seconds": seconds, **found}

@@ -17,12 +17,15 @@ benchmarks/requirements.txt`` beside this package.
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "reproductions" / "monge_gap"))
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from measurements import Row, add_json, ratios, spread, write_rows
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import make_moons, make_s_curve
+from tasks import moon, s_curve
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -47,29 +50,11 @@ TEST_SAMPLES, EXACT_SAMPLES = 2048, 1024
 Batches = list[tuple[np.ndarray, np.ndarray]]
 
 
-def turn(points: np.ndarray, angle: float) -> np.ndarray:
-    """Rotate ``(n, 2)`` points counterclockwise."""
-    c, s = np.cos(angle), np.sin(angle)
-    return points @ np.array([[c, s], [-s, c]])
-
-
-def moons(n: int, seed: int) -> np.ndarray:
-    """Return samples of the source."""
-    points, _ = make_moons(n_samples=(n, 0), random_state=seed, noise=0.05)
-    return (np.array([0.0, -0.5]) + turn(points, np.pi / 6)).astype(np.float32)
-
-
-def s_curve(n: int, seed: int) -> np.ndarray:
-    """Return samples of the target."""
-    points, _ = make_s_curve(n_samples=n, random_state=seed, noise=0.05)
-    return (np.array([1.0, -2.0]) + 0.6 * turn(points[:, [2, 0]], np.pi / 2)).astype(np.float32)
-
-
 def batches(count: int, size: int) -> Batches:
     """Return the batches of a training, fresh samples in each."""
     source, target = np.random.RandomState(1), np.random.RandomState(2)
     return [
-        (moons(size, int(source.randint(0, 100_000))), s_curve(size, int(target.randint(0, 100_000))))
+        (moon(size, int(source.randint(0, 100_000))), s_curve(size, int(target.randint(0, 100_000))))
         for _ in range(count)
     ]
 
@@ -272,7 +257,7 @@ class Quality:
     @classmethod
     def of(cls, transport: Callable[[np.ndarray], np.ndarray], epsilon: float) -> "Quality":
         """Measure a map in float64."""
-        x = moons(TEST_SAMPLES, 424_242)
+        x = moon(TEST_SAMPLES, 424_242)
         mapped = torch.from_numpy(transport(x)).double()
         target = torch.from_numpy(s_curve(TEST_SAMPLES, 434_343)).double()
         divergence = sinkhorn_divergence(mapped, target, epsilon=epsilon, tolerance=1e-6, max_iterations=20_000)

@@ -1,12 +1,46 @@
 """Blocks of a page that are made from logs: ``<!-- name -->`` to ``<!-- end of name -->``."""
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["differences", "mean_and_std", "table", "write"]
+__all__ = ["DOCS", "command", "differences", "mean_and_std", "table", "write"]
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def command(
+    description: str | None,
+    name: str,
+    blocks: Callable[[Path], Mapping[str, str]],
+    draw: Callable[[Path, Path], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Write a page of results and its figures from its logs, or check it, as a command line says.
+
+    Args:
+        description: The script's docstring, for ``--help``.
+        name: Of the page, and of the folder of its logs.
+        blocks: From the folder of logs to the text of each block, by name.
+        draw: Takes the folder of logs, and that of the figures.
+        arguments: The command line; by default the process's.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logs", type=Path, default=DOCS / "results" / "logs" / name)
+    parser.add_argument("--page", type=Path, default=DOCS / "results" / f"{name}.md")
+    parser.add_argument("--images", type=Path, default=DOCS / "images")
+    parser.add_argument("--check", action="store_true", help="only say which blocks the logs contradict")
+    options = parser.parse_args(arguments)
+    made = blocks(options.logs)
+    if options.check:
+        wrong = differences(options.page, made)
+        raise SystemExit(f"{options.page.name} contradicts its logs in: {', '.join(wrong)}" if wrong else 0)
+    write(options.page, made)
+    options.images.mkdir(parents=True, exist_ok=True)
+    draw(options.logs, options.images)
 
 
 def write(page: Path, blocks: Mapping[str, str]) -> None:

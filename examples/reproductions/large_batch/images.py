@@ -34,7 +34,6 @@ class Images(LightningDataModule):
         std: By which each channel is divided.
         seed: Of the order and of the augmentation. An epoch's are named by seed and epoch, so a resumed run goes on
             with those of an uninterrupted one.
-        limit: Take that many first images of the training data. ``None``: all.
     """
 
     def __init__(
@@ -46,19 +45,17 @@ class Images(LightningDataModule):
         mean: tuple[float, ...] = (0.5,),
         std: tuple[float, ...] = (0.5,),
         seed: int = 0,
-        limit: int | None = None,
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.padding, self.fill = Path(path), batch_size, padding, fill
-        self.mean, self.std, self.seed, self.limit = mean, std, seed, limit
+        self.mean, self.std, self.seed = mean, std, seed
         self.train: _Augmented | None = None
         self.test: _Plain | None = None
 
     def setup(self, stage: str) -> None:
         """Read the images once."""
         if self.train is None:
-            images, labels = read(self.path, "train")
-            self.train = _Augmented(images[: self.limit], labels[: self.limit], self)
+            self.train = _Augmented(*read(self.path, "train"), self)
             self.test = _Plain(*read(self.path, "test"), self)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

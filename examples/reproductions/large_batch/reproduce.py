@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,9 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+from machine import processor
 
 HERE = Path(__file__).parent
 LOGS = Path("docs/results/logs/large_batch")
@@ -145,15 +147,9 @@ def keep(folder: Path, kept: Path, options: list[str]) -> None:
     costs = [json.loads(line) for line in (folder / "cost.jsonl").read_text().splitlines()]
     facts: dict[str, Any] = {name: round(sum(cost[name] for cost in costs), 1) for name in costs[0]}
     facts |= {"parts": len(costs), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     facts["precision"] = dict(zip(options[::2], options[1::2], strict=False)).get("--trainer.precision", "32-true")
     kept.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ python examples/reproductions/large_batch/results.py           # write the page'
 python examples/reproductions/large_batch/results.py --check   # only say which tables the logs contradict
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -16,10 +15,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from marked import differences, mean_and_std, table, write
+from marked import DOCS, command, mean_and_std, table
 
-ROOT = Path(__file__).parents[3]
-PAGE, LOGS, IMAGES = (ROOT / "docs" / part for part in ("results/large_batch.md", "results/logs/large_batch", "images"))
+PAGE, LOGS = DOCS / "results" / "large_batch.md", DOCS / "results" / "logs" / "large_batch"
 # The paper's table 1, validation accuracy in %.
 PUBLISHED = {
     "F1, MNIST": (98.27, 97.05, 97.55, 97.60, 98.53),
@@ -290,20 +288,12 @@ def potential_block(logs: Path) -> str:
 
 def main() -> None:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, default=LOGS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--images", type=Path, default=IMAGES)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    runs = read(options.logs)
-    made = blocks(runs) | {"potential": potential_block(options.logs)}
-    if options.check:
-        wrong = differences(options.page, made)
-        raise SystemExit(f"{options.page.name} contradicts its logs in: {', '.join(wrong)}" if wrong else 0)
-    write(options.page, made)
-    options.images.mkdir(parents=True, exist_ok=True)
-    draw(runs, options.logs, options.images)
+    command(
+        __doc__,
+        "large_batch",
+        lambda logs: blocks(read(logs)) | {"potential": potential_block(logs)},
+        lambda logs, images: draw(read(logs), logs, images),
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from suite import LOGS, append, read
+from settings import BASE, LOGS, SEEDS
+from suite import append, read
 from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -34,14 +35,6 @@ from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_diver
 from lightning_gap.monge import ResidualMLP
 from lightning_gap.monge.objective import MapObjective
 
-# MongeMap's defaults, but for a decaying learning rate.
-BASE: dict[str, Any] = {
-    "gap_weight": 1.0,
-    "relative_gap_epsilon": 0.01,
-    "relative_fitting_epsilon": 0.05,
-    "batch": 256,
-    "convention": "shannon",
-}
 HIDDEN, LR, UPDATES = (64, 64, 64), 2e-3, 400
 # What is changed, and to what; the base is a row of each.
 ABLATIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -51,7 +44,6 @@ ABLATIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "convention": ("convention", ("shannon", "kl", "debiased", "exact")),
     "batch": ("batch", (128, 256, 512, 1024, 2048)),
 }
-SEEDS = (0, 1, 2)
 # The comparison with and without a gap is repeated more often.
 HEADLINE, HEADLINE_SEEDS = (0.0, 1.0), (0, 1, 2, 3, 4)
 

@@ -30,10 +30,9 @@ from ott.geometry import costs
 from ott.neural.methods import monge_gap
 from ott.neural.networks import potentials
 from ott.tools import sinkhorn_divergence
+from settings import GAPS, RUNS, SEEDS
 
 HERE = Path(__file__).parent
-RUNS = Path("runs/monge_gap")
-GAPS = ("none", "l2", "l22", "p1.5")
 COSTS = {"euclidean": costs.Euclidean(), "sqeuclidean": costs.SqEuclidean(), "pnorm(p=1.5)": costs.PNormP(1.5)}
 
 
@@ -104,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
     parser.add_argument("--tasks", nargs="+", help="all by default")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--updates", type=int, help="updates in place of the configuration's")
     args = parser.parse_args(arguments)

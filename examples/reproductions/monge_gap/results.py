@@ -4,7 +4,6 @@ python examples/reproductions/monge_gap/results.py           # write the page's 
 python examples/reproductions/monge_gap/results.py --check   # only say which tables the logs contradict
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -15,37 +14,23 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from marked import differences, mean_and_std, table, write
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from marked import DOCS, command, mean_and_std, table
+from measurements import PUBLISHED
+from settings import BASE, GAPS
 from tasks import TASKS
 
-ROOT = Path(__file__).parents[3]
-PAGE, LOGS, IMAGES = (ROOT / "docs" / part for part in ("results/monge_gap.md", "results/logs/monge_gap", "images"))
-GAPS = {"none": "no gap", "l2": "ℓ2, λ = 2", "l22": "ℓ2², λ = 0.1", "p1.5": "p = 1.5, λ = 0.5"}
+PAGE, LOGS = DOCS / "results" / "monge_gap.md", DOCS / "results" / "logs" / "monge_gap"
 LIBRARIES = {"lightning_gap": "lightning_gap", "ott": "OTT-JAX"}
 COSTS = ("l2", "l22", "p1.5")
-# L2-UVP in %, from the benchmark's poster (github.com/iamalexkorotin/Wasserstein2Benchmark).
-PUBLISHED = {
-    "MM:R": {2: 0.1, 4: 0.3, 8: 0.7, 16: 1.9, 32: 2.8},
-    "W2": {2: 0.1, 4: 0.7, 8: 2.6, 16: 3.3, 32: 6.0},
-    "MM-B": {2: 0.1, 4: 0.7, 8: 3.1, 16: 6.4, 32: 12.0},
-    "LS": {2: 5.0, 4: 11.6, 8: 21.5, 16: 31.7, 32: 42.1},
-    "QC": {2: 1.5, 4: 14.5, 8: 28.6, 16: 47.2, 32: 64.0},
-}
-# What each ablation changes, what it is called, and the rest of the settings, which the logs hold too.
+# What each ablation changes, and what it is called.
 ABLATIONS = {
     "gap_weight": "λ",
     "relative_gap_epsilon": "ε of the gap, share of the mean cost",
     "relative_fitting_epsilon": "ε of the divergence, share of the mean cost",
     "batch": "batch",
     "convention": "convention",
-}
-BASE = {
-    "gap_weight": 1.0,
-    "relative_gap_epsilon": 0.01,
-    "relative_fitting_epsilon": 0.05,
-    "batch": 256,
-    "convention": "shannon",
 }
 OTHERS = {
     "gaussians": "L2-UVP in % between [Gaussians](../transport_maps.md#gaussians), median (least to largest):",
@@ -302,20 +287,13 @@ def _curves(rows: Rows, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, default=LOGS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--images", type=Path, default=IMAGES)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args(arguments)
-    logs = read(options.logs)
-    made = blocks(logs)
-    if options.check:
-        wrong = differences(options.page, made)
-        raise SystemExit(f"{options.page.name} contradicts its logs in: {', '.join(wrong)}" if wrong else 0)
-    write(options.page, made)
-    options.images.mkdir(parents=True, exist_ok=True)
-    draw(logs, options.logs, options.images)
+    command(
+        __doc__,
+        "monge_gap",
+        lambda logs: blocks(read(logs)),
+        lambda logs, images: draw(read(logs), logs, images),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from settings import GAPS, LOGS, RUNS, SEEDS
 from tasks import TASKS, samples
 
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
@@ -26,10 +27,7 @@ from lightning_gap.cli import main as lightning_gap
 from lightning_gap.monge.costs import resolve
 
 HERE = Path(__file__).parent
-LOGS, RUNS = Path("docs/results/logs/monge_gap"), Path("runs/monge_gap")
-GAPS = ("none", "l2", "l22", "p1.5")
 COSTS = {"l2": "euclidean", "l22": "sqeuclidean", "p1.5": "pnorm(p=1.5)"}
-SEEDS = (0, 1, 2)
 LIBRARIES = ("lightning_gap", "ott")
 # Samples of an exact gap, and displacements of a picture.
 EXACT, SHOWN = 1024, 200
