@@ -231,6 +231,22 @@ def test_validations_are_spread_over_the_updates(words, validations, monkeypatch
     assert seen == validations
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("how", ["--trainer.limit_val_batches=0", "--data.val_fraction=0"])
+def test_a_run_without_validation_leaves_its_map(how, capsys):
+    found = fit(*CSV, how, steps=20)
+    assert f"checkpoint: {checkpoint()}" in capsys.readouterr().out.replace(f"{Path.cwd()}/", "")
+    weights = torch.load(checkpoint(), weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[name], value) for name, value in found.model.state_dict().items())
+
+
+def test_a_run_that_is_to_leave_no_checkpoint_leaves_none(capsys):
+    fit(*CSV, "--trainer.limit_val_batches=0", "--trainer.callbacks=ModelCheckpoint",
+        "--trainer.callbacks.save_top_k=0")  # fmt: skip
+    assert "checkpoint" not in capsys.readouterr().out
+    assert not list(Path().rglob("*.ckpt"))
+
+
 def test_evaluation_takes_the_model_of_the_checkpoint(capsys):
     cli = fit("--model.cost=euclidean", "--model.hidden=[8]", "--data.test_fraction=0.2", *CSV)
     path = str(checkpoint())

@@ -6,12 +6,13 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -158,10 +159,17 @@ class MapCLI(LightningCLI):
             say(f"No length is given: training for {DEFAULT_UPDATES} updates; set --trainer.max_steps or .max_epochs")
 
     def after_fit(self) -> None:
-        """Say where the map is."""
-        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if checkpoint:
-            say(f"checkpoint: {checkpoint}")
+        """Say where the map is, and save it where a run without validations has not."""
+        callback = self.trainer.checkpoint_callback
+        if not isinstance(callback, ModelCheckpoint) or cast(Any, self.trainer).fast_dev_run:
+            return
+        saved = callback.best_model_path or callback.last_model_path
+        if not saved and callback.save_top_k != 0:
+            # Where validations are counted in updates Lightning saves after them, and without one never.
+            saved = _checkpoint_of_the_end(callback, self.trainer)
+            self.trainer.save_checkpoint(saved)
+        if saved:
+            say(f"checkpoint: {saved}")
 
     def predict(self, **options: Any) -> None:
         """Map all source samples of the data, and write the images beside the logs.
@@ -210,6 +218,18 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and log_dir is not None:
             self.config_filename = _free(Path(log_dir, self.config_filename)).name
         super().setup(trainer, pl_module, stage)
+
+
+def _checkpoint_of_the_end(callback: ModelCheckpoint, trainer: Trainer) -> str:
+    """Return the path that a callback would save to now; it overwrites none."""
+    metrics = {**trainer.callback_metrics, "epoch": torch.tensor(trainer.current_epoch)}
+    metrics["step"] = torch.tensor(trainer.global_step)
+    path = callback.format_checkpoint_name(metrics)
+    version = callback.STARTING_VERSION
+    while callback.file_exists(path, trainer):
+        path = callback.format_checkpoint_name(metrics, ver=version)
+        version += 1
+    return path
 
 
 def _free(path: Path) -> Path:

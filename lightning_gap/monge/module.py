@@ -99,7 +99,7 @@ class MongeMap(LightningModule):
             batch, in all terms, rather than softening the divergence's marginals.
         optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every update.
-        solver: Solver of both terms, see :func:`sinkhorn_divergence`.
+        solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.
         global_batch: Whether, with several devices, the terms are those of all devices' samples together; otherwise
             each device compares its own batch.
         representation: Encodes raw samples and decodes images; taken from the data module.
@@ -172,6 +172,11 @@ class MongeMap(LightningModule):
                 "reach softens the marginals of the Sinkhorn divergence only: give reweight=True for another "
                 "fitting_loss, or leave reach out"
             )
+        if check_solver(solver) == "exact":
+            raise ValueError(
+                "solver='exact' has no epsilon, and MongeMap trains with one: leave it out, and score a trained map by "
+                "monge_gap(x, model.transport(x), solver='exact')"
+            )
         reference = _reference(gap_reference)
         gap_on = gap_on or ("source" if reference is None else "reference")
         if gap_on not in get_args(GapOn):
@@ -185,7 +190,7 @@ class MongeMap(LightningModule):
             reach=check_epsilon("reach", reach),
             reweight=bool(reweight),
             gap_on=gap_on,
-            solver=check_solver(solver),
+            solver=solver,
         )
         self.global_batch = bool(global_batch)
         self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)

@@ -418,6 +418,11 @@ def test_an_unknown_solver_is_refused_at_once():
         MongeMap(2, solver="sinkhorn")
 
 
+def test_a_solver_without_epsilon_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"score a trained map by monge_gap\(x, model"):
+        MongeMap(2, solver="exact")
+
+
 def test_transport_takes_what_cells_come_in():
     sparse, anndata, pandas = (pytest.importorskip(name) for name in ("scipy.sparse", "anndata", "pandas"))
     x = np.array([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]], dtype=np.float32)
