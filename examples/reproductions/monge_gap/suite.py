@@ -4,8 +4,9 @@
     PEER/bin/python examples/reproductions/monge_gap/ott_peer.py  # the same rows by OTT-JAX, in its own environment
     python examples/reproductions/monge_gap/suite.py            # scores of what is new
 
-Every map is trained by ``lightning-gap fit`` with two of the configurations beside this file, and maps the same test
-samples as the peer's. Rows whose score is in the log are not repeated. ``results.py`` makes tables and figures.
+Every map is trained by ``lightning-gap fit`` with configurations beside this file, once more with the peer's first
+weights, and maps the same test samples as the peer's. Rows whose score is in the log are not repeated. ``results.py``
+makes tables and figures.
 """
 
 import argparse
@@ -19,16 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from settings import GAPS, LOGS, RUNS, SEEDS
 from tasks import TASKS, samples
 
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
 from lightning_gap.cli import main as lightning_gap
+from lightning_gap.monge import ResidualMLP
 from lightning_gap.monge.costs import resolve
 
 HERE = Path(__file__).parent
 COSTS = {"l2": "euclidean", "l22": "sqeuclidean", "p1.5": "pnorm(p=1.5)"}
-LIBRARIES = ("lightning_gap", "ott")
+# Ours, with which further configuration each is trained, and the peer.
+OURS = {"lightning_gap": None, "flax_start": "flax_start.yaml"}
+LIBRARIES = (*OURS, "ott")
 # Samples of an exact gap, and displacements of a picture.
 EXACT, SHOWN = 1024, 200
 
@@ -47,27 +52,36 @@ def prepare(task: str, seed: int, runs: Path) -> Path:
     return path
 
 
-def train(path: Path, gap: str, seed: int, options: Sequence[str] = ()) -> None:
+def train(path: Path, library: str, gap: str, seed: int, options: Sequence[str] = ()) -> None:
     """Train a map by the command line, and write the images of the test samples and the CPU seconds it took."""
-    out = path.parent / f"lightning_gap_{gap}.npz"
+    out = path.parent / f"{library}_{gap}.npz"
     if out.exists():
         return
     with np.load(path) as file:
         test, epsilons = file["test_x"], {name: float(file[name]) for name in ("fitting_epsilon", "gap_epsilon")}
-    checkpoint = path.parent / f"{gap}.ckpt"
+    checkpoint = path.parent / f"{library}_{gap}.ckpt"
     checkpoint.unlink(missing_ok=True)
     words = ["fit", "--config", str(HERE / "tutorial.yaml"), "--config", str(HERE / "gaps" / f"{gap}.yaml")]
+    further = OURS[library]
+    words += ["--config", str(HERE / further)] if further else []
     words += ["--seed_everything", str(seed), "--data.seed", str(seed)]
     words += ["--data.source", f"{path}::train_x", "--data.target", f"{path}::train_y"]
     words += [word for name, value in epsilons.items() for word in (f"--model.{name}", repr(value))]
     words += ["--trainer.default_root_dir", str(path.parent)]
     words += ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", str(path.parent)]
-    words += ["--trainer.callbacks.filename", gap]
+    words += ["--trainer.callbacks.filename", checkpoint.stem]
     started = time.process_time()
     lightning_gap([*words, *options])
     seconds = time.process_time() - started
-    model = MongeMap.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    # A checkpoint makes networks of this package, and takes others from who has them; their weights it holds itself.
+    own = {"map": ResidualMLP(**_network())} if further else {}
+    model = MongeMap.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **own)
     np.savez(out, mapped=model.transport(test).numpy(), seconds=seconds, updates=_updates(checkpoint))
+
+
+def _network() -> dict[str, Any]:
+    arguments: dict[str, Any] = yaml.safe_load((HERE / "tutorial.yaml").read_text())["model"]["map"]["init_args"]
+    return arguments
 
 
 def _updates(checkpoint: Path) -> int:
@@ -160,8 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in args.tasks:
             path = prepare(task, seed, args.runs)
             for gap in args.gaps:
-                train(path, gap, seed, args.options)
                 for library in LIBRARIES:
+                    if library in OURS:
+                        train(path, library, gap, seed, args.options)
                     found = path.parent / f"{library}_{gap}.npz"
                     if found.exists() and (task, gap, seed, library) not in done:
                         key = {"task": task, "gap": gap, "seed": seed, "library": library}
