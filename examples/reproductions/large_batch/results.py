@@ -33,6 +33,8 @@ NAMES = {
 }
 PAPER = {"sb": "SB", "lb": "LB", "lr": "+LR", "gbn": "+GBN", "ra": "+RA"}
 COLOURS = dict(zip(PAPER, ("k", "C3", "C1", "C0", "C2"), strict=True))
+# Within the first five epochs of the batch 4096; distances are recorded at updates whose logarithms are even.
+EARLY = 71
 # For each table beyond the paper, its rows: column and what it is.
 VARIATIONS = {
     "rules": {
@@ -160,8 +162,10 @@ def blocks(runs: Runs) -> dict[str, str]:
         for column, what in columns.items():
             group = fashion.get(column, [])
             if group:
-                rows.append([what, *_facts(group), mean_and_std(accuracies(group)), gap(reference, group)])
-        titles = ["", "updates", "epochs", "CPU s", "accuracy, %", "below batch 128"]
+                distance = [_distance(group)] if name == "rules" else []
+                rows.append([what, *_facts(group), *distance, mean_and_std(accuracies(group)), gap(reference, group)])
+        distance = [f"distance after {EARLY} updates"] if name == "rules" else []
+        titles = ["", "updates", "epochs", "CPU s", *distance, "accuracy, %", "below batch 128"]
         if name == "statistics" or not reference:
             titles, rows = titles[:-1], [row[:-1] for row in rows]
         made[name] = table(titles, rows) if rows else "Not run yet."
@@ -186,6 +190,12 @@ def _facts(group: Sequence[Run]) -> list[object]:
         int(group[0].epochs[-1]),
         round(np.mean([r.facts["cpu_seconds"] for r in group])),
     ]
+
+
+def _distance(group: Sequence[Run]) -> str:
+    """Return how far the weights are from the first ones early in training."""
+    walks = [dict(zip(*run.walk, strict=True)) for run in group]
+    return mean_and_std([walk[EARLY] for walk in walks if EARLY in walk], 1)
 
 
 def _cost(runs: Runs) -> str:
