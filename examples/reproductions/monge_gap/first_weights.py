@@ -13,7 +13,7 @@ __all__ = ["FlaxStart"]
 
 
 class FlaxStart(ResidualMLP):
-    """A ``ResidualMLP`` that does not start at the identity: LeCun's normal distribution in every layer, no biases.
+    """A ``ResidualMLP`` that does not start at the identity: LeCun's normal distribution everywhere, biases of zero.
 
     Args:
         dim: Dimension of the samples.

@@ -18,15 +18,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from marked import DOCS, command, mean_and_std, table
 from measurements import PUBLISHED
-from settings import BASE, GAPS
+from settings import BASE, GAPS, LIBRARIES
 from tasks import TASKS
 
 PAGE, LOGS = DOCS / "results" / "monge_gap.md", DOCS / "results" / "logs" / "monge_gap"
-LIBRARIES = {
-    "lightning_gap": "lightning_gap",
-    "flax_start": "lightning_gap, OTT-JAX's first weights",
-    "ott": "OTT-JAX",
-}
 TIMED = ("lightning_gap", "ott")
 COSTS = ("l2", "l22", "p1.5")
 # What each ablation changes, and what it is called.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from settings import GAPS, LOGS, RUNS, SEEDS
+from settings import GAPS, LIBRARIES, LOGS, RUNS, SEEDS
 from tasks import TASKS, samples
 
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
@@ -31,9 +31,8 @@ from lightning_gap.monge.costs import resolve
 
 HERE = Path(__file__).parent
 COSTS = {"l2": "euclidean", "l22": "sqeuclidean", "p1.5": "pnorm(p=1.5)"}
-# Ours, with which further configuration each is trained, and the peer.
-OURS = {"lightning_gap": None, "flax_start": "flax_start.yaml"}
-LIBRARIES = (*OURS, "ott")
+# What is trained here, after the tutorial's configuration and the gap's by these.
+OURS = {"lightning_gap": (), "flax_start": ("flax_start.yaml",)}
 # Samples of an exact gap, and displacements of a picture.
 EXACT, SHOWN = 1024, 200
 
@@ -61,9 +60,8 @@ def train(path: Path, library: str, gap: str, seed: int, options: Sequence[str] 
         test, epsilons = file["test_x"], {name: float(file[name]) for name in ("fitting_epsilon", "gap_epsilon")}
     checkpoint = path.parent / f"{library}_{gap}.ckpt"
     checkpoint.unlink(missing_ok=True)
-    words = ["fit", "--config", str(HERE / "tutorial.yaml"), "--config", str(HERE / "gaps" / f"{gap}.yaml")]
-    further = OURS[library]
-    words += ["--config", str(HERE / further)] if further else []
+    configurations = ("tutorial.yaml", f"gaps/{gap}.yaml", *OURS[library])
+    words = ["fit", *(word for name in configurations for word in ("--config", str(HERE / name)))]
     words += ["--seed_everything", str(seed), "--data.seed", str(seed)]
     words += ["--data.source", f"{path}::train_x", "--data.target", f"{path}::train_y"]
     words += [word for name, value in epsilons.items() for word in (f"--model.{name}", repr(value))]
@@ -73,15 +71,10 @@ def train(path: Path, library: str, gap: str, seed: int, options: Sequence[str] 
     started = time.process_time()
     lightning_gap([*words, *options])
     seconds = time.process_time() - started
-    # A checkpoint makes networks of this package, and takes others from who has them; their weights it holds itself.
-    own = {"map": ResidualMLP(**_network())} if further else {}
-    model = MongeMap.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **own)
+    # A checkpoint makes networks of this package only, and only first weights tell the others from the tutorial's.
+    network = ResidualMLP(**yaml.safe_load((HERE / "tutorial.yaml").read_text("utf-8"))["model"]["map"]["init_args"])
+    model = MongeMap.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, map=network)
     np.savez(out, mapped=model.transport(test).numpy(), seconds=seconds, updates=_updates(checkpoint))
-
-
-def _network() -> dict[str, Any]:
-    arguments: dict[str, Any] = yaml.safe_load((HERE / "tutorial.yaml").read_text())["model"]["map"]["init_args"]
-    return arguments
 
 
 def _updates(checkpoint: Path) -> int:
@@ -174,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in args.tasks:
             path = prepare(task, seed, args.runs)
             for gap in args.gaps:
+                for library in OURS:
+                    train(path, library, gap, seed, args.options)
                 for library in LIBRARIES:
-                    if library in OURS:
-                        train(path, library, gap, seed, args.options)
                     found = path.parent / f"{library}_{gap}.npz"
                     if found.exists() and (task, gap, seed, library) not in done:
                         key = {"task": task, "gap": gap, "seed": seed, "library": library}
