@@ -33,8 +33,9 @@ NAMES = {
 }
 PAPER = {"sb": "SB", "lb": "LB", "lr": "+LR", "gbn": "+GBN", "ra": "+RA"}
 COLOURS = dict(zip(PAPER, ("k", "C3", "C1", "C0", "C2"), strict=True))
-# Within the first five epochs of the batch 4096; distances are recorded at updates whose logarithms are even.
+# One of the updates at which distances are recorded, in the fifth epoch of the batch 4096.
 EARLY = 71
+DISTANCE, BELOW = f"distance after {EARLY} updates", "below batch 128"
 # For each table beyond the paper, its rows: column and what it is.
 VARIATIONS = {
     "rules": {
@@ -158,17 +159,18 @@ def blocks(runs: Runs) -> dict[str, str]:
     fashion = runs.get("f1_fashion", {})
     for name, columns in VARIATIONS.items():
         reference = fashion.get(next((column for column in columns if column.endswith("sb")), ""), [])
-        rows = []
-        for column, what in columns.items():
-            group = fashion.get(column, [])
-            if group:
-                distance = [_distance(group)] if name == "rules" else []
-                rows.append([what, *_facts(group), *distance, mean_and_std(accuracies(group)), gap(reference, group)])
-        distance = [f"distance after {EARLY} updates"] if name == "rules" else []
-        titles = ["", "updates", "epochs", "CPU s", *distance, "accuracy, %", "below batch 128"]
+        titles = ["", "updates", "epochs", "CPU s", DISTANCE, "accuracy, %", BELOW]
+        groups = [(what, fashion[column]) for column, what in columns.items() if column in fashion]
+        rows = [
+            [what, *_facts(group), _distance(group), mean_and_std(accuracies(group)), gap(reference, group)]
+            for what, group in groups
+        ]
+        hidden = {DISTANCE} if name != "rules" else set()
         if name == "statistics" or not reference:
-            titles, rows = titles[:-1], [row[:-1] for row in rows]
-        made[name] = table(titles, rows) if rows else "Not run yet."
+            hidden.add(BELOW)
+        shown = [place for place, title in enumerate(titles) if title not in hidden]
+        cells = [[row[place] for place in shown] for row in rows]
+        made[name] = table([titles[place] for place in shown], cells) if rows else "Not run yet."
     return made
 
 
