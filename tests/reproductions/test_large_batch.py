@@ -220,26 +220,41 @@ def test_a_run_that_was_interrupted_goes_on(pictures, tmp_path):
     assert found[1].facts["parts"] == 2
 
 
+def test_an_interrupted_part_counts_in_the_cost_and_leaves_no_lock(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run("f1_mnist", "sb", 0, tmp_path / "absent.npz", tmp_path / "runs", tmp_path / "logs", [])
+    folder = tmp_path / "runs" / "f1_mnist" / "sb" / "0"
+    assert json.loads((folder / "cost.jsonl").read_text())["seconds"] >= 0
+    assert not (folder / "running").exists()
+
+
 def test_logs_of_parts_are_joined(tmp_path):
     folder = tmp_path / "run"
-    for part, steps in ((0, (1, 2, 3, 4)), (1, (3, 4, 5))):
-        (folder / f"part{part}").mkdir(parents=True)
+    # The order is that of numbers, and a part that was interrupted at once has logged nothing.
+    (folder / "part3").mkdir(parents=True)
+    for part, steps in ((2, (1, 2, 3, 4)), (10, (3, 4, 5))):
+        (folder / f"part{part}").mkdir()
+        (folder / f"part{part}.log").touch()
         with (folder / f"part{part}" / "metrics.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["epoch", "step", "test_error", "other"])
             writer.writeheader()
             for step in steps:
-                writer.writerow({"epoch": 0, "step": step, "test_error": 10 * part + step, "other": 1})
+                writer.writerow({"epoch": 0, "step": step, "test_error": 100 * part + step, "other": 1})
             writer.writerow({"epoch": 0, "step": steps[-1], "other": 2})
     (folder / "cost.jsonl").write_text('{"cpu_seconds": 1.5, "seconds": 2}\n{"cpu_seconds": 2, "seconds": 3}\n')
     reproduce.keep(folder, tmp_path / "kept" / "0.csv", ["--trainer.precision", "bf16-mixed"])
     with (tmp_path / "kept" / "0.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["test_error"]) for row in rows] == [
-        ("1", "1"),
-        ("2", "2"),
-        ("3", "13"),
-        ("4", "14"),
-        ("5", "15"),
+        ("1", "201"),
+        ("2", "202"),
+        ("3", "1003"),
+        ("4", "1004"),
+        ("5", "1005"),
     ]
     facts = json.loads((tmp_path / "kept" / "0.json").read_text())
     assert (facts["cpu_seconds"], facts["parts"], facts["precision"]) == (3.5, 2, "bf16-mixed")

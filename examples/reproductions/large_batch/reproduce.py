@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def run(network: str, column: str, seed: int, data: Path, runs: Path, logs: Path
             return
     lock.write_text(str(os.getpid()))
     try:
-        parts = sorted(folder.glob("part*"))
+        parts = _parts(folder)
         command = [sys.executable, str(HERE / "train.py"), "fit"]
         command += ["--config", str(HERE / f"{network}.yaml"), "--config", str(column_file(column))]
         command += ["--seed_everything", str(seed), "--data.path", str(data)]
@@ -105,17 +106,27 @@ def run(network: str, column: str, seed: int, data: Path, runs: Path, logs: Path
         if last is not None:
             command += ["--ckpt_path", str(last)]
         started, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        with (folder / f"part{len(parts)}.log").open("w") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        with (folder / "cost.jsonl").open("a") as file:
-            file.write(json.dumps({"cpu_seconds": round(cpu, 1), "seconds": round(time.time() - started, 1)}) + "\n")
+        try:
+            with (folder / f"part{len(parts)}.log").open("w") as output:
+                code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        finally:
+            # An interrupted part has cost as much.
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            cost = {"cpu_seconds": round(cpu, 1), "seconds": round(time.time() - started, 1)}
+            with (folder / "cost.jsonl").open("a") as file:
+                file.write(json.dumps(cost) + "\n")
         if code:
             raise SystemExit(f"{network} {column} {seed} failed: see {output.name}")
         keep(folder, kept, options + TABLE[network][column])
     finally:
         lock.unlink()
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the folders of a run's parts, in the order in which they were trained."""
+    parts = [path for path in folder.glob("part*") if path.is_dir()]
+    return sorted(parts, key=lambda path: int(path.name.removeprefix("part")))
 
 
 def _alive(lock: Path) -> bool:
@@ -129,8 +140,9 @@ def _alive(lock: Path) -> bool:
 def keep(folder: Path, kept: Path, options: list[str]) -> None:
     """Write what a run's parts logged to one small file, and beside it what it cost and ran on."""
     rows: list[dict[str, str]] = []
-    for part in sorted(folder.glob("part*/metrics.csv")):
-        with part.open(newline="") as file:
+    # A part that was interrupted before its first log has none.
+    for path in filter(Path.exists, (part / "metrics.csv" for part in _parts(folder))):
+        with path.open(newline="") as file:
             found = [{new: row[old] for old, new in KEPT.items() if row.get(old)} for row in csv.DictReader(file)]
         # A part that went on from a checkpoint repeats what an interrupted one did after it.
         first = min((int(row["step"]) for row in found), default=0)
@@ -162,6 +174,8 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
     data = dict(pair.split("=", 1) for pair in options.data)
+    # A run that is told to stop says first what it has cost.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     for network, column, seed in wanted(options.only):
         if network not in data:
             raise SystemExit(f"--data {network}=PATH is missing")
