@@ -101,7 +101,7 @@ MAPS = [
     ("a callback without its argument", FIT + "--trainer.callbacks+=LargeBatchRegime",
      "--trainer.callbacks: the following arguments are required: reference_batch_size"),
     ("a callback of nothing", FIT + "--trainer.callbacks+=LargeBatchRegime "
-     "--trainer.callbacks.reference_batch_size=0", "error: reference_batch_size=0 must be at least 1"),
+     "--trainer.callbacks.reference_batch_size=0", "error: reference_batch_size must be at least 1, got 0"),
     ("a model that is none", FIT + "--model torch.nn.Linear", "--model: Import path does not correspond to a subclass"),
     ("a device that is not there", FIT + "--data.batch_size 8 --trainer.devices 0", "devices"),
     ("a damaged checkpoint", FIT + "--ckpt_path {}/last.ckpt", "is damaged or no checkpoint; copy it again"),
@@ -148,13 +148,13 @@ def _fit(callback):
 
 
 CODE = [
-    ("a reference batch of nothing", lambda _: LargeBatchRegime(0), "reference_batch_size=0 must be at least 1"),
+    ("a reference batch of nothing", lambda _: LargeBatchRegime(0), "reference_batch_size must be at least 1, got 0"),
     ("an unknown rule", lambda _: LargeBatchRegime(8, lr_rule="cubic"), "pass one of"),
     ("a clipping norm of nothing", lambda _: LargeBatchRegime(8, clip_norm=0), "clip_norm=0 must be positive"),
     ("noise beside a larger rate", lambda _: LargeBatchRegime(8, gradient_noise=True), 'pass lr_rule="none"'),
     ("ghosts of one half", lambda _: GhostBatchNorm(0.5), "ghost_batch_size must be an int"),
     ("ghosts of nothing", lambda _: convert_ghost_batchnorm(torch.nn.Linear(2, 2), 0), "at least 1, got 0"),
-    ("measured never", lambda _: GradientNoiseScale(every_n_updates=0), "every_n_updates=0 must be at least 1"),
+    ("measured never", lambda _: GradientNoiseScale(every_n_updates=0), "every_n_updates must be at least 1, got 0"),
     ("no points", lambda _: UltraSlowDiffusion(points_per_decade=0), "points_per_decade must be a positive integer"),
     ("a reference that is gone", _fit(UltraSlowDiffusion(reference="/nowhere")), "does not exist: name a diffusion"),
     ("two points for a law", lambda _: fit_diffusion([1, 2], [0.1, 0.2]), "at least 5 points are needed"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_gap.arguments import check_positive_integer
 from lightning_gap.diffusion.distance import (
     ParameterFilter,
     WeightDisplacement,
@@ -137,9 +138,9 @@ class UltraSlowDiffusion(Callback):
         anchor_device: str | None = None,
         anchor_dtype: Literal["float16", "bfloat16"] | None = None,
     ) -> None:
-        _require_positive_int("points_per_decade", points_per_decade)
+        check_positive_integer("points_per_decade", points_per_decade)
         if every_n_updates is not None:
-            _require_positive_int("every_n_updates", every_n_updates)
+            check_positive_integer("every_n_updates", every_n_updates)
         for name, which in (groups or {}).items():
             check_filter(f"groups[{name!r}]", which)
         if exclude is not None:
@@ -544,11 +545,6 @@ class UltraSlowDiffusion(Callback):
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         with filesystem.open(path, "w") as file:
             write_trace(file, self._trace, self._parameters)
-
-
-def _require_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _group_columns(groups: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from rich.table import Table
 from torch import Tensor
 
+from lightning_gap.arguments import check_count
 from lightning_gap.ghost.convert import GhostConversion, Skip, plan_ghost_batchnorm
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings
 from lightning_gap.ghost.layers import GhostNorm
@@ -112,10 +113,7 @@ class GhostBatchNorm(Callback):
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
         if ranks_per_ghost != "auto":
-            if isinstance(ranks_per_ghost, bool) or not isinstance(ranks_per_ghost, int):
-                raise TypeError(f"ranks_per_ghost must be an int or 'auto', got {ranks_per_ghost!r}")
-            if ranks_per_ghost < 1:
-                raise ValueError(f"ranks_per_ghost must be at least 1, or 'auto', got {ranks_per_ghost}")
+            check_count("ranks_per_ghost", ranks_per_ghost, what="the ranks that share a ghost, or 'auto'")
         self.ghost_batch_size = ghost_batch_size
         self.running_stats: RunningStats = running_stats
         self.grouping: Grouping = grouping

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_gap.arguments import check_count
 from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
 from lightning_gap.parallel import RankGroup
 
@@ -20,26 +21,6 @@ __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
 
 RunningStats = Literal["sequential", "per_step"]
 Grouping = Literal["contiguous", "strided"]
-
-
-def check_ghost_batch_size(ghost_batch_size: object) -> None:
-    """Raise unless ``ghost_batch_size`` is a positive int.
-
-    Args:
-        ghost_batch_size: The value to judge.
-
-    Raises:
-        TypeError: If it is not an int (a bool is not one).
-        ValueError: If it is below 1.
-    """
-    if isinstance(ghost_batch_size, bool) or not isinstance(ghost_batch_size, int):
-        raise TypeError(
-            f"ghost_batch_size must be an int, the number of samples that share statistics, got {ghost_batch_size!r}"
-        )
-    if ghost_batch_size < 1:
-        raise ValueError(
-            f"ghost_batch_size must be at least 1, got {ghost_batch_size}; the paper uses the small batch size, 128"
-        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -69,7 +50,8 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
         TypeError: If ``ghost_batch_size`` is not an int.
         ValueError: If a value is out of range.
     """
-    check_ghost_batch_size(ghost_batch_size)
+    what = "the samples that share statistics, in the paper the small batch size, 128"
+    check_count("ghost_batch_size", ghost_batch_size, what=what)
     check_choice("running_stats", running_stats, get_args(RunningStats))
     check_choice("grouping", grouping, get_args(Grouping))
 

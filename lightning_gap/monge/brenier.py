@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.monge.arguments import check_count
+from lightning_gap.arguments import check_count
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.maps import TransportMap
 from lightning_gap.monge.samples import check_epsilon, check_pair

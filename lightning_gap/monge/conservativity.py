@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_gap.monge.arguments import check_positive_integer
+from lightning_gap.arguments import check_positive_integer
 
 __all__ = ["conservativity"]
 

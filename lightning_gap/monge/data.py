@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_gap.monge.arguments import check_count
+from lightning_gap.arguments import check_count
 from lightning_gap.monge.batches import (
     HeldOutBatches,
     UnpairedBatch,

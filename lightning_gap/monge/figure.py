@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gap.arguments import check_positive_integer
 from lightning_gap.loggers import log_figure, takes_figures
-from lightning_gap.monge.arguments import check_positive_integer
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.parallel import holds_whole_weights
 

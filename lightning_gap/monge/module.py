@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.arguments import check_count, check_number
 from lightning_gap.loggers import define_axes
-from lightning_gap.monge.arguments import check_count, check_number
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.monge.arguments import check_positive_integer
+from lightning_gap.arguments import check_positive_integer
 
 __all__ = [
     "Activation",
@@ -71,10 +71,8 @@ def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
     """
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}: write hidden=(128, 128)")
-    for width in (dim, *hidden):
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"dim and hidden must be positive integers, got {width!r}")
-    return tuple(int(width) for width in hidden)
+    check_positive_integer("dim", dim)
+    return tuple(check_positive_integer("a width of hidden", width) for width in hidden)
 
 
 def activation_factory(activation: Activation) -> tuple[Callable[[], nn.Module], str | None]:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lightning_gap.arguments import check_positive_integer
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -100,8 +102,7 @@ def plot_map(
     if theme not in get_args(Theme):
         raise ValueError(f"theme must be one of {', '.join(get_args(Theme))}, got {theme!r}")
     for name, value, least in (("arrows", arrows, 0), ("max_points", max_points, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_positive_integer(name, value, least)
     dim = panels[0].source.shape[1]
     if feature_names is not None and len(feature_names) != dim:
         raise ValueError(f"feature_names has {len(feature_names)} names for {dim} features")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.monge.arguments import check_count
+from lightning_gap.arguments import check_count
 from lightning_gap.monge.samples import check_samples
 
 __all__ = ["AffineRepresentation"]

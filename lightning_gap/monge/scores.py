@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gap.monge.arguments import check_positive_integer
+from lightning_gap.arguments import check_positive_integer
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.arguments import check_positive_integer
+from lightning_gap.arguments import check_positive_integer
 from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
 from lightning_gap.monge.exact import exact_plan
 from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate

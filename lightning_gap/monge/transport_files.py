@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.arguments import check_count
+from lightning_gap.arguments import check_count
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.row_files import Block, Output, RowFile, label_indices, open_rows
 from lightning_gap.monge.tables import as_texts

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gap.arguments import check_count
 from lightning_gap.loggers import define_axes, log_facts, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
 from lightning_gap.regime.batch import Pass, effective_batch_size, pass_over_data
@@ -120,8 +121,8 @@ class LargeBatchRegime(Callback):
         gradient_noise: bool | str = False,
     ) -> None:
         samples = "the samples of one update over all devices"
-        self.reference_batch_size = _int_from("reference_batch_size", reference_batch_size, 1, samples)
-        self.batch_size = None if batch_size is None else _int_from("batch_size", batch_size, 1, samples)
+        self.reference_batch_size = check_count("reference_batch_size", reference_batch_size, what=samples)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, what=samples)
         if not callable(lr_rule) and lr_rule not in LR_RULES:
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
         self.lr_rule = lr_rule
@@ -138,11 +139,11 @@ class LargeBatchRegime(Callback):
             raise ValueError(f"clip_norm={clip_norm} must be positive and finite, or None for no clipping.")
         self.clip_norm = clip_norm
         if clip_updates is not None:
-            _int_from("clip_updates", clip_updates, 1, "the first updates that are clipped, or None for all")
+            check_count("clip_updates", clip_updates, what="the first updates that are clipped, or None for all")
             if clip_norm is None:
                 raise ValueError(f"clip_updates={clip_updates} needs a clip_norm, for example the paper's 5.0.")
         self.clip_updates = clip_updates
-        self.warmup_updates = _int_from("warmup_updates", warmup_updates, 0, "the updates of the warm-up")
+        self.warmup_updates = check_count("warmup_updates", warmup_updates, 0, "the updates of the warm-up")
         if warmup_updates and lr_rule == "none":
             raise ValueError(f'warmup_updates={warmup_updates} has nothing to grow to with lr_rule="none".')
         if gradient_noise and lr_rule != "none":
@@ -644,14 +645,6 @@ class LargeBatchRegime(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the trainer the user's limits back after an exception, for there is no teardown then."""
         self._release(trainer)
-
-
-def _int_from(name: str, value: int, least: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int: {what}.")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}: {what}.")
-    return value
 
 
 def _learning_rates(trainer: Trainer) -> list[float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gap.arguments import check_count
 from lightning_gap.loggers import define_axes
 from lightning_gap.parallel import (
     data_parallel_size,
@@ -81,10 +82,7 @@ class GradientNoiseScale(Callback):
     """
 
     def __init__(self, *, every_n_updates: int = 10, decay: float = 0.95) -> None:
-        if isinstance(every_n_updates, bool) or not isinstance(every_n_updates, int):
-            raise TypeError(f"every_n_updates={every_n_updates!r} must be an int.")
-        if every_n_updates < 1:
-            raise ValueError(f"every_n_updates={every_n_updates} must be at least 1.")
+        check_count("every_n_updates", every_n_updates)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay

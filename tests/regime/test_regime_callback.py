@@ -431,9 +431,9 @@ def test_a_reference_batch_that_is_not_an_int(value):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="reference_batch_size=0"):
+    with pytest.raises(ValueError, match="reference_batch_size must be at least 1, got 0: the samples of one update"):
         LargeBatchRegime(0)
-    with pytest.raises(ValueError, match="batch_size=-1"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
         LargeBatchRegime(4, batch_size=-1)
     with pytest.raises(ValueError, match="lr_rule='cubic'"):
         LargeBatchRegime(4, lr_rule="cubic")

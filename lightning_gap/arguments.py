@@ -6,8 +6,28 @@ from typing import Any
 __all__ = ["check_count", "check_number", "check_positive_integer"]
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1, what: str = "") -> int:
     """Return an integer that is large enough.
+
+    Args:
+        name: The caller's argument, for the message.
+        value: What the caller was given.
+        least: The smallest that will do.
+        what: What the number is of, for the message.
+
+    Raises:
+        TypeError: It is no integer (a bool is none).
+        ValueError: It is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}{what and f': {what}'}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}{what and f': {what}'}")
+    return value
+
+
+def check_positive_integer(name: str, value: Any, least: int = 1) -> int:
+    """Return the value if it is a positive integer, or one that is large enough.
 
     Args:
         name: The caller's argument, for the message.
@@ -15,28 +35,11 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         least: The smallest that will do.
 
     Raises:
-        TypeError: It is no integer (a bool is none).
-        ValueError: It is smaller.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def check_positive_integer(name: str, value: Any) -> int:
-    """Return the value if it is a positive integer.
-
-    Args:
-        name: The caller's argument, for the message.
-        value: What the caller was given.
-
-    Raises:
         ValueError: It is anything else (a bool is no integer).
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return value
 
 
