@@ -162,7 +162,10 @@ def blocks(runs: Runs) -> dict[str, str]:
         titles = ["", "updates", "epochs", "CPU s", DISTANCE, "accuracy, %", BELOW]
         groups = [(what, fashion[column]) for column, what in columns.items() if column in fashion]
         rows = [
-            [what, *_facts(group), _distance(group), mean_and_std(accuracies(group)), gap(reference, group)]
+            [
+                *(what, *_facts(group), _distance(group), mean_and_std(accuracies(group))),
+                "" if group is reference else gap(reference, group),
+            ]
             for what, group in groups
         ]
         hidden = {DISTANCE} if name != "rules" else set()
