@@ -41,6 +41,7 @@ VARIATIONS = {
     "rules": {
         "sb": "batch 128",
         "lb": "4096, rate as it was",
+        "ghosts": "4096, rate as it was, ghosts",
         "lr": "√ rule",
         "lr_warmup": "√ rule, 5 epochs of warm-up",
         "gbn": "√ rule, ghosts",
