@@ -14,7 +14,7 @@ CPU time, which other processes on the machine disturb less; else it is the wall
 ``--reuse-memory`` the C library keeps freed memory, as the allocator of a GPU does; without it each large tensor is
 paid for in page faults, by all alike.
 
-The designs of peers: ``chunks`` runs BatchNorm on each chunk and concatenates (Composer, tabnet, timm); ``tabnet`` is
+The designs of peers: ``chunks`` runs BatchNorm on each chunk and concatenates (Composer, tabnet); ``tabnet`` is
 that of an installed pytorch-tabnet (``pip install --no-deps pytorch-tabnet``), for 2-d input; ``splits`` is one call
 on a view with strided ghosts, and no sequential running statistics (cifar10-fast, which takes only NCHW).
 """
