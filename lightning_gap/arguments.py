@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-__all__ = ["check_count", "check_number", "check_positive_integer"]
+__all__ = ["check_count", "check_integer", "check_number"]
 
 
 def check_count(name: str, value: Any, least: int = 1, what: str = "") -> int:
@@ -26,8 +26,8 @@ def check_count(name: str, value: Any, least: int = 1, what: str = "") -> int:
     return value
 
 
-def check_positive_integer(name: str, value: Any, least: int = 1) -> int:
-    """Return the value if it is a positive integer, or one that is large enough.
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+    """Return the value if it is an integer that is large enough, with one kind of error for all that is not.
 
     Args:
         name: The caller's argument, for the message.

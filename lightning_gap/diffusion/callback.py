@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.diffusion.distance import (
     ParameterFilter,
     WeightDisplacement,
@@ -138,9 +138,9 @@ class UltraSlowDiffusion(Callback):
         anchor_device: str | None = None,
         anchor_dtype: Literal["float16", "bfloat16"] | None = None,
     ) -> None:
-        check_positive_integer("points_per_decade", points_per_decade)
+        check_integer("points_per_decade", points_per_decade)
         if every_n_updates is not None:
-            check_positive_integer("every_n_updates", every_n_updates)
+            check_integer("every_n_updates", every_n_updates)
         for name, which in (groups or {}).items():
             check_filter(f"groups[{name!r}]", which)
         if exclude is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.distance import ParameterFilter, check_filter, tracked_parameters
 from lightning_gap.diffusion.plot import axes_or_new
@@ -276,8 +276,8 @@ def _check_arguments(
 ) -> None:
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be a positive finite distance, got {radius!r}")
-    for name, value, least in (("samples", samples, 3 * _FEWEST_IN_BIN), ("bins", bins, 3)):
-        check_positive_integer(name, value, least)
+    check_integer("samples", samples, 3 * _FEWEST_IN_BIN)
+    check_integer("bins", bins, 3)
     if statistic not in ("std", "rms"):
         raise ValueError(f"statistic must be 'std' or 'rms', got {statistic!r}")
     if batch_norm not in ("batch", "running"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.diffusion.bootstrap import Model, Vector, autocorrelation, bootstrap, effective_points
 
 __all__ = [
@@ -284,7 +284,7 @@ def _fit(
     """Return the fit, and the bootstrap's (a, b) and (c, p): (R, 2) each."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
-    check_positive_integer("resamples", resamples)
+    check_integer("resamples", resamples)
     t, d = _vector("updates", updates), _vector("distances", distances)
     _check(t, d)
     if learning_rates is not None:

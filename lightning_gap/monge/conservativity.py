@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 
 __all__ = ["conservativity"]
 
@@ -49,7 +49,7 @@ def conservativity(
         >>> conservativity(turn, torch.randn(5, 2)).item()
         8.0
     """
-    check_positive_integer("probes", probes)
+    check_integer("probes", probes)
     if x.dim() < 2 or not x.numel():
         raise ValueError(f"x must hold at least one sample, of shape (n, d), got {tuple(x.shape)}")
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.loggers import log_figure, takes_figures
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.parallel import holds_whole_weights
@@ -77,7 +77,7 @@ class MapFigure(Callback):
         max_points: int = 1000,
         theme: Theme = "light",
     ) -> None:
-        check_positive_integer("every_n_validations", every_n_validations)
+        check_integer("every_n_validations", every_n_validations)
         if samples is not None and (not isinstance(samples, tuple | list) or len(samples) not in (2, 3)):
             raise TypeError("samples must be (source, target), or (source, target, condition) for a conditional map")
         self.every_n_validations = every_n_validations

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 
 __all__ = [
     "Activation",
@@ -71,8 +71,8 @@ def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
     """
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}: write hidden=(128, 128)")
-    check_positive_integer("dim", dim)
-    return tuple(check_positive_integer("a width of hidden", width) for width in hidden)
+    check_integer("dim", dim)
+    return tuple(check_integer("a width of hidden", width) for width in hidden)
 
 
 def activation_factory(activation: Activation) -> tuple[Callable[[], nn.Module], str | None]:
@@ -160,12 +160,12 @@ class Conditioning(nn.Module):
                 "give one of conditions=, the number of categories, and condition_dim=, the dimension of vectors, "
                 f"got conditions={conditions!r} and condition_dim={condition_dim!r}"
             )
-        check_positive_integer("embedding_dim", embedding_dim)
+        check_integer("embedding_dim", embedding_dim)
         self.embedding: nn.Module
         if conditions is not None:
-            self.embedding = nn.Embedding(check_positive_integer("conditions", conditions), embedding_dim)
+            self.embedding = nn.Embedding(check_integer("conditions", conditions), embedding_dim)
         else:
-            p = check_positive_integer("condition_dim", condition_dim)
+            p = check_integer("condition_dim", condition_dim)
             self.embedding = nn.Sequential(_linear(p, embedding_dim), nn.SiLU())
         self.films = nn.ModuleList(_linear(embedding_dim, 2 * width) for width in widths)
         for film, width in zip(self.films, widths, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,8 +101,8 @@ def plot_map(
     chosen = _space(space, panels)
     if theme not in get_args(Theme):
         raise ValueError(f"theme must be one of {', '.join(get_args(Theme))}, got {theme!r}")
-    for name, value, least in (("arrows", arrows, 0), ("max_points", max_points, 1)):
-        check_positive_integer(name, value, least)
+    check_integer("arrows", arrows, 0)
+    check_integer("max_points", max_points)
     dim = panels[0].source.shape[1]
     if feature_names is not None and len(feature_names) != dim:
         raise ValueError(f"feature_names has {len(feature_names)} names for {dim} features")

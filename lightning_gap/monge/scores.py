@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
@@ -121,7 +121,7 @@ class MapScores(Metric):
         self.convention = convention
         self.reach = check_epsilon("reach", reach)
         self.solver = check_solver(solver)
-        self.max_samples = check_positive_integer("max_samples", max_samples)
+        self.max_samples = check_integer("max_samples", max_samples)
         if isinstance(conditions, str) or (conditions is not None and len(set(conditions)) != len(conditions)):
             raise ValueError(f"conditions must be a sequence of names that differ, got {conditions!r}")
         self.conditions = None if conditions is None else tuple(str(name) for name in conditions)

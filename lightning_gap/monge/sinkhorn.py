@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gap.arguments import check_positive_integer
+from lightning_gap.arguments import check_integer
 from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
 from lightning_gap.monge.exact import exact_plan
 from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
@@ -284,7 +284,7 @@ def solve_all(
     """
     if not 0 < tolerance < 2:
         raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
-    check_positive_integer("max_iterations", max_iterations)
+    check_integer("max_iterations", max_iterations)
     groups: dict[Any, list[int]] = {}
     for number, p in enumerate(problems):
         chosen = _choose(solver, p.cost, p.x, p.y)
