@@ -896,7 +896,7 @@ class Cosine(Cost):
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse zero vectors."""
-        zero = vector_norm(points.detach(), dim=-1) == 0
+        zero = ~(points.detach() != 0).any(-1)
         if bool(zero.any()):
             raise ValueError(
                 f"{name} has {int(zero.sum())} zero vectors (first at row {_first(zero)}), "
