@@ -1,7 +1,7 @@
 """Comparisons of the package on a device with the package on the CPU.
 
-With ``EMULATED_DEVICE=1`` the device is an emulated cuda:0, and these are ``compiler`` tests (``make test-device``). Else
-it is a real one, and they are ``gpu`` tests (``make test-gpu``), skipped where there is none.
+With ``EMULATED_DEVICE=1`` the device is an emulated cuda:0, and these are ``compiler`` tests (``make test-device``).
+Else it is a real one, and they are ``gpu`` tests (``make test-gpu``), skipped where there is none.
 """
 
 import os

@@ -65,6 +65,7 @@ def install() -> None:
     import torch._dynamo  # asks torch.cuda what it is, on import
     from counts import note
     from masked import Masked, MaskedDevice, dispatch
+    from torch.utils._pytree import tree_map
 
     # torch.tensor(..., device="cuda") passes all modes.
     kernels = torch.library.Library("aten", "IMPL")
@@ -103,6 +104,15 @@ def install() -> None:
         def elapsed_time(self, other: "Event") -> float:
             return 0.0
 
+    read = torch.load
+
+    def load_onto(file: Any, map_location: Any = None, **options: Any) -> Any:
+        """Load a file, onto the device if that is asked for: its storages cannot be."""
+        to_device = isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == "cuda"
+        content = read(file, map_location="cpu" if to_device else map_location, **options)
+        move = lambda leaf: leaf.to("cuda") if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+        return tree_map(move, content) if to_device else content
+
     properties = SimpleNamespace(name="emulated", total_memory=_MEMORY, major=9, minor=0, multi_processor_count=132)
     answers: dict[str, Any] = {
         "is_available": True,
@@ -125,6 +135,7 @@ def install() -> None:
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
     for name in (*silent, "reset_peak_memory_stats", "ipc_collect"):
         setattr(torch.cuda, name, lambda *_, **__: None)
+    torch.load = load_onto
     torch.cuda.synchronize = synchronize
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -10,7 +10,7 @@ derivatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,16 +59,18 @@ class Masked(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> "Masked":
-        masked: Masked = Tensor._make_wrapper_subclass(
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            layout=raw.layout,
-            device=CUDA,
-            requires_grad=False,
-        )
+        # An inference tensor could not be the view of another kind that some operations make of it.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            masked: Masked = Tensor._make_wrapper_subclass(
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                layout=raw.layout,
+                device=CUDA,
+                requires_grad=False,
+            )
         masked.raw = raw
         return masked
 
@@ -136,6 +138,11 @@ def dispatch(operator: Operator, args: tuple[Any, ...], kwargs: Named) -> Any:
     to_device = _is_cuda(kwargs.get("device"))
     if not masked and not to_device:
         return operator(*args, **kwargs)
+    if torch.is_inference_mode_enabled():
+        # There operations that are made of others come whole.
+        made = operator.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
     name = operator._schema.name.partition("::")[2]
     _refuse(name, leaves, bool(masked))
     to_host = name == "_to_copy" and kwargs.get("device") is not None and not to_device
@@ -159,7 +166,8 @@ def _refuse(name: str, leaves: list[Any], masked: bool) -> None:
             continue
         if leaf.dim() > 0 or name in _NO_CPU_SCALARS:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"({name})"
             )
 
 
