@@ -3,8 +3,8 @@
 import pytest
 import torch
 from comparison import near, same_on_cpu, values_and_gradients
+from ground_costs import COSTS
 
-from lightning_gap import costs
 from lightning_gap.monge import (
     divergence_and_gap,
     energy_distance,
@@ -16,24 +16,6 @@ from lightning_gap.monge import (
     unbalanced_weights,
 )
 
-FACTOR = ((1.0, 0.2, 0.0), (0.2, 2.0, 0.1), (0.0, 0.1, 0.5))
-
-
-def squared_with_a_twist(x, y):
-    return (x - y).square().sum(-1) + 0.1 * (x - y).abs().sum(-1)
-
-
-COSTS = {
-    "sqeuclidean": "sqeuclidean",
-    "euclidean": "euclidean",
-    "mahalanobis": costs.Mahalanobis(torch.tensor(FACTOR)),
-    "pnorm": "pnorm(p=1.5)",
-    "sqpnorm": "sqpnorm(p=1.5)",
-    "elastic": "elastic",
-    "cosine": "cosine",
-    "geodesic": "geodesic",
-    "function": squared_with_a_twist,
-}
 TIGHT = {"tolerance": 1e-5, "max_iterations": 5000}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fits import Classifier, images, clouds, fit_classifier, fit_map, samples, trainer
+from device_fits import Classifier, clouds, fit_classifier, fit_map, images, samples, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_gap import (
@@ -23,7 +23,7 @@ def regime():
 
 
 CALLBACKS = {
-    "none": lambda: [],
+    "none": list,
     "ghosts": lambda: [GhostBatchNorm(8)],
     "strided ghosts": lambda: [GhostBatchNorm(8, grouping="strided", running_stats="per_step")],
     "regime": lambda: [regime()],

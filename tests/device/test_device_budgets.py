@@ -7,9 +7,9 @@ import pytest
 import torch
 from budgets import within
 from counts import Counts, counting
-from fits import Steps, fit_classifier, fit_map, samples
+from device_fits import Steps, fit_classifier, fit_map, samples
+from ground_costs import COSTS
 from ranks import RecordedRanks
-from test_solvers import COSTS
 
 from lightning_gap import GhostBatchNorm, GradientNoiseScale, LargeBatchRegime, UltraSlowDiffusion, monge_gap
 from lightning_gap.ghost import GhostBatchNorm1d, RunningStatisticsSync, ghost_batch_norm
