@@ -25,6 +25,7 @@ from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.networks import check_labels
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.populations import FiniteSamples, Turn
 from lightning_gap.monge.representation import AffineRepresentation
@@ -469,6 +470,16 @@ class MongeMap(LightningModule):
                 logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor, device=self.device)
         self._log_step(logged, batch_idx, source.shape[-2])
         return total
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the labels of a batch while they are on the CPU, where to look at them keeps no one waiting."""
+        conditions = getattr(self.map, "conditions", None)
+        condition = batch.condition if isinstance(batch, UnpairedBatch) else None
+        if condition is None and isinstance(batch, tuple | list) and len(batch) == 2:
+            condition = batch[1]  # of samples to predict
+        if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
+            check_labels(condition, conditions)
+        return batch
 
     def on_validation_epoch_start(self) -> None:
         """Forget what a validation that was interrupted has left."""

@@ -16,6 +16,7 @@ __all__ = [
     "PotentialGradient",
     "activation_factory",
     "check_condition",
+    "check_labels",
     "check_widths",
     "network",
     "perceptron",
@@ -209,13 +210,24 @@ def check_condition(x: Tensor, condition: Tensor, conditions: int | None, condit
             f"got {condition.dtype} of shape {tuple(condition.shape)}"
         )
     # A compiled or exported graph cannot look at values.
-    if not torch.compiler.is_compiling() and condition.numel():
+    if not torch.compiler.is_compiling():
+        check_labels(condition, conditions)
+
+
+def check_labels(condition: Tensor, conditions: int) -> None:
+    """Raise ``ValueError`` unless labels are those of a map; on CUDA, without waiting, the kernel fails in these words.
+
+    Args:
+        condition: Integer labels.
+        conditions: Number of categories.
+    """
+    known = f"the map knows {conditions} conditions, 0 to {conditions - 1}"
+    if condition.device.type == "cuda":
+        torch._assert_async(((condition >= 0) & (condition < conditions)).all(), f"condition has other labels: {known}")
+    elif condition.numel():
         low, high = int(condition.min()), int(condition.max())
         if low < 0 or high >= conditions:
-            raise ValueError(
-                f"condition has the label {low if low < 0 else high}, "
-                f"but the map knows {conditions} conditions, 0 to {conditions - 1}"
-            )
+            raise ValueError(f"condition has the label {low if low < 0 else high}, but {known}")
 
 
 class ConditionalPerceptron(nn.Module):

@@ -27,7 +27,7 @@ Named = dict[str, Any]
 # The host needs their values, to know a shape or to answer.
 _WAIT = {
     "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount",
-    "repeat_interleave", "_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "linalg_matrix_rank",
+    "_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "linalg_matrix_rank",
     "_linalg_eigh", "_linalg_svd",
 }  # fmt: skip
 _INDEXING = {"index", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -172,7 +172,8 @@ def _refuse(name: str, leaves: list[Any], masked: bool) -> None:
 
 
 def _count(name: str, operator: Operator, args: tuple[Any, ...], kwargs: Named, masked: bool, to_host: bool) -> None:
-    if name in _WAIT or (to_host and masked and not kwargs.get("non_blocking", False)):
+    unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+    if name in _WAIT or unsized or (to_host and masked and not kwargs.get("non_blocking", False)):
         note("syncs", name)
     if name == "copy_":
         target, source, *rest = args

@@ -64,6 +64,8 @@ def test_counts(device):
         lambda: x[x > 2],
         lambda: (x > 0).nonzero(),
         lambda: bool(x.all()),
+        lambda: x[0].repeat_interleave(torch.arange(4, device=device)),
+        lambda: torch.linalg.inv(x),
         lambda: torch.empty(4, 4).copy_(x, non_blocking=True),
         lambda: torch.cuda.synchronize(),
         lambda: torch.cuda.Event().synchronize(),
@@ -71,6 +73,11 @@ def test_counts(device):
         with counting() as counts:
             wait()
         assert counts.syncs.total() == 1
+    with counting() as counts:
+        x[0].repeat_interleave(torch.arange(4, device=device), output_size=6)
+        torch.linalg.inv_ex(x)
+        torch.linalg.solve_ex(x, x)
+    assert counts.syncs.total() == 0
     with counting() as counts:
         x.new_tensor([1.0])
         torch.ones(3).to(device)

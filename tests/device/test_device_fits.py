@@ -13,7 +13,7 @@ from lightning_gap import (
     SamplesDataModule,
     UltraSlowDiffusion,
 )
-from lightning_gap.monge import ConditionalMap, SphereMap, StructuredMap
+from lightning_gap.monge import ConditionalMap, SphereMap, StructuredMap, UnpairedBatch
 
 PRECISIONS = ["32-true", "16-mixed", "bf16-mixed"]
 
@@ -183,3 +183,18 @@ def test_maps_of_every_kind_run_on_the_device(device):
         expected = network(*inputs)
         found = network.to(device)(*(t.to(device) for t in inputs))
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.emulated
+def test_labels_are_checked_where_that_costs_nothing(device):
+    # Of a batch before it goes to the device; there without waiting, which on CUDA ends the process.
+    x, labels = clouds(12)[0], torch.tensor([0, 1, 3] * 4)
+    batch = UnpairedBatch(x, x, condition=labels)
+    model = MongeMap(map=ConditionalMap(2, conditions=3))
+    batches = torch.utils.data.DataLoader([batch], batch_size=None)
+    with pytest.raises(ValueError, match="condition has the label 3, but the map knows 3 conditions"):
+        trainer(device).fit(model, batches, batches)
+    with pytest.raises(ValueError, match="condition has the label 3"):
+        trainer(device).predict(model, torch.utils.data.DataLoader([(x, labels)], batch_size=None))
+    with pytest.raises(RuntimeError, match="the map knows 3 conditions, 0 to 2"):
+        ConditionalMap(2, conditions=3).to(device)(x.to(device), labels.to(device))
