@@ -55,8 +55,8 @@ class Classifier(LightningModule):
 def images(batch_size: int = 32) -> DataLoader[Any]:
     """Return 96 images of three classes, which differ in their mean."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(96) % 3
-    pixels = torch.randn(96, 1, 6, 6, generator=generator) + labels[:, None, None, None]
+    labels = torch.arange(96, device="cpu") % 3
+    pixels = torch.randn(96, 1, 6, 6, generator=generator, device="cpu") + labels[:, None, None, None]
     return DataLoader(TensorDataset(pixels, labels), batch_size=batch_size)
 
 
@@ -71,8 +71,8 @@ def fit_classifier(device: str, callbacks: Sequence[Callback] = (), **options: A
 def clouds(n: int = 96, dim: int = 2) -> tuple[Tensor, Tensor]:
     """Return samples of two normal distributions."""
     generator = torch.Generator().manual_seed(7)
-    scales = torch.linspace(0.5, 2, dim)
-    return torch.randn(n, dim, generator=generator), torch.randn(n, dim, generator=generator) * scales + 2
+    source, target = torch.randn(2, n, dim, generator=generator, device="cpu")
+    return source, target * torch.linspace(0.5, 2, dim, device="cpu") + 2
 
 
 def samples(n: int = 96, dim: int = 2, **options: Any) -> SamplesDataModule:

@@ -135,6 +135,9 @@ def install() -> None:
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
     for name in (*silent, "reset_peak_memory_stats", "ipc_collect"):
         setattr(torch.cuda, name, lambda *_, **__: None)
+    # All numbers are drawn on the CPU.
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
     torch.load = load_onto
     torch.cuda.synchronize = synchronize
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
