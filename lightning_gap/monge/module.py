@@ -471,16 +471,6 @@ class MongeMap(LightningModule):
         self._log_step(logged, batch_idx, source.shape[-2])
         return total
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the labels of a batch while they are on the CPU, where to look at them keeps no one waiting."""
-        conditions = getattr(self.map, "conditions", None)
-        condition = batch.condition if isinstance(batch, UnpairedBatch) else None
-        if condition is None and isinstance(batch, tuple | list) and len(batch) == 2:
-            condition = batch[1]  # of samples to predict
-        if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
-            check_labels(condition, conditions)
-        return batch
-
     def on_validation_epoch_start(self) -> None:
         """Forget what a validation that was interrupted has left."""
         self._forget_scores("val")
@@ -512,7 +502,9 @@ class MongeMap(LightningModule):
         if isinstance(batch, UnpairedBatch):
             b = self._checked(batch)
             return self._decoded(self._images(b.source, b.condition))
-        return self._raw_images(batch[0], batch[1] if getattr(self.map, "conditional", False) else None)
+        condition = batch[1] if getattr(self.map, "conditional", False) else None
+        self._check_labels(condition)
+        return self._raw_images(batch[0], condition)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler which is stepped after every update."""
@@ -663,12 +655,19 @@ class MongeMap(LightningModule):
                 f"source has shape {tuple(source.shape)} but target {tuple(target.shape)}: all but the numbers of "
                 "samples must agree"
             )
+        self._check_labels(batch.condition)
         floats = {
             name: self._as_map_takes(value)
             for name, value in batch._asdict().items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         return batch._replace(**floats)
+
+    def _check_labels(self, condition: Tensor | None) -> None:
+        """Refuse unknown labels, once a batch: on a GPU the map itself does not wait to look at them."""
+        conditions = getattr(self.map, "conditions", None)
+        if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
+            check_labels(condition, conditions)
 
     def _as_map_takes(self, x: Tensor) -> Tensor:
         """Return the samples in the precision of the network: NumPy's is double, and few networks are."""

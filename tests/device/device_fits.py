@@ -25,17 +25,17 @@ def trainer(device: str, **options: Any) -> Trainer:
 
 
 class Classifier(LightningModule):
-    """A convolution and two batch normalizations."""
+    """A convolution and two batch normalizations, or none."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, normalized: bool = True) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
+            nn.BatchNorm2d(4) if normalized else nn.Identity(),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(4 * 36, 16),
-            nn.BatchNorm1d(16),
+            nn.BatchNorm1d(16) if normalized else nn.Identity(),
             nn.ReLU(),
             nn.Linear(16, 3),
         )
@@ -60,10 +60,12 @@ def images(batch_size: int = 32) -> DataLoader[Any]:
     return DataLoader(TensorDataset(pixels, labels), batch_size=batch_size)
 
 
-def fit_classifier(device: str, callbacks: Sequence[Callback] = (), **options: Any) -> Classifier:
+def fit_classifier(
+    device: str, callbacks: Sequence[Callback] = (), *, normalized: bool = True, **options: Any
+) -> Classifier:
     """Return a classifier that has been trained for six updates, or as the options say."""
     seed_everything(0, verbose=False)
-    model = Classifier()
+    model = Classifier(normalized=normalized)
     trainer(device, callbacks=list(callbacks), **options).fit(model, images(), images())
     return model
 

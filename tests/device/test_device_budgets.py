@@ -92,7 +92,8 @@ def test_joined_statistics():
     ids=["clipped and warmed up", "noise"],
 )
 def test_regime(options):
-    within(last_step(fit_classifier, LargeBatchRegime(8, batch_size=32, train_longer=False, **options)), syncs=0)
+    regime = LargeBatchRegime(8, batch_size=32, train_longer=False, **options)
+    within(last_step(fit_classifier, regime, normalized="clip_norm" in options), syncs=0)
 
 
 def test_diffusion():

@@ -66,6 +66,10 @@ def energy():
     return metric.compute()
 
 
+def noise():
+    return LargeBatchRegime(8, batch_size=32, lr_rule="none", gradient_noise=True, train_longer=False)
+
+
 def on_device(function, **options):
     return lambda: function(X.cuda(), Y.cuda(), **options)
 
@@ -101,9 +105,7 @@ ENTRIES = {
     ),
     "ghosts": lambda: fit_classifier("cuda", [GhostBatchNorm(8)]),
     "regime": lambda: fit_classifier("cuda", [LargeBatchRegime(8, batch_size=32, train_longer=False)]),
-    "noise": lambda: fit_classifier(
-        "cuda", [LargeBatchRegime(8, batch_size=32, lr_rule="none", gradient_noise=True, train_longer=False)]
-    ),
+    "noise": lambda: fit_classifier("cuda", [noise()], normalized=False),
     "diffusion": lambda: fit_classifier("cuda", [UltraSlowDiffusion(every_n_updates=1)]),
     "noise scale": lambda: fit_classifier("cuda", [GradientNoiseScale()], accumulate_grad_batches=3),
 }

@@ -186,8 +186,8 @@ def test_maps_of_every_kind_run_on_the_device(device):
 
 
 @pytest.mark.emulated
-def test_labels_are_checked_where_that_costs_nothing(device):
-    # Of a batch before it goes to the device; there without waiting, which on CUDA ends the process.
+def test_labels_are_checked_once_a_batch(device):
+    # The map itself does not wait for the device: what it finds there ends the process, on CUDA.
     x, labels = clouds(12)[0], torch.tensor([0, 1, 3] * 4)
     batch = UnpairedBatch(x, x, condition=labels)
     model = MongeMap(map=ConditionalMap(2, conditions=3))
@@ -196,5 +196,5 @@ def test_labels_are_checked_where_that_costs_nothing(device):
         trainer(device).fit(model, batches, batches)
     with pytest.raises(ValueError, match="condition has the label 3"):
         trainer(device).predict(model, torch.utils.data.DataLoader([(x, labels)], batch_size=None))
-    with pytest.raises(RuntimeError, match="the map knows 3 conditions, 0 to 2"):
+    with pytest.raises(RuntimeError, match="none of 3 conditions, 0 to 2"):
         ConditionalMap(2, conditions=3).to(device)(x.to(device), labels.to(device))
