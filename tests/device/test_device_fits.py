@@ -72,11 +72,8 @@ MAPS = {
 }
 
 
-ROUNDING = pytest.mark.xfail(strict=False, reason="a point's distance to itself is rounding noise, and so its gradient")
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=ROUNDING) if name == "euclidean" else name for name in MAPS])
+@pytest.mark.parametrize("name", MAPS)
 def test_map(device, name, precision):
     def arguments():
         return {key: value() if key == "map" else value for key, value in MAPS[name].items()}

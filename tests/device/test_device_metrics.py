@@ -33,7 +33,6 @@ METRICS = {
     "cosine": (DisplacementCosine, (X, MAPPED, TRUTH), {}),
     "scores": (lambda: MapScores(gap_epsilon=0.5, fitting_epsilon=0.5), (X, MAPPED, Y), {"true_images": TRUTH}),
 }
-SOLVE = pytest.mark.xfail(strict=False, reason="the solvers take float64 everywhere, not the device's widest dtype")
 
 
 def to(device, value):
@@ -61,9 +60,7 @@ def test_metrics(device, name):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SOLVE) if name in ("gap", "divergence", "scores") else name for name in METRICS]
-)
+@pytest.mark.parametrize("name", METRICS)
 def test_metrics_without_double(device, name, monkeypatch):
     from masked import without_double
 
