@@ -47,6 +47,11 @@ def counting() -> Iterator[Counts]:
         _open.remove(counts)
 
 
+def is_counting() -> bool:
+    """Whether anything counts."""
+    return bool(_open)
+
+
 def note(name: str, operation: str) -> None:
     """Add one to a counter, at the innermost place of the package that is being run."""
     if _open:

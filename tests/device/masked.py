@@ -9,15 +9,14 @@ It says nothing of speed, and of numerics nothing but that; it has one device, a
 derivatives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from counts import note
+from counts import is_counting, note
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 CUDA = torch.device("cuda", 0)
 
@@ -133,8 +132,8 @@ class MaskedDevice(TorchDispatchMode):
 
 def dispatch(operator: Operator, args: tuple[Any, ...], kwargs: Named) -> Any:
     """Run an operation on the device, if it is one of the device's."""
-    leaves, spec = tree_flatten((args, kwargs))
-    masked = [leaf for leaf in leaves if isinstance(leaf, Masked)]
+    leaves = list(_leaves((*args, *kwargs.values())))
+    masked = any(isinstance(leaf, Masked) for leaf in leaves)
     to_device = _is_cuda(kwargs.get("device"))
     if not masked and not to_device:
         return operator(*args, **kwargs)
@@ -144,13 +143,21 @@ def dispatch(operator: Operator, args: tuple[Any, ...], kwargs: Named) -> Any:
         if made is not NotImplemented:
             return made
     name = operator._schema.name.partition("::")[2]
-    _refuse(name, leaves, bool(masked))
+    _refuse(name, leaves, masked)
     to_host = name == "_to_copy" and kwargs.get("device") is not None and not to_device
-    _count(name, operator, args, kwargs, bool(masked), to_host)
-    result, wrappers = _run(name, operator, leaves, spec)
-    if to_host:
-        return result
-    return tree_map(lambda leaf: _mask(leaf, wrappers, name), result)
+    if is_counting():
+        _count(name, operator, args, kwargs, masked, to_host)
+    wrappers: dict[int, Masked] = {}
+    result = _run(name, operator, _unmasked(args, wrappers), {k: _unmasked(v, wrappers) for k, v in kwargs.items()})
+    return result if to_host else _masked(result, wrappers, name)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _is_cuda(device: Any) -> bool:
@@ -196,37 +203,41 @@ def _count(name: str, operator: Operator, args: tuple[Any, ...], kwargs: Named, 
         note("launches", name)
 
 
-def _run(name: str, operator: Operator, leaves: list[Any], spec: Any) -> tuple[Any, dict[int, Masked]]:
-    """Return what the operation gives on the CPU, and the masks of its arguments by what they hide."""
-    wrappers: dict[int, Masked] = {}
-
-    def unmask(leaf: Any) -> Any:
-        if isinstance(leaf, Masked):
-            wrappers[id(leaf.raw)] = leaf
-            return leaf.raw
-        return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "cuda" else leaf
-
-    args, kwargs = tree_unflatten([unmask(leaf) for leaf in leaves], spec)
+def _run(name: str, operator: Operator, args: tuple[Any, ...], kwargs: Named) -> Any:
+    """Return what the operation gives on the CPU."""
     if "pin_memory" in kwargs:
         kwargs["pin_memory"] = False
     if name in _MATRIX_PRODUCTS and _rounds_products():
-        args = [to_tensor_float_32(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        args = tuple(to_tensor_float_32(arg) if isinstance(arg, Tensor) else arg for arg in args)
     run = _native_batch_norm_out if name == "native_batch_norm" and operator._overloadname == "out" else operator
-    return run(*args, **kwargs), wrappers
+    return run(*args, **kwargs)
 
 
-def _mask(leaf: Any, wrappers: dict[int, Masked], name: str) -> Any:
-    if not isinstance(leaf, Tensor) or isinstance(leaf, Masked):
-        return leaf
-    if id(leaf) in wrappers:  # an argument, changed in place
-        known = wrappers[id(leaf)]
-        if known.shape != leaf.shape or known.stride() != leaf.stride():
+def _unmasked(value: Any, wrappers: dict[int, Masked]) -> Any:
+    """Return what masks hide, and remember the masks by it."""
+    if isinstance(value, Masked):
+        wrappers[id(value.raw)] = value
+        return value.raw
+    if isinstance(value, list | tuple):
+        return type(value)(_unmasked(part, wrappers) for part in value)
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+def _masked(value: Any, wrappers: dict[int, Masked], name: str) -> Any:
+    """Return results with masks, the old ones for arguments that were changed in place."""
+    if isinstance(value, list | tuple):
+        return type(value)(_masked(part, wrappers, name) for part in value)
+    if not isinstance(value, Tensor) or isinstance(value, Masked):
+        return value
+    if id(value) in wrappers:
+        known = wrappers[id(value)]
+        if known.shape != value.shape or known.stride() != value.stride():
             with torch.no_grad():
-                known.data = Masked(leaf)
+                known.data = Masked(value)
         return known
-    if leaf.dtype in _missing:
-        raise TypeError(f"Cannot convert a MPS Tensor to {leaf.dtype} dtype as the MPS framework has none ({name})")
-    return Masked(leaf)
+    if value.dtype in _missing:
+        raise TypeError(f"Cannot convert a MPS Tensor to {value.dtype} dtype as the MPS framework has none ({name})")
+    return Masked(value)
 
 
 # --- What differs on the real device -------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_map(name):
     data = samples(256, 10, batch_size=128, val_fraction=0.0)
-    options = {"trainer": {"max_epochs": 1, "limit_val_batches": 0}, "hidden": (32,)}
+    options = {"trainer": {"max_epochs": 1, "limit_val_batches": 0}, "hidden": (32,), "tolerance": 1e-5}
     within(last_step(fit_map, data=data, **options, **MAPS[name]), syncs=15)
 
 
