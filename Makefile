@@ -9,11 +9,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 DATA ?= mnist-5k
 
-.PHONY: help setup demo test test-slow test-gpu lint types doctest readme docs format ci clean
+.PHONY: help setup demo test test-device test-slow test-gpu lint types doctest readme docs format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
 	@echo "make test      set up, then run the tests"
+	@echo "make test-device                   the tests of GPUs on an emulated one (part of make test)"
 	@echo "make lint types doctest readme    the other checks of CI"
 	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
@@ -37,6 +38,11 @@ test: setup
 	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q \
 	  -m "not compiler and not slow and not gpu"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "compiler and not slow and not gpu"
+	$(MAKE) test-device
+
+# In processes of their own: the device is there from before torch is imported, and stays.
+test-device: setup
+	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests/device
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow

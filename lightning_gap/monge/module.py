@@ -26,6 +26,7 @@ from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.networks import check_labels
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective, ObjectiveTerms
 from lightning_gap.monge.populations import FiniteSamples, Turn
 from lightning_gap.monge.representation import AffineRepresentation
@@ -524,7 +525,9 @@ class MongeMap(LightningModule):
         if isinstance(batch, UnpairedBatch):
             b = self._checked(batch)
             return self._decoded(self._images(b.source, b.condition))
-        return self._raw_images(batch[0], batch[1] if getattr(self.map, "conditional", False) else None)
+        condition = batch[1] if getattr(self.map, "conditional", False) else None
+        self._check_labels(condition)
+        return self._raw_images(batch[0], condition)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler which is stepped after every update."""
@@ -688,12 +691,19 @@ class MongeMap(LightningModule):
                 f"source has shape {tuple(source.shape)} but target {tuple(target.shape)}: all but the numbers of "
                 "samples must agree"
             )
+        self._check_labels(batch.condition)
         floats = {
             name: self._as_map_takes(value)
             for name, value in batch._asdict().items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         return batch._replace(**floats)
+
+    def _check_labels(self, condition: Tensor | None) -> None:
+        """Refuse unknown labels, once a batch: on a GPU the map itself does not wait to look at them."""
+        conditions = getattr(self.map, "conditions", None)
+        if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
+            check_labels(condition, conditions)
 
     def _as_map_takes(self, x: Tensor) -> Tensor:
         """Return the samples in the precision of the network: NumPy's is double, and few networks are."""
