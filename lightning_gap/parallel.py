@@ -253,6 +253,21 @@ class RankGroup:
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
 
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over the ranks, differentiable in this rank's, as often and as ever one likes.
+
+        The gradient is that of the sum of all ranks' losses. Transforms of ``torch.func`` and forward mode are served.
+
+        Args:
+            value: A tensor of the same shape on every rank, on the device of the group's backend.
+
+        Raises:
+            NotImplementedError: In a backward pass of many gradients at once by ``is_grads_batched`` or
+                ``vectorize=True`` of ``torch.autograd``.
+        """
+        total: Tensor = _SumOverRanks.apply(value, self)  # type: ignore[no-untyped-call]
+        return total
+
     def gather_rows(self, value: Tensor, dim: int = 0) -> Tensor:
         """Return the rows of all ranks, in the order of the ranks, differentiable in this rank's.
 
@@ -276,6 +291,34 @@ class RankGroup:
 
 def _no_group() -> None:
     return None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, ranks: RankGroup) -> Tensor:
+        if torch._C._dispatch_keys(value).has(torch._C._dispatch_key_parse("Batched")):
+            raise NotImplementedError(
+                "is_grads_batched and vectorize=True of torch.autograd cannot batch what several ranks add up: use "
+                "torch.func (jacrev, hessian, vmap), or one gradient at a time"
+            )
+        return ranks.sum(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.ranks = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.differentiable_sum(grads[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        total: Tensor = ctx.ranks.differentiable_sum(tangents[0])
+        return total
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], value: Tensor, ranks: RankGroup) -> tuple[Tensor, int]:
+        return ranks.differentiable_sum(value), in_dims[0]
 
 
 class _GatherRows(torch.autograd.Function):

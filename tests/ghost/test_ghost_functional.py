@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from ghost_reference import members, one_after_another
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.ghost import (
@@ -15,6 +17,7 @@ from lightning_gap.ghost import (
     ghost_slices,
     kernels,
 )
+from lightning_gap.parallel import RankGroup
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}
@@ -309,6 +312,47 @@ def test_every_kernel(sizes, grouping, dtype, monkeypatch):
                 plain = make(dim) if dtype == torch.float64 else make(dim).float()
                 x = randn(n, dim).to(dtype)
                 compare(plain, x, grouping=grouping, memory_format=memory_format, steps=1, tolerance=tolerance)
+
+
+class Outputs(TorchDispatchMode):
+    """Refuses calls that are given one memory for several outputs: kernels of other devices may use each as they go."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [argument.name for argument in func._schema.arguments if argument.is_out]
+        places = sorted((out.data_ptr(), out.nbytes) for name in names if (out := (kwargs or {}).get(name)) is not None)
+        assert all(start + size <= then for (start, size), (then, _) in pairwise(places)), func
+        if func is torch.ops.aten.native_batch_norm.out:
+            assert kwargs["save_mean"] is not kwargs["save_invstd"]
+            assert kwargs["save_mean"].shape == kwargs["save_invstd"].shape == (args[0].shape[1],)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sizes", [{}, {"_LARGE_GHOST": 1}, {"_BLOCK": 1}])
+def test_no_call_writes_two_outputs_into_one_memory(sizes, monkeypatch):
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernels, name, value)
+
+    class TwoRanks(RankGroup):
+        def __init__(self):
+            self.group, self.size = None, 2
+
+        def gather(self, value):
+            return torch.stack([value.detach()] * 2)
+
+        def sum(self, value):
+            return 2 * value.detach()
+
+    with Outputs():
+        for dim in (2, 3, 4, 5):
+            for memory_format in ("contiguous", "channels_last"):
+                for ranks in (None, TwoRanks()):
+                    x = as_format(randn(11, dim), memory_format).requires_grad_()
+                    weight, bias = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+                    for grouping in ("contiguous", "strided"):
+                        y = ghost_batch_norm(
+                            x, None, None, weight, bias, ghost_batch_size=G, grouping=grouping, process_group=ranks
+                        )
+                        y.sum().backward()
 
 
 @pytest.mark.compiler
