@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+from lightning_gap.gradients import gradient_values
 
 __all__ = [
     "RankGroup",
@@ -278,7 +280,7 @@ class RankGroup:
             value: A tensor of the same shape on every rank, but for the number of its rows.
             dim: Which dimension the rows are counted in.
         """
-        counts = self.gather(torch.tensor([value.shape[dim]], device=value.device)).flatten().tolist()
+        counts = self.gather(torch.full((1,), value.shape[dim], device=value.device)).flatten().tolist()
         gathered: Tensor = _GatherRows.apply(value, self.group, counts, dim)  # type: ignore[no-untyped-call]
         return gathered
 
@@ -410,14 +412,20 @@ def from_rank_zero(trainer: Trainer, value: _T) -> _T:
     return result
 
 
-def loss_scale(trainer: Trainer) -> float:
+def loss_scale(trainer: Trainer) -> Tensor:
     """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
+
+    It is a float32 scalar on the root device, so that nothing waits for that here.
 
     Args:
         trainer: The trainer that runs.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    if scale is not None:  # as it is from the first loss on
+        return cast(Tensor, scale)
+    number = 1.0 if scaler is None else float(scaler.get_scale())
+    return torch.full((), number, dtype=torch.float32, device=trainer.strategy.root_device)
 
 
 def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
@@ -444,11 +452,13 @@ def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> T
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not shards_by_dtensor(trainer):
-        norm = get_total_norm(gradients)
-        clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-    norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    if shards_by_dtensor(trainer):
+        norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    else:
+        norm = get_total_norm([gradient_values(gradient) for gradient in gradients])
+        if all(gradient.layout is torch.strided for gradient in gradients):
+            clip_grads_with_norm_(parameters, max_norm, norm)
+            return norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
     for gradient in gradients:
         local_shard(gradient).mul_(factor.to(gradient.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.arguments import check_count
-from lightning_gap.loggers import define_axes, log_facts, log_table
+from lightning_gap.loggers import define_axes, filled, log_facts, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
 from lightning_gap.regime.batch import Pass, effective_batch_size, pass_over_data
 from lightning_gap.regime.checks import check_optimizers, check_schedulers, check_trainer, sized_from_trainer
@@ -554,13 +554,13 @@ class LargeBatchRegime(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
         facts: dict[str, Any] = {"updates": float(trainer.global_step), "samples_seen": float(self._samples)}
         if self._warmups[0].made:
-            facts["learning_rate"] = self._warmups[0].learning_rate
-            facts["lr_over_batch"] = self._warmups[0].learning_rate / plan.batch_size
+            facts["learning_rate"] = self._warmups[0].rate
+            facts["lr_over_batch"] = self._warmups[0].rate / plan.batch_size
         if self._clippable:
             facts["clipped_fraction"] = self._clipped / self._clippable
         define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
         for name, value in facts.items():
-            pl_module.log(_PREFIX + name, value)
+            pl_module.log(_PREFIX + name, filled(value, pl_module.device))
 
     def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
         sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
