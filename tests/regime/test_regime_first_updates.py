@@ -64,6 +64,7 @@ def test_gradients_are_clipped_and_the_share_is_logged(first, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ warm-up
 
 
+@pytest.mark.filterwarnings("ignore:LargeBatchRegime cannot read the length of")
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "MultiplicativeLR", "OneCycleLR", "SequentialLR"])
 @pytest.mark.filterwarnings("ignore:.*OneCycleLR. scheduler is using.*", "ignore:.*reaches past.*")
