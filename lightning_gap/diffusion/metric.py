@@ -19,6 +19,7 @@ from lightning_gap.diffusion.distance import (
 )
 from lightning_gap.diffusion.law import DiffusionFit, fit_diffusion
 from lightning_gap.diffusion.plot import plot_diffusion
+from lightning_gap.extras import library
 from lightning_gap.precision import widest
 
 __all__ = ["UltraSlowDiffusionFit", "WeightDistance"]
@@ -123,7 +124,11 @@ class WeightDistance(_WideMetric):
 
         Returns:
             The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed.
         """
+        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return self._plot(val, ax)
 
 
@@ -204,6 +209,10 @@ class UltraSlowDiffusionFit(_WideMetric):
 
         Returns:
             The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed.
+            ValueError: As :meth:`fit`.
         """
         t, d = self._points()
         return plot_diffusion({"updates": t.tolist(), "distance": d.tolist()}, self.fit(), ax=ax)
