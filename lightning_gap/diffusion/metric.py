@@ -218,9 +218,13 @@ class UltraSlowDiffusionFit(_WideMetric):
         return plot_diffusion({"updates": t.tolist(), "distance": d.tolist()}, self.fit(), ax=ax)
 
     def _wide(self, values: Any) -> Tensor:
-        if isinstance(values, Tensor):
-            values = values.detach().to(self.device)  # first: it may come from a device without double
-        wide = torch.as_tensor(values, dtype=widest(self.device), device=self.device)
+        dtype = widest(self.device)
+        if not isinstance(values, Tensor):
+            wide = torch.as_tensor(values, dtype=dtype, device=self.device)
+        elif dtype == torch.float64:  # it may come from a device without double, or go to one
+            wide = values.detach().to(self.device).to(dtype)
+        else:
+            wide = values.detach().to(dtype).to(self.device)
         return wide.reshape(1) if wide.ndim == 0 else wide
 
     def _points(self) -> tuple[Tensor, Tensor]:

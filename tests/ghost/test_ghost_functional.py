@@ -402,3 +402,18 @@ def test_on_cuda(dtype, grouping):
             compare(plain, x, grouping=grouping, memory_format=memory_format)
     else:
         compare(plain.float(), x.to(dtype), grouping=grouping, tolerance=3e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dim", [2, 4])
+def test_layers_read_no_number_from_their_device(dim, momentum):
+    # Tensors on "meta" have none to read: a CUDA device would have to be waited for.
+    for n in (3, 4, 8, 9, 11):
+        for grouping in ("contiguous", "strided"):
+            for running_stats in ("sequential", "per_step"):
+                options = {"grouping": grouping, "running_stats": running_stats}
+                layer = convert_ghost_batchnorm(make(dim, momentum=momentum), G, **options).to("meta")
+                x = torch.empty(n, 3, *SPATIAL[dim], dtype=torch.float64, device="meta", requires_grad=True)
+                layer(x).sum().backward()
+                assert x.grad.shape == x.shape
+                assert layer.weight.grad.device.type == "meta"
