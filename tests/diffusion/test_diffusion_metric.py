@@ -129,7 +129,7 @@ def test_states_are_single_where_the_device_has_no_double(monkeypatch):
         fit.update(torch.tensor([2, 3], dtype=torch.int64), torch.tensor([0.5, 0.75], dtype=torch.float64))
         fit.update(4.0, 0.875)
         metric.reset()
-        assert metric.compute().dtype == torch.float32
+        assert metric.displacement.dtype == torch.float32
         assert {state.dtype for state in (*fit.updates, *fit.distances)} == {torch.float32}
         fit.reset()
 
