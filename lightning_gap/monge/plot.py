@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lightning_gap.arguments import check_integer
-from lightning_gap.extras import library
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +92,11 @@ def plot_map(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['x₁']
     """
-    figures = library("matplotlib.figure", "plot_map", "plots")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot_map needs matplotlib: pip install 'lightning_gap[plots]'") from error
+
     panels = _panels(source, mapped, target, conditions)
     chosen = _space(space, panels)
     if theme not in get_args(Theme):
@@ -121,7 +124,7 @@ def plot_map(
     scale = 1.15 if len(shown) == 1 else 0.78
     with _style(theme):
         size = (columns * width * scale, rows * height * scale + 0.5)
-        figure: Figure = figures.Figure(figsize=size, dpi=150, layout="constrained")
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         parts = np.asarray(figure.subfigures(rows, columns, squeeze=False, wspace=0.02, hspace=0.02)).ravel()
         limits = None if chosen == "sphere" else _limits(shown, equal=chosen != "line")
         if chosen == "sphere":
