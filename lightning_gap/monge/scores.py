@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.extras import library
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
@@ -207,6 +208,7 @@ class MapScores(Metric):
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
+        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return self._plot(val, ax)
 
     def _rows(
