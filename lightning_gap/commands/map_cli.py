@@ -28,7 +28,8 @@ from lightning_gap import (
 )
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.commands.trainer import TRAINER_COMMANDS
-from lightning_gap.monge.transport_files import load_map, read_checkpoint
+from lightning_gap.monge.checkpoints import read_checkpoint
+from lightning_gap.monge.transport_files import load_map
 from lightning_gap.terminal import say
 
 __all__ = ["MapCLI", "run_trainer", "trainer_parsers"]
