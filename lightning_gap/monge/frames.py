@@ -317,9 +317,15 @@ def _refuse_repeated(title: str, names: Sequence[str]) -> None:
         raise ValueError(f"{title} has two columns {twice!r}: rename one")
 
 
+def _is_number(title: str, dtype: Any) -> bool:
+    types = library("pandas", title).api.types
+    # Arrow's booleans are no numbers to pandas, and its own are.
+    return bool(types.is_numeric_dtype(dtype) or getattr(dtype, "kind", "") == "b")
+
+
 def _kind(title: str, column: Any) -> Kind:
     pandas = library("pandas", title)
-    if pandas.api.types.is_numeric_dtype(column.dtype):
+    if _is_number(title, column.dtype):
         return "numbers"
     if column.dtype != object and not pandas.api.types.is_string_dtype(column.dtype):
         return "text"  # dates, categories, lists
@@ -336,7 +342,7 @@ def _kind(title: str, column: Any) -> Kind:
 def _as_numbers(title: str, samples: Any, start: int) -> Any:
     """Return the columns as numbers."""
     pandas = library("pandas", title)
-    others = [name for name in samples.columns if not pandas.api.types.is_numeric_dtype(samples[name].dtype)]
+    others = [name for name in samples.columns if not _is_number(title, samples[name].dtype)]
     for name in others:
         _refuse_text(title, samples[name], name, start)
     return samples.assign(**{name: pandas.to_numeric(samples[name]) for name in others}) if others else samples
