@@ -137,7 +137,10 @@ class MapCLI(LightningCLI):
             self._checkpoint = path
 
     def before_instantiate_classes(self) -> None:
-        """Give the run a length, and validations, where it has none."""
+        """Give the run a length, and validations, where it has none; a checkpoint is no program."""
+        if "weights_only" in self.config[self.subcommand] and self._given("weights_only") is None:
+            # Lightning would run what it finds at a URL.
+            self.config[self.subcommand]["weights_only"] = True
         self._length_is_ours = self.subcommand == "fit" and _set_length(self._given("trainer"))
 
     def instantiate_classes(self) -> None:
