@@ -145,12 +145,12 @@ def _named_numbers(numbers: NDArray[Any], names: Sequence[str], labels: bool) ->
 
 def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
     """Raise for a number that is the name of one condition and would be taken for the label of another."""
-    place = {name: label for label, name in enumerate(names)}
     for number in np.unique(numbers).tolist():
-        if place.get(str(number), number) != number:
+        place = place_of(number, names)
+        if place is not None and place != number:
             raise ValueError(
-                f"condition={number} could be the label {number}, or the name {str(number)!r} of the label "
-                f"{place[str(number)]}: give names as text, and labels as a tensor"
+                f"condition={number} could be the label {number}, or the name {names[place]!r} of the label {place}: "
+                "give names as text, and labels as a tensor"
             )
 
 
