@@ -253,10 +253,10 @@ class NumberedLoader(DataLoader[Any]):
     Lightning numbers the dataset's items anew to overfit a few of them. These are batches, and its length is samples.
     """
 
-    def __init__(self, dataset: Dataset[Any], *args: Any, sampler: Any = None, **options: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **options: Any) -> None:
         if isinstance(sampler, SequentialSampler) and hasattr(dataset, "steps"):
             sampler = SequentialSampler(range(dataset.steps))
-        super().__init__(dataset, *args, sampler=sampler, **options)
+        super().__init__(dataset, sampler=sampler, **options)
 
     def __iter__(self) -> Any:
         # An iterator draws its workers' seed on the default device, by a generator of the CPU.
@@ -270,7 +270,7 @@ class BatchLoader(NumberedLoader):
     Lightning makes the iterator before it tells the epoch, and before it knows whether it resumes.
     """
 
-    def __iter__(self) -> Iterator[UnpairedBatch]:
+    def __iter__(self) -> Iterator[UnpairedBatch]:  # type: ignore[override]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,13 +42,13 @@ def feature_places(
             f"{title} has no {listed(missing)}, which {whose} has among its features ({listed(wanted)}); it has "
             f"{listed(given)}" + (f": {remedy}" if remedy else ": rename or add the columns")
         )
-    repeated = _repeated(wanted) or _repeated([name for name in given if name in set(wanted)])
+    known = set(wanted)
+    repeated = _repeated(wanted) or _repeated([name for name in given if name in known])
     if repeated is not None:
         raise ValueError(
             f"the feature {repeated!r} of {title} or {whose} is there twice, and the others stand in another order: "
             "give each a name of its own, as by adata.var_names_make_unique()"
         )
-    known = set(wanted)
     extra = [name for name in given if name not in known]
     if extra:
         rank_zero_warn(f"{title} has {listed(extra)}, which {whose} does not know: ignored")
@@ -103,4 +103,5 @@ def listed(names: Sequence[str]) -> str:
 def _repeated(names: Sequence[str]) -> str | None:
     if len(set(names)) == len(names):
         return None
-    return next(name for i, name in enumerate(names) if name in names[:i])
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -402,11 +402,8 @@ class MongeMap(LightningModule):
             check_hyper_parameters(hyper_parameters_of(checkpoint_path))
             # Lightning's own function would import the classes that are named beside it.
             kwargs["_instantiator"] = None
-        return cast(
-            Self,
-            super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict=strict, weights_only=weights_only, **kwargs
-            ),
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict=strict, weights_only=weights_only, **kwargs
         )
 
     def on_fit_start(self) -> None:
