@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.data import SamplesDataModule
-from lightning_gap.monge.features import feature_places, names_of
+from lightning_gap.monge.features import columns_like
 from lightning_gap.monge.gap import sinkhorn_divergence
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
@@ -154,7 +154,10 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             StandardScaler() if self.standardize else FunctionTransformer(),
             FunctionTransformer() if self.n_components is None else PCA(self.n_components, random_state=seed),
         ).fit(np.concatenate([source, target.astype(source.dtype)]))
-        x, z = (torch.from_numpy(representation.transform(samples)).float() for samples in (source, target))
+        x, z = (
+            torch.from_numpy(np.array(representation.transform(samples), dtype=np.float32))
+            for samples in (source, target)
+        )
         with isolate_rng(), _quietly():
             torch.manual_seed(seed)
             data = SamplesDataModule(
@@ -225,21 +228,15 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             NotFittedError: ``fit`` has not been called.
             ValueError: The samples cannot be used.
         """
-        images = torch.from_numpy(np.asarray(self.transform(X), dtype=np.float64))
-        target = torch.from_numpy(np.asarray(self._target(y, X), dtype=np.float64))
+        images = torch.from_numpy(np.array(self.transform(X), dtype=np.float64))
+        target = torch.from_numpy(np.array(self._target(y, X), dtype=np.float64))
         cost = resolve(self.fitting_cost)
         epsilon = share_of_mean_cost(0.05, target, target, cost)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
     def _target(self, y: Any, X: Any) -> NDArray[Any]:
         """Return the target's samples, with the features of the source."""
-        given, wanted = names_of(y), names_of(X)
-        numbered = any(names is not None and _counted(names) for names in (given, wanted))
-        if numbered and set(given or ()) != set(wanted or ()):
-            given = None  # Numbers that pandas has given are no names.
-        places = feature_places("y", given, wanted, "X", remedy="to go by place, give an array, y.to_numpy()")
-        if places is not None:
-            y = y[[y.columns[i] for i in places]]
+        y = columns_like("y", y, X, "X")
         target: NDArray[Any] = check_array(y, dtype=_DTYPES, input_name="y")
         if target.shape[1] != self.n_features_in_:
             raise ValueError(
@@ -253,10 +250,6 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         tags.target_tags.required = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-def _counted(names: Sequence[str]) -> bool:
-    return list(names) == [str(i) for i in range(len(names))]
 
 
 @contextmanager

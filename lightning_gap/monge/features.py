@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
-__all__ = ["feature_places", "listed", "match_features", "names_of"]
+__all__ = ["columns_like", "feature_places", "listed", "match_features", "names_of"]
 
 Array = NDArray[Any]
 
@@ -88,6 +88,29 @@ def names_of(data: Any) -> tuple[str, ...] | None:
     """
     columns = getattr(data, "columns", None)
     return None if columns is None or callable(columns) else tuple(map(str, columns))
+
+
+def columns_like(title: str, data: Any, like: Any, whose: str) -> Any:
+    """Return a data frame with the columns of another, in its order; anything else, and without names, as it is.
+
+    Args:
+        title: How messages call it.
+        data: The data frame.
+        like: The other one.
+        whose: How messages call the other one.
+
+    Raises:
+        ValueError: A column of the other one is missing.
+    """
+    given, wanted = names_of(data), names_of(like)
+    numbered = any(
+        names is not None and list(names) == [str(i) for i in range(len(names))] for names in (given, wanted)
+    )
+    if numbered and set(given or ()) != set(wanted or ()):
+        return data  # Numbers that pandas has given are no names.
+    remedy = f"to go by place, give an array, {title}.to_numpy()"
+    places = feature_places(title, given, wanted, whose, remedy=remedy)
+    return data if places is None else data[[data.columns[i] for i in places]]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -252,7 +252,7 @@ class StreamedSamples:
 
     def _samples(self, chunk: Any) -> Tensor:
         samples = chunk[0] if isinstance(chunk, tuple | list) else chunk
-        samples = samples if isinstance(samples, Tensor) else torch.as_tensor(np.asarray(samples), device="cpu")
+        samples = samples if isinstance(samples, Tensor) else torch.from_numpy(np.array(samples))
         return _checked(self.argument, samples[None] if samples.dim() == 1 else samples, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def map_images(argument: str, true_map: Callable[[Tensor], Any], samples: Tensor
     """Return the images of samples under a known map, checked."""
     with torch.no_grad():
         images = true_map(samples)
-        images = images if isinstance(images, Tensor) else torch.as_tensor(np.asarray(images), device="cpu")
+        images = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
     if images.shape != samples.shape:
         raise ValueError(
             f"true_images returned shape {tuple(images.shape)} for samples of {argument} of shape "
@@ -283,7 +283,7 @@ def map_images(argument: str, true_map: Callable[[Tensor], Any], samples: Tensor
 
 
 def _checked(argument: str, samples: Any, size: int | None) -> Tensor:
-    found = samples if isinstance(samples, Tensor) else torch.as_tensor(np.asarray(samples), device="cpu")
+    found = samples if isinstance(samples, Tensor) else torch.from_numpy(np.array(samples))
     found = found.detach()
     found = found if found.dtype == torch.float64 else found.float()
     check_samples(f"what {argument} yields", found)
