@@ -1,6 +1,7 @@
 """Checkpoints as files of strangers: read as tensors and plain Python, and nothing named in them is run."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -81,6 +82,10 @@ def check_hyper_parameters(found: Any) -> None:
 
 
 def _read(file: Path | IO[bytes]) -> Any:
+    if isinstance(file, Path):
+        # Its tensors stay in the file until they are wanted. Older formats cannot be read so.
+        with suppress(Exception):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the archive, its pickle and its tensors each fail in their own way

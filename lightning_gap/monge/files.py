@@ -59,6 +59,7 @@ def open_table(
     if isinstance(columns, str):
         raise TypeError(f"columns must be a list of names, got {columns!r}: write columns=[{columns!r}]")
     labels = frozenset(labels)
+    data = _as_pandas(data)
     if is_file(data):
         table = _open_file(argument, str(data), columns, layer, obsm, labels)
     elif _is_instance(data, "pandas", "DataFrame"):
@@ -116,6 +117,7 @@ def read_matrix(
             f"{argument} must be a tensor, an array or a table, got {type(data).__name__}: read the file, or use "
             "lightning_gap.monge.transport_files.transport_file"
         )
+    data = _as_pandas(data)
     if _is_instance(data, "anndata", "AnnData"):
         if layer is None and obsm is None and len(data.layers):
             raise ValueError(
@@ -213,6 +215,12 @@ def _is_instance(data: object, module: str, name: str) -> bool:
     """Return whether ``data`` is of a class of an optional library, which is not imported for the question."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(data, getattr(loaded, name))
+
+
+def _as_pandas(data: Any) -> Any:
+    """Return a data frame of polars or arrow as one of pandas: as an array it has no names."""
+    named = hasattr(data, "columns") or hasattr(data, "column_names")
+    return data.to_pandas() if named and callable(getattr(data, "to_pandas", None)) else data
 
 
 def _refuse_anndata_options(title: str, layer: str | None, obsm: str | None) -> None:

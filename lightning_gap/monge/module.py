@@ -217,7 +217,7 @@ class MongeMap(LightningModule):
             AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
         )
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
-        self.feature_names = None if feature_names is None else [str(name) for name in feature_names]
+        self.feature_names = _feature_names(feature_names, dim if self.representation is None else None)
         self.scores = nn.ModuleDict()
         gap_reference = None  # Lightning compares each argument with the dictionary, which arrays do not bear.
         self.save_hyperparameters(
@@ -833,6 +833,17 @@ def _reference(samples: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
         return torch.zeros(samples["shape"]), None
     table = open_table("gap_reference", samples)
     return table.samples(None), table.features
+
+
+def _feature_names(names: Sequence[str] | None, dim: int | None) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"feature_names must be a list of names, got {names!r}: write [{names!r}]")
+    found = [str(name) for name in names]
+    if dim is not None and len(found) != dim:
+        raise ValueError(f"feature_names has {len(found)} names for dim={dim}: give one for each feature")
+    return found
 
 
 def _fitting_loss(loss: Any) -> FittingLoss:

@@ -11,7 +11,7 @@ from monge_runs import FAST, trainer
 
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.cli import main
-from lightning_gap.monge import row_files
+from lightning_gap.monge import ConditionalMap, row_files
 from lightning_gap.monge.transport_files import load_map, transport_file
 
 pd = pytest.importorskip("pandas")
@@ -71,7 +71,15 @@ def test_the_checkpoint_holds_them_as_plain_python(path, model):
     assert type(found) is list
 
 
-@pytest.mark.parametrize("make", [lambda frame: frame, cells, lambda frame: frame.astype(object)])
+def arrow(frame):
+    return pytest.importorskip("pyarrow").Table.from_pandas(frame)
+
+
+def polars(frame):
+    return pytest.importorskip("polars").DataFrame(frame.astype(float).to_dict("list"))
+
+
+@pytest.mark.parametrize("make", [lambda frame: frame, cells, lambda frame: frame.astype(object), arrow, polars])
 def test_tables_in_memory(model, images, make):
     assert not torch.allclose(images, model.transport(S[OTHER].to_numpy()))
     for order in (NAMES, OTHER, ["b", "a", "c"]):
@@ -311,6 +319,37 @@ def test_names_that_repeat():
             other.transport(twice(S.assign(d=1.0), ["a", "b", "c", "a"]))
     with pytest.raises(ValueError, match="is there twice"):
         other.transport(pd.concat([S, S[["a"]]], axis=1))
+
+
+@pytest.mark.parametrize(("names", "error", "message"), [
+    ("ab", TypeError, r"feature_names must be a list of names, got 'ab'"),
+    (["a", "b", "c"], ValueError, "feature_names has 3 names for dim=2"),
+])  # fmt: skip
+def test_names_by_hand(names, error, message):
+    with pytest.raises(error, match=message):
+        MongeMap(2, feature_names=names)
+    model = MongeMap(2, feature_names=["a", "b"])
+    assert torch.equal(model.transport(S[["b", "a"]]), model.transport(S[["a", "b"]].to_numpy()))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "feather"])
+@pytest.mark.parametrize("names", [["0.1", "1"], ["control", "0.50", "2"]])
+def test_numbers_that_are_conditions_in_files(names, suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = MongeMap(map=ConditionalMap(3, [8], conditions=len(names)), condition_names=names)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    chosen = [names[i % len(names)] for i in range(len(S))]
+    doses = [float(name) for name in chosen] if names[0] == "0.1" else chosen
+    _write(S.assign(dose=doses), f"in.{suffix}")
+    expected = model.transport(S.to_numpy(), chosen)
+    # A map without names: the column of conditions is no feature.
+    transport_file(model, f"in.{suffix}", "out.npy", condition="dose")
+    np.testing.assert_allclose(np.load("out.npy"), expected.numpy(), rtol=1e-4, atol=1e-4)
+    transport_file(model, f"in.{suffix}", "all.npy", condition=f"{names[-1]}.0", columns=NAMES)
+    np.testing.assert_allclose(np.load("all.npy"), model.transport(S.to_numpy(), names[-1]), rtol=1e-4, atol=1e-4)
 
 
 def test_maps_without_names_go_by_place(tmp_path):
