@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_gap.precision import widest
+
 __all__ = [
     "CallableCost",
     "Cosine",
@@ -41,10 +43,22 @@ __all__ = [
     "resolve",
 ]
 
-# Below this many elements the differences x_i - y_j of one block are formed at once.
-_BLOCK_ELEMENTS = 1 << 22
-# Numbers of a block that should stay in cache.
+# Up to this many elements the differences x_i - y_j of one block are formed at once; a GPU wants few and large blocks.
+_BLOCK_ELEMENTS, _GPU_BLOCK_ELEMENTS = 1 << 22, 1 << 27
+# Numbers of a block that should stay in a CPU's cache.
 _CACHE_ELEMENTS = 1 << 18
+# Squared distances below this share of the points' own squares are formed again, from differences: the product that
+# gave them has cancelled all but ten of its digits.
+_NEAR = 1e-6
+# Where so large a share of a block is near, all of it is formed from differences.
+_MANY_NEAR = 1 / 16
+
+
+def _block_elements(device: torch.device, cached: bool = False) -> int:
+    """Return how many numbers a block has, on a CPU such as stay in its cache if that is asked for."""
+    if device.type != "cpu":
+        return _GPU_BLOCK_ELEMENTS
+    return _CACHE_ELEMENTS if cached else _BLOCK_ELEMENTS
 
 
 class PlanFactors(NamedTuple):
@@ -108,7 +122,7 @@ class Cost(ABC):
         Returns:
             ``(..., n, m)`` costs, differentiable in both.
         """
-        rows = max(1, _BLOCK_ELEMENTS // max(1, y.numel()))
+        rows = max(1, _block_elements(y.device) // max(1, y.numel()))
         blocks = [self.elementwise(block[..., :, None, :], y[..., None, :, :]) for block in x.split(rows, dim=-2)]
         return torch.cat(blocks, dim=-2)
 
@@ -123,7 +137,9 @@ class Cost(ABC):
         """
 
         def fill(out: Tensor, x: Tensor) -> Tensor:
-            rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
+            # Differences are formed of all coordinates: a row of a GPU's block takes d numbers a pair.
+            numbers = len(y) if y.device.type == "cpu" else y.numel()
+            rows = max(1, _block_elements(y.device, cached=True) // max(1, numbers))
             for start in range(0, len(x), rows):
                 with torch.no_grad():
                     out[start : start + rows] = self.pairwise(x[start : start + rows], y)
@@ -152,8 +168,8 @@ class Cost(ABC):
             y: ``(m, d)`` points.
         """
         fill, total = self.filler(y.detach()), 0.0
-        for block in x.detach().split(max(1, _BLOCK_ELEMENTS // len(y))):
-            total += fill(block.new_empty(len(block), len(y)), block).sum(dtype=torch.float64).item()
+        for block in x.detach().split(max(1, _block_elements(y.device) // len(y))):
+            total += fill(block.new_empty(len(block), len(y)), block).sum(dtype=widest(y.device)).item()
         return total / (len(x) * len(y))
 
     def std(self, x: Tensor, y: Tensor) -> float:
@@ -164,9 +180,9 @@ class Cost(ABC):
             y: ``(m, d)`` points.
         """
         fill, mean, total = self.filler(y.detach()), self.mean(x, y), 0.0
-        for block in x.detach().split(max(1, _BLOCK_ELEMENTS // len(y))):
-            costs = fill(block.new_empty(len(block), len(y)), block)
-            total += costs.sub_(mean).square_().sum(dtype=torch.float64).item()
+        for block in x.detach().split(max(1, _block_elements(y.device) // len(y))):
+            costs = fill(block.new_empty(len(block), len(y)), block).to(widest(y.device))
+            total += costs.sub_(mean).square_().sum().item()
         return math.sqrt(total / (len(x) * len(y)))
 
     # Whether ``exponents`` is a matrix product by NumPy, which several threads may take at once.
@@ -184,7 +200,7 @@ class Cost(ABC):
             A function of an ``(n, m)`` matrix to write to and of ``(n, d)`` points, which returns the matrix.
         """
         fill = self.filler(y)
-        return lambda out, x: torch.sub(G, fill(out, x), alpha=1 / epsilon, out=out)
+        return lambda out, x: torch.sub(G.to(out.dtype), fill(out, x), alpha=1 / epsilon, out=out)
 
     def plan_gradients(
         self, x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool] = (True, True)
@@ -201,7 +217,7 @@ class Cost(ABC):
             ``(n, d)`` and ``(m, d)`` gradients, ``None`` where not wanted.
         """
         gx, gy = torch.zeros_like(x), torch.zeros_like(y)
-        height = max(1, _CACHE_ELEMENTS // max(1, y.numel()))
+        height = max(1, _block_elements(y.device, cached=True) // max(1, y.numel()))
         for part in plan:
             own, offset = x[part.rows], part.rows.start
             for start in range(0, len(own), height):
@@ -303,38 +319,64 @@ class TranslationInvariantCost(Cost):
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``|x_i - y_j|²`` as ``(..., n, m)`` through one matrix product, clamped at 0."""
-    # |x|² - 2xy + |y|² cancels: distances are measured from the middle of the cloud, and in double on a CPU,
-    # where that costs less than a millisecond at n = 1024 and makes float32 distances exact to the last digits.
+    """Return ``|x_i - y_j|²`` as ``(..., n, m)`` through one matrix product; where that cancels, from differences."""
+    # |x|² - 2xy + |y|² cancels: distances are measured from the middle of the cloud, and in double, where that costs
+    # less than a millisecond at n = 1024 and makes float32 distances exact to the last digits.
     dtype = x.dtype
     x, y = _accurate(x), _accurate(y)
     middle = y.detach().mean(dim=-2, keepdim=True)
     x, y = x - middle, y - middle
     with torch.autocast(x.device.type, enabled=False):
         products = torch.matmul(x, y.mT)
-    squared = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * products
-    return squared.clamp_min(0).to(dtype)
+    own = x.square().sum(-1)[..., :, None]
+    squared = (own + y.square().sum(-1)[..., None, :] - 2 * products).clamp_min(0)
+    # Asking a device which ones are near would stop it, and its float32 samples are as close as double takes them.
+    if x.device.type == "cpu" or dtype == x.dtype:
+        squared = _from_differences(squared, x, y, 4 * _NEAR * own.detach())
+    return squared.to(dtype)
+
+
+def _from_differences(squared: Tensor, x: Tensor, y: Tensor, bound: Tensor) -> Tensor:
+    """Return squared distances of which those up to a bound are formed from the differences, differentiably."""
+    near = squared.detach() <= bound
+    count = int(near.count_nonzero())
+    if count == 0:
+        return squared
+    shape = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    x, y = x.expand(*shape, *x.shape[-2:]), y.expand(*shape, *y.shape[-2:])
+    if count <= _MANY_NEAR * near.numel():
+        *batch, i, j = near.nonzero(as_tuple=True)
+        found = (x[(*batch, i)] - y[(*batch, j)]).square().sum(-1)
+        return squared.index_put((*batch, i, j), found)
+    rows = max(1, _block_elements(y.device, cached=True) // max(1, y.numel()))
+    blocks = [(part[..., :, None, :] - y[..., None, :, :]).square().sum(-1) for part in x.split(rows, dim=-2)]
+    return torch.cat(blocks, dim=-2)
 
 
 def _displacements(
     x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ``Σ_j P_ij (x_i - y_j)`` and ``Σ_i P_ij (y_j - x_i)``."""
-    # From the middle of the cloud, so that the differences keep their digits.
+    # In double and from the middle of the cloud, so that the differences keep their digits.
+    dtype, x, y = x.dtype, _accurate(x), _accurate(y)
     middle = y.mean(dim=0)
     x, y = x - middle, y - middle
     x_columns, y_columns = (torch.cat([torch.ones_like(p[:, :1]), p], dim=1) for p in (x, y))
     gx = torch.empty_like(x) if need[0] else None
-    sources = None
+    sources = torch.zeros_like(y_columns)
+    height = max(1, _block_elements(y.device, cached=True) // len(y))
     for part in plan:
-        w, v = part.w[:, None], part.v[:, None]
-        if gx is not None:
-            images = _thin_product(part.K, v * y_columns)
-            gx[part.rows] = w * (images[:, :1] * x[part.rows] - images[:, 1:])
-        if need[1]:
-            found = _thin_product(part.K.t(), w * x_columns[part.rows]).mul_(v)
-            sources = found if sources is None else sources.add_(found)
-    return gx, None if sources is None else sources[:, :1] * y - sources[:, 1:]
+        w, right = part.w[:, None].to(x.dtype), part.v[:, None] * y_columns
+        for start in range(0, len(part.K), height):
+            K, some = part.K[start : start + height].to(x.dtype), slice(start, start + height)
+            rows = slice(part.rows.start + start, part.rows.start + start + len(K))
+            if gx is not None:
+                images = _thin_product(K, right)
+                gx[rows] = w[some] * (images[:, :1] * x[rows] - images[:, 1:])
+            if need[1]:
+                sources += _thin_product(K.t(), w[some] * x_columns[rows]).mul_(part.v[:, None])
+    gy = (sources[:, :1] * y - sources[:, 1:]).to(dtype) if need[1] else None
+    return None if gx is None else gx.to(dtype), gy
 
 
 def _thin_product(K: Tensor, columns: Tensor) -> Tensor:
@@ -350,31 +392,66 @@ def _matrix_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.mm(left, right, out=out)
 
 
-def _squares_filler(y: Tensor, offset: Tensor | None = None, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that writes ``offset + scale * |x - y|²`` as scalar products of augmented points."""
-    # From the middle of the cloud, so that little cancels.
-    middle = y.mean(dim=0)
-    y = y - middle
-    last = scale * y.square().sum(1, keepdim=True)
-    if offset is not None:
-        last += offset[:, None]
-    right = torch.cat([y, torch.ones_like(y[:, :1]), last], dim=1).mT.contiguous()
+class _Squares:
+    """Writes ``offset + scale * |x - y|²`` as scalar products of augmented points.
 
-    def fill(out: Tensor, x: Tensor) -> Tensor:
-        x = x - middle
+    Args:
+        y: ``(m, d)`` points.
+        offset: ``(m,)`` numbers, or ``None``.
+        scale: Factor of the squares.
+        dtype: Of the product; ``None`` for the widest.
+        image: What the points are replaced by, in the widest format.
+    """
+
+    def __init__(
+        self,
+        y: Tensor,
+        offset: Tensor | None = None,
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+        image: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.image = image or (lambda x: x)
+        y = self.image(_accurate(y))
+        # From the middle of the cloud, so that little cancels.
+        self.middle = y.mean(dim=0)
+        y = y - self.middle
+        squares = y.square().sum(1, keepdim=True)
+        self.dtype, self.scale = dtype or y.dtype, scale
+        last = scale * squares if offset is None else scale * squares + offset[:, None].to(y.dtype)
+        self.right = torch.cat([y, torch.ones_like(squares), last], dim=1).mT.to(self.dtype).contiguous()
+
+    def centered(self, x: Tensor) -> Tensor:
+        """Return images of points, from the middle of the cloud."""
+        return self.image(_accurate(x)) - self.middle
+
+    def product(self, out: Tensor, x: Tensor) -> Tensor:
+        """Write to a matrix of the product's own dtype, from centered points."""
         squares = x.square().sum(1, keepdim=True)
-        left = torch.cat([-2 * scale * x, scale * squares, torch.ones_like(squares)], dim=1)
-        return _matrix_product(left, right, out)
+        left = torch.cat([-2 * self.scale * x, self.scale * squares, torch.ones_like(squares)], dim=1).to(self.dtype)
+        return _matrix_product(left, self.right, out)
 
-    return fill
+    def __call__(self, out: Tensor, x: Tensor) -> Tensor:
+        """Write to a matrix of any dtype."""
+        if out.dtype == self.dtype:
+            return self.product(out, self.centered(x))
+        rows = max(1, _block_elements(out.device, cached=True) // max(1, out.shape[1]))
+        block = out.new_empty(min(rows, len(x)), out.shape[1], dtype=self.dtype)
+        for start in range(0, len(x), rows):
+            part = self.centered(x[start : start + rows])
+            out[start : start + rows] = self.product(block[: len(part)], part)
+        return out
 
 
-def _squares_of_images(
-    image: Callable[[Tensor], Tensor], y: Tensor, offset: Tensor | None = None, scale: float = 1.0
+def _exponents_of_squares(
+    y: Tensor, G: Tensor, epsilon: float, scale: float = 1.0, image: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return :func:`_squares_filler`'s function between the images of the points."""
-    fill = _squares_filler(image(y), offset, scale)
-    return lambda out, x: fill(out, image(x))
+    """Return a function that writes ``G_j - scale * |x_i - y_j|²/ε``, in double where float32 would round too much."""
+    wide = _Squares(y, None, 1.0, None, image)
+    spread = float(wide.right[-1].amax()) * scale
+    # An exponent is then right to 1e-4 of itself, which a sum over a row averages.
+    fine = y.dtype != torch.float32 or torch.finfo(torch.float32).eps * spread <= 1e-4 * epsilon
+    return _Squares(y, G, -scale / epsilon, y.dtype if fine else None, image)
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -388,10 +465,13 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _accurate(x: Tensor) -> Tensor:
-    """Return half precision as float32, and float32 as double where that is cheap."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    return x.double() if x.dtype == torch.float32 and x.device.type == "cpu" else x
+    """Return points in the widest format of their device."""
+    return x.to(widest(x.device))
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return all Euclidean distances from the differences, without a graph."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _safe_sqrt(squared: Tensor) -> Tensor:
@@ -425,18 +505,18 @@ class SqEuclidean(TranslationInvariantCost):
         return _squared_distances(x, y)
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a function that writes one product of augmented points, exact to a few roundings of the largest."""
-        return _squares_filler(y)
+        """Return a function that writes one product of augmented points, taken in double."""
+        return _Squares(y)
 
     by_matrix_product: ClassVar[bool] = True
 
     def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented points."""
-        return _squares_filler(y, G, -1 / epsilon)
+        return _exponents_of_squares(y, G, epsilon)
 
     def mean(self, x: Tensor, y: Tensor) -> float:
         """Return the mean of the squared distances, by their moments."""
-        x, y = x.detach().double(), y.detach().double()
+        x, y = _accurate(x.detach()), _accurate(y.detach())
         between = (x.mean(0) - y.mean(0)).square().sum()
         return float(x.var(0, correction=0).sum() + y.var(0, correction=0).sum() + between)
 
@@ -493,7 +573,7 @@ class Mahalanobis(TranslationInvariantCost):
 
     def grad_h_conjugate(self, w: Tensor) -> Tensor:
         """Return ``(AᵀA)⁻¹ w / 2``; there is none where A has no full column rank."""
-        A = _matrix(self.factor, torch.float64, w.device)
+        A = _matrix(self.factor, widest(w.device), w.device)
         if int(torch.linalg.matrix_rank(A)) < A.shape[1]:
             return super().grad_h_conjugate(w)
         inverse: Tensor = torch.linalg.inv(A.mT @ A) / 2
@@ -505,19 +585,20 @@ class Mahalanobis(TranslationInvariantCost):
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented images."""
-        return _squares_of_images(self.image, y)
+        return _Squares(y, image=self.image)
 
     def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented images."""
-        return _squares_of_images(self.image, y, G, -1 / epsilon)
+        return _exponents_of_squares(y, G, epsilon, image=self.image)
 
     def plan_gradients(
         self, x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the images' gradients, through ``A``."""
-        A = _matrix(self.factor, x.dtype, x.device)
-        gx, gy = SqEuclidean().plan_gradients(self.image(x), self.image(y), plan, need)
-        return None if gx is None else gx @ A, None if gy is None else gy @ A
+        A = _matrix(self.factor, widest(x.device), x.device)
+        found = SqEuclidean().plan_gradients(self.image(_accurate(x)), self.image(_accurate(y)), plan, need)
+        gx, gy = (None if part is None else (part @ A).to(x.dtype) for part in found)
+        return gx, gy
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse points of another dimension."""
@@ -564,15 +645,27 @@ class Euclidean(TranslationInvariantCost):
         return _safe_sqrt(_squared_distances(x, y))
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a function that writes roots of products in double, so that close points keep their digits."""
-        squares = _squares_filler(y.double())
+        """Return a function that writes roots of products in double; distances of near points from differences."""
+        if y.device.type != "cpu":
+            return lambda out, x: out.copy_(_distances(x, y))
+        squares = _Squares(y)
+        ys = squares.centered(y)
         rows = max(1, _CACHE_ELEMENTS // max(1, len(y)))
 
         def fill(out: Tensor, x: Tensor) -> Tensor:
-            block = out.new_empty(min(rows, len(x)), len(y), dtype=torch.float64)
+            block = out.new_empty(min(rows, len(x)), len(y), dtype=squares.dtype)
             for start in range(0, len(x), rows):
-                part = x[start : start + rows].double()
-                out[start : start + rows] = squares(block[: len(part)], part)
+                part = squares.centered(x[start : start + rows])
+                found = squares.product(block[: len(part)], part)
+                bound = (4 * _NEAR * part.square().sum(1, keepdim=True)).numpy()
+                near = np.flatnonzero(found.numpy() <= bound)
+                if len(near) > _MANY_NEAR * found.numel():
+                    out[start : start + rows] = _distances(part, ys).square_()
+                    continue
+                if len(near):
+                    i, j = (torch.from_numpy(index) for index in np.divmod(near, len(ys)))
+                    found.view(-1)[torch.from_numpy(near)] = (part[i] - ys[j]).square().sum(1)
+                out[start : start + rows] = found
             # A root halves the relative error: it need not be taken in double.
             return _root(out)
 
@@ -581,24 +674,29 @@ class Euclidean(TranslationInvariantCost):
     def plan_gradients(
         self, x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the sums of unit vectors, with the squared cost's products and ``K`` divided by the distance."""
+        """Return the sums of unit vectors, each from its difference; points that coincide pull nowhere."""
         fill = self.filler(y)
-
-        def pulls() -> Iterator[PlanFactors]:
-            for part in plan:
-                C = fill(torch.empty_like(part.K), x[part.rows]) if part.C is None else part.C
-                if float(C.amin()) == 0:
-                    # Points that coincide pull nowhere.
-                    part.K.masked_fill_(C == 0, 0)
-                    C.masked_fill_(C == 0, 1)
-                yield part._replace(K=part.K.div_(C))
-
-        return _displacements(x, y, pulls(), need)
+        gx = torch.zeros_like(x) if need[0] else None
+        gy = torch.zeros_like(y) if need[1] else None
+        for part in plan:
+            own = x[part.rows].contiguous()
+            C = fill(torch.empty_like(part.K), own) if part.C is None else part.C
+            P = part.K.mul_(part.w[:, None]).mul_(part.v)
+            if gx is not None:
+                gx[part.rows] = _pulls(P, own, y, C)
+            if gy is not None:
+                gy += _pulls(P.t().contiguous(), y.contiguous(), own, C.t().contiguous())
+        return gx, gy
 
     @property
     def keops_formula(self) -> str:
         """``Norm2(X-Y)``."""
         return "Norm2(X-Y)"
+
+
+def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
+    """Return ``Σ_j P_ij (x_i - y_j) / C_ij``, the differences over the distances; 0 where these are 0."""
+    return torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
 
 
 def _number(name: str, value: object, minimum: str, valid: Callable[[float], bool]) -> float:
@@ -785,11 +883,11 @@ class Cosine(Cost):
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented unit vectors."""
-        return _squares_of_images(_unit_in_dtype, y, None, 0.5)
+        return _Squares(y, None, 0.5, None, _unit)
 
     def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented unit vectors."""
-        return _squares_of_images(_unit_in_dtype, y, G, -0.5 / epsilon)
+        return _exponents_of_squares(y, G, epsilon, 0.5, _unit)
 
     @property
     def keops_formula(self) -> str:
@@ -810,10 +908,6 @@ def _unit(x: Tensor) -> Tensor:
     x = _accurate(x)
     norm: Tensor = vector_norm(x, dim=-1, keepdim=True)
     return x / norm
-
-
-def _unit_in_dtype(x: Tensor) -> Tensor:
-    return _unit(x).to(x.dtype)
 
 
 @dataclass(frozen=True)

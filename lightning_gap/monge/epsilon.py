@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_gap.monge.costs import Cost
 from lightning_gap.precision import widest
 
-__all__ = ["Scale", "cost_scale", "share_of_cost"]
+__all__ = ["Scale", "cost_scale", "share_of", "share_of_cost"]
 
 Scale = Literal["mean", "std", "typical"]
 
@@ -77,7 +77,18 @@ def share_of_cost(
     Raises:
         ValueError: The scale is 0 or not finite, so that no share of it is an epsilon.
     """
-    scale = cost_scale(cost, x, y, weights, of)
+    return share_of(share, cost_scale(cost, x, y, weights, of), cost, of)
+
+
+def share_of(share: float, scale: float, cost: Cost, of: Scale = "mean") -> float:
+    """Return an epsilon that is a share of a scale of the costs, or raise ``ValueError``.
+
+    Args:
+        share: A positive number.
+        scale: Of :func:`cost_scale`.
+        cost: The cost, for the message.
+        of: Which scale it is, for the message.
+    """
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"the {of} {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon")
     return share * scale

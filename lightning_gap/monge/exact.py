@@ -1,5 +1,7 @@
 """Exact optimal transport between samples: an assignment where it is one, a linear program else."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,45 +9,83 @@ from torch import Tensor
 __all__ = ["exact_plan"]
 
 
-def exact_plan(C: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Duals = tuple[Tensor, Tensor]
+
+
+def exact_plan(
+    C: Tensor, a: Tensor, b: Tensor, *, with_duals: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Duals | None]:
     """Return an optimal plan as its non-zero entries.
 
     Equal numbers of equally weighted samples are an assignment problem, solved by SciPy's
     ``linear_sum_assignment`` (Crouse 2016); it is quick where the identity is nearly optimal, as for a trained map.
-    Other problems need POT's network simplex.
+    Other problems need POT's network simplex. A pair of infinite cost is forbidden.
 
     Args:
         C: ``(n, m)`` costs.
         a: ``(n,)`` weights of the rows.
         b: ``(m,)`` weights of the columns.
+        with_duals: Whether the dual potentials are wanted, which are the gradient in the weights; by POT.
 
     Returns:
-        ``(k,)`` rows, columns and masses of the entries.
+        ``(k,)`` rows, columns and masses of the entries, and the ``(n,)`` and ``(m,)`` dual potentials, or ``None``.
 
     Raises:
         ImportError: The problem is no assignment, and POT is not installed.
+        ValueError: A cost is NaN or minus infinity, or no plan avoids the forbidden pairs.
+        RuntimeError: POT did not find the optimum.
     """
     from scipy.optimize import linear_sum_assignment
 
     costs = C.detach().to("cpu", torch.float64).numpy()
     n, m = costs.shape
-    if n == m and bool(((a - 1 / n).abs() < 1e-6 / n).all() and ((b - 1 / n).abs() < 1e-6 / n).all()):
-        rows, columns = linear_sum_assignment(costs)
+    if np.isnan(costs).any() or np.isneginf(costs).any():
+        raise ValueError("the cost is NaN or minus infinity for some pairs: only plus infinity, which forbids one, is known")
+    duals = None
+    if not with_duals and n == m and _is_uniform(a) and _is_uniform(b):
+        try:
+            rows, columns = linear_sum_assignment(costs)
+        except ValueError as error:
+            raise _infeasible() from error
         masses = np.full(n, 1 / n)
     else:
-        try:
-            import ot
-        except ImportError as error:
-            raise ImportError(
-                f"exact transport of {n} to {m} samples with these weights is a linear program: "
-                "pip install 'lightning_gap[exact]', or use equal numbers without weights"
-            ) from error
-        weights = [t.detach().to("cpu", torch.float64).numpy() for t in (a, b)]
-        plan = ot.emd(*(w / w.sum() for w in weights), costs, numItermax=10_000_000)
-        rows, columns = np.nonzero(plan)
-        masses = plan[rows, columns]
-    return (
-        torch.from_numpy(rows).to(C.device),
-        torch.from_numpy(columns).to(C.device),
-        torch.from_numpy(masses).to(C),
+        rows, columns, masses, duals = _linear_program(costs, a, b)
+    found = (torch.from_numpy(part).to(C.device) for part in (rows, columns))
+    return (*found, torch.from_numpy(masses).to(C), duals)  # type: ignore[return-value]
+
+
+def _is_uniform(weights: Tensor) -> bool:
+    n = len(weights)
+    return bool(((weights - 1 / n).abs() < 1e-6 / n).all())
+
+
+def _infeasible() -> ValueError:
+    return ValueError(
+        "no plan avoids the pairs that an infinite cost forbids: allow more pairs, by a large and finite cost"
     )
+
+
+def _linear_program(
+    costs: np.ndarray[Any, Any], a: Tensor, b: Tensor
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], Duals]:
+    n, m = costs.shape
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError(
+            f"exact transport of {n} to {m} samples with these weights is a linear program: "
+            "pip install 'lightning_gap[exact]', or use equal numbers without weights"
+        ) from error
+    weights = [t.detach().to("cpu", torch.float64).numpy() for t in (a, b)]
+    forbidden = np.isposinf(costs)
+    if forbidden.any():
+        # More than any plan of allowed pairs costs: a path of n + m of them, in either direction.
+        allowed = np.abs(costs[~forbidden]).max(initial=1.0)
+        costs = np.where(forbidden, 2 * (n + m) * allowed, costs)
+    plan, log = ot.emd(*(w / w.sum() for w in weights), costs, numItermax=10_000_000, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"POT did not find the optimal plan of {n} to {m} samples: {log['warning']}")
+    if plan[forbidden].sum() > 1e-9:
+        raise _infeasible()
+    rows, columns = np.nonzero(np.where(forbidden, 0, plan))
+    return rows, columns, plan[rows, columns], (torch.from_numpy(log["u"]), torch.from_numpy(log["v"]))

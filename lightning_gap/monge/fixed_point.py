@@ -7,13 +7,21 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gap.monge.costs import Cost
+from lightning_gap.monge.fixed_point_device import (
+    LONGEST_JUMP,
+    MEMORY,
+    PLAIN_SWEEPS,
+    Solution,
+    iterate_on_device,
+    regularization,
+    too_large,
+)
 from lightning_gap.monge.kernels import (
     BlockedKernel,
     DenseKernel,
@@ -33,44 +41,24 @@ _COARSEST = 256
 _STRIDE = 4
 # Where no cost is more than this many epsilons, zero potentials are a good start.
 _FLAT = 60.0
-# A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
-_MEMORY = 15
-# A measure against itself is nearly always solved after so many averaged sweeps, each cheaper than an extrapolation.
-_PLAIN_SWEEPS = 8
-# An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
-_LONGEST_JUMP = 20.0
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Where the iteration of B problems ended.
-
-    Attributes:
-        F: ``(B, n)`` potentials of the rows, in units of epsilon.
-        G: ``(B, m)`` potentials of the columns, in units of epsilon.
-        iterations: Sweeps over each problem, until it was solved.
-        marginal_errors: L1 distance of each plan's marginals from the given ones.
-        converged: Whether each one reached the tolerance.
-    """
-
-    F: Tensor
-    G: Tensor
-    iterations: list[int]
-    marginal_errors: list[float]
-    converged: list[bool]
+# Marginal error at which a stage of the annealing ends, its sweeps, and those where clusters are far apart.
+_ROUGH, _FEW_SWEEPS, _MANY_SWEEPS = 0.1, 8, 64
+# By how many powers of 4 the first epsilon may be raised.
+_MORE_STAGES = 6
 
 
 class _Anderson:
     """The last steps and residuals of each problem, and what they extrapolate to; on every other call, as good."""
 
-    def __init__(self, like: Tensor) -> None:
-        count, m = like.shape
+    def __init__(self, kernel: Kernel) -> None:
+        count, m = kernel.b.shape
         # More steps than a fraction of the unknowns would be dependent.
-        self.memory = max(1, min(_MEMORY, m // 4))
-        self.steps = as_vector(like.new_zeros(count, self.memory, m))
+        self.memory = max(1, min(MEMORY, m // 4))
+        # In the matrices' precision: what they know of a residual.
+        self.steps = as_vector(kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype))
         # The last row is the present residual: one product then gives all that the least squares need.
-        self.residuals = as_vector(like.new_zeros(count, self.memory + 1, m))
-        self.regularization = 1e-8 if like.dtype == torch.float32 else 1e-14
+        self.residuals = as_vector(kernel.b.new_zeros(count, self.memory + 1, m, dtype=kernel.dtype))
+        self.regularization = regularization(kernel)
         self.calls = 0
         self.last: Vector | None = None
         # Problems without a last step to compare with, and how many steps each one has.
@@ -106,19 +94,13 @@ class _Anderson:
         if self.calls > 2 and self.calls % 2:
             return image
         q = min(self.calls, self.memory)
-        gram = self.residuals @ self.residuals.swapaxes(1, 2)
-        if isinstance(gram, Tensor):
-            gram = gram.cpu().numpy()
-        gram = gram.astype(np.float64)
+        gram = (self.residuals @ self.residuals.swapaxes(1, 2)).astype(np.float64)
         matrix, right = gram[:, :q, :q], gram[:, :q, -1:]
         diagonal = np.einsum("bii->bi", matrix)
         diagonal += self.regularization * diagonal.max(1, keepdims=True) + 1e-300
         weights = np.linalg.solve(matrix, right).swapaxes(1, 2)
-        if isinstance(image, Tensor):
-            jump = (torch.from_numpy(weights).to(image) @ self.steps[:, :q])[:, 0]
-        else:
-            jump = (weights.astype(image.dtype) @ self.steps[:, :q])[:, 0]
-        near = abs(jump).max(1) < _LONGEST_JUMP if isinstance(jump, np.ndarray) else jump.abs().amax(1) < _LONGEST_JUMP
+        jump = (weights.astype(self.steps.dtype) @ self.steps[:, :q])[:, 0]
+        near = abs(jump).max(1) < LONGEST_JUMP
         return image - jump if near.all() else image - jump * near[:, None]
 
 
@@ -137,14 +119,16 @@ def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int)
     Raises:
         FloatingPointError: The costs are too large for epsilon in this floating-point format.
     """
+    if isinstance(G, Tensor):
+        return iterate_on_device(kernel, G, tolerance, max_iterations)
     with np.errstate(all="ignore"):
         return _iterate(kernel, G, tolerance, max_iterations)
 
 
 def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -> Solution:
     count = len(G)
-    anderson = _Anderson(kernel.b)
-    root = kernel.numerics.sqrt(kernel.b_vector)
+    anderson = _Anderson(kernel)
+    root = np.sqrt(kernel.b_vector)
     safe, iterations = G, 0
     best, solved_after, restarted = [math.inf] * count, [0] * count, [-1] * count
     while True:
@@ -170,7 +154,7 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
                 residual[i] = 0
             elif not math.isfinite(error):
                 if iterations == restarted[i] + 1:
-                    raise _too_large(kernel, i)
+                    raise too_large(kernel, i)
                 image[i] = kernel.restart(i, as_tensor(safe[i]))
                 residual[i] = 0
                 best[i], restarted[i] = math.inf, iterations
@@ -186,15 +170,8 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         if iterations < 4 or iterations % 4 == 0:
             kernel.settle(image)
         safe = image
-        plain = kernel.symmetric and iterations < _PLAIN_SWEEPS
+        plain = kernel.symmetric and iterations < PLAIN_SWEEPS
         G = image if plain else anderson.extrapolate(image, residual * root)
-
-
-def _too_large(kernel: Kernel, i: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"the costs are too large for epsilon = {kernel.epsilons[i]:.3g} in {kernel.b.dtype}: use a larger epsilon, or "
-        "float64; if a network made the samples, lower its learning rate"
-    )
 
 
 def coarse_start(
@@ -214,7 +191,7 @@ def coarse_start(
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
     steep = list(range(len(xs)))
     if isinstance(kernel, DenseKernel):
-        steep = [i for i in steep if float(kernel.C[i].amax()) >= _FLAT * kernel.epsilons[i]]
+        steep = [i for i in steep if kernel.largest[i] >= _FLAT * kernel.epsilons[i]]
     # Problems that are all to be started are so together, others one by one.
     parts = [slice(0, len(xs))] if len(steep) == len(xs) else [slice(i, i + 1) for i in steep]
     for part in parts:
@@ -241,10 +218,17 @@ def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Se
             C, K = (matrix.view(count, n, m) for matrix in matrices)
             for i, cost in enumerate(costs):
                 cost.fill(C[i], fewer_xs[i], fewer_ys[i])
-            coarse = DenseKernel(C, K, rows, columns, kernel.epsilons, kernel.rhos)
+            coarse = DenseKernel(C, K, rows, columns, kernel.epsilons, kernel.rhos, kernel.largest)
         else:
             coarse = BlockedKernel(
-                fewer_xs[0], fewer_ys[0], costs[0], rows[0], columns[0], kernel.epsilons[0], kernel.rhos[0]
+                fewer_xs[0],
+                fewer_ys[0],
+                costs[0],
+                rows[0],
+                columns[0],
+                kernel.epsilons[0],
+                kernel.rhos[0],
+                kernel.largest[0],
             )
         start = coarse.begin(*coarse_start(coarse, fewer_xs, fewer_ys, costs))
         found = iterate(coarse, start, tolerance=0.02, max_iterations=60)
@@ -257,27 +241,34 @@ def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Se
 
 def _anneal(kernel: DenseKernel) -> tuple[Tensor, Tensor]:
     """Return the potentials, followed from a large epsilon down, in the kernel's own buffers."""
-    stages = 0
-    for i, (C, epsilon) in enumerate(zip(kernel.C, kernel.epsilons, strict=True)):
-        enough = float(C.mean()) / 32
-        if not math.isfinite(enough):
-            raise _too_large(kernel, i)
-        while epsilon * 4**stages < enough:
+    means = torch.stack([C.mean(dtype=kernel.a.dtype) for C in kernel.C]).tolist()
+    stages = 1
+    for i, (mean, epsilon) in enumerate(zip(means, kernel.epsilons, strict=True)):
+        if not math.isfinite(mean):
+            raise too_large(kernel, i)
+        while epsilon * 4**stages < mean / 32:
             stages += 1
-    F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
-    for k in range(max(stages, 1), 0, -1):
-        warm = [epsilon * 4**k for epsilon in kernel.epsilons]
-        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rhos)
-        if k == max(stages, 1):
-            start = as_vector(G)
-            for i in range(len(G)):
-                start[i] = stage.restart(i, G[i])
-        else:
-            start = stage.begin(F, G)
-        found = iterate(stage, start, tolerance=0.1, max_iterations=8)
+    # Clusters far apart whose masses differ need a larger first epsilon: their potentials rise by less than one epsilon
+    # a sweep.
+    for first in range(stages, stages + _MORE_STAGES + 1):
+        stage = _stage(kernel, first)
+        start = as_vector(torch.zeros_like(kernel.b))
+        for i in range(len(start)):
+            start[i] = stage.restart(i, as_tensor(start[i]))
+        found = iterate(stage, start, tolerance=_ROUGH, max_iterations=_FEW_SWEEPS)
+        if all(found.converged):
+            break
+    sweeps = _FEW_SWEEPS if first == stages else _MANY_SWEEPS
+    for k in range(first - 1, 0, -1):
+        stage = _stage(kernel, k)
         # Potentials scale with 1/ε in units of ε.
-        F, G = 4 * found.F, 4 * found.G
-    return F, G
+        found = iterate(stage, stage.begin(4 * found.F, 4 * found.G), tolerance=_ROUGH, max_iterations=sweeps)
+    return 4 * found.F, 4 * found.G
+
+
+def _stage(kernel: DenseKernel, k: int) -> DenseKernel:
+    warm = [epsilon * 4**k for epsilon in kernel.epsilons]
+    return DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rhos, kernel.largest)
 
 
 def dense_pairs(like: Tensor) -> int:

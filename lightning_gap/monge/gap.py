@@ -1,17 +1,18 @@
 r"""The two quantities everything in this room stands on: the Monge gap and the Sinkhorn divergence."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.costs import resolve
+from lightning_gap.monge.costs import CallableCost, resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
 
 __all__ = [
     "Convention",
+    "Terms",
     "check_convention",
     "divergence_and_gap",
     "divergence_problem",
@@ -22,6 +23,22 @@ __all__ = [
 ]
 
 Convention = Literal["shannon", "kl", "debiased"]
+
+
+class Terms(NamedTuple):
+    """Divergences and gaps that were solved together.
+
+    Attributes:
+        divergences: Scalars.
+        gaps: Scalars.
+        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell.
+        converged: Whether all of them reached the tolerance.
+    """
+
+    divergences: list[Tensor]
+    gaps: list[Tensor]
+    marginal_error: float
+    converged: bool
 
 
 def monge_gap(
@@ -36,7 +53,7 @@ def monge_gap(
     weights: Tensor | None = None,
     reach: float | None = None,
     solver: str = "auto",
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
     max_iterations: int = 2000,
 ) -> Tensor:
     r"""Return how far a map is from optimal: the Monge gap of the pairs :math:`(x_i, T(x_i))`.
@@ -53,15 +70,18 @@ def monge_gap(
       positive, at least :math:`\varepsilon H(a)`, which is :math:`\varepsilon \log n` for uniform weights.
     * ``"kl"``: :math:`\min_P \langle P, C \rangle + \varepsilon KL(P | a \otimes b)`; lower by
       :math:`2 \varepsilon \log n`, and possibly negative.
-    * ``"debiased"``: subtracts the Sinkhorn divergence of source and image; 0 for the identity map.
+    * ``"debiased"``: subtracts the Sinkhorn divergence of source and image, and, of a cost that charges for standing
+      still, that charge: :math:`\sum_i a_i (c(x_i, T(x_i)) - \tfrac12 c(x_i, x_i) - \tfrac12 c(T(x_i), T(x_i)))
+      - S_{c,\varepsilon}`; 0 for the identity map.
 
     Args:
         x: ``(n, d)`` samples of the reference measure, any that covers the source; or ``(B, n, d)``, B problems.
         mapped: Their images, row by row, of the same shape.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
-        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``mapped`` (detached).
-        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``mapped`` (weighted, detached).
+        relative_to: ``"mean"``; ``"std"`` for a share of the costs' standard deviation; ``"typical"`` for one of their
+            mean without outliers.
         convention: ``"shannon"`` (default), ``"kl"`` or ``"debiased"``.
         weights: ``(n,)`` weights of the samples, summing to 1; uniform by default.
         reach: Strength of soft marginals of the best rearrangement, in units of the cost; not with ``"shannon"``.
@@ -92,8 +112,8 @@ def monge_gap(
         problems = [_problem(x, mapped, [w], cost, *regularization, paired=True) for x, mapped, w in each]
     else:
         problems = [_problem(x, mapped, [weights], cost, *regularization, paired=True)]
-    gaps = _values([], problems, convention, solver, tolerance, max_iterations)[1]
-    return torch.stack(gaps) if x.dim() == 3 else gaps[0]
+    gaps = _values([], problems, convention, solver, tolerance, max_iterations).gaps
+    return _stacked(gaps, x)
 
 
 def check_convention(convention: str, reach: float | None) -> None:
@@ -120,7 +140,7 @@ def sinkhorn_divergence(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     reach: float | None = None,
     solver: str = "auto",
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
     max_iterations: int = 2000,
 ) -> Tensor:
     r"""Return the Sinkhorn divergence between two sets of samples, 0 where they agree.
@@ -136,8 +156,10 @@ def sinkhorn_divergence(
         y: ``(m, d)`` samples; or ``(B, m, d)``.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
-        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
-        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted,
+            detached).
+        relative_to: ``"mean"``; ``"std"`` for a share of the costs' standard deviation; ``"typical"`` for one of their
+            mean without outliers.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
         reach: Strength of the soft marginal constraints :math:`\rho`, in units of the cost, for unbalanced transport
             (Séjourné et al. 2019); ``None`` for balanced.
@@ -165,8 +187,8 @@ def sinkhorn_divergence(
         problems = [_problem(x, y, w, cost, *regularization) for x, y, *w in each]
     else:
         problems = [_problem(x, y, weights, cost, *regularization)]
-    divergences = _values(problems, [], "kl", solver, tolerance, max_iterations)[0]
-    return torch.stack(divergences) if x.dim() == 3 else divergences[0]
+    divergences = _values(problems, [], "kl", solver, tolerance, max_iterations).divergences
+    return _stacked(divergences, x)
 
 
 def divergence_and_gap(
@@ -180,7 +202,7 @@ def divergence_and_gap(
     gap_epsilon: float | None = None,
     reach: float | None = None,
     solver: str = "auto",
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
     max_iterations: int = 2000,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the two terms that a transport map is trained by, solved together.
@@ -223,10 +245,8 @@ def divergence_and_gap(
         mapped, y, (None, None), cost=fitting_cost, epsilon=fitting_epsilon, reach=reach, solver=solver
     )
     regularizing = gap_problem(x, mapped, None, cost=cost, epsilon=gap_epsilon, solver=solver)
-    divergences, gaps = divergences_and_gaps(
-        [fitting], [regularizing], solver=solver, tolerance=tolerance, max_iterations=max_iterations
-    )
-    return divergences[0], gaps[0]
+    terms = _values([fitting], [regularizing], "shannon", solver, tolerance, max_iterations)
+    return terms.divergences[0], terms.gaps[0]
 
 
 def divergence_problem(
@@ -274,10 +294,12 @@ def divergences_and_gaps(
     regularizing: list[Problem],
     *,
     solver: str = "auto",
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
     max_iterations: int = 2000,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> Terms:
     """Return several divergences and gaps (Shannon convention), solved together where their shapes agree.
+
+    Whether they converged is for the caller to tell.
 
     Args:
         fitting: Of :func:`divergence_problem`.
@@ -286,7 +308,7 @@ def divergences_and_gaps(
         tolerance: L1 marginal error at which the solver stops.
         max_iterations: Most sweeps of the solver.
     """
-    return _values(fitting, regularizing, "shannon", solver, tolerance, max_iterations)
+    return _values(fitting, regularizing, "shannon", solver, tolerance, max_iterations, silent=True)
 
 
 def _problem(
@@ -321,32 +343,51 @@ def _values(
     solver: str,
     tolerance: float,
     max_iterations: int,
-) -> tuple[list[Tensor], list[Tensor]]:
+    *,
+    silent: bool = False,
+) -> Terms:
     """Return the divergences and the gaps of problems whose arguments have been checked."""
     problems = fitting + regularizing
-    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "silent": silent}
     solved = solve_all(problems, solver=solver, **options)
+    values = [result.value for result in solved]
     if solver == "exact":
-        paid = [_paid(p) for p in regularizing]
-        values = [result.value for result in solved]
-        return values[: len(fitting)], [c - v for c, v in zip(paid, values[len(fitting) :], strict=True)]
+        gaps = [_paid(p) - value for p, value in zip(regularizing, values[len(fitting) :], strict=True)]
+        return Terms(values[: len(fitting)], gaps, 0.0, True)
     debiased = len(fitting) + (len(regularizing) if convention == "debiased" else 0)
-    self_terms = _self_terms(problems[:debiased], solved[:debiased], solver, options)
+    to_themselves = _to_themselves(problems[:debiased], solved[:debiased], solver, options)
+    self_terms = [(first.value + second.value) / 2 for first, second in to_themselves]
     divergences = [_divergence(*one) for one in zip(fitting, solved, self_terms, strict=False)]
     gaps = []
     for k, p in enumerate(regularizing, start=len(fitting)):
         gap = _paid(p) - solved[k].value
         if convention == "debiased":
-            gap = gap + self_terms[k]
+            gap = gap + self_terms[k] - _standing(p)
         elif convention == "shannon":
             # KL(P | a⊗a) = 2H(a) - H(P)
             gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
         gaps.append(gap)
-    return divergences, gaps
+    everything = solved + [result for pair in to_themselves for result in pair]
+    error = max((result.marginal_error for result in everything), default=0.0)
+    return Terms(divergences, gaps, error, all(result.converged for result in everything))
+
+
+def _stacked(values: list[Tensor], x: Tensor) -> Tensor:
+    """Return the value of one problem, or the values of as many as there are."""
+    if x.dim() < 3:
+        return values[0]
+    return torch.stack(values) if values else x.new_zeros(0)
 
 
 def _paid(p: Problem) -> Tensor:
     return (p.a * p.cost.paired(p.x, p.y)).sum()
+
+
+def _standing(p: Problem) -> Tensor | float:
+    """Return what samples and images cost to themselves: nothing, but for a function of the user's."""
+    if not isinstance(p.cost, CallableCost):
+        return 0.0
+    return (p.a * (p.cost.paired(p.x, p.x) + p.cost.paired(p.y, p.y))).sum() / 2
 
 
 def _divergence(p: Problem, result: OTResult, self_terms: Tensor) -> Tensor:
@@ -356,15 +397,17 @@ def _divergence(p: Problem, result: OTResult, self_terms: Tensor) -> Tensor:
     return divergence
 
 
-def _self_terms(problems: list[Problem], solved: list[OTResult], solver: str, options: dict[str, Any]) -> list[Tensor]:
-    """Return half of the costs of both measures to themselves, for each problem, at the epsilon it was solved at."""
+def _to_themselves(
+    problems: list[Problem], solved: list[OTResult], solver: str, options: dict[str, Any]
+) -> list[tuple[OTResult, OTResult]]:
+    """Return the transport of both measures to themselves, for each problem, at the epsilon it was solved at."""
     both = [
         Problem(points, points, w, w, p.cost, p.rho, result.epsilon)
         for p, result in zip(problems, solved, strict=True)
         for points, w in ((p.x, p.a), (p.y, p.b))
     ]
-    values = [result.value for result in solve_all(both, solver=solver, **options)]
-    return [(values[k] + values[k + 1]) / 2 for k in range(0, len(values), 2)]
+    results = solve_all(both, solver=solver, **options)
+    return list(zip(results[::2], results[1::2], strict=True))
 
 
 def _each(name: str, x: Tensor, y: Tensor, *weights: Tensor | None) -> Iterator[tuple[Any, ...]]:

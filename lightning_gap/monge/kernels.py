@@ -15,11 +15,12 @@ A measure against itself has one potential for both sides; its sweep is half of 
 
 Potentials are NumPy arrays on a CPU and tensors elsewhere: an operation on a short vector costs NumPy a quarter of what
 it costs torch, and a product with a vector up to a third, where torch's MKL does not know the processor. Both take the
-same arithmetic.
+same arithmetic. They are in double, whatever the matrices are: they are thousands in units of a small epsilon, and a
+rounding of one, in float32, would be an error of the plan.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -32,6 +33,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from lightning_gap.monge.costs import Cost, PlanFactors
+from lightning_gap.precision import widest
 
 __all__ = [
     "BlockedKernel",
@@ -182,7 +184,7 @@ def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon
         cost: The ground cost.
         epsilon: Regularization, in units of the cost.
     """
-    F = x.new_empty(len(x))
+    F, b = x.new_empty(len(x), dtype=widest(x.device)), b.to(x.dtype)
     fill, buffer = cost.exponents(y, G, epsilon), x.new_empty(min(len(x), block_rows(x, len(y))), len(y))
     for rows in row_blocks(x, len(y)):
         block = fill(buffer[: rows.stop - rows.start], x[rows])
@@ -217,16 +219,26 @@ class Kernel(ABC):
     Args:
         a: ``(B, n)`` weights of the rows.
         b: ``(B, m)`` weights of the columns.
+        dtype: Of the matrices.
         epsilons: B regularizations, in units of the cost.
         rhos: B strengths of soft marginals, in units of the cost; all ``None`` for hard ones.
+        largest: B largest costs, or nearly.
         symmetric: Whether these are measures against themselves.
     """
 
     def __init__(
-        self, a: Tensor, b: Tensor, epsilons: Sequence[float], rhos: Sequence[float | None], symmetric: bool
+        self,
+        a: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        epsilons: Sequence[float],
+        rhos: Sequence[float | None],
+        largest: Sequence[float],
+        symmetric: bool,
     ) -> None:
-        self.a, self.b = a, b
-        self.a_vector, self.b_vector = as_vector(a), as_vector(b)
+        self.dtype, self.largest = dtype, list(largest)
+        self.a, self.b = (w.to(widest(w.device)) for w in (a, b))
+        self.a_vector, self.b_vector = as_vector(self.a), as_vector(self.b)
         self.numerics: Any = np if isinstance(self.a_vector, np.ndarray) else torch
         self.epsilons, self.rhos, self.symmetric = list(epsilons), list(rhos), symmetric
         # Share of the way to the columns' best answer that is taken: the averaged fixed point of a measure against
@@ -235,11 +247,23 @@ class Kernel(ABC):
         self.damping: Vector = None
         if rhos[0] is not None:
             shares = [[damping(epsilon, rho)] for epsilon, rho in zip(epsilons, rhos, strict=True)]
-            self.damping = as_vector(a.new_tensor(shares))
+            self.damping = as_vector(self.a.new_tensor(shares))
+            # Epsilon in units of rho.
+            self.softness = 1 / self.damping - 1
 
     def __getitem__(self, part: slice) -> "Kernel":
         """Return some of the problems."""
         return self
+
+    def exponents_fit(self, least: float, most: float) -> bool:
+        """Return whether each problem's largest cost is between so many epsilons, or 0.
+
+        Args:
+            least: Below it, exponentials are all nearly 1, and their differences rounded away.
+            most: Above it, exponents are rounded to more than a small part of 1.
+        """
+        sizes = zip(self.largest, self.epsilons, strict=True)
+        return all(size == 0 or least * epsilon <= size <= most * epsilon for size, epsilon in sizes)
 
     def begin(self, F: Tensor, G: Tensor) -> Vector:
         """Prepare for potentials; return the columns' ones to start from.
@@ -268,20 +292,46 @@ class Kernel(ABC):
             the floating-point format does not bear ``G``.
         """
 
+    def balanced(self, F: Vector, G: Vector) -> Vector:
+        r"""Return by how much soft marginals let all of ``F`` rise and all of ``G`` fall.
+
+        What soft marginals leave undecided longest is a constant between the two sides; the dual value is greatest in
+        it where both plans' masses agree (Séjourné et al. 2022, "Faster unbalanced optimal transport: translation
+        invariant Sinkhorn and 1-D Frank-Wolfe", proposition 1):
+        :math:`\lambda = \tfrac{\rho}{2 \varepsilon} \log (\sum_i a_i e^{-\varepsilon F_i / \rho}
+        / \sum_j b_j e^{-\varepsilon G_j / \rho})`.
+
+        Args:
+            F: ``(B, n)`` potentials of the rows.
+            G: ``(B, m)`` potentials of the columns.
+        """
+        rows = (self.a_vector * self.numerics.exp(-self.softness * F)).sum(1)
+        columns = (self.b_vector * self.numerics.exp(-self.softness * G)).sum(1)
+        return self.numerics.log(rows / columns)[:, None] / (2 * self.softness)
+
     @property
     @abstractmethod
     def row_potentials(self) -> Vector:
         """The ``(B, n)`` potentials of the rows after the last sweep."""
 
-    def settle(self, G_next: Vector) -> None:  # noqa: B027
-        """Absorb potentials that have drifted, after a sweep that was finite."""
+    def settle(self, G_next: Vector, which: Iterable[int] | None = None) -> None:  # noqa: B027
+        """Absorb potentials, after a sweep that was finite.
+
+        Args:
+            G_next: ``(B, m)`` potentials.
+            which: Of which problems; ``None`` for those that have drifted.
+        """
+
+    def drift(self, G: Vector) -> Vector:
+        """Return ``(B, 1)`` distances of potentials from the absorbed ones."""
+        return 0 * G[:, :1]
 
     @abstractmethod
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """Yield the last sweep's plan of a problem, block by block."""
 
     @abstractmethod
-    def mass(self, i: int) -> float:
+    def mass(self, i: int) -> Tensor:
         """Return the mass of a problem's plan, once its factors were yielded."""
 
 
@@ -295,6 +345,7 @@ class DenseKernel(Kernel):
         b: See :class:`Kernel`.
         epsilons: See :class:`Kernel`.
         rhos: See :class:`Kernel`.
+        largest: See :class:`Kernel`.
         symmetric: See :class:`Kernel`.
     """
 
@@ -306,17 +357,19 @@ class DenseKernel(Kernel):
         b: Tensor,
         epsilons: Sequence[float],
         rhos: Sequence[float | None],
+        largest: Sequence[float],
         symmetric: bool = False,
     ) -> None:
-        super().__init__(a, b, epsilons, rhos, symmetric)
+        super().__init__(a, b, K.dtype, epsilons, rhos, largest, symmetric)
         self.C, self.K = C, K
         self.matrices = as_vector(K)
-        self.F0, self.G0 = as_vector(torch.zeros_like(a)), as_vector(torch.zeros_like(b))
+        self.F0, self.G0 = as_vector(torch.zeros_like(self.a)), as_vector(torch.zeros_like(self.b))
 
     def __getitem__(self, part: slice) -> "DenseKernel":
         """Return some of the problems, in the same memory."""
         a, b = self.a[part], self.b[part]
-        return DenseKernel(self.C[part], self.K[part], a, b, self.epsilons[part], self.rhos[part], self.symmetric)
+        numbers = self.epsilons[part], self.rhos[part], self.largest[part]
+        return DenseKernel(self.C[part], self.K[part], a, b, *numbers, self.symmetric)
 
     def begin(self, F: Tensor, G: Tensor) -> Vector:
         """Form the kernels around the potentials."""
@@ -327,30 +380,32 @@ class DenseKernel(Kernel):
     def restart(self, i: int, G: Tensor) -> Vector:
         """Form a kernel around hard c-transforms, so that no row or column is without a 1."""
         K = torch.mul(self.C[i], 1 / self.epsilons[i], out=self.K[i])
-        F = K.sub_(G).amin(dim=1)
+        F = K.sub_(G.to(K.dtype)).amin(dim=1)
         G = G + K.sub_(F[:, None]).amin(dim=0)
         self._absorb(i, F, G)
         return as_vector(G)
 
     def _absorb(self, i: int, F: Tensor, G: Tensor) -> None:
         self.F0[i], self.G0[i] = as_vector(F), as_vector(G)
-        K = torch.sub(G, self.C[i], alpha=1 / self.epsilons[i], out=self.K[i])
-        if F.any():
-            K.add_(F[:, None])
+        K = torch.sub(G.to(self.dtype), self.C[i], alpha=1 / self.epsilons[i], out=self.K[i])
+        # Asking a device would cost more than adding zeros.
+        if K.device.type != "cpu" or F.any():
+            K.add_(F.to(self.dtype)[:, None])
         exponentiate(K)
 
     def sweep(self, G: Vector) -> tuple[Vector, Vector]:
         """Two matrix-vector products for each problem; one for a measure against itself."""
         self.G = G
         scale = self.numerics.exp(G - self.G0)
-        self.v = scale * self.b_vector
+        self.v = self._narrow(scale * self.b_vector)
         self.s = (self.matrices @ self.v[..., None])[..., 0]
         if self.symmetric:
             self.w, sums = self.v, self.s
         else:
-            self.w = self.a_vector / self.s
+            w = self.a_vector / self.s
             if self.damping is not None:
-                self.w = self.a_vector * self.numerics.exp(self.row_potentials - self.F0)
+                w = self.a_vector * self.numerics.exp(self.row_potentials - self.F0)
+            self.w = self._narrow(w)
             sums = (self.w[:, None] @ self.matrices)[:, 0]
         if self.damping is None:
             # The plan's columns, as shares of what they should be.
@@ -358,34 +413,53 @@ class DenseKernel(Kernel):
             residual = -self.numerics.log(shares)
             shares -= 1
         else:
-            residual = self.damping * (self.G0 - self.numerics.log(sums)) - G
+            answer = self.damping * (self.G0 - self._log(sums))
+            if not self.symmetric:
+                answer = answer - self.balanced(self.row_potentials, answer)
+            residual = answer - G
             shares = self.numerics.expm1(-residual)
         return residual, (self.b_vector * abs(shares)).sum(1)
+
+    def _narrow(self, vector: Vector) -> Vector:
+        """Return a vector in the matrices' dtype."""
+        return vector.to(self.dtype) if isinstance(vector, Tensor) else vector.astype(self.matrices.dtype)
+
+    def _log(self, sums: Vector) -> Vector:
+        """Return the logarithms of sums, in double."""
+        return self.numerics.log(sums.to(self.a.dtype) if isinstance(sums, Tensor) else sums.astype(self.a_vector.dtype))
 
     @property
     def row_potentials(self) -> Vector:
         """The rows' answers, from their sums; a measure against itself has its one potential."""
         if self.symmetric:
             return self.G
-        F = self.F0 - self.numerics.log(self.s)
+        F = self.F0 - self._log(self.s)
         return F if self.damping is None else F * self.damping
 
-    def settle(self, G_next: Vector) -> None:
-        """Form kernels anew where the last sweep ended far from them."""
-        far = ~(self.numerics.amax(abs(G_next - self.G0), 1) < _DRIFT)
-        if far.any():
-            F = G_next if self.symmetric else self.row_potentials
-            for i in far.nonzero()[0] if isinstance(far, np.ndarray) else far.nonzero()[:, 0].tolist():
-                self._absorb(int(i), as_tensor(F[i]), as_tensor(G_next[i]))
+    def settle(self, G_next: Vector, which: Iterable[int] | None = None) -> None:
+        """Form kernels anew around the potentials, or where the last sweep ended far from them."""
+        if which is None:
+            far = ~(abs(G_next - self.G0).max(1) < _DRIFT)
+            if not far.any():
+                return
+            which = far.nonzero()[0].tolist()
+        F = G_next if self.symmetric else self.row_potentials
+        for i in which:
+            self._absorb(i, as_tensor(F[i]), as_tensor(G_next[i]))
+
+    def drift(self, G: Vector) -> Vector:
+        """Return how far the farthest of each problem's potentials is from the absorbed ones."""
+        return self.numerics.amax(abs(G - self.G0), 1)[:, None]
 
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """One block."""
         w, v = as_tensor(self.w[i]), as_tensor(self.v[i])
         yield PlanFactors(slice(0, len(w)), w, self.K[i], v, self.C[i])
 
-    def mass(self, i: int) -> float:
+    def mass(self, i: int) -> Tensor:
         """Return the mass of a problem's plan."""
-        return float(self.w[i] @ self.s[i])
+        w, s = as_tensor(self.w[i]), as_tensor(self.s[i])
+        return torch.dot(w.to(self.a.dtype), s.to(self.a.dtype))
 
 
 class BlockedKernel(Kernel):
@@ -399,6 +473,7 @@ class BlockedKernel(Kernel):
         b: ``(m,)`` weights of the columns.
         epsilon: See :class:`Kernel`.
         rho: See :class:`Kernel`.
+        largest: See :class:`Kernel`.
         symmetric: See :class:`Kernel`.
     """
 
@@ -411,33 +486,37 @@ class BlockedKernel(Kernel):
         b: Tensor,
         epsilon: float,
         rho: float | None,
+        largest: float,
         symmetric: bool = False,
     ) -> None:
-        super().__init__(a[None], b[None], [epsilon], [rho], symmetric)
+        super().__init__(a[None], b[None], x.dtype, [epsilon], [rho], [largest], symmetric)
         self.x, self.y, self.cost, self.epsilon = x, y, cost, epsilon
         self.share = damping(epsilon, rho)
 
     def sweep(self, G: Vector) -> tuple[Vector, Vector]:
         """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""
         self.G = as_tensor(G)[0]
-        columns = torch.zeros_like(self.G, dtype=torch.float64)
+        columns = torch.zeros_like(self.G)
         self._F = torch.empty_like(self.a[0])
 
         def visit(rows: slice, F: Tensor, top: Tensor, sums: Tensor, block: Tensor, columns: Tensor) -> None:
             self._F[rows] = F
             if not self.symmetric:
-                columns += as_tensor(as_vector((F + top).exp_().mul_(self.a[0, rows])) @ as_vector(block))
+                weights = (F + top).exp_().mul_(self.a[0, rows]).to(block.dtype)
+                columns += as_tensor(as_vector(weights) @ as_vector(block))
 
         for part in self._visit_blocks(visit):
             columns += part
         if self.symmetric:
             answer = self._F
         elif float(columns.min()) > 0:
-            answer = (self.G.double() - columns.log()).to(self._F.dtype).mul_(self.share)
+            answer = (self.G - columns.log()).mul_(self.share)
         else:
             # A column that no row reaches within the format's range: answer it through its own soft minimum.
             answer = soft_minimum(self.y, self.x, self.a[0], self._F, self.cost.transposed(), self.epsilon)
             answer.mul_(self.share)
+        if self.damping is not None and not self.symmetric:
+            answer = answer - as_tensor(self.balanced(as_vector(self._F)[None], as_vector(answer)[None]))[0]
         residual = as_vector(answer - self.G)[None]
         if self.symmetric:
             self._F = self.G
@@ -452,7 +531,7 @@ class BlockedKernel(Kernel):
         """Yield rows, their answer ``F``, and their part of the kernel: its logarithmic scale, row sums, and values."""
         m, fill = len(self.y), self.cost.exponents(self.y, self.G, self.epsilon)
         height = block_rows(self.x, m)
-        buffer, b = self.x.new_empty(min(len(rows_of), height), m), self.b_vector[0]
+        buffer, b = self.x.new_empty(min(len(rows_of), height), m), as_vector(self.b[0].to(self.dtype))
         for start in range(rows_of.start, rows_of.stop, height):
             rows = slice(start, min(rows_of.stop, start + height))
             block = fill(buffer[: rows.stop - start], self.x[rows])
@@ -460,7 +539,7 @@ class BlockedKernel(Kernel):
             highest = self.numerics.amax(exponents, 1)
             exponents -= highest[:, None]
             exponentiate(block, at_most=0)
-            top, sums = as_tensor(highest), as_tensor(as_vector(block) @ b)
+            top, sums = as_tensor(highest).to(self.b.dtype), as_tensor(as_vector(block) @ b).to(self.b.dtype)
             yield rows, (top + sums.log()).mul_(-self.share), top, sums, block
 
     def _visit_blocks(self, visit: Callable[..., None]) -> list[Tensor]:
@@ -469,7 +548,7 @@ class BlockedKernel(Kernel):
         workers = min(torch.get_num_threads(), n) if self.cost.by_matrix_product and self.x.device.type == "cpu" else 1
 
         def work(number: int) -> Tensor:
-            columns = torch.zeros_like(self.G, dtype=torch.float64)
+            columns = torch.zeros_like(self.G)
             with np.errstate(all="ignore"), torch.no_grad():
                 for block in self._blocks(range(number * n // workers, (number + 1) * n // workers)):
                     visit(*block, columns)
@@ -482,13 +561,13 @@ class BlockedKernel(Kernel):
 
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """Block after block, formed once more."""
-        self._mass = 0.0
+        self._mass = self.a.new_zeros(())
         F = self._F
         for rows, _, top, sums, block in self._blocks(range(len(self.x))):
             w = (F[rows] + top).exp_().mul_(self.a[0, rows])
-            self._mass += float(torch.dot(w, sums))
-            yield PlanFactors(rows, w, block, self.b[0], None)
+            self._mass += torch.dot(w, sums)
+            yield PlanFactors(rows, w.to(self.dtype), block, self.b[0].to(self.dtype), None)
 
-    def mass(self, i: int) -> float:
+    def mass(self, i: int) -> Tensor:
         """Return the mass of the plan that was yielded."""
         return self._mass

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.arguments import check_count, check_number
+from lightning_gap.arguments import check_count, check_integer, check_number
 from lightning_gap.loggers import define_axes
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.checkpoints import check_hyper_parameters, hyper_parameters_of
@@ -27,13 +28,19 @@ from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.features import feature_places, listed, match_features
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP
-from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
+from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective, ObjectiveTerms
 from lightning_gap.monge.populations import FiniteSamples, Turn
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.samples import check_epsilon, check_samples
 from lightning_gap.monge.schedules import Schedule
 from lightning_gap.monge.scores import MapScores
-from lightning_gap.monge.sinkhorn import CostLike, check_solver, share_of_mean_cost
+from lightning_gap.monge.sinkhorn import (
+    ConvergenceWarning,
+    CostLike,
+    check_solver,
+    check_tolerance,
+    share_of_mean_cost,
+)
 from lightning_gap.monge.specification import build, describe
 from lightning_gap.monge.splits import generator
 from lightning_gap.monge.tables import refuse_not_finite
@@ -62,7 +69,8 @@ class MongeMap(LightningModule):
     tensors, and both terms are means over the conditions. With several devices both terms are those of the global
     batch.
 
-    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement}`` (in place of the
+    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement}``, and the solver's
+    ``train_marginal_error`` (in place of the
     divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and ``gap_weight``
     and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
     :class:`~lightning_gap.monge.MapScores` over all held-out samples; monitor ``val_sinkhorn_divergence`` or
@@ -103,6 +111,10 @@ class MongeMap(LightningModule):
         optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
         lr_scheduler: Makes a scheduler from the optimizer, stepped after every update.
         solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.
+        tolerance: L1 marginal error at which the solver stops. The gap is a difference of large terms: its gradient is
+            known to twice this of the gradient of what is paid.
+        max_iterations: Most sweeps of the solver. Where they do not suffice, the first time is warned of, and
+            ``train_marginal_error`` tells how far the solver came.
         global_batch: Whether, with several devices, the terms are those of all devices' samples together; otherwise
             each device compares its own batch.
         representation: Encodes raw samples and decodes images; taken from the data module.
@@ -157,6 +169,8 @@ class MongeMap(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         solver: str = "auto",
+        tolerance: float = 1e-5,
+        max_iterations: int = 2000,
         global_batch: bool = True,
         representation: AffineRepresentation | Mapping[str, Any] | None = None,
         condition_names: Sequence[str] | None = None,
@@ -197,7 +211,10 @@ class MongeMap(LightningModule):
             reweight=bool(reweight),
             gap_on=gap_on,
             solver=solver,
+            tolerance=check_tolerance(tolerance),
+            max_iterations=check_integer("max_iterations", max_iterations),
         )
+        self._converged = True
         self.global_batch = bool(global_batch)
         self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
@@ -246,6 +263,8 @@ class MongeMap(LightningModule):
                 "optimizer": describe(self.optimizer),
                 "lr_scheduler": describe(self.lr_scheduler),
                 "solver": solver,
+                "tolerance": self.objective.tolerance,
+                "max_iterations": max_iterations,
                 "global_batch": self.global_batch,
                 "representation": None if self.representation is None else self.representation.hparams,
                 "condition_names": self.condition_names,
@@ -530,7 +549,7 @@ class MongeMap(LightningModule):
         mapped = self._images(b.source, b.condition)
         with_gap = gap_weight > 0
         reference = self._reference_pair(b, batch_idx, group) if with_gap else None
-        loss, gap = self.objective(
+        terms = self.objective(
             source,
             _gathered(mapped, group),
             target,
@@ -540,6 +559,8 @@ class MongeMap(LightningModule):
             reference=reference,
             with_gap=with_gap,
         )
+        loss, gap = terms.loss, terms.gap
+        self._tell_convergence(terms)
         logged = {_LOSS_NAMES.get(cast(str, self.objective.fitting_loss), "fitting_loss"): loss}
         total = loss
         if gap is not None:
@@ -555,6 +576,8 @@ class MongeMap(LightningModule):
             )
             total = total + self.conservative_weight * logged["conservativity"]
         logged["loss"] = total
+        if terms.marginal_error == terms.marginal_error:
+            logged["marginal_error"] = torch.tensor(terms.marginal_error, device=self.device)
         with torch.no_grad():
             logged["displacement"] = _displacement(self.cost, b.source, mapped, b.source_weights)
         for name, value in (("gap_weight", self.gap_weight), ("epsilon_factor", self.epsilon_factor)):
@@ -655,7 +678,7 @@ class MongeMap(LightningModule):
             self.scores[stage] = self._new_scores(named=b.condition is not None and not b.condition.is_floating_point())
             self._losses: list[Tensor] = []
         if self.objective.fitting_loss not in _LOSS_NAMES:
-            loss, _ = self.objective(
+            loss = self.objective(
                 b.source,
                 mapped,
                 b.target,
@@ -663,7 +686,7 @@ class MongeMap(LightningModule):
                 gap_epsilon=None,
                 with_gap=False,
                 weights=(b.source_weights, b.target_weights),
-            )
+            ).loss
             self._losses.append(loss)
         cast(MapScores, self.scores[stage]).update(
             b.source,
@@ -696,6 +719,19 @@ class MongeMap(LightningModule):
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
+
+    def _tell_convergence(self, terms: ObjectiveTerms) -> None:
+        """Warn of the first step whose transport problems were not solved to the tolerance."""
+        if terms.converged or not self._converged:
+            return
+        self._converged = False
+        rank_zero_warn(
+            f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, above "
+            f"tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
+            f"({self.objective.max_iterations} now) or the epsilons; lightning_gap/monge/train_marginal_error tells of "
+            "the later steps",
+            category=ConvergenceWarning,
+        )
 
     def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
         # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From

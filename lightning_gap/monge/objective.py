@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_gap.monge.gap import divergence_problem, divergences_and_gaps, ga
 from lightning_gap.monge.samples import check_weights
 from lightning_gap.monge.sinkhorn import Problem, optimal_transport
 
-__all__ = ["FittingLoss", "GapOn", "MapObjective", "unbalanced_weights"]
+__all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms", "unbalanced_weights"]
 
 FittingLoss = Literal["sinkhorn", "energy"] | Callable[..., Tensor]
 GapOn = Literal["source", "reference", "both"]
@@ -21,6 +21,22 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 # The solver lets no sample keep less than exp(-70) of its mass: what is left of nothing.
 _NOTHING = 1e-20
+
+
+class ObjectiveTerms(NamedTuple):
+    """What a map is trained by, and how well it is known.
+
+    Attributes:
+        loss: The fitting loss, the mean over the conditions.
+        gap: The gap, likewise; ``None`` if not asked for.
+        marginal_error: The largest L1 marginal error of all transport problems solved; 0 if there was none.
+        converged: Whether all of them reached the tolerance.
+    """
+
+    loss: Tensor
+    gap: Tensor | None
+    marginal_error: float
+    converged: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class MapObjective:
             :func:`unbalanced_weights`), rather than softening the divergence's marginals.
         gap_on: Where the gap is measured: on the source samples, on the reference's, or on both as one sample.
         solver: See :func:`optimal_transport`.
+        tolerance: L1 marginal error at which the solver stops.
+        max_iterations: Most sweeps of the solver.
     """
 
     cost: Cost
@@ -49,6 +67,8 @@ class MapObjective:
     reweight: bool = False
     gap_on: GapOn = "source"
     solver: str = "auto"
+    tolerance: float = 1e-5
+    max_iterations: int = 2000
 
     def __call__(
         self,
@@ -61,8 +81,8 @@ class MapObjective:
         weights: Weights = (None, None),
         reference: tuple[Tensor, Tensor] | None = None,
         with_gap: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the fitting loss and the gap, each the mean over the conditions; the gap is ``None`` if not asked for.
+    ) -> ObjectiveTerms:
+        """Return the fitting loss and the gap, each the mean over the conditions.
 
         Args:
             source: ``(n, d)`` samples, or ``(K, n, d)`` of K conditions.
@@ -109,9 +129,16 @@ class MapObjective:
             if with_gap:
                 where = self._gap_samples(x, t, a, r, tr)
                 regularizing.append(gap_problem(*where, cost=self.cost, epsilon=gap_epsilon, solver=self.solver))
-        divergences, gaps = divergences_and_gaps(fitting, regularizing, solver=self.solver)
-        loss = torch.stack(divergences or other).mean()
-        return loss, torch.stack(gaps).mean() if with_gap else None
+        terms = divergences_and_gaps(
+            fitting,
+            regularizing,
+            solver=self.solver,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+        )
+        loss = torch.stack(terms.divergences or other).mean()
+        gap = torch.stack(terms.gaps).mean() if with_gap else None
+        return ObjectiveTerms(loss, gap, terms.marginal_error, terms.converged)
 
     def _gap_samples(
         self, x: Tensor, mapped: Tensor, weights: Tensor | None, r: Tensor | None, r_mapped: Tensor | None
@@ -183,7 +210,7 @@ def unbalanced_weights(
     """
     a, b = (normalized(w) for w in weights)
     result = optimal_transport(
-        x, y, cost=cost, epsilon=epsilon, weights=(a, b), reach=reach, solver=solver, tolerance=1e-2
+        x, y, cost=cost, epsilon=epsilon, weights=(a, b), reach=reach, solver=solver, tolerance=1e-3
     )
     if result.f is None or result.g is None:
         raise ValueError(f"solver={solver!r} has no soft marginals: use 'dense', 'blocked' or 'auto'")

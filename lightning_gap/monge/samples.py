@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights", "solver_precision"]
+__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights", "is_transformed", "solver_precision"]
 
 
 def check_samples(name: str, samples: Tensor) -> None:
@@ -134,3 +134,14 @@ def solver_precision(samples: Tensor) -> Tensor:
         samples: Floating-point samples.
     """
     return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent.
+
+    Args:
+        tensor: Any.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

@@ -26,14 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.arguments import check_integer
-from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
+from lightning_gap.monge.costs import CallableCost, Cost, SqEuclidean, resolve
+from lightning_gap.monge.epsilon import Scale, share_of, share_of_cost
 from lightning_gap.monge.exact import exact_plan
 from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
 from lightning_gap.monge.kernels import (
@@ -47,7 +49,8 @@ from lightning_gap.monge.kernels import (
     soft_minimum,
     threads,
 )
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, is_transformed, solver_precision
+from lightning_gap.precision import full_precision, widest
 
 __all__ = [
     "ConvergenceWarning",
@@ -57,12 +60,13 @@ __all__ = [
     "RelativeTo",
     "Solver",
     "check_solver",
+    "check_tolerance",
     "optimal_transport",
     "share_of_mean_cost",
     "solve_all",
 ]
 
-RelativeTo = Literal["mean", "std"]
+RelativeTo = Scale
 Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "multiscale"]
 CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 
@@ -70,6 +74,12 @@ CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 _TOGETHER, _GPU_TOGETHER = 1 << 21, 1 << 27
 # Matrices of fewer bytes are not worth asking the system for its free memory.
 _SMALL_BYTES = 1 << 28
+# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose the digits that count.
+_FLOAT_RATIOS = 1e-2, 1e6
+# An epsilon so many times the largest cost is as good as any larger one, of which no number would be left.
+_LARGEST_EPSILON = 1e6
+# Samples of each side that tell the size of costs which are not kept.
+_FEW_SAMPLES = 256
 # The ratio of successive epsilons in GeomLoss's annealing: .5, its default, leaves gradients 20 to 70 % off.
 _SCALING = 0.9
 
@@ -125,19 +135,30 @@ class OTResult:
         return torch.cat([block @ values.detach() for _, block in self._plan_blocks()])
 
     def barycentric_projection(self) -> Tensor:
-        """Return where each source sample is sent on average: ``(n, d)``, detached."""
-        mass = self.apply(torch.ones_like(self._problem.y[:, :1]))
-        return self.apply(self._problem.y) / mass
+        """Return where each source sample is sent on average: ``(n, d)``, detached.
+
+        A sample of weight 0 is sent where it would be with a small one. Where an exact plan has no mass, that is the
+        sample itself.
+        """
+        p = self._problem
+        y = torch.cat([torch.ones_like(p.y[:, :1]), p.y], dim=1).detach()
+        images = torch.cat([block @ y for _, block in self._plan_blocks(conditional=True)])
+        return torch.where(images[:, :1] > 0, images[:, 1:] / images[:, :1], p.x)
 
     def transport_cost(self) -> Tensor:
         r"""Return :math:`\langle P, C \rangle`, the cost without the entropy, detached."""
         p = self._problem
         with torch.no_grad():
-            parts = [(block * p.cost.pairwise(p.x[rows], p.y)).sum() for rows, block in self._plan_blocks()]
+            # A forbidden pair has no mass, and infinitely much of it costs nothing.
+            parts = [
+                torch.where(block > 0, block * p.cost.pairwise(p.x[rows], p.y), 0).sum()
+                for rows, block in self._plan_blocks()
+            ]
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def _plan_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _plan_blocks(self, *, conditional: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of the plan; if conditional, each up to a factor, which also a row of weight 0 has."""
         p = self._problem
         for rows in row_blocks(p.x, len(p.y)):
             block = p.x.new_zeros(rows.stop - rows.start, len(p.y))
@@ -149,8 +170,11 @@ class OTResult:
                 assert self.f is not None
                 assert self.g is not None
                 p.cost.fill(block, p.x[rows], p.y)
-                exponentiate(block.sub_(self.f[rows, None]).sub_(self.g).mul_(-1 / self.epsilon))
-                block.mul_(p.a[rows, None]).mul_(p.b)
+                block.sub_(self.f[rows, None]).sub_(self.g).mul_(-1 / self.epsilon)
+                if conditional:
+                    block.sub_(torch.where(p.b > 0, block, -torch.inf).amax(1, keepdim=True))
+                exponentiate(block)
+                block.mul_(p.b) if conditional else block.mul_(p.a[rows, None]).mul_(p.b)
             yield rows, block
 
 
@@ -167,7 +191,7 @@ class Problem:
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
         epsilon: Regularization in units of the cost, or ``None``.
         relative_epsilon: Where it is ``None``, its share of the mean cost.
-        relative_to: ``"mean"``, or ``"std"`` for the standard deviation.
+        relative_to: ``"mean"``, or another scale of the costs: see :func:`~lightning_gap.monge.epsilon.cost_scale`.
     """
 
     x: Tensor
@@ -178,12 +202,21 @@ class Problem:
     rho: float | None
     epsilon: float | None
     relative_epsilon: float = 1.0
-    relative_to: str = "mean"
+    relative_to: Scale = "mean"
 
-    def share(self) -> float:
-        """Return the epsilon that a relative one means, in blocks of bounded memory."""
-        scale = self.cost.std(self.x, self.y) if self.relative_to == "std" else self.cost.mean(self.x, self.y)
-        return _share(self.relative_epsilon, scale, self.cost, self.relative_to)
+    def share(self, largest: float) -> float:
+        """Return the epsilon that is given or that a relative one means, in blocks of bounded memory.
+
+        Args:
+            largest: The largest cost, or nearly.
+        """
+        if self.epsilon is not None:
+            return self.epsilon
+        if largest == 0:
+            # All is where it should be, whatever epsilon is; the share of no cost is nearly none.
+            return 4 * torch.finfo(self.x.dtype).tiny
+        weights = self.a, self.b
+        return share_of_cost(self.relative_epsilon, self.cost, self.x, self.y, weights, self.relative_to)
 
     @property
     def to_itself(self) -> bool:
@@ -195,6 +228,13 @@ class Problem:
         x, a = self.x.detach(), self.a.detach()
         same = self.x is self.y and self.a is self.b
         y, b = (x, a) if same else (self.y.detach(), self.b.detach())
+        return replace(self, x=x, y=y, a=a, b=b)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Return the same problem in another precision, differentiably."""
+        x, a = self.x.to(dtype), self.a.to(dtype)
+        same = self.x is self.y and self.a is self.b
+        y, b = (x, a) if same else (self.y.to(dtype), self.b.to(dtype))
         return replace(self, x=x, y=y, a=a, b=b)
 
 
@@ -209,7 +249,7 @@ def optimal_transport(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     reach: float | None = None,
     solver: str = "auto",
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
     max_iterations: int = 2000,
     strict: bool = False,
 ) -> OTResult:
@@ -226,16 +266,17 @@ def optimal_transport(
         y: ``(m, d)`` samples; ``x`` itself for the self term of a divergence, which is solved faster.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
-        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (detached).
-        relative_to: ``"mean"``, or ``"std"`` for a share of the costs' standard deviation.
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted, detached).
+        relative_to: ``"mean"``; ``"std"`` for a share of the costs' standard deviation; ``"typical"`` for one of their
+            mean without outliers.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``reach`` is given.
         reach: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
         solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
-            CPU, 16384 x 16384 on a GPU), beyond that ``"blocked"`` on a CPU, and on a GPU ``"online"`` where the cost
-            has a KeOps formula.
-        tolerance: L1 marginal error at which ``"dense"`` and ``"blocked"`` stop.
+            CPU, 16384 x 16384 on a GPU), beyond that ``"blocked"``.
+        tolerance: L1 marginal error at which ``"dense"`` and ``"blocked"`` stop; the gradient is then right to some
+            twice as much of the gradient of what is paid.
         max_iterations: Most sweeps of these two.
-        strict: Raise, rather than warn once, where the tolerance was not reached.
+        strict: Raise, rather than warn, where the tolerance was not reached.
 
     Returns:
         The result; its ``value`` is differentiable in ``x``, ``y`` and the weights, twice with ``"dense"`` and
@@ -271,7 +312,13 @@ def optimal_transport(
 
 
 def solve_all(
-    problems: Sequence[Problem], *, solver: str, tolerance: float, max_iterations: int, strict: bool = False
+    problems: Sequence[Problem],
+    *,
+    solver: str,
+    tolerance: float,
+    max_iterations: int,
+    strict: bool = False,
+    silent: bool = False,
 ) -> list[OTResult]:
     """Solve problems whose arguments have been checked; those of one shape together, which costs little more than one.
 
@@ -281,10 +328,12 @@ def solve_all(
         tolerance: See :func:`optimal_transport`.
         max_iterations: See :func:`optimal_transport`.
         strict: See :func:`optimal_transport`.
+        silent: Leave it to the caller to look whether the results converged.
     """
-    if not 0 < tolerance < 2:
-        raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
+    check_tolerance(tolerance)
     check_integer("max_iterations", max_iterations)
+    for p in problems:
+        check_transforms(p.x, p.y, p.a, p.b)
     groups: dict[Any, list[int]] = {}
     for number, p in enumerate(problems):
         chosen = _choose(solver, p.cost, p.x, p.y)
@@ -301,7 +350,7 @@ def solve_all(
             part = numbers[start : start + together]
             found = _solve_alike([problems[k] for k in part], chosen, tolerance, max_iterations)
             results |= zip(part, found, strict=True)
-    for number in range(len(problems)):
+    for number in range(0 if silent else len(problems)):
         if not results[number].converged:
             _report(results[number], tolerance, max_iterations, strict)
     return [results[number] for number in range(len(problems))]
@@ -311,7 +360,8 @@ def _solve_alike(problems: list[Problem], solver: str, tolerance: float, max_ite
     """Solve problems of one shape."""
     if solver == "exact":
         return [_solve_exact(p) for p in problems]
-    with torch.autocast(problems[0].x.device.type, enabled=False):
+    device = problems[0].x.device
+    with torch.autocast(device.type, enabled=False), full_precision(device):
         if solver in ("dense", "blocked"):
             return _solve_ours(problems, solver, tolerance, max_iterations)
         return [_solve_geomloss(p, solver, tolerance) for p in problems]
@@ -326,16 +376,17 @@ def _report(result: OTResult, tolerance: float, max_iterations: int, strict: boo
             "its schedule is fixed, use 'dense'"
             if result.solver == "tensorized"
             else f"raise max_iterations ({max_iterations} now) or epsilon ({result.epsilon:.3g} now)"
+            + ("" if result.value.dtype == torch.float64 or tolerance >= 1e-6 else ", or use float64")
         )
     )
     if strict:
         raise RuntimeError(message)
-    _warn_once(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
 def check_regularization(
     epsilon: float | None, relative_epsilon: float, relative_to: str, rho: float | None, solver: str
-) -> tuple[float | None, float, str]:
+) -> tuple[float | None, float, Scale]:
     """Return epsilon, which may be ``None``, what share it is, and of what.
 
     Args:
@@ -358,7 +409,19 @@ def check_regularization(
     share = check_epsilon("relative_epsilon", relative_epsilon)
     if share is None:
         raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
-    return None, share, relative_to
+    return None, share, cast(Scale, relative_to)
+
+
+def check_tolerance(tolerance: float) -> float:
+    """Return an L1 marginal error that a solver can stop at, or raise ``ValueError``.
+
+    Args:
+        tolerance: The caller's argument.
+    """
+    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if not number or not 0 < tolerance < 2:
+        raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {tolerance!r}")
+    return float(tolerance)
 
 
 def check_solver(solver: str, *, regularized: bool = False) -> str:
@@ -377,9 +440,7 @@ def check_solver(solver: str, *, regularized: bool = False) -> str:
 
 def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
     if solver == "auto":
-        if len(x) * len(y) <= dense_pairs(x):
-            return "dense"
-        return "online" if x.device.type != "cpu" and cost.keops_formula is not None else "blocked"
+        return "dense" if len(x) * len(y) <= dense_pairs(x) and _fits(x, y) else "blocked"
     if solver in ("online", "multiscale") and cost.keops_formula is None:
         raise ValueError(f"solver={solver!r} needs a KeOps formula, which the cost {cost} has not: use 'blocked'")
     if solver == "multiscale" and not (isinstance(cost, SqEuclidean) and x.shape[1] <= 3):
@@ -387,19 +448,27 @@ def _choose(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
             f"solver='multiscale' is for squared distances in up to 3 dimensions, got the cost {cost} in {x.shape[1]}: "
             "use 'online' or 'blocked'"
         )
-    if solver == "dense":
-        needed = 2 * len(x) * len(y) * x.element_size()
-        if needed > _SMALL_BYTES and needed > _free_memory(x):
-            raise ValueError(
-                f"solver='dense' needs {needed / 1e9:.1f} GB for {len(x)} x {len(y)} samples, more than there is: "
-                "use 'blocked', or 'online' on a GPU"
-            )
+    if solver == "dense" and not _fits(x, y):
+        raise ValueError(
+            f"solver='dense' needs {_needed(x, y) / 1e9:.1f} GB for {len(x)} x {len(y)} samples, more than there is: "
+            "use 'blocked', or 'online' on a GPU"
+        )
     return solver
+
+
+def _needed(x: Tensor, y: Tensor) -> int:
+    return 2 * len(x) * len(y) * x.element_size()
+
+
+def _fits(x: Tensor, y: Tensor) -> bool:
+    return _needed(x, y) <= _SMALL_BYTES or _needed(x, y) <= _free_memory(x)
 
 
 def _free_memory(like: Tensor) -> float:
     if like.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(like.device)[0])
+        # What torch holds and nobody uses is as good as free.
+        held = torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
+        return float(torch.cuda.mem_get_info(like.device)[0] + held)
     try:
         with open("/proc/meminfo") as lines:
             kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
@@ -408,13 +477,20 @@ def _free_memory(like: Tensor) -> float:
         return math.inf
 
 
-_warned: set[str] = set()
+def check_transforms(*inputs: Tensor) -> None:
+    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
 
-
-def _warn_once(message: str) -> None:
-    if "convergence" not in _warned:
-        _warned.add("convergence")
-        warnings.warn(message + " (this is said once)", ConvergenceWarning, stacklevel=3)
+    Args:
+        inputs: What a solver is about to read.
+    """
+    for tensor in inputs:
+        # A solver computes outside of torch, where a tangent or a batch of torch.func would be lost.
+        if is_transformed(tensor):
+            raise NotImplementedError(
+                "optimal transport does not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
+                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
+                "(B, n, d) samples for B problems at once"
+            )
 
 
 def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
@@ -429,15 +505,7 @@ def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
     Raises:
         ValueError: All costs are 0, so that no share of them is an epsilon.
     """
-    return _share(share, cost.mean(x, y), cost)
-
-
-def _share(share: float, scale: float, cost: Cost, relative_to: str = "mean") -> float:
-    if not scale > 0:
-        raise ValueError(
-            f"the {relative_to} {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon"
-        )
-    return share * scale
+    return share_of_cost(share, cost, x, y)
 
 
 # --- our own solvers ----------------------------------------------------------------------------------------------
@@ -445,10 +513,15 @@ def _share(share: float, scale: float, cost: Cost, relative_to: str = "mean") ->
 
 def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
     detached = [p.detached() for p in problems]
-    n, m = len(detached[0].x), len(detached[0].y)
+    n, m, dtype = len(detached[0].x), len(detached[0].y), detached[0].x.dtype
     graph = torch.is_grad_enabled()
     # What overflows is found by the marginal error, and told with its remedy.
     with torch.no_grad(), np.errstate(all="ignore"), threads(n * m), _kernel(detached, solver) as kernel:
+        if dtype != widest(detached[0].x.device) and not kernel.exponents_fit(*_FLOAT_RATIOS):
+            with torch.set_grad_enabled(graph):
+                wide = [p.to(widest(p.x.device)) for p in problems]
+                solved = _solve_ours(wide, solver, tolerance, max_iterations)
+                return [_narrowed(*pair) for pair in zip(solved, detached, strict=True)]
         if kernel.symmetric:
             start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         else:
@@ -461,19 +534,63 @@ def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iter
             gx, gy, mass = _gradients_and_mass(kernel, i, p, need)
             f, g = found.F[i] * epsilon, found.G[i] * epsilon
             value = _dual_value(p, f, g, epsilon, mass)
+            f, g = f.to(dtype), g.to(dtype)
             inputs = problem.x, problem.y, problem.a, problem.b
             if graph and any(t.requires_grad for t in inputs):
                 with torch.enable_grad():
                     value = _Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
             outcome = found.marginal_errors[i], found.iterations[i], found.converged[i]
-            results.append(OTResult(value, f, g, epsilon, *outcome, solver, p))
-    return results
+            given = epsilon if p.epsilon is None else p.epsilon
+            results.append(OTResult(value, f, g, given, *outcome, solver, p))
+    return [_with_learned_cost(p, result) for p, result in zip(problems, results, strict=True)] if graph else results
+
+
+def _narrowed(result: OTResult, p: Problem) -> OTResult:
+    """Return what was solved in double as that of the given problem."""
+    assert result.f is not None
+    assert result.g is not None
+    dtype = p.x.dtype
+    return replace(
+        result, value=result.value.to(dtype), f=result.f.to(dtype), g=result.g.to(dtype), _problem=p
+    )
+
+
+def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
+    r"""Let the value depend on what the cost itself may learn: by the envelope theorem, as :math:`\sum P\, c_\theta`."""
+    if not is_learned(problem.cost, problem.x):
+        return result
+
+    def part(rows: slice, block: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return (block * problem.cost.pairwise(x[rows], y)).sum()
+
+    p = problem.detached()
+    # The backward pass forms the costs anew, block by block, rather than keeping all of them.
+    paid = torch.stack(
+        [
+            checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False)
+            for rows, block in result._plan_blocks()
+        ]
+    ).sum()
+    return replace(result, value=result.value + (paid - paid.detach()))
+
+
+def is_learned(cost: Cost, like: Tensor) -> bool:
+    """Return whether a cost depends on tensors that learn, such as parameters of a network.
+
+    Args:
+        cost: The ground cost.
+        like: ``(n, d)`` samples.
+    """
+    if not torch.is_grad_enabled() or type(cost).__module__ == Cost.__module__ and not isinstance(cost, CallableCost):
+        return False
+    point = like[:1].detach()
+    return cost.elementwise(point, point.clone()).requires_grad
 
 
 def _gradients_and_mass(
     kernel: Kernel, i: int, p: Problem, need: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Return the envelope gradients that are needed, and the plan's mass, NaN where it is that of the weights."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the envelope gradients that are needed, and the plan's mass, ``None`` where it is that of the weights."""
     # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
     inexact = kernel.symmetric or p.rho is not None
     plan = kernel.plan_factors(i)
@@ -485,7 +602,7 @@ def _gradients_and_mass(
     elif inexact:
         for _ in plan:
             pass
-    return gx, gy, kernel.mass(i) if inexact else math.nan
+    return gx, gy, kernel.mass(i) if inexact else None
 
 
 @contextmanager
@@ -494,34 +611,61 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
     first, count = problems[0], len(problems)
     n, m = len(first.x), len(first.y)
     if solver == "blocked":
-        epsilon = first.share() if first.epsilon is None else first.epsilon
+        some = [points[:: max(1, len(points) // _FEW_SAMPLES)] for points in (first.x, first.y)]
+        largest = float(first.cost.fill(first.x.new_empty(len(some[0]), len(some[1])), *some).amax())
+        epsilon = _bounded(first, first.share(largest), largest)
         yield BlockedKernel(
-            first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, symmetric=first.to_itself
+            first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, largest, symmetric=first.to_itself
         )
         return
     with buffers(2, count * n, m, first.x) as matrices:
         C, K = (matrix.view(count, n, m) for matrix in matrices)
-        epsilons = []
+        told = []
         for i, p in enumerate(problems):
             p.cost.fill(C[i], p.x, p.y)
-            if p.epsilon is not None:
-                epsilons.append(p.epsilon)
+            told.append(torch.stack([C[i].amax(), torch.dot(p.a @ C[i], p.b)]))
+        # One question to the device for all of them.
+        sizes = torch.stack(told).tolist()
+        epsilons = []
+        for p, (largest, mean) in zip(problems, sizes, strict=True):
+            if p.epsilon is None and p.relative_to == "mean" and largest != 0:
+                epsilon = share_of(p.relative_epsilon, mean, p.cost)
             else:
-                scale = C[i].std(correction=0) if p.relative_to == "std" else C[i].mean()
-                epsilons.append(_share(p.relative_epsilon, float(scale), p.cost, p.relative_to))
+                epsilon = p.share(largest)
+            epsilons.append(_bounded(p, epsilon, largest))
         a = first.a[None] if count == 1 else torch.stack([p.a for p in problems])
         b = a if first.to_itself else first.b[None] if count == 1 else torch.stack([p.b for p in problems])
-        yield DenseKernel(C, K, a, b, epsilons, [p.rho for p in problems], symmetric=first.to_itself)
+        rhos = [p.rho for p in problems]
+        yield DenseKernel(C, K, a, b, epsilons, rhos, [size for size, _ in sizes], symmetric=first.to_itself)
 
 
-def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: float) -> Tensor:
-    a, b = p.a.double(), p.b.double()
+def _bounded(p: Problem, epsilon: float, largest: float) -> float:
+    """Return the epsilon to solve with, or raise where a cost or a share of it is beyond the floating-point format."""
+    limits = torch.finfo(p.x.dtype)
+    if not math.isfinite(largest):
+        raise FloatingPointError(
+            f"the {p.cost} costs are not all finite in {p.x.dtype}: divide the samples by their scale, or use float64; "
+            "if a network made them, lower its learning rate; for pairs that an infinite cost forbids use "
+            "solver='exact'"
+        )
+    if 0 < largest < 1e3 * limits.tiny:
+        raise FloatingPointError(
+            f"the {p.cost} costs, {largest:.1e} at most, are below what {p.x.dtype} resolves: divide the samples by "
+            "their scale, or use float64"
+        )
+    # Soft marginals are softened by epsilon, whose size then counts.
+    return epsilon if p.rho is not None or largest == 0 else min(epsilon, _LARGEST_EPSILON * largest)
+
+
+def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: Tensor | None) -> Tensor:
+    a, b = p.a.to(f.dtype), p.b.to(f.dtype)
     if p.rho is None:
-        value = a @ f.double() + b @ g.double()
-        if not math.isnan(mass):
+        value = a @ f + b @ g
+        if mass is not None:
             value = value - epsilon * (mass - 1)
     else:
-        value = -p.rho * (a @ torch.expm1(-f.double() / p.rho) + b @ torch.expm1(-g.double() / p.rho))
+        assert mass is not None
+        value = -p.rho * (a @ torch.expm1(-f / p.rho) + b @ torch.expm1(-g / p.rho))
         value = value - epsilon * (mass - a.sum() * b.sum())
     return value.to(p.x.dtype)
 
@@ -598,10 +742,14 @@ def _implicit_gradients(
 def _solve_exact(problem: Problem) -> OTResult:
     p = problem.detached()
     C = p.cost.fill(p.x.new_empty(len(p.x), len(p.y), dtype=torch.float64), p.x.double(), p.y.double())
-    i, j, mass = exact_plan(C, p.a, p.b)
+    weighted = torch.is_grad_enabled() and (problem.a.requires_grad or problem.b.requires_grad)
+    i, j, mass, duals = exact_plan(C, p.a, p.b, with_duals=weighted)
     mass = mass.to(p.x.dtype)
-    # The plan is locally constant, so this is differentiable as it stands.
+    # The plan is locally constant, so this is differentiable as it stands; in the weights, by the dual potentials.
     value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum()
+    if duals is not None:
+        for w, potential in zip((problem.a, problem.b), duals, strict=True):
+            value = value + (potential.to(w) * (w - w.detach())).sum()
     return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
 
 
@@ -610,7 +758,13 @@ def _solve_exact(problem: Problem) -> OTResult:
 
 def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult:
     p = problem.detached()
-    epsilon = p.share() if p.epsilon is None else p.epsilon
+    if is_learned(problem.cost, problem.x):
+        raise ValueError(
+            f"solver={solver!r} does not differentiate through the parameters of the cost {p.cost}: use 'dense' or "
+            "'blocked', or cost.requires_grad_(False)"
+        )
+    some = [points[:: max(1, len(points) // _FEW_SAMPLES)] for points in (p.x, p.y)]
+    epsilon = p.share(float(p.cost.fill(p.x.new_empty(len(some[0]), len(some[1])), *some).amax()))
     f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
     if p.rho is None:
         value = problem.a @ f + problem.b @ g
@@ -622,7 +776,7 @@ def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult
         # GeomLoss does not say how far it came: one more soft minimum tells.
         F = f / epsilon
         answer = damping(epsilon, p.rho) * soft_minimum(p.x, p.y, p.b, g / epsilon, p.cost, epsilon)
-        error = float(p.a @ torch.expm1(F - answer).abs())
+        error = float(p.a.to(answer.dtype) @ torch.expm1(F - answer).abs())
     return OTResult(value, f, g, epsilon, error, 0, not error > tolerance, solver, p)
 
 

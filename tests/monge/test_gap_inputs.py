@@ -132,11 +132,15 @@ def test_zero_vectors(function, second):
 
 
 @both
-def test_samples_without_any_cost_need_an_absolute_epsilon(function, second):
-    same = torch.ones(5, 2)
-    with pytest.raises(ValueError, match=r"mean sqeuclidean cost is 0.*give an absolute epsilon"):
-        function(same, same)
-    assert function(same, same, epsilon=0.1).isfinite()
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "pnorm(p=1.5)", "cosine"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_samples_without_any_cost_have_neither_divergence_nor_gap(function, second, n, cost):
+    same = torch.full((n, 2), 3.0, requires_grad=True)
+    value = function(same, same.detach().clone(), cost=cost)
+    assert float(value.abs()) < 1e-30
+    (gradient,) = torch.autograd.grad(value, same)
+    assert float(gradient.abs().max()) < 1e-6
+    assert function(same, same, epsilon=0.1, cost=cost).isfinite()
 
 
 @both

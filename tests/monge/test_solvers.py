@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import divergence_and_gap, fixed_point, kernels
-from lightning_gap.monge import sinkhorn as sinkhorn_module
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, Problem, optimal_transport, solve_all
 
 MAHALANOBIS = "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))"
@@ -262,8 +261,7 @@ def test_one_problem_starts_anew_while_its_neighbour_goes_on():
     assert_alike(easy, solve_all([near], solver="dense", tolerance=1e-4, max_iterations=5000)[0])
 
 
-def test_not_every_problem_of_a_batch_need_converge(monkeypatch):
-    monkeypatch.setattr(sinkhorn_module, "_warned", set())
+def test_not_every_problem_of_a_batch_need_converge():
     given = problems([0.5, 1e-3], n=30, m=30)
     with pytest.warns(ConvergenceWarning, match="stopped with a marginal error"):
         easy, hard = solve_all(given, solver="dense", tolerance=1e-10, max_iterations=60)
@@ -329,5 +327,5 @@ def test_epsilon_relative_to_the_standard_deviation(cost, solver):
     spread = float(costs.resolve(cost).pairwise(x, y).std(correction=0))
     result = optimal_transport(x, y, cost=cost, relative_epsilon=0.1, relative_to="std", solver=solver)
     assert result.epsilon == pytest.approx(0.1 * spread, rel=1e-9)
-    with pytest.raises(ValueError, match="relative_to must be one of mean, std, got 'median'"):
+    with pytest.raises(ValueError, match="relative_to must be one of mean, std, typical, got 'median'"):
         optimal_transport(x, y, cost=cost, relative_to="median", solver=solver)
