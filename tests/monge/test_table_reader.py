@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_gap import MongeMap
 from lightning_gap.monge import row_files
 from lightning_gap.monge.conditions import condition_vectors_of
 from lightning_gap.monge.files import open_table
 from lightning_gap.monge.row_files import open_rows
+from lightning_gap.monge.transport_files import transport_file
 
 pd = pytest.importorskip("pandas")
 arrow = pytest.importorskip("pyarrow")
@@ -93,6 +95,29 @@ def test_tables_in_files(name, kind, tmp_path):
         wanted = in_blocks(location, wanted=expected[::-1])
         assert wanted[0] == tuple(expected[::-1])
         assert torch.equal(wanted[1], read.flip(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["parquet", "feather"])
+@pytest.mark.parametrize("name", [name for name in FRAMES if not name.startswith("very")])
+def test_a_copy_keeps_the_index_and_the_order(name, suffix, tmp_path):
+    frame = FRAMES[name]().assign(note=[f"n{i}" for i in range(N)], day=pd.Timestamp("2024-01-01"))
+    location = write(frame, suffix, tmp_path)
+    model = MongeMap(map=torch.nn.Identity()).float()
+    columns = ["0", "1", "2"] if name == "numbered columns" else ["b", "a", "c"]
+    transport_file(model, location, f"{tmp_path}/out.{suffix}", columns=columns, batch_size=4)
+    read = pd.read_parquet if suffix == "parquet" else arrow_frame
+    given, out = read(location), read(f"{tmp_path}/out.{suffix}")
+    assert list(out.columns) == list(given.columns)
+    pd.testing.assert_index_equal(out.index, given.index)
+    assert out["note"].tolist() == given["note"].tolist()
+    assert out["day"].tolist() == given["day"].tolist()
+
+
+def arrow_frame(location):
+    from pyarrow import feather
+
+    return feather.read_table(location).to_pandas()
 
 
 @pytest.mark.filterwarnings("ignore")
