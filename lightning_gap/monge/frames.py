@@ -131,6 +131,8 @@ def open_frame_file(title: str, path: Path, suffix: str) -> FrameFile:
     except Exception as error:
         raise ValueError(f"{title}: cannot read {str(path)!r}: {first_line(error)}") from error
     _refuse_repeated(title, [name for name in file.header if name])
+    if file.length == 0 or (file.length is None and not len(file.first)):
+        raise ValueError(f"{title} has no rows")
     return file
 
 

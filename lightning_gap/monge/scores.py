@@ -394,7 +394,7 @@ def _some(size: int, most: int) -> Tensor | None:
     """Return ``most`` of the row numbers in a fixed permutation; ``None`` for all of them."""
     if size == most:
         return None
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:most]
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
 
 
 def _of(weights: Tensor | None, rows: Tensor | None) -> Tensor | None:

@@ -212,6 +212,14 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "feather"])
+def test_a_table_without_rows_is_refused(kind, tmp_path):
+    location = write(plain().iloc[:0], kind, tmp_path)
+    for read in (open_table, open_rows):
+        with pytest.raises(ValueError, match=r"IN .* has no rows"):
+            read("IN", location)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "feather"])
 def test_vectors_of_conditions_go_by_the_names_of_rows(kind, tmp_path):
     frame = pd.DataFrame({"v0": [1.0, 2.0], "v1": [3.0, 4.0]}, index=["low", "high"])
     location = write(frame, "csv with row names" if kind == "csv" else kind, tmp_path)
