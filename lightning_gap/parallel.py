@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from lightning_gap.gradients import gradient_values
+from lightning_gap.shards import check_metadata
 
 __all__ = [
     "RankGroup",
@@ -160,6 +161,7 @@ def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    check_metadata(folder)
     tensors = {name: torch.empty_like(tensor) for name, tensor in like.items()}
     load(tensors, checkpoint_id=folder, no_dist=not _is_distributed())
     return tensors

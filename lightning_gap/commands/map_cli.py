@@ -28,7 +28,8 @@ from lightning_gap import (
 )
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.commands.trainer import TRAINER_COMMANDS
-from lightning_gap.monge.transport_files import load_map, read_checkpoint
+from lightning_gap.monge.checkpoints import read_checkpoint
+from lightning_gap.monge.transport_files import load_map
 from lightning_gap.terminal import say
 
 __all__ = ["MapCLI", "run_trainer", "trainer_parsers"]
@@ -136,7 +137,10 @@ class MapCLI(LightningCLI):
             self._checkpoint = path
 
     def before_instantiate_classes(self) -> None:
-        """Give the run a length, and validations, where it has none."""
+        """Give the run a length, and validations, where it has none; a checkpoint is no program."""
+        if "weights_only" in self.config[self.subcommand] and self._given("weights_only") is None:
+            # Lightning would run what it finds at a URL.
+            self.config[self.subcommand]["weights_only"] = True
         self._length_is_ours = self.subcommand == "fit" and _set_length(self._given("trainer"))
 
     def instantiate_classes(self) -> None:

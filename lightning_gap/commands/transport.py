@@ -20,18 +20,19 @@ def add(commands: Any) -> None:
     transport = commands.add_parser(
         "transport",
         help="apply a trained map to a file of samples",
-        description="Write the images of the samples in IN under the map of a checkpoint. Files are read and written "
-        "block by block, in constant memory. OUT gets its name only when it is complete; in tables and AnnData, all "
-        "but the samples is kept as it is.",
+        description="Write the images of the samples in IN under the map of a checkpoint. Features of tables and "
+        "AnnData are matched to the map's by name, and go by place where either has no names. Files are read and "
+        "written block by block, in constant memory. OUT gets its name only when it is complete; in tables and AnnData "
+        "all but the samples is kept as it is.",
     )
     transport.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a map that `fit` trained")
     transport.add_argument(
         "source", type=Path, metavar="IN",
-        help=".npy, .npz, .csv, .tsv, .parquet or .h5ad file of samples in rows; FILE::NAME names an array within an "
-        ".npz file, FILE::obsm/NAME or FILE::layers/NAME within an .h5ad file",
+        help=".npy, .npz, .csv, .tsv, .parquet, .feather or .h5ad file of samples in rows; FILE::NAME names an array "
+        "within an .npz file, FILE::obsm/NAME or FILE::layers/NAME within an .h5ad file",
     )  # fmt: skip
     transport.add_argument(
-        "output", type=Path, metavar="OUT", help=".npy, .csv, .tsv or .parquet file, or .h5ad where IN is one"
+        "output", type=Path, metavar="OUT", help=".npy, .csv, .tsv, .parquet or .feather file, or .h5ad where IN is one"
     )
     transport.add_argument(
         "--condition", metavar="NAME",
@@ -39,8 +40,9 @@ def add(commands: Any) -> None:
         "numbers with commas between, or columns",
     )  # fmt: skip
     transport.add_argument(
-        "--columns", metavar="A,B,...", type=_names, help="columns of IN with the features (default: all of numbers)"
-    )
+        "--columns", metavar="A,B,...", type=_names,
+        help="columns of IN with the features (default: those of the map, or all of numbers if it has no names)",
+    )  # fmt: skip
     transport.add_argument(
         "--batch-size", metavar="N", type=at_least(1), default=8192,
         help="rows that go through the network at once (default: 8192)",

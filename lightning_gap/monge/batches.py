@@ -1,12 +1,12 @@
 """What a training, validation or test step of a map is given, and how it is drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from lightning_gap.monge.populations import FiniteSamples, Part, Population, Turn
 from lightning_gap.monge.splits import generator
@@ -15,6 +15,7 @@ __all__ = [
     "BatchLoader",
     "BatchNumbers",
     "HeldOutBatches",
+    "NumberedLoader",
     "UnpairedBatch",
     "UnpairedBatches",
     "held_out_loader",
@@ -101,7 +102,17 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         self.part = slice(rank * size // num_replicas, (rank + 1) * size // num_replicas)
 
     def __len__(self) -> int:
-        return self.steps
+        """Return how many samples of the smaller set whole batches hold, of this process: not how many batches.
+
+        Lightning's batch size finder takes it for the largest batch. It doubles what is smaller.
+
+        Raises:
+            TypeError: Both sides are endless.
+        """
+        sizes = [len(side) for pair in self.pairs for side in pair if isinstance(side, FiniteSamples)]
+        if not sizes:
+            raise TypeError("samplers and streams have no length")
+        return min(sizes) // self.size * (self.size // self.num_replicas)
 
     def __getitem__(self, number: tuple[int, int] | int) -> UnpairedBatch:
         """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again.
@@ -121,10 +132,10 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
             raise IndexError(f"batch {step} of {self.steps}")
         if self.conditions is None:
             return _joined([self._draw(0, epoch, step)], None)
-        chosen = torch.arange(len(self.pairs))
+        chosen = torch.arange(len(self.pairs), device="cpu")
         if self.per_batch is not None and self.per_batch < len(self.pairs):
             draws = generator(self.seed, CONDITIONS, epoch, step)
-            chosen = torch.randperm(len(self.pairs), generator=draws)[: self.per_batch].sort().values
+            chosen = torch.randperm(len(self.pairs), generator=draws, device="cpu")[: self.per_batch].sort().values
         return _joined([self._draw(int(k), epoch, step) for k in chosen], self.conditions[chosen])
 
     def _draw(self, pair: int, epoch: int, step: int) -> tuple[Part, Part]:
@@ -166,6 +177,7 @@ class HeldOutBatches(Dataset[UnpairedBatch]):
             return slice(rank * size // num_replicas, (rank + 1) * size // num_replicas)
 
         self.batches: list[UnpairedBatch] = []
+        self._largest = max((len(side) // num_replicas for pair in pairs for side in pair), default=0)
         for k, ((source, target), further) in enumerate(zip(pairs, again, strict=True)):
             smallest = min(len(source), len(target), *([] if further is None else [len(further)]))
             if smallest < num_replicas:
@@ -182,8 +194,14 @@ class HeldOutBatches(Dataset[UnpairedBatch]):
                 batch = batch._replace(target_again=further if conditions is None else further[None])
             self.batches.append(batch)
 
-    def __len__(self) -> int:
+    @property
+    def steps(self) -> int:
+        """Number of batches."""
         return len(self.batches)
+
+    def __len__(self) -> int:
+        """Return how many samples of each side the largest batch could hold: not how many batches."""
+        return self._largest
 
     def __getitem__(self, index: int) -> UnpairedBatch:
         """Return the batch of a condition, or the one there is."""
@@ -201,9 +219,11 @@ class BatchNumbers(DistributedSampler[Any]):
         epochs: Whether the numbers are pairs with the epoch.
     """
 
-    def __init__(self, batches: Dataset[UnpairedBatch], trainer: Trainer | None = None, *, epochs: bool) -> None:
+    def __init__(
+        self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, *, epochs: bool
+    ) -> None:
         # A distributed sampler, so that Lightning does not wrap another one around it.
-        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
+        super().__init__(cast(Dataset[Any], range(batches.steps)), num_replicas=1, rank=0, shuffle=False)
         self.trainer = trainer
         self.epochs = epochs
         self._resumed_at: tuple[int, int] | None = None
@@ -227,7 +247,24 @@ class BatchNumbers(DistributedSampler[Any]):
         return here[1] if here == self._resumed_at else 0
 
 
-class BatchLoader(DataLoader[UnpairedBatch]):
+class NumberedLoader(DataLoader[Any]):
+    """A loader of batches by their numbers, whatever torch's default device.
+
+    Lightning numbers the dataset's items anew to overfit a few of them. These are batches, and its length is samples.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **options: Any) -> None:
+        if isinstance(sampler, SequentialSampler) and hasattr(dataset, "steps"):
+            sampler = SequentialSampler(range(dataset.steps))
+        super().__init__(dataset, sampler=sampler, **options)
+
+    def __iter__(self) -> Any:
+        # An iterator draws its workers' seed on the default device, by a generator of the CPU.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
+class BatchLoader(NumberedLoader):
     """A loader that asks for the first number when the first batch is wanted, and resumes within an epoch.
 
     Lightning makes the iterator before it tells the epoch, and before it knows whether it resumes.
@@ -261,12 +298,12 @@ def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_worke
 def held_out_loader(batches: HeldOutBatches) -> DataLoader[UnpairedBatch]:
     """Return the loader of validation or test batches."""
     numbers = BatchNumbers(batches, epochs=False)
-    return DataLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
+    return NumberedLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
 
 
 def own_randomness() -> torch.Generator:
     """Return a generator for a loader, which would draw its workers' seed from the global one otherwise."""
-    return torch.Generator().manual_seed(0)
+    return torch.Generator(device="cpu").manual_seed(0)
 
 
 def _as_it_is(batch: Any) -> Any:

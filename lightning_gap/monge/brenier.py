@@ -202,7 +202,7 @@ class BrenierMap(TransportMap):
                 optimizer.param_groups[0]["lr"] = (
                     lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
                 )
-                rows = torch.randint(len(x), (512,), generator=generator).to(x.device)
+                rows = torch.randint(len(x), (512,), generator=generator, device="cpu").to(x.device)
                 loss = ((self(x[rows]) - images[rows]) / self.image_scale).square().sum(-1).mean()
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient
@@ -215,7 +215,9 @@ def _some(samples: Tensor, most: int) -> Tensor:
     """Return at most so many of the samples, drawn at random."""
     if len(samples) <= most:
         return samples
-    return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:most].to(samples.device)]
+    return samples[
+        torch.randperm(len(samples), generator=torch.Generator().manual_seed(0), device="cpu")[:most].to(samples.device)
+    ]
 
 
 def _positive(n_out: int, n_in: int) -> nn.Parameter:

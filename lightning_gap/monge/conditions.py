@@ -1,6 +1,7 @@
 """Names and vectors of conditions."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_gap.monge.files import is_file, open_frame
 from lightning_gap.monge.tables import as_texts
 
-__all__ = ["condition_names", "condition_vectors_of"]
+__all__ = ["condition_names", "condition_vectors_of", "conditions_of", "label_indices", "place_of"]
 
 
 def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
@@ -41,8 +42,7 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
         ValueError: A name has no vector, lengths differ, or an entry is not finite.
     """
     if is_file(given):
-        frame = open_frame("condition_vectors", str(given))
-        given = frame.set_index(frame.columns[0])
+        given = open_frame("condition_vectors", str(given))
     if hasattr(given, "to_dict") and hasattr(given, "index"):
         rows = as_texts(np.array(list(given.index), dtype=object))
         given = dict(zip(rows.tolist(), given.to_numpy().tolist(), strict=True))
@@ -58,7 +58,7 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
             listed = ", ".join(map(repr, list(table)[:12]))
             raise ValueError(f"condition_vectors has no vector of the condition {name!r}; there is {listed}")
         try:
-            vector = torch.as_tensor(table[name], dtype=torch.float64).reshape(-1)
+            vector = torch.as_tensor(table[name], dtype=torch.float64, device="cpu").reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"condition_vectors[{name!r}] must be numbers, got {table[name]!r}") from error
         if vectors and len(vector) != len(vectors[0]):
@@ -72,7 +72,9 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
     return torch.stack(vectors).to(dtype)
 
 
-def conditions_of(given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None) -> Tensor:
+def conditions_of(
+    given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None, labels: bool = False
+) -> Tensor:
     """Return a condition for each of n samples.
 
     Args:
@@ -80,6 +82,7 @@ def conditions_of(given: Any, n: int, names: Sequence[str], *, vector_dim: int |
         n: Number of samples.
         names: Names of the labels, in order.
         vector_dim: Dimension of the vectors where conditions are vectors, as far as it is known.
+        labels: Whether conditions are known to be labels, not vectors.
 
     Returns:
         ``(n,)`` labels (int64) or ``(n, p)`` vectors.
@@ -99,12 +102,16 @@ def conditions_of(given: Any, n: int, names: Sequence[str], *, vector_dim: int |
             _refuse_ambiguous(array, names)
         if array.dtype.kind in "USO":
             wanted = [str(name) for name in array.ravel()]
-            unknown = sorted(set(wanted) - set(names))
-            if unknown:
+            places = [place_of(name, names) for name in wanted]
+            if None in places:
                 known = ", ".join(names) or "without names"
-                raise ValueError(f"condition {unknown[0]!r} is not known; the conditions are {known}")
-            array = np.array([list(names).index(name) for name in wanted])
+                raise ValueError(f"condition {wanted[places.index(None)]!r} is not known; the conditions are {known}")
+            array = np.array(places)
+        elif array.dtype.kind == "f" and vector_dim is None and array.ndim < 2:
+            array = _named_numbers(array, names, labels)
         given = torch.from_numpy(np.array(array))
+    elif given.is_floating_point() and vector_dim is None and given.dim() < 2:
+        given = torch.from_numpy(np.array(_named_numbers(given.cpu().numpy(), names, labels)))
     each: Tensor
     if vector_dim is not None:
         given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
@@ -122,12 +129,71 @@ def conditions_of(given: Any, n: int, names: Sequence[str], *, vector_dim: int |
     return each
 
 
+def _named_numbers(numbers: NDArray[Any], names: Sequence[str], labels: bool) -> NDArray[Any]:
+    """Return the labels whose names are numbers: 0.1 is the name "0.1"; the numbers themselves where they are none."""
+    places = [place_of(text, names) for text in as_texts(np.atleast_1d(numbers)).tolist()]
+    if None not in places:
+        return np.array(places)
+    if labels:
+        known = ", ".join(map(repr, names)) or "without names"
+        raise ValueError(
+            f"condition {np.atleast_1d(numbers)[places.index(None)]} is no name of a condition; the conditions are "
+            f"{known}: give a name, or labels as a tensor of integers"
+        )
+    return numbers
+
+
 def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
     """Raise for a number that is the name of one condition and would be taken for the label of another."""
-    place = {name: label for label, name in enumerate(names)}
     for number in np.unique(numbers).tolist():
-        if place.get(str(number), number) != number:
+        place = place_of(number, names)
+        if place is not None and place != number:
             raise ValueError(
-                f"condition={number} could be the label {number}, or the name {str(number)!r} of the label "
-                f"{place[str(number)]}: give names as text, and labels as a tensor"
+                f"condition={number} could be the label {number}, or the name {names[place]!r} of the label {place}: "
+                "give names as text, and labels as a tensor"
             )
+
+
+def label_indices(argument: str, labels: NDArray[Any], names: Sequence[str]) -> Tensor:
+    """Return the place of each label among some names.
+
+    Args:
+        argument: The caller's argument, for messages.
+        labels: ``(n,)`` labels.
+        names: The names.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Raises:
+        ValueError: A label is no such name.
+    """
+    distinct, places = np.unique(as_texts(labels), return_inverse=True)
+    found = [place_of(name, names) for name in distinct.tolist()]
+    for name, place in zip(distinct.tolist(), found, strict=True):
+        if place is None:
+            raise ValueError(
+                f"{argument}: the map has no condition {name!r}; its conditions are {', '.join(map(repr, names[:12]))}"
+            )
+    return torch.tensor(found, device="cpu")[torch.from_numpy(places)]
+
+
+def place_of(label: Any, names: Sequence[str]) -> int | None:
+    """Return the place of a label among names: as text, or else as a number; ``None`` where it is no such name.
+
+    Args:
+        label: A name, or a number: 0.1, "0.1" and "0.10" are one name if "0.1" is.
+        names: The names.
+    """
+    text = str(as_texts(np.array([label], dtype=object))[0])
+    if text in names:
+        return list(names).index(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    for place, name in enumerate(names):
+        with suppress(ValueError):
+            if float(name) == number:
+                return place
+    return None

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,14 +17,17 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_gap.arguments import check_count
 from lightning_gap.monge.batches import (
     HeldOutBatches,
+    NumberedLoader,
     UnpairedBatch,
     UnpairedBatches,
     held_out_loader,
     own_randomness,
     training_loader,
 )
+from lightning_gap.monge.features import feature_places
 from lightning_gap.monge.populations import FiniteSamples, SampledSamples, StreamedSamples, Turn
 from lightning_gap.monge.preparation import Endless, Request, prepare
+from lightning_gap.monge.rearrangement import with_features
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.sides import Reading, Side, is_stream, read_sides
 from lightning_gap.monge.splits import SplitRule, generator, named_groups
@@ -52,9 +55,10 @@ class KnownMap(Protocol):
 Samples: TypeAlias = Sampler | str | Path | ArrayLike | Tensor | Iterable[Any]
 Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
+_BATCH_SIZE = 256
 _ENDLESS_STEPS = 100
 _START = 20  # first entry of the key of random draws
-_OPTIONAL = ("conditions_per_batch", "steps_per_epoch", "components")
+_OPTIONAL = ("batch_size", "conditions_per_batch", "steps_per_epoch", "components")
 
 
 class Split(NamedTuple):
@@ -79,11 +83,13 @@ class SamplesDataModule(LightningDataModule):
 
     Args:
         source: The samples to be mapped. An ``(n, d)`` array, tensor, data frame or ``AnnData``; a path to an
-            ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.parquet`` or ``.h5ad`` file, where ``"file.npz::name"`` names an
-            array within; a sampler, ``(n, generator) -> (n, d)``; or something that yields samples endlessly, such as
-            an ``IterableDataset``. Float64 in either set makes both float64, other numbers become float32.
+            ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.parquet``, ``.feather`` or ``.h5ad`` file, where
+            ``"file.npz::name"`` names an array within; a sampler, ``(n, generator) -> (n, d)``; or something that
+            yields samples endlessly, such as an ``IterableDataset``. Float64 in either set makes both float64, other
+            numbers become float32.
         target: The samples to be mapped to, likewise.
-        batch_size: Samples of each side in a training batch, and of each condition, on each device.
+        batch_size: Samples of each side in a training batch, and of each condition, on each device. By default 256, or
+            all of the smallest set that is trained on, which is said.
         val_fraction: Share of the rows that is held out for validation, in [0, 1), in each condition at least one row.
             By default 0.1, and 0 where ``val_groups`` or ``val`` is given.
         test_fraction: Share of the rows that is held out for the test, likewise.
@@ -145,7 +151,7 @@ class SamplesDataModule(LightningDataModule):
         source: Samples,
         target: Samples,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         val_fraction: float | None = None,
         test_fraction: float = 0.0,
         val_groups: Sequence[str | int] | float | None = None,
@@ -193,7 +199,8 @@ class SamplesDataModule(LightningDataModule):
                 if given is not None:
                     raise ValueError(f"{name} is for conditions: give conditions=, the labels of the rows")
         fractions = _fractions(val_fraction, test_fraction, val_groups, test_groups, val, test)
-        self.batch_size = batch_size
+        self._default_batch = batch_size is None
+        batch_size = _BATCH_SIZE if batch_size is None else batch_size
         self.eval_batch_size = eval_batch_size
         self.steps_per_epoch = steps_per_epoch
         self.conditions_per_batch = conditions_per_batch
@@ -221,6 +228,7 @@ class SamplesDataModule(LightningDataModule):
             Request(
                 rule=_split_rule(sides, fractions, val_groups, test_groups, seed),
                 batch_size=batch_size,
+                default_batch=self._default_batch,
                 small_conditions=small_conditions,
                 condition_vectors=condition_vectors,
                 standardize=standardize,
@@ -234,7 +242,7 @@ class SamplesDataModule(LightningDataModule):
                 f"are trained on: use conditions_per_batch <= {len(prepared.train)}"
             )
         self.batch_size = prepared.batch_size
-        self._prepared = prepared
+        self._prepared = self._as_read = prepared
 
     @classmethod
     def from_anndata(
@@ -299,6 +307,22 @@ class SamplesDataModule(LightningDataModule):
         """Names of the raw features, where the data name them."""
         return self._prepared.features
 
+    def match_features(self, names: Sequence[str]) -> None:
+        """Give the features of these names, in their order, from now on: :class:`MongeMap` asks for its own.
+
+        Args:
+            names: Names of features; others that the data have are ignored with a warning.
+
+        Raises:
+            ValueError: The data have no such feature, or principal components of others.
+        """
+        if self._as_read.features is None:
+            return
+        places = feature_places(
+            "the data module", self._as_read.features, names, "the map", remedy="give the map data with these features"
+        )
+        self._prepared = self._as_read if places is None else with_features(self._as_read, places)
+
     @property
     def condition_names(self) -> tuple[str, ...]:
         """Names of the conditions; label ``k`` means the ``k``-th. Empty without conditions."""
@@ -345,7 +369,8 @@ class SamplesDataModule(LightningDataModule):
                 ).samples
                 for x in distinct.values()
             ])  # fmt: skip
-            sides.append(samples[torch.randperm(len(samples), generator=generator(self.seed, _START, i))][:most])
+            order = torch.randperm(len(samples), generator=generator(self.seed, _START, i), device="cpu")[:most]
+            sides.append(samples[order.to(samples.device)])
         return sides[0], sides[1]
 
     def train_dataloader(self) -> DataLoader[UnpairedBatch]:
@@ -354,6 +379,9 @@ class SamplesDataModule(LightningDataModule):
         prepared = self._prepared
         sizes = [len(x) for pair in prepared.train for x in pair if isinstance(x, FiniteSamples)]
         smallest = min(sizes, default=self.batch_size * replicas)
+        if self._default_batch and self.batch_size * replicas > smallest >= replicas:
+            self.batch_size = smallest // replicas
+            rank_zero_warn(f"the default batch_size shrinks to {self.batch_size} on each of {replicas} devices")
         if self.batch_size * replicas > smallest:
             what = (
                 f"{replicas} devices needs {self.batch_size * replicas}" if replicas > 1 else "a device needs as many"
@@ -391,7 +419,7 @@ class SamplesDataModule(LightningDataModule):
         predicted = self._prepared.predicted
         conditions = None if predicted.codes is None else self._conditions(predicted.codes)
         samples = _Predicted(predicted.samples, predicted.rows, conditions)
-        return DataLoader(samples, batch_size=self.eval_batch_size, generator=own_randomness())
+        return NumberedLoader(samples, batch_size=self.eval_batch_size, generator=own_randomness())
 
     def _replicas(self) -> tuple[int, int]:
         return (data_parallel_size(self.trainer), data_parallel_rank(self.trainer)) if self.trainer else (1, 0)
@@ -408,7 +436,7 @@ class SamplesDataModule(LightningDataModule):
         """Return what batches hold of the conditions: labels, or vectors."""
         if not self._prepared.names:
             return None
-        index = torch.as_tensor(codes, dtype=torch.long)
+        index = torch.as_tensor(codes, dtype=torch.long, device="cpu")
         return index if self._prepared.vectors is None else self._prepared.vectors[index]
 
     def _held_out(self, stage: str) -> DataLoader[UnpairedBatch] | list[DataLoader[UnpairedBatch]]:
@@ -516,7 +544,8 @@ def _read_explicit(stage: str, given: Any, reading: Reading, train: Sequence[Sid
     for name in ("source", "target"):
         if is_stream(given[name]):
             raise TypeError(f"{stage}: {name} must be samples, got {type(given[name]).__name__}: draw them first")
-    source, target = read_sides(given["source"], given["target"], reading, prefix=f"{stage} ", **options)
+    wanted = next((side for side in train if side is not None and side.features is not None), None)
+    source, target = read_sides(given["source"], given["target"], reading, prefix=f"{stage} ", like=wanted, **options)
     assert source is not None
     assert target is not None
     for name, side, trained in zip(("source", "target"), (source, target), train, strict=True):
@@ -526,6 +555,4 @@ def _read_explicit(stage: str, given: Any, reading: Reading, train: Sequence[Sid
                 f"{stage}: the {name} {'needs' if labelled else 'takes no'} conditions, as in training: give "
                 f"{stage}={{'source': ..., 'target': ..., 'conditions': (of the source, of the target)}}"
             )
-        if trained is not None and trained.features and side.features and trained.features != side.features:
-            raise ValueError(f"{side.title} has other features than {trained.title}: name them by columns=")
     return source, target

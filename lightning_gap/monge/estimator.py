@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.features import columns_like
 from lightning_gap.monge.gap import sinkhorn_divergence
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
@@ -50,6 +51,9 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
     trace: no files, no output, and torch's, NumPy's and Python's global random numbers as they were (unless
     ``random_state`` is ``None``, which draws a seed from NumPy's, as everywhere in scikit-learn). Each ``fit`` starts
     anew.
+
+    Where ``X`` and ``y`` are data frames, the columns of ``y`` are put in the order of those of ``X``, by name;
+    ``transform`` takes them in the order of ``fit``, as everywhere in scikit-learn.
 
     Model selection splits ``X`` and ``y`` by the same row numbers, so they must then be of one length.
 
@@ -132,7 +136,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             The transformer itself.
 
         Raises:
-            ValueError: Samples or an option cannot be used.
+            ValueError: Samples or an option cannot be used, or a column of ``X`` is missing in ``y``.
         """
         if y is None:
             raise ValueError(
@@ -144,13 +148,16 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         source = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
-        target = self._target(y)
+        target = self._target(y, X)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         representation = make_pipeline(
             StandardScaler() if self.standardize else FunctionTransformer(),
             FunctionTransformer() if self.n_components is None else PCA(self.n_components, random_state=seed),
         ).fit(np.concatenate([source, target.astype(source.dtype)]))
-        x, z = (torch.from_numpy(representation.transform(samples)).float() for samples in (source, target))
+        x, z = (
+            torch.from_numpy(np.array(representation.transform(samples), dtype=np.float32))
+            for samples in (source, target)
+        )
         with isolate_rng(), _quietly():
             torch.manual_seed(seed)
             data = SamplesDataModule(
@@ -221,13 +228,15 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             NotFittedError: ``fit`` has not been called.
             ValueError: The samples cannot be used.
         """
-        images = torch.from_numpy(np.asarray(self.transform(X), dtype=np.float64))
-        target = torch.from_numpy(np.asarray(self._target(y), dtype=np.float64))
+        images = torch.from_numpy(np.array(self.transform(X), dtype=np.float64))
+        target = torch.from_numpy(np.array(self._target(y, X), dtype=np.float64))
         cost = resolve(self.fitting_cost)
         epsilon = share_of_mean_cost(0.05, target, target, cost)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
-    def _target(self, y: ArrayLike) -> NDArray[Any]:
+    def _target(self, y: Any, X: Any) -> NDArray[Any]:
+        """Return the target's samples, with the features of the source."""
+        y = columns_like("y", y, X, "X")
         target: NDArray[Any] = check_array(y, dtype=_DTYPES, input_name="y")
         if target.shape[1] != self.n_features_in_:
             raise ValueError(

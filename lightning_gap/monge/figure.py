@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_gap.arguments import check_integer
 from lightning_gap.extras import library
 from lightning_gap.loggers import log_figure, takes_figures
+from lightning_gap.monge.files import read_matrix
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.parallel import holds_whole_weights
 
@@ -148,6 +149,13 @@ class MapFigure(Callback):
         names: list[str] | None = None
         if self.samples is not None:
             source, target, *condition = self.samples
+            features = getattr(pl_module, "feature_names", None)
+            source, target = (
+                read_matrix(name, given, features)
+                if hasattr(given, "columns") or hasattr(given, "var_names")
+                else given
+                for name, given in (("source", source), ("target", target))
+            )
             with isolate_rng():
                 mapped = pl_module.transport(source, *condition)  # type: ignore[operator]
             sets: tuple[Any, Any, Any] = (source, mapped, target)

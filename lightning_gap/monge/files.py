@@ -10,17 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.frames import frame_table, load_frame
+from lightning_gap.monge.features import feature_places
+from lightning_gap.monge.frames import FRAME_SUFFIXES, check_columns, frame_table, open_frame_file
 from lightning_gap.monge.h5ad import InFile, InMemory, anndata_table, dense_rows, within_h5ad
 from lightning_gap.monge.tables import Table, as_tensor, first_line, there_is
 
-__all__ = ["is_file", "open_frame", "open_table", "read_matrix", "read_vector"]
+__all__ = ["is_file", "open_frame", "open_table", "read_matrix", "read_vector", "resolve_file"]
 
 Array = NDArray[Any]
 
 # What stands after this in a path names an array within the file: "cells.npz::counts", "cells.h5ad::obsm/X_pca".
 _WITHIN = "::"
-_SUFFIXES = (".npy", ".npz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".h5ad")
+_SUFFIXES = (".npy", ".npz", *FRAME_SUFFIXES, ".h5ad")
 
 
 def is_file(data: object) -> bool:
@@ -58,6 +59,7 @@ def open_table(
     if isinstance(columns, str):
         raise TypeError(f"columns must be a list of names, got {columns!r}: write columns=[{columns!r}]")
     labels = frozenset(labels)
+    data = _as_pandas(data)
     if is_file(data):
         table = _open_file(argument, str(data), columns, layer, obsm, labels)
     elif _is_instance(data, "pandas", "DataFrame"):
@@ -74,35 +76,65 @@ def open_table(
 
 
 def open_frame(argument: str, location: str) -> Any:
-    """Return a ``.csv``, ``.tsv`` or ``.parquet`` file as a data frame.
+    """Return a ``.csv``, ``.tsv``, ``.parquet`` or ``.feather`` file as a data frame, with the names of its rows.
 
     Args:
         argument: The caller's argument, for messages.
-        location: The path.
+        location: The path. Names of rows are those that pandas has for an index, or else in the first column.
     """
-    path, within = _resolve(argument, location)
-    suffix = _suffix(path)
-    if within is not None or suffix in (".npy", ".npz", ".h5ad"):
-        raise ValueError(f"{argument}: {location!r} is no .csv, .tsv or .parquet file")
-    return load_frame(f"{argument} ({path.name})", path, suffix, None, frozenset())
+    path, suffix, within = resolve_file(argument, location)
+    if within is not None or suffix not in FRAME_SUFFIXES:
+        raise ValueError(f"{argument}: {location!r} is no .csv, .tsv, .parquet or .feather file")
+    file = open_frame_file(f"{argument} ({path.name})", path, suffix)
+    return file.read().set_index(file.row_names[0] if file.row_names else file.names[0])
 
 
-def read_matrix(argument: str, data: Any) -> Tensor:
-    """Return an array, a sparse matrix or a data frame as a tensor, float64 if it is that and float32 otherwise.
+def read_matrix(
+    argument: str,
+    data: Any,
+    features: Sequence[str] | None = None,
+    *,
+    whose: str = "the map",
+    layer: str | None = None,
+    obsm: str | None = None,
+) -> Tensor:
+    """Return samples in memory as a tensor, float64 if they are that and float32 otherwise.
 
     Args:
         argument: The caller's argument, for messages.
-        data: What to convert. It may be empty, and hold NaN.
+        data: Array, sparse matrix, data frame or ``AnnData``. It may be empty.
+        features: Which features are wanted, in this order, where ``data`` names its own; by default all as they stand.
+        whose: How messages call what wants them.
+        layer: Layer of ``AnnData``; ``X`` by default.
+        obsm: Embedding of ``AnnData`` in place of a layer.
 
     Raises:
-        TypeError: It is AnnData, of which one matrix is wanted, or holds no real numbers.
+        TypeError: It is a path, or holds no real numbers.
+        ValueError: A feature is missing, or a row is not finite.
     """
-    if is_file(data) or _is_instance(data, "anndata", "AnnData"):
+    if is_file(data):
         raise TypeError(
-            f"{argument} must be a tensor or an array, got {type(data).__name__}: give what the map was trained on, "
-            "as adata.X, adata.layers[...] or adata.obsm[...]"
+            f"{argument} must be a tensor, an array or a table, got {type(data).__name__}: read the file, or use "
+            "lightning_gap.monge.transport_files.transport_file"
         )
-    return open_table(argument, data).read(None)
+    data = _as_pandas(data)
+    if _is_instance(data, "anndata", "AnnData"):
+        if layer is None and obsm is None and len(data.layers):
+            raise ValueError(
+                f"{argument} has X and the layers {', '.join(map(repr, data.layers))}: say which one {whose} was "
+                "trained on, by layer='X', another layer=, or obsm="
+            )
+        layer = None if layer == "X" and "X" not in data.layers else layer
+    remedy = f"to go by place, give an array, {argument}.to_numpy()"
+    if features is not None and _is_instance(data, "pandas", "DataFrame"):
+        names = [str(name) for name in data.columns]
+        places = feature_places(argument, names, features, whose, remedy=remedy)
+        table = open_table(argument, data, columns=None if places is None else features, layer=layer, obsm=obsm)
+    else:
+        table = open_table(argument, data, layer=layer, obsm=obsm)
+        if feature_places(argument, table.features, features, whose, remedy=remedy) is not None:
+            table = open_table(argument, data, columns=features, layer=layer, obsm=obsm)
+    return table.read(None)
 
 
 def read_vector(argument: str, data: Any) -> Array:
@@ -113,10 +145,10 @@ def read_vector(argument: str, data: Any) -> Array:
         data: Array, tensor, sequence, pandas series, or path.
     """
     if is_file(data):
-        path, within = _resolve(argument, str(data))
-        if _suffix(path) not in (".npy", ".npz"):
+        path, suffix, within = resolve_file(argument, str(data))
+        if suffix not in (".npy", ".npz"):
             raise ValueError(f"{argument}: {path} is no .npy or .npz file; give the name of a column, or an array")
-        data = _load_npy(argument, path, mmap=False) if _suffix(path) == ".npy" else _load_npz(argument, path, within)
+        data = _load_npy(argument, path, mmap=False) if suffix == ".npy" else _load_npz(argument, path, within)
     array = data.detach().cpu().numpy() if isinstance(data, Tensor) else np.asarray(data)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -133,9 +165,8 @@ def _open_file(
     obsm: str | None,
     labels: frozenset[str],
 ) -> Table:
-    path, within = _resolve(argument, location)
+    path, suffix, within = resolve_file(argument, location)
     title = f"{argument} ({path.name})"
-    suffix = _suffix(path)
     if suffix == ".h5ad":
         if within is not None:
             if layer is not None or obsm is not None:
@@ -151,29 +182,45 @@ def _open_file(
         raise ValueError(f"{argument}: only .npz and .h5ad files hold named arrays, got {location!r}")
     if suffix == ".npy":
         return _array_table(title, _load_npy(title, path, mmap=True))
-    return frame_table(title, load_frame(title, path, suffix, columns, labels), columns, labels)
+    file = open_frame_file(title, path, suffix)
+    names = None if columns is None else [str(name) for name in columns]
+    check_columns(title, names, file.names)
+    return frame_table(title, file.read(None if names is None else [*names, *labels]), names, labels, file.row_names)
 
 
-def _resolve(argument: str, location: str) -> tuple[Path, str | None]:
+def resolve_file(argument: str, location: str) -> tuple[Path, str, str | None]:
+    """Return the path of a file, its kind, and the name of an array within it.
+
+    Args:
+        argument: The caller's argument, for messages.
+        location: The path, and after ``::`` a name within.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is of another kind, or empty.
+    """
     name, _, within = location.partition(_WITHIN)
     path = Path(name).expanduser()
-    if _suffix(path) is None:
+    suffix = next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
+    if suffix is None:
         raise ValueError(f"{argument}: cannot read {name!r}: the name must end in one of {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {str(path)!r} in {str(Path.cwd())!r}")
     if path.stat().st_size == 0:
         raise ValueError(f"{argument}: the file {str(path)!r} is empty")
-    return path, within or None
-
-
-def _suffix(path: Path) -> str | None:
-    return next((s for s in sorted(_SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
+    return path, suffix, within or None
 
 
 def _is_instance(data: object, module: str, name: str) -> bool:
     """Return whether ``data`` is of a class of an optional library, which is not imported for the question."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(data, getattr(loaded, name))
+
+
+def _as_pandas(data: Any) -> Any:
+    """Return a data frame of polars or arrow as one of pandas: as an array it has no names."""
+    named = hasattr(data, "columns") or hasattr(data, "column_names")
+    return data.to_pandas() if named and callable(getattr(data, "to_pandas", None)) else data
 
 
 def _refuse_anndata_options(title: str, layer: str | None, obsm: str | None) -> None:

@@ -115,22 +115,25 @@ def anndata_table(
     matrix = data.matrix(layer, obsm)
     if matrix is None:
         raise ValueError(f"{title} has no X: name a layer ({there_is(data.layers)}) or obsm ({there_is(data.obsm)})")
+    features: list[str] | None = data.genes if obsm is None else None
     if hasattr(matrix, "to_numpy"):
+        # An embedding may be a data frame.
+        features = [str(name) for name in matrix.columns] if obsm is not None else features
         matrix = matrix.to_numpy()
     length, width = (int(size) for size in matrix.shape)
-    features: list[str] | None = data.genes if obsm is None else None
     chosen: Array | None = None
     if columns is not None:
         if features is None:
             raise ValueError(f"columns are genes, but obsm={obsm!r} of {title} has none: leave one of them out")
+        columns = [str(name) for name in columns]
         place = {name: i for i, name in enumerate(features)}
-        if len(place) < len(features):
-            raise ValueError(f"columns: the genes of {title} are not unique: call adata.var_names_make_unique() first")
         for name in columns:
             if name not in place:
                 raise ValueError(f"columns: {title} has no gene {name!r}; {there_is(features)}")
+        if len(set(columns)) < len(columns) or sum(name in set(columns) for name in features) > len(columns):
+            raise ValueError(f"columns: the genes of {title} are not unique: call adata.var_names_make_unique() first")
         chosen = np.array([place[name] for name in columns])
-        features = list(columns)
+        features = columns
     obs = data.obs
 
     def read(rows: Array | None) -> Tensor:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast, get_args, overload
+from typing import IO, Any, Self, cast, get_args, overload
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_gap.arguments import check_count, check_integer, check_number
 from lightning_gap.loggers import define_axes
 from lightning_gap.monge.batches import UnpairedBatch
+from lightning_gap.monge.checkpoints import check_hyper_parameters, hyper_parameters_of
 from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.features import feature_places, listed, match_features
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP
 from lightning_gap.monge.networks import check_labels
@@ -42,6 +44,7 @@ from lightning_gap.monge.sinkhorn import (
 )
 from lightning_gap.monge.specification import build, describe
 from lightning_gap.monge.splits import generator
+from lightning_gap.monge.tables import refuse_not_finite
 from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel_rank, data_parallel_size
 
 __all__ = ["MongeMap"]
@@ -117,6 +120,8 @@ class MongeMap(LightningModule):
             each device compares its own batch.
         representation: Encodes raw samples and decodes images; taken from the data module.
         condition_names: Names of the conditions, by label; taken from the data module.
+        feature_names: Names of the raw samples' features, in the map's order; taken from the data module. Tables are
+            matched to them by name, whatever their order.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -170,6 +175,7 @@ class MongeMap(LightningModule):
         global_batch: bool = True,
         representation: AffineRepresentation | Mapping[str, Any] | None = None,
         condition_names: Sequence[str] | None = None,
+        feature_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.gap_weight = _number_or_schedule("gap_weight", build("gap_weight", gap_weight), least=0)
@@ -192,7 +198,7 @@ class MongeMap(LightningModule):
                 "solver='exact' has no epsilon, and MongeMap trains with one: leave it out, and score a trained map by "
                 "monge_gap(x, model.transport(x), solver='exact')"
             )
-        reference = _reference(gap_reference)
+        reference, self._reference_features = _reference(gap_reference)
         gap_on = gap_on or ("source" if reference is None else "reference")
         if gap_on not in get_args(GapOn):
             raise ValueError(f"gap_on must be one of {', '.join(get_args(GapOn))}, got {gap_on!r}")
@@ -229,6 +235,7 @@ class MongeMap(LightningModule):
             AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
         )
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
+        self.feature_names = _feature_names(feature_names, dim if self.representation is None else None)
         self.scores = nn.ModuleDict()
         gap_reference = None  # Lightning compares each argument with the dictionary, which arrays do not bear.
         self.save_hyperparameters(
@@ -262,6 +269,7 @@ class MongeMap(LightningModule):
                 "global_batch": self.global_batch,
                 "representation": None if self.representation is None else self.representation.hparams,
                 "condition_names": self.condition_names,
+                "feature_names": self.feature_names,
             }
         )
 
@@ -288,13 +296,14 @@ class MongeMap(LightningModule):
     # --- what the data tell ---------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take from the data what was not given: the representation, the names of conditions, the default network."""
+        """Take from the data what was not given: the representation, names, the default network."""
         if str(self.trainer.precision) in ("16-true", "bf16-true"):
             raise MisconfigurationException(
                 f"precision={self.trainer.precision!r} would round epsilons and the representation to sixteen bits: "
                 "use 'bf16-mixed' or '16-mixed', where the network alone is in half precision"
             )
         data = getattr(self.trainer, "datamodule", None)
+        self._adopt_features(data, stage)
         self._adopt_representation(data)
         names = getattr(data, "condition_names", ())
         if names and self.condition_names is None:
@@ -315,6 +324,20 @@ class MongeMap(LightningModule):
                 f"conservative_weight={self.conservative_weight:g} regularizes the vector field of a structured map, "
                 f"and {type(self.map).__name__} has none: give map=StructuredMap(...), or conservative_weight=0"
             )
+
+    def _adopt_features(self, data: Any, stage: str) -> None:
+        """Take the features' names from the data, or have the data give them in the map's order."""
+        names = getattr(data, "feature_names", None)
+        # A map that was trained by place has no names; other data than it was trained on cannot tell them.
+        if self.feature_names is None and names is not None and (stage == "fit" or not bool(self.started)):
+            self.feature_names = [str(name) for name in names]
+            self.hparams["feature_names"] = self.feature_names
+        match_features(data, self.feature_names)
+        places = feature_places("gap_reference", self._reference_features, self.feature_names, "the map")
+        if places is not None and self.gap_reference is not None:
+            self.gap_reference = self.gap_reference[:, torch.from_numpy(places).to(self.gap_reference.device)]
+            self._reference_features = tuple(self.feature_names or ())
+            self.hparams["gap_reference"] = {"shape": list(self.gap_reference.shape)}
 
     def _check_condition_names(self, data: Any) -> None:
         """Refuse labels that mean other conditions than in training; vectors mean the same everywhere."""
@@ -355,6 +378,53 @@ class MongeMap(LightningModule):
             )
         # Older checkpoints were trained without a start.
         state.setdefault("started", torch.tensor(True))
+        if getattr(self, "_trainer", None) is not None:
+            self._adopt_names(checkpoint.get("hyper_parameters") or {})
+
+    def _adopt_names(self, found: Mapping[str, Any]) -> None:
+        """Take features and conditions as the checkpoint's weights mean them, where it is a trainer that loads them."""
+        data = getattr(self.trainer, "datamodule", None)
+        if found.get("feature_names"):
+            self.feature_names = [str(name) for name in found["feature_names"]]
+            self.hparams["feature_names"] = self.feature_names
+            match_features(data, self.feature_names)
+        if found.get("condition_names"):
+            self.condition_names = [str(name) for name in found["condition_names"]]
+            self.hparams["condition_names"] = self.condition_names
+            self._check_condition_names(data)
+
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return the map of a checkpoint. Nothing that the file names is imported or called but this package's maps.
+
+        Args:
+            checkpoint_path: A path or a URL, or an open file.
+            map_location: Where to put the weights; by default where they were.
+            hparams_file: A YAML or CSV file of hyperparameters, instead of the checkpoint's.
+            strict: Whether the weights must be those of the network, no more and no less.
+            weights_only: Whether the file may hold no more than tensors and plain Python, as by default; ``False`` is
+                for a file that you trust as you trust a program.
+            **kwargs: Arguments that go before those of the checkpoint, such as a network of your own.
+
+        Raises:
+            ValueError: The checkpoint asks for anything else.
+        """
+        if weights_only is not False:
+            weights_only = True
+            check_hyper_parameters(hyper_parameters_of(checkpoint_path))
+            # Lightning's own function would import the classes that are named beside it.
+            kwargs["_instantiator"] = None
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict=strict, weights_only=weights_only, **kwargs
+        )
 
     def on_fit_start(self) -> None:
         """Let the map start from all training samples, once."""
@@ -392,23 +462,45 @@ class MongeMap(LightningModule):
         return mapped.to(x.dtype)
 
     @torch.no_grad()
-    def transport(self, x: Tensor | np.ndarray[Any, Any], condition: Any = None, *, batch_size: int = 65_536) -> Tensor:
+    def transport(
+        self,
+        x: Any,
+        condition: Any = None,
+        *,
+        batch_size: int = 65_536,
+        layer: str | None = None,
+        obsm: str | None = None,
+    ) -> Tensor:
         """Return the images of raw samples, in evaluation mode and without gradients.
 
+        Columns of a data frame and genes of ``AnnData`` are matched to :attr:`feature_names` by name, in whatever order
+        they are; further ones are ignored with a warning. Tensors and arrays go by place.
+
         Args:
-            x: ``(n, d)`` samples: a tensor on any device, an array, a sparse matrix or a data frame.
+            x: ``(n, d)`` samples: a tensor on any device, an array, a sparse matrix, a data frame or ``AnnData``.
             condition: For a conditional map, one condition for all samples or one for each: names, labels, or vectors.
             batch_size: Rows that go through the network at once.
+            layer: Layer of ``AnnData``; ``X`` by default where there is no layer, ``"X"`` where there are some.
+            obsm: Embedding of ``AnnData`` in place of a layer.
 
         Returns:
-            ``(n, d)`` tensor on the device of ``x``, in the precision of the network.
+            ``(n, d)`` tensor on the device of ``x``, in the precision of the network, with the features in the map's
+            order.
 
         Raises:
-            ValueError: The shape is not ``(n, d)``, ``batch_size`` is not positive, or the condition is not known.
+            TypeError: ``x`` is a path, or holds no real numbers.
+            ValueError: The shape is not ``(n, d)``, a feature is missing, a sample is not finite (the rows are named),
+                ``batch_size`` is not positive, or the condition is not known.
         """
-        x = x if isinstance(x, Tensor) else read_matrix("x", x)
+        x = x if isinstance(x, Tensor) else read_matrix("x", x, self.feature_names, layer=layer, obsm=obsm)
         if x.dim() != 2:
             raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}")
+        if self.feature_names is not None and x.shape[1] != len(self.feature_names):
+            raise ValueError(
+                f"x has {x.shape[1]} columns, and the map takes {len(self.feature_names)} features "
+                f"({listed(self.feature_names)}): they must agree"
+            )
+        refuse_not_finite("x", x, features=self.feature_names)
         check_count("batch_size", batch_size)
         each = self._conditions(condition, len(x))
         device = next(self.parameters(), torch.empty(0)).device
@@ -442,7 +534,8 @@ class MongeMap(LightningModule):
         if not getattr(self.map, "conditional", False):
             raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
         vector_dim = getattr(self.map, "condition_dim", None)
-        each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim)
+        labels = getattr(self.map, "conditions", None) is not None
+        each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim, labels=labels)
         return self._as_map_takes(each) if each.is_floating_point() else each
 
     # --- the loops ------------------------------------------------------------------------------------------------
@@ -521,6 +614,7 @@ class MongeMap(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the raw images of raw source samples, or of the encoded source of an :class:`UnpairedBatch`."""
         if isinstance(batch, Tensor):
+            refuse_not_finite("a batch", batch, features=self.feature_names)
             return self._raw_images(batch, None)
         if isinstance(batch, UnpairedBatch):
             b = self._checked(batch)
@@ -777,12 +871,25 @@ def _described_schedule(value: float | Schedule) -> Any:
     return describe(value) if callable(value) else value
 
 
-def _reference(samples: Any) -> Tensor | None:
+def _reference(samples: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Return the samples, and the names of their features where they have names."""
     if samples is None:
-        return None
+        return None, None
     if isinstance(samples, Mapping):  # of a checkpoint, whose state holds the samples
-        return torch.zeros(samples["shape"])
-    return open_table("gap_reference", samples).samples(None)
+        return torch.zeros(samples["shape"]), None
+    table = open_table("gap_reference", samples)
+    return table.samples(None), table.features
+
+
+def _feature_names(names: Sequence[str] | None, dim: int | None) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"feature_names must be a list of names, got {names!r}: write [{names!r}]")
+    found = [str(name) for name in names]
+    if dim is not None and len(found) != dim:
+        raise ValueError(f"feature_names has {len(found)} names for dim={dim}: give one for each feature")
+    return found
 
 
 def _fitting_loss(loss: Any) -> FittingLoss:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.monge.features import columns_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,6 +98,10 @@ def plot_map(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plot_map needs matplotlib: pip install 'lightning_gap[plots]'") from error
 
+    mapped, target, basis = (
+        columns_like(name, given, source, "source")
+        for name, given in (("mapped", mapped), ("target", target), ("basis", basis))
+    )
     panels = _panels(source, mapped, target, conditions)
     chosen = _space(space, panels)
     if theme not in get_args(Theme):

@@ -87,10 +87,15 @@ class FiniteSamples:
     def first(self, size: int, part: Callable[[int], slice]) -> Part:
         """Return a part of the first ``size`` samples, or of all if there are fewer."""
         size = min(size, len(self))
-        return self._take(torch.arange(size), part(size))
+        return self._take(torch.arange(size, device="cpu"), part(size))
+
+    def with_features(self, choose: Encode) -> "FiniteSamples":
+        """Return the same rows with other columns."""
+        return FiniteSamples(choose(self.samples), self.weights, None if self.images is None else choose(self.images))
 
     def _take(self, rows: Tensor, part: slice) -> Part:
-        weights = None
+        # Row numbers are drawn on the CPU, and the samples may be elsewhere.
+        rows, weights = rows.to(self.samples.device), None
         if self.weights is not None:
             weights = self.weights[rows]
             weights = (weights / weights.sum())[part]
@@ -103,7 +108,7 @@ class FiniteSamples:
             # A batch needs at most the last two, but for sets smaller than a batch.
             if len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
-            self._orders[key] = torch.randperm(len(self), generator=generator(key[0], *key[1:]))
+            self._orders[key] = torch.randperm(len(self), generator=generator(key[0], *key[1:]), device="cpu")
         return self._orders[key]
 
 
@@ -129,7 +134,7 @@ class SampledSamples:
         self.true_map = true_map
         self.encode = encode
         try:
-            inspect.signature(sampler).bind(1, torch.Generator())
+            inspect.signature(sampler).bind(1, torch.Generator(device="cpu"))
         except TypeError as error:
             raise TypeError(
                 f"{argument} must be a function of a number and a generator, as in "
@@ -210,7 +215,7 @@ class StreamedSamples:
             parts.append(self._samples(chunk))
             if sum(map(len, parts)) >= skip + size:
                 break
-        found = torch.cat(parts)[skip : skip + size] if parts else torch.empty(0, 1)
+        found = torch.cat(parts)[skip : skip + size] if parts else torch.empty(0, 1, device="cpu")
         if not len(found):
             raise ValueError(
                 f"{self.argument} yields no more than {sum(map(len, parts))} samples, of which {skip} are held out: "
@@ -247,7 +252,7 @@ class StreamedSamples:
 
     def _samples(self, chunk: Any) -> Tensor:
         samples = chunk[0] if isinstance(chunk, tuple | list) else chunk
-        samples = samples if isinstance(samples, Tensor) else torch.as_tensor(np.asarray(samples))
+        samples = samples if isinstance(samples, Tensor) else torch.from_numpy(np.array(samples))
         return _checked(self.argument, samples[None] if samples.dim() == 1 else samples, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,7 +270,8 @@ def encoded_part(argument: str, raw: Tensor, true_map: Encode | None, encode: En
 def map_images(argument: str, true_map: Callable[[Tensor], Any], samples: Tensor) -> Tensor:
     """Return the images of samples under a known map, checked."""
     with torch.no_grad():
-        images = torch.as_tensor(true_map(samples))
+        images = true_map(samples)
+        images = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
     if images.shape != samples.shape:
         raise ValueError(
             f"true_images returned shape {tuple(images.shape)} for samples of {argument} of shape "
@@ -277,7 +283,8 @@ def map_images(argument: str, true_map: Callable[[Tensor], Any], samples: Tensor
 
 
 def _checked(argument: str, samples: Any, size: int | None) -> Tensor:
-    found: Tensor = samples.detach() if isinstance(samples, Tensor) else torch.as_tensor(np.asarray(samples))
+    found = samples if isinstance(samples, Tensor) else torch.from_numpy(np.array(samples))
+    found = found.detach()
     found = found if found.dtype == torch.float64 else found.float()
     check_samples(f"what {argument} yields", found)
     if size is not None and len(found) != size:

@@ -40,6 +40,7 @@ class Request:
     Attributes:
         rule: What is held out of the given samples.
         batch_size: Samples of each side and condition in a batch.
+        default_batch: Whether this number is the default, which nobody asked for: it gives way.
         small_conditions: What becomes of a condition that is smaller: ``"refuse"``, ``"drop"`` or ``"shrink"``.
         condition_vectors: Vectors of the conditions, or ``None``.
         standardize: Whether features are divided by their standard deviation.
@@ -49,6 +50,7 @@ class Request:
 
     rule: SplitRule
     batch_size: int
+    default_batch: bool = False
     small_conditions: str = "refuse"
     condition_vectors: Any = None
     standardize: bool = False
@@ -128,8 +130,9 @@ class Encoding:
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
-        samples = samples.to(self.dtype)
-        return samples if self.representation is None else self.representation.encode(samples)
+        if self.representation is None:
+            return samples.to(self.dtype)
+        return self.representation.encode(samples.to(self.representation.mean.device, self.dtype))
 
 
 def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request) -> Prepared:
@@ -220,16 +223,18 @@ class _Maker:
             return self.encoding(target.raw(size, draws, skip=self.reserved))
         if target.weights is not None:
             # Weights are not carried with them: these are drawn by them.
-            return target.samples[torch.multinomial(target.weights, size, replacement=True, generator=draws)]
-        return target.samples[torch.randperm(len(target), generator=draws)[:size]]
+            rows = torch.multinomial(target.weights.cpu(), size, replacement=True, generator=draws)
+        else:
+            rows = torch.randperm(len(target), generator=draws, device="cpu")[:size]
+        return target.samples[rows.to(target.samples.device)]
 
     def _of_rows(self, side: Side, rows: Array) -> FiniteSamples:
         if id(side) not in self._encoded:
             images = None if side.images is None else self.encoding(side.images)
             self._encoded[id(side)] = self.encoding(side.samples), images
         samples, images = self._encoded[id(side)]
-        index = torch.from_numpy(rows)
-        weights = None if side.weights is None else side.weights[index].to(samples.dtype)
+        index = torch.from_numpy(rows).to(samples.device)
+        weights = None if side.weights is None else side.weights.to(samples)[index]
         return FiniteSamples(samples[index], weights, None if images is None else images[index])
 
 
@@ -252,7 +257,7 @@ def _split(side: Side | Endless, rule: SplitRule, number: int, strict: bool) -> 
         return dict.fromkeys(("train", *_STAGES), np.empty(0, np.int64))
     n = len(side.samples)
     strata = np.zeros(n, np.int64) if side.conditions is None else np.unique(side.conditions, return_inverse=True)[1]
-    usable = np.ones(n, dtype=bool) if side.weights is None else (side.weights > 0).numpy()
+    usable = np.ones(n, dtype=bool) if side.weights is None else (side.weights > 0).cpu().numpy()
     return split_rows(side.title, strata, side.groups, usable, rule, number, strict=strict)
 
 
@@ -277,13 +282,13 @@ def _fitted(
     if not request.standardize and request.components is None:
         return None
     samples = [
-        side.samples[torch.from_numpy(rows)]
+        side.samples[torch.from_numpy(rows).to(side.samples.device)]
         if isinstance(side, Side)
         else side.raw(_MANY, generator(request.rule.seed, _FIT, i), skip=reserved)
         for i, (side, rows) in enumerate(train)
     ]
     return AffineRepresentation.fit(
-        torch.cat([part.to(dtype) for part in samples]),
+        torch.cat([part.to(samples[0].device, dtype) for part in samples]),
         standardize=request.standardize,
         components=request.components,
     )
@@ -339,8 +344,9 @@ def _settle(
     least = int(min(min(sizes) for sizes in small.values()))
     if None in small:
         source, target = (f"{size:.0f}" if size < math.inf else "endless" for size in small[None])
-        if request.small_conditions == "shrink" and least > 0:
-            rank_zero_warn(f"batch_size={request.batch_size} shrinks to {least}, the smaller training set")
+        if (request.small_conditions == "shrink" or request.default_batch) and least > 0:
+            default = "the default " if request.default_batch else ""
+            rank_zero_warn(f"{default}batch_size={request.batch_size} shrinks to {least}, the smaller training set")
             return least
         raise ValueError(
             f"batch_size={request.batch_size} is larger than the training split ({source} source and {target} target "
@@ -364,8 +370,12 @@ def _settle(
             f"condition {empty[0]!r} has {a:.0f} source and {b:.0f} target training samples: it must be on both sides; "
             "leave it out, or give small_conditions='drop'"
         )
-    if request.small_conditions == "shrink":
-        rank_zero_warn(f"batch_size={request.batch_size} shrinks to {least}, because of {listed}")
+    if request.small_conditions == "shrink" or request.default_batch:
+        default = "the default " if request.default_batch else ""
+        rank_zero_warn(
+            f"{default}batch_size={request.batch_size} shrinks to {least}, because of {listed}"
+            + ("; small_conditions='drop' leaves small ones out" if request.default_batch else "")
+        )
         return least
     raise ValueError(
         f"batch_size={request.batch_size} is larger than the training samples of the conditions {listed}: "
@@ -418,10 +428,11 @@ def _predicted(
         samples, labels = source.samples.to(dtype), source.conditions
     else:
         samples, labels = source.raw(request.eval_batch_size, generator(request.rule.seed, _PREDICT)).to(dtype), None
-    rows = torch.arange(len(samples))
+    rows = torch.arange(len(samples), device="cpu")
     if not place:
         return Predicted(samples, rows, None)
     if labels is None:
-        return Predicted(samples, rows.repeat(len(place)), torch.arange(len(place)).repeat_interleave(len(rows)))
-    codes = torch.tensor([place.get(str(name), -1) for name in labels])
+        codes = torch.arange(len(place), device="cpu").repeat_interleave(len(rows))
+        return Predicted(samples, rows.repeat(len(place)), codes)
+    codes = torch.tensor([place.get(str(name), -1) for name in labels], device="cpu")
     return Predicted(samples, rows[codes >= 0], codes[codes >= 0])

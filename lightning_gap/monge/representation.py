@@ -81,7 +81,8 @@ class AffineRepresentation(nn.Module):
             ValueError: The samples are not finite, or have fewer directions than ``components``.
         """
         check_samples("samples", samples)
-        representation = cls(samples.shape[1], components).to(samples)
+        with torch.device(samples.device):
+            representation = cls(samples.shape[1], components).to(samples)
         with torch.no_grad():
             samples = samples.detach()
             mean, scale = _moments(samples)

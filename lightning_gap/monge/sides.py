@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap.monge.features import feature_places, listed
 from lightning_gap.monge.files import is_file, open_table, read_vector
 from lightning_gap.monge.populations import map_images
 from lightning_gap.monge.tables import Table, as_texts, titled
@@ -76,6 +77,7 @@ def read_sides(
     conditions: Any = None,
     groups: Any = None,
     true_images: Any = None,
+    like: Side | None = None,
 ) -> tuple[Side | None, Side | None]:
     """Return both sides; ``None`` for one that is a sampler or a stream.
 
@@ -89,6 +91,7 @@ def read_sides(
         conditions: Likewise.
         groups: Likewise.
         true_images: Images of the source's rows: an array, a path, or a function of the samples.
+        like: A side whose features both are to have, in its order.
 
     Raises:
         TypeError: Something is of the wrong kind.
@@ -123,6 +126,9 @@ def read_sides(
         read.append(
             _read_side(prefix, argument, table, rows[i], {name: pair[i] for name, pair in pairs.items()}, images)
         )
+    for side in read:
+        if side is not None and like is not None:
+            _take_features(side, like)
     source_side, target_side = read
     if true_images is not None and source_side is None and not callable(true_images):
         raise TypeError(f"{prefix}true_images must be a function where source is a sampler, got an array of images")
@@ -161,7 +167,12 @@ def _read_side(
             raise ValueError(
                 f"{images.title} has {images.length} rows and {table.title} {table.length}: they go together row by row"
             )
-        result.images = images.samples(chosen).to(samples.dtype)
+        places = feature_places(
+            images.title, images.features, table.features, table.title, remedy="to go by place, give an array"
+        )
+        result.images = images.samples(chosen).to(samples)
+        if places is not None:
+            result.images = result.images[:, torch.from_numpy(places).to(samples.device)]
         if result.images.shape != samples.shape:
             raise ValueError(
                 f"{images.title} has shape {tuple(result.images.shape)} and {table.title} {tuple(samples.shape)}: "
@@ -213,15 +224,19 @@ def _as_weights(argument: str, values: Array, samples: Tensor) -> Tensor:
         )
     if not bool(weights.any()):
         raise ValueError(f"{argument} must not all be 0: give some samples a positive weight")
-    return (weights / weights.mean()).to(samples.dtype)
+    return (weights / weights.mean()).to(samples)
 
 
 def _align(source: Side, target: Side) -> None:
     """Put the target's features in the source's order, and give both one precision."""
     if source.samples.shape[1] != target.samples.shape[1]:
+        only = [name for name in (source.features or ()) if name not in (target.features or ())]
+        only += [name for name in (target.features or ()) if name not in (source.features or ())]
+        named = source.features is not None and target.features is not None and bool(only)
         raise ValueError(
             f"{source.title} has dimension {source.samples.shape[1]} but {target.title} has "
             f"{target.samples.shape[1]}: they must agree"
+            + (f"; {listed(only)} is in one of them only: name the features by columns=" if named else "")
         )
     if source.features is not None and target.features is not None and source.features != target.features:
         place = {name: i for i, name in enumerate(target.features)}
@@ -233,6 +248,17 @@ def _align(source: Side, target: Side) -> None:
         target.features = source.features
     dtype = torch.promote_types(source.samples.dtype, target.samples.dtype)
     for side in (source, target):
-        side.samples = side.samples.to(dtype)
-        side.weights = None if side.weights is None else side.weights.to(dtype)
-        side.images = None if side.images is None else side.images.to(dtype)
+        side.samples = side.samples.to(source.samples.device, dtype)
+        side.weights = None if side.weights is None else side.weights.to(side.samples)
+        side.images = None if side.images is None else side.images.to(side.samples)
+
+
+def _take_features(side: Side, like: Side) -> None:
+    """Give a side the features of another, in its order."""
+    places = feature_places(
+        side.title, side.features, like.features, like.title, remedy="rename them, or give an array to go by place"
+    )
+    if places is not None:
+        index = torch.from_numpy(places).to(side.samples.device)
+        side.samples, side.features = side.samples[:, index], like.features
+        side.images = None if side.images is None else side.images[:, index]

@@ -5,12 +5,21 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_gap.monge.schedules import Anneal
 
 __all__ = ["Forgotten", "build", "describe"]
 
 # A checkpoint names classes; only those of these packages are imported for it.
 _PACKAGES = ("torch.optim.", "lightning_gap.")
+_OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
+# And of these what a map is made of: others may read or write files when they are made.
+_KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
 
 
 def describe(thing: Any) -> dict[str, Any] | None:
@@ -47,15 +56,19 @@ def build(argument: str, description: Any) -> Any:
         description: What :func:`describe` returned.
 
     Raises:
-        ValueError: The class is not one of this package's or of ``torch.optim``'s.
+        ValueError: The class is not one of this package's or of ``torch.optim``'s, is no network, optimizer or
+            schedule, or its arguments are no plain Python or describe further objects.
     """
     if not isinstance(description, Mapping):
         return description
     if "class_path" not in description:
         return Forgotten(argument, str(description.get("name")))
-    path = description["class_path"]
-    if not path.startswith(_PACKAGES):
-        raise ValueError(f"{argument}: {path!r} is not of {' or '.join(p[:-1] for p in _PACKAGES)}: give the object")
+    path, arguments = description["class_path"], description.get("init_args") or {}
+    remedy = f"give the object, as in MongeMap.load_from_checkpoint(path, {argument}=...)"
+    if not isinstance(path, str) or not path.startswith(_PACKAGES):
+        raise ValueError(f"{argument}: {path!r} is not of {_OF_WHOM}: {remedy}")
+    if not isinstance(arguments, Mapping) or not _plain(arguments) or _describes(arguments):
+        raise ValueError(f"{argument}: the arguments of {path!r} are no plain numbers and names: {remedy}")
     module, _, name = path.rpartition(".")
     try:
         made = getattr(import_module(module), name)
@@ -63,8 +76,9 @@ def build(argument: str, description: Any) -> Any:
         raise ValueError(f"{argument}: there is no class {path!r} here: {error}") from error
     if not isinstance(made, type) or not f"{made.__module__}.".startswith(_PACKAGES):
         # Not what those modules import, either.
-        raise ValueError(f"{argument}: {path!r} is no class of {' or '.join(p[:-1] for p in _PACKAGES)}")
-    arguments = dict(description.get("init_args") or {})
+        raise ValueError(f"{argument}: {path!r} is no class of {_OF_WHOM}: {remedy}")
+    if not issubclass(made, _KINDS) or issubclass(made, LightningModule):
+        raise ValueError(f"{argument}: {path!r} is no network, optimizer or schedule: {remedy}")
     if description.get("partial"):
         return partial(made, **arguments) if arguments else made
     return made(**arguments)
@@ -107,6 +121,13 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _describes(value: Any) -> bool:
+    """Return whether there is a description within."""
+    if isinstance(value, Mapping):
+        return any(key in ("class_path", "_instantiator") or _describes(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(_describes, value))
 
 
 def _plain_copy(value: Any) -> Any:

@@ -22,7 +22,7 @@ def generator(seed: int, *key: int) -> torch.Generator:
     """Return a generator of its own for every seed and key of non-negative integers."""
     # With the length: a seed sequence takes [s] and [s, 0] for the same.
     state = np.random.SeedSequence([seed, len(key), *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+    return torch.Generator(device="cpu").manual_seed(int(state) & (2**63 - 1))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def named_groups(
     if both:
         raise ValueError(f"val_groups and test_groups both name {both[0]!r}: a group is held out for one of them")
     free = [name for name in available if name not in named["val_groups"] + named["test_groups"]]
-    free = [free[i] for i in torch.randperm(len(free), generator=generator(seed, _GROUPS)).tolist()]
+    free = [free[i] for i in torch.randperm(len(free), generator=generator(seed, _GROUPS), device="cpu").tolist()]
     for argument, groups in (("test_groups", test_groups), ("val_groups", val_groups)):
         if isinstance(groups, float | int):
             if not 0 < groups < 1:
@@ -141,7 +141,7 @@ def split_rows(
         if not len(rows):
             continue
         n = len(rows)
-        order = rows[torch.randperm(n, generator=draws).numpy()]
+        order = rows[torch.randperm(n, generator=draws, device="cpu").numpy()]
         n_test, n_val = (max(1, round(n * part)) if part else 0 for part in (rule.test_fraction, rule.val_fraction))
         if n - n_val - n_test < 1 and not strict:
             n_val = n_test = 0
@@ -154,7 +154,7 @@ def split_rows(
             parts[stage].append(part)
     rows_of = {stage: np.concatenate(part) if part else np.empty(0, np.int64) for stage, part in parts.items()}
     return {
-        stage: rows[torch.randperm(len(rows), generator=draws).numpy()].astype(np.int64)
+        stage: rows[torch.randperm(len(rows), generator=draws, device="cpu").numpy()].astype(np.int64)
         for stage, rows in rows_of.items()
     }
 

@@ -1,6 +1,6 @@
 """Samples in rows, with labels beside them, whatever they are read from."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Table", "as_tensor", "as_texts", "first_line", "library", "objects", "there_is", "titled"]
+__all__ = [
+    "Table",
+    "as_tensor",
+    "as_texts",
+    "first_line",
+    "library",
+    "objects",
+    "refuse_not_finite",
+    "there_is",
+    "titled",
+]
 
 Array = NDArray[Any]
 
@@ -76,18 +86,38 @@ class Table:
             raise ValueError(f"{self.title} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
         if samples.numel() == 0:
             raise ValueError(f"{self.title} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
-        finite = samples.isfinite()
-        if not bool(finite.all()):
-            bad = (~finite).any(dim=1).nonzero().flatten()
-            where = [int(i) if rows is None else int(rows[int(i)]) for i in bad[:5]]
-            shown = ", ".join(map(str, where)) + (", ..." if len(bad) > 5 else "")
-            column = int((~finite[bad[0]]).nonzero()[0])
-            first = f", first in {self.features[column]!r}" if self.features else ""
-            raise ValueError(
-                f"{self.title} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({shown}{first}): "
-                "remove or fill them; rows count from 0"
-            )
+        refuse_not_finite(self.title, samples, rows, self.features)
         return samples
+
+
+def refuse_not_finite(
+    title: str, samples: Tensor, rows: Array | None = None, features: Sequence[str] | None = None
+) -> None:
+    """Raise for samples that hold NaN or infinity.
+
+    Args:
+        title: How messages call them.
+        samples: ``(n, d)`` samples.
+        rows: Numbers of their rows, for the message; by default from 0 on.
+        features: Names of the columns, likewise.
+
+    Raises:
+        ValueError: Some are not finite; the rows are named.
+    """
+    # One pass, and no copy, where all is well; two large numbers may overflow in it.
+    if not samples.is_floating_point() or bool(samples.detach().sum().isfinite()):
+        return
+    finite = samples.isfinite()
+    bad = (~finite).any(dim=1).nonzero().flatten()
+    if len(bad):
+        where = [int(i) if rows is None else int(rows[int(i)]) for i in bad[:5]]
+        shown = ", ".join(map(str, where)) + (", ..." if len(bad) > 5 else "")
+        column = int((~finite[bad[0]]).nonzero()[0])
+        first = f", first in {features[column]!r}" if features else ""
+        raise ValueError(
+            f"{title} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({shown}{first}): "
+            "remove or fill them; rows count from 0"
+        )
 
 
 def titled(table: Table, argument: str) -> Table:
@@ -98,7 +128,10 @@ def titled(table: Table, argument: str) -> Table:
 
 def as_texts(labels: Array) -> Array:
     """Return labels as strings: whole numbers in floating point as integers, a missing label as ``""``."""
-    return np.array([_text(label) for label in labels.tolist()], dtype=str)
+    # A float32 of 0.1 is 0.1, and not what it is as a double.
+    small = labels.dtype in (np.float32, np.float16)
+    values = [float(str(label)) for label in labels.ravel()] if small else labels.tolist()
+    return np.array([_text(label) for label in values], dtype=str)
 
 
 def _text(label: Any) -> str:
@@ -129,6 +162,9 @@ def there_is(names: Iterable[str]) -> str:
 
 def objects(series: Any) -> Array:
     """Return a column of labels, with None where one is missing: the missing value of pandas has no truth value."""
+    if str(series.dtype) in ("float32", "Float32", "float[pyarrow]"):
+        single: Array = series.to_numpy(dtype=np.float32, na_value=np.nan)
+        return single
     labels: Array = series.to_numpy(dtype=object, na_value=None)
     return labels
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,40 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.arguments import check_count
+from lightning_gap.monge.checkpoints import read_checkpoint
+from lightning_gap.monge.conditions import label_indices, place_of
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.row_files import Block, Output, RowFile, label_indices, open_rows
+from lightning_gap.monge.row_files import Block, RowFile, open_rows
 from lightning_gap.monge.tables import as_texts
+from lightning_gap.monge.written_files import Output
 
-__all__ = ["load_map", "read_checkpoint", "transport_file"]
+__all__ = ["load_map", "transport_file"]
 
 Conditions = Callable[[Block], Tensor | None]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint of a :class:`MongeMap` holds, on the CPU.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or no such checkpoint.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"the checkpoint {str(path)!r} is a folder: name the .ckpt file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {str(path)!r} in {str(Path.cwd())!r}")
-    try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the archive, its pickle and its tensors each fail in their own way
-        raise ValueError(
-            f"cannot read the checkpoint {str(path)!r}: it is damaged or no checkpoint; copy it again"
-        ) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or "fitting_epsilon" not in state:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a MongeMap: give one that `lightning-gap fit` wrote")
-    return cast(dict[str, Any], checkpoint)
 
 
 def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMap:
@@ -57,7 +34,8 @@ def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMa
     Raises:
         FileNotFoundError: There is no such file.
         MisconfigurationException: Its network was one of the user's own, which a checkpoint does not hold.
-        ValueError: It is damaged, or no checkpoint of a :class:`MongeMap`.
+        ValueError: It is damaged, no checkpoint of a :class:`MongeMap`, or asks for more than this package's own
+            classes.
     """
     read_checkpoint(path)
     return MongeMap.load_from_checkpoint(Path(path).expanduser(), map_location=torch.device(device))
@@ -79,15 +57,20 @@ def transport_file(
     The next block is read and the last one written while the network maps this one. The output gets its name only when
     it is complete. In tables and AnnData, everything but the samples is kept as it is.
 
+    Features are matched by name where map and source both name them: in whatever order the source has them, and with a
+    warning of what else it has. Without names on one side they go by place.
+
     Args:
         model: The map, on its device.
-        source: Path to an ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.parquet`` or ``.h5ad`` file; after ``::`` it names
-            an array within an ``.npz`` or ``.h5ad`` file.
-        output: Path to an ``.npy``, ``.csv``, ``.tsv`` or ``.parquet`` file; or, for an ``.h5ad`` source, to an
-            ``.h5ad`` file.
+        source: Path to an ``.npy``, ``.npz``, ``.csv``, ``.tsv``, ``.parquet``, ``.feather`` or ``.h5ad`` file; after
+            ``::`` it names an array within an ``.npz`` or ``.h5ad`` file.
+        output: Path to an ``.npy``, ``.csv``, ``.tsv``, ``.parquet`` or ``.feather`` file; or, for an ``.h5ad`` source,
+            to an ``.h5ad`` file.
         condition: For a conditional map: the name of the condition of all samples, or of the column of the source
             that holds each one's. For conditions that are vectors: numbers with commas between, or columns.
-        columns: Names of the features in a table; by default all columns of numbers.
+        columns: Names of the features in the source; by default those of the map, and where it has no names all
+            columns of numbers that ``condition`` does not name. Names that the map does not know stand for its
+            features by place.
         batch_size: Rows that go through the network at once.
         overwrite: Whether to replace a file that exists.
         progress: Called with the number of rows done, and of all where it is known.
@@ -100,8 +83,8 @@ def transport_file(
         FileNotFoundError: There is no source.
         ModuleNotFoundError: A library for such files is missing.
         TypeError: Samples are no real numbers.
-        ValueError: Dimensions do not fit, samples are not finite, the condition is not known, or the output cannot be
-            written.
+        ValueError: A feature is missing, dimensions do not fit, samples are not finite, the condition is not known, or
+            the output cannot be written.
 
     Example:
         >>> from lightning_gap.monge.transport_files import load_map, transport_file
@@ -109,9 +92,14 @@ def transport_file(
         10000000
     """
     check_count("batch_size", batch_size)
-    rows = open_rows("IN", str(source), columns=columns, least=batch_size)
+    rows = open_rows(
+        "IN", str(source), columns=columns, wanted=model.feature_names, labels=_label_columns(model, condition),
+        least=batch_size,
+    )  # fmt: skip
     label_names, conditions = _conditions(model, rows, condition)
     _check_dim(model, rows)
+    if rows.features is None and model.feature_names is not None:
+        rows = replace(rows, features=tuple(model.feature_names))
     written = Output("OUT", str(output), rows, overwrite=overwrite)
     try:
         done = _transport(model, rows.blocks(label_names), conditions, written, batch_size, rows.length, progress)
@@ -163,6 +151,20 @@ def _check_dim(model: MongeMap, rows: RowFile) -> None:
         raise ValueError(f"the map takes {dim} features, and {rows.title} has {rows.dim}{named}{remedy}")
 
 
+def _label_columns(model: MongeMap, given: str | None) -> list[str]:
+    """Return the columns that a condition may name."""
+    if given is None or place_of(given, _known(model)) is not None:
+        return []
+    return [given] if getattr(model.map, "condition_dim", None) is None else [word.strip() for word in given.split(",")]
+
+
+def _known(model: MongeMap) -> list[str]:
+    """Return the names of the labels."""
+    if getattr(model.map, "condition_dim", None) is not None:
+        return []
+    return list(model.condition_names or ()) or [str(i) for i in range(getattr(model.map, "conditions", None) or 0)]
+
+
 def _conditions(model: MongeMap, rows: RowFile, given: str | None) -> tuple[list[str], Conditions]:
     """Return which labels are wanted, and what makes conditions of them."""
     names = list(model.condition_names or ())
@@ -176,9 +178,10 @@ def _conditions(model: MongeMap, rows: RowFile, given: str | None) -> tuple[list
         raise ValueError(f"this map is conditional: give --condition, {what}, or a column of IN")
     if vector_dim is not None:
         return _vectors(rows, given, vector_dim)
-    known = names or [str(i) for i in range(getattr(model.map, "conditions", None) or 0)]
-    if given in known:
-        label = torch.tensor([known.index(given)])
+    known = _known(model)
+    place = place_of(given, known)
+    if place is not None:
+        label = torch.tensor([place], device="cpu")
         return [], lambda block: label
     if given not in rows.label_names:
         columns = f", nor has {rows.title} such a column" if rows.label_names else ""
@@ -196,7 +199,7 @@ def _vectors(rows: RowFile, given: str, dim: int) -> tuple[list[str], Conditions
     if all(word in rows.label_names for word in words):
         return words, lambda block: _numbers(rows, block, given).reshape(-1, dim)
     try:
-        vector = torch.tensor([[float(word) for word in words]])
+        vector = torch.tensor([[float(word) for word in words]], device="cpu")
     except ValueError:
         raise ValueError(
             f"--condition {given}: neither {dim} numbers nor columns of {rows.title}: give one or the other"

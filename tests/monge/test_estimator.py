@@ -154,3 +154,29 @@ def test_what_cannot_be_fitted_is_refused(options, y, message):
 def test_it_must_be_fitted_first():
     with pytest.raises(NotFittedError):
         MongeMapTransformer().transform(X)
+
+
+@pytest.mark.parametrize("names", [["CD3", "CD4", "CD8"], [7, 3, 5], [2, 0, 1]])
+def test_columns_of_the_target_are_matched_by_name(names):
+    pandas = pytest.importorskip("pandas")
+    x, y = pandas.DataFrame(X, columns=names), pandas.DataFrame(Y, columns=names)
+    expected = MongeMapTransformer(**QUICK).fit(X, Y)
+
+    def agrees(fitted: MongeMapTransformer) -> None:
+        np.testing.assert_allclose(fitted.transform(x), expected.transform(X), rtol=1e-5, atol=1e-7)
+
+    for order in (list(reversed(names)), sorted(names), names):
+        fitted = MongeMapTransformer(**QUICK).fit(x, y[order])
+        agrees(fitted)
+        assert fitted.score(x, y[order]) == pytest.approx(expected.score(X, Y), rel=1e-4)
+    with pytest.warns(UserWarning, match="y has 'batch', which X does not know: ignored"):
+        agrees(MongeMapTransformer(**QUICK).fit(x, y.assign(batch="first")))
+    with pytest.raises(ValueError, match=rf"y has no '{names[1]}', which X has among its features"):
+        MongeMapTransformer(**QUICK).fit(x, y.drop(columns=names[1]).assign(other=1.0))
+    if isinstance(names[0], str):
+        # Where one side has no names they go by place, and transform keeps to scikit-learn's rule.
+        agrees(MongeMapTransformer(**QUICK).fit(x, Y))
+        fitted = MongeMapTransformer(**QUICK).fit(x, pandas.DataFrame(Y))
+        agrees(fitted)
+        with pytest.raises(ValueError, match="Feature names must be in the same order"):
+            fitted.transform(x[list(reversed(names))])

@@ -432,6 +432,11 @@ def test_transport_takes_what_cells_come_in():
     for given in (*matrices, x[::-1][::-1], x.astype(">f4"), pandas.DataFrame(x, columns=["a", "b"])):
         assert torch.equal(model.transport(given), expected)
     assert model.transport(matrices[0][:0]).shape == (0, 2)
-    with pytest.raises(TypeError, match=r"x must be a tensor or an array, got AnnData: .* adata\.X"):
-        model.transport(anndata.AnnData(x))
+    cells = anndata.AnnData(x, layers={"counts": x + 1}, obsm={"pca": x + 2})
+    with pytest.raises(ValueError, match=r"x has X and the layers 'counts': say which one the map was trained on"):
+        model.transport(cells)
+    assert torch.equal(model.transport(cells, layer="X"), expected)
+    assert torch.equal(model.transport(cells, layer="counts"), model.transport(x + 1))
+    assert torch.equal(model.transport(cells, obsm="pca"), model.transport(x + 2))
+    assert torch.equal(model.transport(anndata.AnnData(matrices[0])), expected)
     assert torch.equal(MongeMap(2, gap_reference=matrices[0]).gap_reference, torch.as_tensor(x))

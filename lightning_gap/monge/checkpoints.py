@@ -1,0 +1,98 @@
+"""Checkpoints as files of strangers: read as tensors and plain Python, and nothing named in them is run."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+__all__ = ["check_hyper_parameters", "hyper_parameters_of", "read_checkpoint"]
+
+_HYPER_PARAMETERS = "hyper_parameters"
+# What LightningCLI writes there. It would import whatever class is named beside it, so it is passed over, not called.
+_LIGHTNINGS_OWN = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint of a :class:`MongeMap` holds, on the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, holds more than tensors and plain Python, or is no such checkpoint.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"the checkpoint {str(path)!r} is a folder: name the .ckpt file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r} in {str(Path.cwd())!r}")
+    checkpoint = _read(path)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or "fitting_epsilon" not in state:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a MongeMap: give one that `lightning-gap fit` wrote")
+    check_hyper_parameters(checkpoint.get(_HYPER_PARAMETERS))
+    return cast(dict[str, Any], checkpoint)
+
+
+def hyper_parameters_of(file: str | Path | IO[bytes]) -> Any:
+    """Return the hyperparameters in a checkpoint; of a file on this machine its tensors are not read.
+
+    Args:
+        file: A path, or an open file, which is read from where it stands and put back there. Of a URL, None.
+
+    Raises:
+        ValueError: It holds more than tensors and plain Python.
+    """
+    if isinstance(file, str | Path):
+        path = Path(file)
+        checkpoint = _read(path) if path.is_file() else None
+    else:
+        start = file.tell()
+        checkpoint = _read(file)
+        file.seek(start)
+    return checkpoint.get(_HYPER_PARAMETERS) if isinstance(checkpoint, dict) else None
+
+
+def check_hyper_parameters(found: Any) -> None:
+    """Refuse hyperparameters that ask for more than this package's own classes.
+
+    Args:
+        found: What a checkpoint holds of them, or None.
+
+    Raises:
+        ValueError: They name a function that is to make the model, or a file that is to be read.
+    """
+    if not isinstance(found, Mapping):
+        return
+    instantiator = found.get("_instantiator")
+    if instantiator is not None and instantiator not in _LIGHTNINGS_OWN:
+        raise ValueError(
+            f"the checkpoint wants {instantiator!r} to make the model, which is not run: make it yourself, as in "
+            "model = MongeMap(...), and load the weights, torch.load(path, weights_only=True)['state_dict']"
+        )
+    reference = found.get("gap_reference")
+    if reference is not None and not (isinstance(reference, Mapping) and set(reference) == {"shape"}):
+        raise ValueError(
+            f"the checkpoint names {str(reference)[:80]!r} as gap_reference, which is not read: give it yourself, as "
+            "in MongeMap.load_from_checkpoint(path, gap_reference=...)"
+        )
+
+
+def _read(file: Path | IO[bytes]) -> Any:
+    if isinstance(file, Path):
+        # Its tensors stay in the file until they are wanted. Older formats cannot be read so.
+        with suppress(Exception):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the archive, its pickle and its tensors each fail in their own way
+        name = repr(str(file)) if isinstance(file, Path) else "given"
+        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+            raise ValueError(
+                f"the checkpoint {name} holds more than tensors and plain Python, which is not run: give one that "
+                "`lightning-gap fit` wrote; if you trust it, MongeMap.load_from_checkpoint(path, weights_only=False)"
+            ) from error
+        raise ValueError(f"cannot read the checkpoint {name}: it is damaged or no checkpoint; copy it again") from error
