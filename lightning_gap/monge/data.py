@@ -23,7 +23,7 @@ from lightning_gap.monge.batches import (
     own_randomness,
     training_loader,
 )
-from lightning_gap.monge.populations import FiniteSamples, SampledSamples, StreamedSamples, Turn
+from lightning_gap.monge.populations import FiniteSamples, Part, Population, SampledSamples, StreamedSamples, Turn
 from lightning_gap.monge.preparation import Endless, Request, prepare
 from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.sides import Reading, Side, is_stream, read_sides
@@ -347,6 +347,29 @@ class SamplesDataModule(LightningDataModule):
             ])  # fmt: skip
             sides.append(samples[torch.randperm(len(samples), generator=generator(self.seed, _START, i))][:most])
         return sides[0], sides[1]
+
+    @property
+    def endless(self) -> bool:
+        """Whether a side is drawn anew for each batch: a sampler or a stream."""
+        return not all(isinstance(x, FiniteSamples) for pair in self._prepared.train for x in pair)
+
+    @property
+    def trained_vectors(self) -> Tensor | None:
+        """``(K, p)`` vectors of the conditions that are trained on; ``None`` where conditions are labels."""
+        return None if self.condition_vectors is None else self._conditions(self._prepared.codes)
+
+    def training_pairs(self) -> list[tuple[Part, Part]]:
+        """Return the encoded training samples of source and target, with weights, of each condition in turn.
+
+        A sampler or stream gives as many as an evaluation takes.
+        """
+
+        def part(population: Population, side: int) -> Part:
+            if isinstance(population, FiniteSamples):
+                return Part(population.samples, population.weights)
+            return population.draw(Turn((self.seed, _START, side), 0, 0, 1, self.eval_batch_size, slice(None)))
+
+        return [(part(source, 0), part(target, 1)) for source, target in self._prepared.train]
 
     def train_dataloader(self) -> DataLoader[UnpairedBatch]:
         """Return the loader of random unpaired batches."""
