@@ -12,7 +12,7 @@ from lightning_gap.monge.costs import Cost
 from lightning_gap.monge.epsilon import cost_scale
 from lightning_gap.monge.priority_sampling import priority_sample
 
-__all__ = ["Decisions", "Weighted", "few_of", "share_of_typical_cost"]
+__all__ = ["Decisions", "Weighted", "few_of", "share_of_typical_cost", "typical_cost"]
 
 # Samples of each side that tell the scale of costs; of many conditions each has its part of them.
 _ENOUGH, _LEAST = 1024, 128
@@ -137,7 +137,7 @@ def share_of_typical_cost(share: float, cost: Cost, pairs: Sequence[tuple[Weight
         >>> [round(share_of_typical_cost(0.05, SqEuclidean(), pairs), 3) for pairs in sets]
         [0.034, 0.033]
     """
-    scale = fmean(_scale(cost, x, y) for x, y in pairs)
+    scale = typical_cost(cost, pairs)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(
             f"the typical {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon"
@@ -145,7 +145,17 @@ def share_of_typical_cost(share: float, cost: Cost, pairs: Sequence[tuple[Weight
     return share * scale
 
 
-def _scale(cost: Cost, x: Weighted, y: Weighted) -> float:
+def typical_cost(cost: Cost, pairs: Sequence[tuple[Weighted, Weighted]]) -> float:
+    """Return the mean over pairs of sets of samples of the costs between them but for outlying ones.
+
+    Args:
+        cost: The ground cost.
+        pairs: Source and target of each condition.
+    """
+    return fmean(_typical(cost, x, y) for x, y in pairs)
+
+
+def _typical(cost: Cost, x: Weighted, y: Weighted) -> float:
     weights = x.weights, y.weights
     # Where most samples coincide, what is typical is 0.
     return cost_scale(cost, x.samples, y.samples, weights, "typical") or cost_scale(

@@ -18,9 +18,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.decisions import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.gap import sinkhorn_divergence
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
+from lightning_gap.monge.sinkhorn import CostLike
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
@@ -211,7 +212,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Return minus the Sinkhorn divergence between images and target, in the features' own units.
 
-        Its epsilon is 5 % of the mean cost within ``y``, whatever the estimator's parameters, so that these compare.
+        Its epsilon is 5 % of the mean cost within ``y``, outliers aside, whatever the estimator's parameters, so that
+        these compare.
 
         Args:
             X: ``(n, d)`` samples of the source.
@@ -224,7 +226,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         images = torch.from_numpy(np.asarray(self.transform(X), dtype=np.float64))
         target = torch.from_numpy(np.asarray(self._target(y), dtype=np.float64))
         cost = resolve(self.fitting_cost)
-        epsilon = share_of_mean_cost(0.05, target, target, cost)
+        within = few_of([(Weighted(target), Weighted(target))], lambda few: few)
+        epsilon = share_of_typical_cost(0.05, cost, within)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
     def _target(self, y: ArrayLike) -> NDArray[Any]:

@@ -47,6 +47,8 @@ __all__ = ["MongeMap"]
 
 _UPDATES = "lightning_gap/monge/updates"
 _PROBES = 1  # first entry of the key of random draws
+# Shares of their floors: a divergence below, with an energy distance above, is that of images drawn together.
+_FAR_BELOW, _WELL_ABOVE = 0.9, 1.5
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -69,8 +71,9 @@ class MongeMap(LightningModule):
     In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement}`` (in place of the
     divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and ``gap_weight``
     and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
-    :class:`~lightning_gap.monge.MapScores` over all held-out samples; monitor ``val_sinkhorn_divergence`` or
-    ``val_energy_distance``. Gaps are in the paper's (Shannon) convention, whose floor is ``epsilon * log(n)``.
+    :class:`~lightning_gap.monge.MapScores` over all held-out samples. Monitor ``val_energy_distance``: images that are
+    drawn together win a divergence in many dimensions. Gaps are in the paper's (Shannon) convention, whose floor is
+    ``epsilon * log(n)``.
 
     Args:
         dim: Dimension of the samples; taken from the data module where it is ``None``.
@@ -510,7 +513,24 @@ class MongeMap(LightningModule):
             raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
         vector_dim = getattr(self.map, "condition_dim", None)
         each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim)
+        self._say_if_out_of_range(each)
         return self._as_map_takes(each) if each.is_floating_point() else each
+
+    def _say_if_out_of_range(self, vectors: Tensor) -> None:
+        """Warn of vectors further outside of the trained ones than half their range."""
+        if self.condition_range is None or vectors.dim() != 2 or vectors.shape[1] != len(self.condition_range[0]):
+            return
+        least, greatest = torch.tensor(self.condition_range, dtype=torch.float64)
+        margin = (greatest - least) / 2 + 1e-6 * torch.maximum(least.abs(), greatest.abs())
+        given = vectors.detach().to("cpu", torch.float64)
+        out = (given < least - margin) | (given > greatest + margin)
+        if bool(out.any()):
+            row, entry = (int(i) for i in out.nonzero()[0])
+            rank_zero_warn(
+                f"condition[{row}] has {float(given[row, entry]):.6g} in entry {entry}, and the map was trained from "
+                f"{float(least[entry]):.6g} to {float(greatest[entry]):.6g}: so far outside its images mean little "
+                f"({int(out.any(1).sum())} of {len(given)} conditions are)"
+            )
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
@@ -589,7 +609,10 @@ class MongeMap(LightningModule):
         if isinstance(batch, UnpairedBatch):
             b = self._checked(batch)
             return self._decoded(self._images(b.source, b.condition))
-        return self._raw_images(batch[0], batch[1] if getattr(self.map, "conditional", False) else None)
+        condition = batch[1] if getattr(self.map, "conditional", False) else None
+        if condition is not None:
+            self._say_if_out_of_range(condition)
+        return self._raw_images(batch[0], condition)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler, which is stepped after every update, or after every validation."""
@@ -692,6 +715,25 @@ class MongeMap(LightningModule):
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
+        if stage == "val" and self.trainer.training and not self.trainer.sanity_checking:
+            self._say_if_drawn_together(values)
+
+    def _say_if_drawn_together(self, values: Mapping[str, Tensor]) -> None:
+        """Warn, once a fit, of images that score better than samples of the target by the divergence alone."""
+        by_divergence = self.objective.fitting_loss == "sinkhorn"
+        if not by_divergence or "drawn together" in self._said or "sinkhorn_divergence_floor" not in values:
+            return
+        divergence, energy = (
+            float(values[name] / values[f"{name}_floor"]) for name in ("sinkhorn_divergence", "energy_distance")
+        )
+        if divergence < _FAR_BELOW and energy > _WELL_ABOVE:
+            self._said.add("drawn together")
+            rank_zero_warn(
+                f"val_sinkhorn_divergence is {divergence:.2f} of its floor, below what a perfect map scores, and "
+                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, which a batch's "
+                "divergence rewards in many dimensions. Monitor lightning_gap/monge/val_energy_distance for early "
+                "stopping and checkpoints, and try MongeMap(fitting_loss='energy') or a larger relative_fitting_epsilon"
+            )
 
     def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:
         # log() takes longer than the network: it describes each value anew, and moves what it knows to its device. From
