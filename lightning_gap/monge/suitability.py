@@ -52,7 +52,7 @@ def check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *,
             f"{kind} has the structure of the optimal maps for the cost {made_for}, and the gap draws it to those for "
             f"cost={str(cost)!r}: give cost={str(made_for)!r}, or gap_weight=0, or another map such as ResidualMLP"
         )
-    if on_sphere and not isinstance(cost, Geodesic) and share_optimal_maps(cost, Cosine(), dim, normalize) is False:
+    if on_sphere and not isinstance(cost, Geodesic) and share_optimal_maps(cost, Cosine(), dim, _on_sphere) is False:
         rank_zero_warn(
             f"SphereMap moves points along the sphere, and cost={str(cost)!r} is not one on the sphere: give "
             "cost='geodesic' or 'cosine' if the gap is to be that of the sphere"
@@ -107,6 +107,10 @@ def share_optimal_maps(
             ratio = float((mine * its).sum() / its.square().sum())
             return ratio > 0 and bool((mine - ratio * its).abs().max() <= _TOLERANCE * mine.abs().max())
     return None
+
+
+def _on_sphere(points: Tensor) -> Tensor:
+    return normalize(points, dim=-1)
 
 
 def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> None:
