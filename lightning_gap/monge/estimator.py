@@ -63,9 +63,10 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         max_steps: Updates.
         batch_size: Samples of each set in a batch, or all of the smaller set where it has fewer.
         learning_rate: Adam's, at the start.
-        fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the mean cost within
-            the target.
-        gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the mean cost between the sets.
+        fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the typical cost
+            within the target.
+        gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the typical cost between the
+            sets.
         standardize: Whether the map is learned between features divided by their standard deviations in both samples
             together: costs and epsilons are then those of standardized features. Choose ``False`` for features in
             common units, and for points of the sphere.

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args, overload
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import ArrayLike
@@ -715,7 +716,7 @@ class MongeMap(LightningModule):
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
-        if stage == "val" and self.trainer.training and not self.trainer.sanity_checking:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._say_if_drawn_together(values)
 
     def _say_if_drawn_together(self, values: Mapping[str, Tensor]) -> None:

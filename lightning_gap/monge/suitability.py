@@ -52,7 +52,8 @@ def check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *,
             f"{kind} has the structure of the optimal maps for the cost {made_for}, and the gap draws it to those for "
             f"cost={str(cost)!r}: give cost={str(made_for)!r}, or gap_weight=0, or another map such as ResidualMLP"
         )
-    if on_sphere and not isinstance(cost, Geodesic) and share_optimal_maps(cost, Cosine(), dim, _on_sphere) is False:
+    flat = _is_of_the_package(cost) and not isinstance(cost, Geodesic)  # a cost of your own may be one on the sphere
+    if on_sphere and flat and share_optimal_maps(cost, Cosine(), dim, _on_sphere) is False:
         rank_zero_warn(
             f"SphereMap moves points along the sphere, and cost={str(cost)!r} is not one on the sphere: give "
             "cost='geodesic' or 'cosine' if the gap is to be that of the sphere"
@@ -109,6 +110,10 @@ def share_optimal_maps(
     return None
 
 
+def _is_of_the_package(cost: Cost) -> bool:
+    return not isinstance(cost, CallableCost) and type(cost).__module__ == Cost.__module__
+
+
 def _on_sphere(points: Tensor) -> Tensor:
     return normalize(points, dim=-1)
 
@@ -124,7 +129,7 @@ def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> 
     Raises:
         ValueError: It has such parameters.
     """
-    if not isinstance(cost, CallableCost) and type(cost).__module__ == Cost.__module__:
+    if _is_of_the_package(cost):
         return
     if points is None:
         tensors = [x for thing in _held(cost) for x in ([thing] if isinstance(thing, Tensor) else thing.parameters())]

@@ -102,7 +102,7 @@ class Rates(Callback):
 def test_a_plateau_lowers_the_rate_after_validations(every):
     watch = Rates()
     # Nothing is better than anything: each validation after the first is one too many.
-    plateau = partial(ReduceLROnPlateau, factor=0.1, patience=0, threshold=0.99)
+    plateau = partial(ReduceLROnPlateau, factor=0.1, patience=0, threshold=0.99, eps=0)
     model = small(optimizer=partial(SGD, lr=1e-6), lr_scheduler=plateau)
     trainer(max_epochs=6, check_val_every_n_epoch=every, callbacks=[watch]).fit(model, samples())
     expected = [1e-6, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10] if every == 1 else [1e-6, 1e-6, 1e-6, 1e-6, 1e-7, 1e-7]

@@ -150,6 +150,7 @@ def test_maps_off_the_sphere_are_told_of_the_one_on_it(argument):
 def test_a_map_on_the_sphere_is_told_of_costs_through_it():
     for cost in ("geodesic", "cosine", "sqeuclidean"):  # on the sphere the last two are one
         MongeMap(map=SphereMap(3), cost=cost)
+    MongeMap(map=SphereMap(3), cost=lambda u, v: costs.Geodesic().elementwise(u, v).square())
     for cost in ("elastic(lam=1)", "pnorm(p=1.5)"):
         with pytest.warns(UserWarning, match="SphereMap moves points along the sphere"):
             MongeMap(map=SphereMap(3), cost=cost)
