@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.arguments import check_count, check_number
 from lightning_gap.loggers import define_axes
@@ -50,6 +51,7 @@ _UPDATES = "lightning_gap/monge/updates"
 _PROBES = 1  # first entry of the key of random draws
 # Shares of their floors: a divergence below, with an energy distance above, is that of images drawn together.
 _FAR_BELOW, _WELL_ABOVE = 0.9, 1.5
+_MANY = 100  # held-out samples with fewer of which a floor is as likely a chance
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -709,7 +711,8 @@ class MongeMap(LightningModule):
         if stage not in self.scores:  # not a single batch
             return
         # They keep all samples: until here, and no longer.
-        values = cast(MapScores, self.scores.pop(stage)).compute()
+        scores = cast(MapScores, self.scores.pop(stage))
+        values = scores.compute()
         name = _LOSS_NAMES.get(cast(str, self.objective.fitting_loss))
         if name is None:
             values["fitting_loss"] = torch.stack(self._losses).mean()
@@ -717,23 +720,30 @@ class MongeMap(LightningModule):
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._say_if_drawn_together(values)
+            self._say_if_drawn_together(scores, values)
 
-    def _say_if_drawn_together(self, values: Mapping[str, Tensor]) -> None:
+    def _say_if_drawn_together(self, scores: MapScores, values: Mapping[str, Tensor]) -> None:
         """Warn, once a fit, of images that score better than samples of the target by the divergence alone."""
         by_divergence = self.objective.fitting_loss == "sinkhorn"
         if not by_divergence or "drawn together" in self._said or "sinkhorn_divergence_floor" not in values:
             return
+        mapped, target = dim_zero_cat(scores.mapped), dim_zero_cat(scores.target)
+        floors = [float(values[f"{name}_floor"]) for name in ("sinkhorn_divergence", "energy_distance")]
+        if min(len(mapped), len(target)) < _MANY or min(floors) <= 0:
+            return
         divergence, energy = (
-            float(values[name] / values[f"{name}_floor"]) for name in ("sinkhorn_divergence", "energy_distance")
+            float(values["sinkhorn_divergence"]) / floors[0],
+            float(values["energy_distance"]) / floors[1],
         )
-        if divergence < _FAR_BELOW and energy > _WELL_ABOVE:
+        spread = float(mapped.var(0).sum() / target.var(0).sum())
+        if divergence < _FAR_BELOW and energy > _WELL_ABOVE and spread < 1:
             self._said.add("drawn together")
             rank_zero_warn(
-                f"val_sinkhorn_divergence is {divergence:.2f} of its floor, below what a perfect map scores, and "
-                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, which a batch's "
-                "divergence rewards in many dimensions. Monitor lightning_gap/monge/val_energy_distance for early "
-                "stopping and checkpoints, and try MongeMap(fitting_loss='energy') or a larger relative_fitting_epsilon"
+                f"val_sinkhorn_divergence is {divergence:.2f} of its floor, below what a perfect map scores, with "
+                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, to {spread:.0%} of the "
+                "target's variance, which a batch's divergence rewards in many dimensions. Monitor "
+                "lightning_gap/monge/val_energy_distance for early stopping and checkpoints, and try "
+                "MongeMap(fitting_loss='energy') or a larger relative_fitting_epsilon"
             )
 
     def _log_step(self, values: Mapping[str, Tensor], batch_idx: int, batch_size: int) -> None:

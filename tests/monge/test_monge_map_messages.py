@@ -30,7 +30,7 @@ class Shrunk(nn.Module):
 def many_features(n: int = 240, dim: int = 30) -> SamplesDataModule:
     draws = torch.Generator().manual_seed(0)
     sides = (torch.randn(n, dim, generator=draws) for _ in range(2))
-    return SamplesDataModule(*sides, batch_size=64, val_fraction=0.5)
+    return SamplesDataModule(*sides, batch_size=50, val_fraction=0.5)
 
 
 def shrunk(factor: float, **options) -> MongeMap:
@@ -45,9 +45,17 @@ def test_images_drawn_together_are_said_once_a_fit():
         assert len([w for w in said if "drawn together" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize(("factor", "options"), [(1.0, {}), (1.3, {}), (0.6, {"fitting_loss": "energy"})])
-def test_other_images_are_not(factor, options):
-    trainer(num_sanity_val_steps=0).fit(shrunk(factor, **options), many_features())
+@pytest.mark.parametrize(
+    ("factor", "options", "data"),
+    [(1.0, {}, {}), (1.3, {}, {}), (0.6, {"fitting_loss": "energy"}, {}), (0.6, {}, {"n": 100}), (0.6, {}, {"dim": 1})],
+)
+def test_other_images_are_not(factor, options, data):
+    trainer(num_sanity_val_steps=0).fit(shrunk(factor, **options), many_features(**data))
+
+
+def test_samples_that_are_held_out_and_trained_on_have_no_floor():
+    x, y = gaussians(120)
+    trainer(num_sanity_val_steps=0).fit(small(), SamplesDataModule(x, y, batch_size=20, val=(x, y)))
 
 
 def doses(vectors) -> SamplesDataModule:
