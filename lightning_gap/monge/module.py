@@ -24,6 +24,7 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.data import SamplesDataModule
 from lightning_gap.monge.decisions import Decisions, Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP, TransportMap
@@ -326,7 +327,9 @@ class MongeMap(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Take from the data what was not given, before callbacks that average weights copy the module; add none."""
-        self._adopt(getattr(self.trainer, "datamodule", None))
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SamplesDataModule):  # others may know what they hold after their setup only
+            self._adopt(data)
         return []
 
     def _adopt(self, data: Any) -> None:
@@ -408,7 +411,7 @@ class MongeMap(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this module's epsilons where a callback put averaged weights in the place of its state."""
-        self._decisions.write_to(checkpoint["state_dict"])
+        self._decisions.write_to(checkpoint.get("state_dict", {}))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MongeMap":
         # Networks that a cost is computed by go where this module goes, and are no part of its state.
@@ -740,8 +743,8 @@ class MongeMap(LightningModule):
             self._said.add("drawn together")
             rank_zero_warn(
                 f"val_sinkhorn_divergence is {divergence:.2f} of its floor, below what a perfect map scores, with "
-                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, to {spread:.0%} of the "
-                "target's variance, which a batch's divergence rewards in many dimensions. Monitor "
+                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, to {spread:.0%} of "
+                "the target's variance, which a batch's divergence rewards in many dimensions. Monitor "
                 "lightning_gap/monge/val_energy_distance for early stopping and checkpoints, and try "
                 "MongeMap(fitting_loss='energy') or a larger relative_fitting_epsilon"
             )
