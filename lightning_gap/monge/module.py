@@ -223,6 +223,7 @@ class MongeMap(LightningModule):
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))
         self.register_buffer("gap_epsilon", _undecided(check_epsilon("gap_epsilon", gap_epsilon)))
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
+        self._given = {"fitting_epsilon": fitting_epsilon is not None, "gap_epsilon": gap_epsilon is not None}
         self._decisions = Decisions(self, ("fitting_epsilon", "gap_epsilon", "started"))
         self._began = False
         self._said: set[str] = set()
@@ -854,7 +855,7 @@ class MongeMap(LightningModule):
         by_fit = self.objective.fitting_loss == "sinkhorn" or self.objective.reweight
         by_gap = callable(self.gap_weight) or self.gap_weight > 0
         kept = []
-        if all(self.hparams[name] is not None for name in ("fitting_epsilon", "gap_epsilon")):
+        if all(self._given.values()):
             return
         pairs = few_of(pairs, lambda samples: self._as_map_takes(samples.to(self.device)))
         for name, needed, share, cost, sets in (
@@ -862,7 +863,7 @@ class MongeMap(LightningModule):
             ("gap_epsilon", by_gap, self.relative_gap_epsilon, self.cost, pairs),
         ):
             before = self._decisions.decided(name)
-            if self.hparams[name] is not None or (before is not None and where == "the first training batch"):
+            if self._given[name] or (before is not None and where == "the first training batch"):
                 continue
             try:
                 value = from_rank_zero(self.trainer, share_of_typical_cost(share, cost, sets))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 __all__ = ["priority_sample"]
 
@@ -34,7 +35,7 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
         >>> import torch
         >>> points = torch.linspace(0, 1, 5000)[:, None]
         >>> few, weights = priority_sample(points, None, 1000)
-        >>> len(few), round(float(weights @ few[:, 0].double() / weights.sum()), 1)
+        >>> len(few), round(float(weights @ few[:, 0] / weights.sum()), 1)
         (1000, 0.5)
     """
     if len(points) <= most:
@@ -55,7 +56,7 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
 
 def _hashes(points: Tensor) -> Tensor:
     """Return a 64-bit integer of each row."""
-    sizes = points.abs().amax(1)
+    sizes: Tensor = vector_norm(points, float("inf"), dim=1)
     sizes = sizes[sizes > 0]
     # A power of two, so that it seldom changes with the samples.
     exponent = int(torch.frexp(sizes.median()).exponent) if len(sizes) else 0
