@@ -315,6 +315,7 @@ class MongeMap(LightningModule):
                 "MongeMap has no network: give dim=, the dimension of the samples, or map=, a network"
             )
         if stage == "fit":
+            self._said.clear()
             self._check_costs()
             names = getattr(data, "condition_names", ())
             if names:
@@ -424,7 +425,6 @@ class MongeMap(LightningModule):
     def on_fit_start(self) -> None:
         """Let the map start from all training samples, and decide the epsilons from them, once."""
         self._began = False
-        self._said.clear()
         self._decisions.read()
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "training_samples"):
@@ -546,7 +546,7 @@ class MongeMap(LightningModule):
         b = self._unpack(batch)
         group = data_parallel_group(self.trainer) if self.global_batch else None
         source, target = _gathered(b.source, group), _gathered(b.target, group)
-        if not self._began:
+        if not (self._began and self._decisions["started"]):  # finders of rates and batches take the state back
             self._begin_from(b)
         gap_weight, factor = _now(self.gap_weight, self.global_step), _now(self.epsilon_factor, self.global_step)
         mapped = self._images(b.source, b.condition)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.tuner import Tuner
 from monge_runs import fit_batch, gaussians, small, trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap, SamplesDataModule
-from lightning_gap.monge import UnpairedBatch
+from lightning_gap.monge import ResidualMLP, UnpairedBatch
 
 NAMES = ("fitting_epsilon", "gap_epsilon")
 SOURCE, TARGET = gaussians(300)
@@ -203,3 +204,35 @@ def test_values_follow_the_buffers():
     assert model._decisions["fitting_epsilon"] == 2.0
     assert model.double()._decisions["fitting_epsilon"] == 2.0
     assert model._decisions.decided("gap_epsilon") is None
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_finders_leave_no_decision_behind(plain):
+    model = small(map=ResidualMLP(2, (8,), start="mean"))
+    data = SamplesDataModule(SOURCE, TARGET, batch_size=32, val_fraction=0.2)
+    first = tuple(part.clone() for part in next(iter(data.train_dataloader()))[:2])
+    given = (DataLoader([first] * 9, batch_size=None), DataLoader([first], batch_size=None)) if plain else (data,)
+    model.lr = 0.01
+    model.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=model.lr)
+    run = trainer(max_steps=2, max_epochs=-1, limit_val_batches=0)
+    tuner = Tuner(run)
+    for _ in range(2):
+        tuner.lr_find(model, *given, num_training=5, attr_name="lr", update_attr=False)
+    assert math.isnan(model.fitting_epsilon) or not plain
+    run.fit(model, *given)
+    target = first[1] if plain else data.training_samples()[1]
+    expected = 0.05 * float(torch.cdist(target, target).square().mean())
+    assert float(model.fitting_epsilon) == pytest.approx(expected, rel=1e-4)
+    assert float(model.started) == float(model.map.started) == 1
+
+
+def test_a_subclass_may_keep_hyperparameters_of_its_own():
+    class Own(MongeMap):
+        def __init__(self, width: int = 8) -> None:
+            super().__init__(2, hidden=(width,), gap_epsilon=0.5)
+            self.save_hyperparameters()
+
+    model = Own()
+    trainer(max_steps=1).fit(model, SamplesDataModule(SOURCE, TARGET, batch_size=32))
+    assert float(model.gap_epsilon) == 0.5
+    assert float(model.fitting_epsilon) > 0
