@@ -105,9 +105,7 @@ class _Anderson:
         return image - jump if near.all() else image - jump * near[:, None]
 
 
-def iterate_to_end(
-    kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: float, max_iterations: int
-) -> Solution:
+def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: float, max_iterations: int) -> Solution:
     """Sweep as :func:`iterate` does, and leap where that hardly moves.
 
     Args:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from lightning_gap.monge.kernels import Kernel, as_tensor
 
-__all__ = ["LONGEST_JUMP", "MEMORY", "PLAIN_SWEEPS", "STUCK", "Solution", "iterate_on_device", "regularization", "too_large"]
+__all__ = [
+    "LONGEST_JUMP",
+    "MEMORY",
+    "PLAIN_SWEEPS",
+    "STUCK",
+    "Solution",
+    "iterate_on_device",
+    "regularization",
+    "too_large",
+]
 
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 MEMORY = 15

@@ -354,9 +354,7 @@ def _values(
     values = [result.value for result in solved]
     if solver == "exact":
         divergences = [value.to(p.x.dtype) for p, value in zip(fitting, values, strict=False)]
-        gaps = [
-            (_paid(p) - value).to(p.x.dtype) for p, value in zip(regularizing, values[len(fitting) :], strict=True)
-        ]
+        gaps = [(_paid(p) - value).to(p.x.dtype) for p, value in zip(regularizing, values[len(fitting) :], strict=True)]
         return Terms(divergences, gaps, 0.0, True)
     debiased = len(fitting) + (len(regularizing) if convention == "debiased" else 0)
     to_themselves = _to_themselves(problems[:debiased], solved[:debiased], solver, options)

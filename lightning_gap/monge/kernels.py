@@ -447,7 +447,9 @@ class DenseKernel(Kernel):
 
     def _log(self, sums: Vector) -> Vector:
         """Return the logarithms of sums, in double."""
-        return self.numerics.log(sums.to(self.a.dtype) if isinstance(sums, Tensor) else sums.astype(self.a_vector.dtype))
+        return self.numerics.log(
+            sums.to(self.a.dtype) if isinstance(sums, Tensor) else sums.astype(self.a_vector.dtype)
+        )
 
     @property
     def row_potentials(self) -> Vector:

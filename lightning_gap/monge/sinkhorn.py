@@ -569,10 +569,7 @@ def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
     p = problem.detached()
     # The backward pass forms the costs anew, block by block, rather than keeping all of them.
     paid = torch.stack(
-        [
-            checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False)
-            for rows, block in result._plan_blocks()
-        ]
+        [checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False) for rows, block in result._plan_blocks()]
     ).sum()
     return replace(result, value=result.value + (paid - paid.detach()))
 

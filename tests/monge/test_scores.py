@@ -473,3 +473,19 @@ def test_parts_of_a_weighted_batch_are_scored_as_the_batch(parts):
         every.append(scores.compute())
     for name, value in every[0].items():
         torch.testing.assert_close(every[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_epsilons_that_are_not_given_count_weights_and_leave_outliers_aside():
+    counts = [torch.randint(0, 4, (len(x),), generator=torch.Generator().manual_seed(len(x))) for x in (X, Y)]
+    weighted = {f"{name}_weights": c / c.sum() for name, c in zip(("source", "target"), counts, strict=True)}
+    x, mapped, y = (d.repeat_interleave(c, dim=0) for d, c in ((X, counts[0]), (T, counts[0]), (Y, counts[1])))
+    plans = {"convention": "kl"}  # Shannon entropies tell repetitions from weights
+    same(scored(((X, T, Y), weighted), **plans), scored(((x, mapped, y), {}), **plans), rel=1e-3, abs=1e-4)
+    target = Y.clone()
+    target[0] = 1e4
+    found = []
+    for samples in (Y, target):
+        metric = MapScores()
+        metric.update(X, T, samples)
+        found.append(metric._epsilons(metric._pools()))
+    assert found[1] == pytest.approx(found[0], rel=0.1)
