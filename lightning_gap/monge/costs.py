@@ -12,7 +12,7 @@ import ast
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -696,7 +696,8 @@ class Euclidean(TranslationInvariantCost):
 
 def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
     """Return ``Σ_j P_ij (x_i - y_j) / C_ij``, the differences over the distances; 0 where these are 0."""
-    return torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    pulls: Tensor = torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    return pulls
 
 
 def _number(name: str, value: object, minimum: str, valid: Callable[[float], bool]) -> float:

@@ -12,7 +12,7 @@ from lightning_gap.monge.costs import Cost
 from lightning_gap.monge.epsilon import cost_scale
 from lightning_gap.monge.priority_sampling import priority_sample
 
-__all__ = ["Decisions", "Weighted", "few_of", "share_of_typical_cost", "typical_cost"]
+__all__ = ["Decisions", "Weighted", "by_condition", "few_of", "share_of_typical_cost", "typical_cost"]
 
 # Samples of each side that tell the scale of costs; of many conditions each has its part of them.
 _ENOUGH, _LEAST = 1024, 128
@@ -91,6 +91,24 @@ class Decisions:
         for name in self.names:
             if name in state:
                 state[name] = torch.full_like(state[name], self[name])  # type: ignore[index]
+
+
+def by_condition(
+    source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
+) -> list[tuple[Weighted, Weighted]]:
+    """Return source and target of each condition.
+
+    Args:
+        source: ``(n, d)`` samples and their weights, or ``(K, n, d)`` samples of K conditions.
+        target: Those of the target.
+    """
+    if source[0].dim() == 2:
+        return [(Weighted(*source), Weighted(*target))]
+    sides = [
+        [Weighted(x, w) for x, w in zip(samples, [None] * len(samples) if weights is None else weights, strict=True)]
+        for samples, weights in (source, target)
+    ]
+    return list(zip(*sides, strict=True))
 
 
 def few_of(

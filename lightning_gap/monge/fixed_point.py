@@ -43,8 +43,8 @@ _COARSEST = 256
 _STRIDE = 4
 # Where no cost is more than this many epsilons, zero potentials are a good start.
 _FLAT = 60.0
-# Sweeps after which a marginal error that is still large will not become small, how often to leap then, and the sweeps of
-# a leap's line search.
+# Sweeps after which a marginal error that is still large will not become small, how often to leap then, and the sweeps
+# of a leap's line search.
 _PATIENCE, _LEAPS, _LEAP_SWEEPS = 128, 8, 24
 
 
@@ -135,8 +135,8 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
 def _leap(kernel: Kernel, G: Vector) -> Vector:
     """Return potentials far along the last residuals, as far as the dual value rises.
 
-    Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises the
-    potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as the clusters are apart.
+    Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises
+    potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
     """
     numerics, (step, _) = kernel.numerics, kernel.sweep(G)
     step = step * 1.0

@@ -1,8 +1,8 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
-It takes the same steps as :mod:`lightning_gap.monge.fixed_point` and decides on the device what that decides in Python. The
-marginal errors are fetched after eight sweeps and then at most after every eighth, so that some sweeps more than needed are
-made, and nearly none is waited for.
+It takes the same steps as :mod:`lightning_gap.monge.fixed_point` and decides on the device what that decides in Python.
+The marginal errors are fetched after eight sweeps and then at most after every eighth, so that some sweeps more than
+needed are made, and nearly none is waited for.
 """
 
 import math

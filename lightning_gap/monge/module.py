@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.arguments import check_count, check_integer, check_number
 from lightning_gap.loggers import define_axes
@@ -26,7 +25,7 @@ from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
 from lightning_gap.monge.data import SamplesDataModule
-from lightning_gap.monge.decisions import Decisions, Weighted, few_of, share_of_typical_cost
+from lightning_gap.monge.decisions import Decisions, Weighted, by_condition, few_of, share_of_typical_cost
 from lightning_gap.monge.features import feature_places, listed, match_features
 from lightning_gap.monge.files import open_table, read_matrix
 from lightning_gap.monge.maps import ResidualMLP, TransportMap
@@ -37,6 +36,7 @@ from lightning_gap.monge.representation import AffineRepresentation
 from lightning_gap.monge.samples import check_all_samples, check_epsilon
 from lightning_gap.monge.schedules import Schedule
 from lightning_gap.monge.scores import MapScores
+from lightning_gap.monge.signs import drawn_together, out_of_range
 from lightning_gap.monge.sinkhorn import ConvergenceWarning, CostLike, check_solver, check_tolerance
 from lightning_gap.monge.specification import build, describe
 from lightning_gap.monge.splits import generator
@@ -54,9 +54,6 @@ __all__ = ["MongeMap"]
 
 _UPDATES = "lightning_gap/monge/updates"
 _PROBES = 1  # first entry of the key of random draws
-# Shares of their floors: a divergence below, with an energy distance above, is that of images drawn together.
-_FAR_BELOW, _WELL_ABOVE = 0.9, 1.5
-_MANY = 100  # held-out samples with fewer of which a floor is as likely a chance
 _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
@@ -76,10 +73,9 @@ class MongeMap(LightningModule):
     tensors, and both terms are means over the conditions. With several devices both terms are those of the global
     batch.
 
-    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement}``, and the solver's
-    ``train_marginal_error`` (in place of the
-    divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and ``gap_weight``
-    and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
+    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement,marginal_error}`` (in
+    place of the divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and
+    ``gap_weight`` and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
     :class:`~lightning_gap.monge.MapScores` over all held-out samples. Monitor ``val_energy_distance``: images that are
     drawn together win a divergence in many dimensions. Gaps are in the paper's (Shannon) convention, whose floor is
     ``epsilon * log(n)``.
@@ -527,7 +523,7 @@ class MongeMap(LightningModule):
         if hasattr(data, "training_pairs"):
             return [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
         source, target = data.training_samples()
-        return _by_condition((source, None), (target, None))
+        return by_condition((source, None), (target, None))
 
     # --- the map --------------------------------------------------------------------------------------------------
 
@@ -630,20 +626,8 @@ class MongeMap(LightningModule):
         return self._as_map_takes(each) if each.is_floating_point() else each
 
     def _say_if_out_of_range(self, vectors: Tensor) -> None:
-        """Warn of vectors further outside of the trained ones than half their range."""
-        if self.condition_range is None or vectors.dim() != 2 or vectors.shape[1] != len(self.condition_range[0]):
-            return
-        least, greatest = torch.tensor(self.condition_range, dtype=torch.float64)
-        margin = (greatest - least) / 2 + 1e-6 * torch.maximum(least.abs(), greatest.abs())
-        given = vectors.detach().to("cpu", torch.float64)
-        out = (given < least - margin) | (given > greatest + margin)
-        if bool(out.any()):
-            row, entry = (int(i) for i in out.nonzero()[0])
-            rank_zero_warn(
-                f"condition[{row}] has {float(given[row, entry]):.6g} in entry {entry}, and the map was trained from "
-                f"{float(least[entry]):.6g} to {float(greatest[entry]):.6g}: so far outside its images mean little "
-                f"({int(out.any(1).sum())} of {len(given)} conditions are)"
-            )
+        if self.condition_range is not None and (message := out_of_range(vectors, self.condition_range)):
+            rank_zero_warn(message)
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
@@ -839,28 +823,11 @@ class MongeMap(LightningModule):
             self._say_if_drawn_together(scores, values)
 
     def _say_if_drawn_together(self, scores: MapScores, values: Mapping[str, Tensor]) -> None:
-        """Warn, once a fit, of images that score better than samples of the target by the divergence alone."""
-        by_divergence = self.objective.fitting_loss == "sinkhorn"
-        if not by_divergence or "drawn together" in self._said or "sinkhorn_divergence_floor" not in values:
+        if self.objective.fitting_loss != "sinkhorn" or "drawn together" in self._said:
             return
-        mapped, target = dim_zero_cat(scores.mapped), dim_zero_cat(scores.target)
-        floors = [float(values[f"{name}_floor"]) for name in ("sinkhorn_divergence", "energy_distance")]
-        if min(len(mapped), len(target)) < _MANY or min(floors) <= 0:
-            return
-        divergence, energy = (
-            float(values["sinkhorn_divergence"]) / floors[0],
-            float(values["energy_distance"]) / floors[1],
-        )
-        spread = float(mapped.var(0).sum() / target.var(0).sum())
-        if divergence < _FAR_BELOW and energy > _WELL_ABOVE and spread < 1:
+        if message := drawn_together(scores, values):
             self._said.add("drawn together")
-            rank_zero_warn(
-                f"val_sinkhorn_divergence is {divergence:.2f} of its floor, below what a perfect map scores, with "
-                f"val_energy_distance {energy:.1f} times its own: the images are drawn together, to {spread:.0%} of "
-                "the target's variance, which a batch's divergence rewards in many dimensions. Monitor "
-                "lightning_gap/monge/val_energy_distance for early stopping and checkpoints, and try "
-                "MongeMap(fitting_loss='energy') or a larger relative_fitting_epsilon"
-            )
+            rank_zero_warn(message)
 
     def _tell_convergence(self, terms: ObjectiveTerms) -> None:
         """Warn of the first step whose transport problems were not solved to the tolerance."""
@@ -868,8 +835,8 @@ class MongeMap(LightningModule):
             return
         self._converged = False
         rank_zero_warn(
-            f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, above "
-            f"tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
+            f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, "
+            f"above tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
             f"({self.objective.max_iterations} now) or the epsilons; lightning_gap/monge/train_marginal_error tells of "
             "the later steps",
             category=ConvergenceWarning,
@@ -956,7 +923,7 @@ class MongeMap(LightningModule):
         a, c = (_gathered(w, group, -1) for w in (b.source_weights, b.target_weights))
         if b.condition is not None:
             self._say_if_conditions_are_unused()
-        self._begin(_by_condition((source, a), (target, c)), "the first training batch", lambda: (source, target))
+        self._begin(by_condition((source, a), (target, c)), "the first training batch", lambda: (source, target))
 
     @torch.no_grad()
     def _begin(
@@ -1012,19 +979,6 @@ class MongeMap(LightningModule):
                 f"MongeMap goes on from an earlier fit on other samples, with its start and {', and '.join(kept)}: "
                 "make a new MongeMap for other samples, or give the epsilons"
             )
-
-
-def _by_condition(
-    source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
-) -> list[tuple[Weighted, Weighted]]:
-    """Return source and target of each condition."""
-    if source[0].dim() == 2:
-        return [(Weighted(*source), Weighted(*target))]
-    sides = [
-        [Weighted(x, w) for x, w in zip(samples, [None] * len(samples) if weights is None else weights, strict=True)]
-        for samples, weights in (source, target)
-    ]
-    return list(zip(*sides, strict=True))
 
 
 def _flat(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -74,7 +74,7 @@ CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 _TOGETHER, _GPU_TOGETHER = 1 << 21, 1 << 27
 # Matrices of fewer bytes are not worth asking the system for its free memory.
 _SMALL_BYTES = 1 << 28
-# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose the digits that count.
+# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
 _FLOAT_RATIOS = 1e-2, 1e6
 # An epsilon so many times the largest cost is as good as any larger one, of which no number would be left.
 _LARGEST_EPSILON = 1e6
@@ -559,7 +559,7 @@ def _narrowed(result: OTResult, p: Problem) -> OTResult:
 
 
 def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
-    r"""Let the value depend on what the cost itself may learn: by the envelope theorem, as :math:`\sum P\, c_\theta`."""
+    r"""Let the value depend on what the cost itself may learn: by the envelope theorem, :math:`\sum P\, c_\theta`."""
     if not is_learned(problem.cost, problem.x):
         return result
 
@@ -581,7 +581,7 @@ def is_learned(cost: Cost, like: Tensor) -> bool:
         cost: The ground cost.
         like: ``(n, d)`` samples.
     """
-    if not torch.is_grad_enabled() or type(cost).__module__ == Cost.__module__ and not isinstance(cost, CallableCost):
+    if not torch.is_grad_enabled() or (type(cost).__module__ == Cost.__module__ and not isinstance(cost, CallableCost)):
         return False
     point = like[:1].detach()
     return cost.elementwise(point, point.clone()).requires_grad
@@ -597,8 +597,8 @@ def _gradients_and_mass(
     gx = gy = None
     if any(need):
         gx, gy = p.cost.plan_gradients(p.x, p.y, plan, (True, False) if kernel.symmetric else need)
-        # The rows' gradient is that of a plan whose rows are exact, the columns' of one whose columns are: what is left of
-        # a marginal error would be multiplied by the displacement, however small the difference that is wanted.
+        # The rows' gradient is that of a plan whose rows are exact, the columns' of one whose columns are: what is left
+        # of a marginal error would be multiplied by the displacement, however small the difference that is wanted.
         factors = kernel.column_factors(i)[:, None].to(p.x.dtype)
         if kernel.symmetric:
             assert gx is not None
