@@ -326,7 +326,7 @@ class MongeMap(LightningModule):
                 "use 'bf16-mixed' or '16-mixed', where the network alone is in half precision"
             )
         data = getattr(self.trainer, "datamodule", None)
-        self._adopt_features(data, stage)
+        self._adopt_features(data)
         self._adopt(data)
         if self.map is None:
             raise MisconfigurationException(
@@ -378,11 +378,15 @@ class MongeMap(LightningModule):
                 "conditions"
             )
 
-    def _adopt_features(self, data: Any, stage: str) -> None:
+    def _adopt_features(self, data: Any) -> None:
         """Take the features' names from the data, or have the data give them in the map's order."""
         names = getattr(data, "feature_names", None)
         # A map that was trained by place has no names; other data than it was trained on cannot tell them.
-        if self.feature_names is None and names is not None and (stage == "fit" or not bool(self.started)):
+        if (
+            self.feature_names is None
+            and names is not None
+            and (self.trainer.state.fn == TrainerFn.FITTING or not bool(self.started))
+        ):
             self.feature_names = [str(name) for name in names]
             self.hparams["feature_names"] = self.feature_names
         match_features(data, self.feature_names)
