@@ -17,6 +17,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.arguments import check_count, check_number
+from lightning_gap.compiling import eager
 from lightning_gap.loggers import define_axes
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.conditional import ConditionalMap
@@ -427,6 +428,7 @@ class MongeMap(LightningModule):
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
+    @eager
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the fitting loss plus the weighted regularizers, and log all."""
         b = self._unpack(batch)
@@ -474,6 +476,7 @@ class MongeMap(LightningModule):
         """Forget what a validation that was interrupted has left."""
         self._forget_scores("val")
 
+    @eager
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep held-out samples and their images."""
         self._score("val", batch)
@@ -486,6 +489,7 @@ class MongeMap(LightningModule):
         """Forget what a test that was interrupted has left."""
         self._forget_scores("test")
 
+    @eager
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep test samples and their images."""
         self._score("test", batch)
@@ -494,6 +498,7 @@ class MongeMap(LightningModule):
         """Log the scores of all test samples."""
         self._log_scores("test")
 
+    @eager
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the raw images of raw source samples, or of the encoded source of an :class:`UnpairedBatch`."""
         if isinstance(batch, Tensor):

@@ -6,9 +6,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lightning_gap.compiling import eager
+
 __all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights", "solver_precision"]
 
 
+@eager
 def check_samples(name: str, samples: Tensor) -> None:
     """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
 
@@ -70,6 +73,7 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
         raise ValueError(f"{x_name} is on {x.device} but {y_name} on {y.device}: move one with .to(device)")
 
 
+@eager
 def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
     """Return the weights of the samples, uniform where there are none.
 

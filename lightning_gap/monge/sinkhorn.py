@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import Cost, SqEuclidean, resolve
 from lightning_gap.monge.exact import exact_plan
 from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
@@ -270,6 +271,7 @@ def optimal_transport(
     return solve_all([problem], solver=solver, tolerance=tolerance, max_iterations=max_iterations, strict=strict)[0]
 
 
+@eager
 def solve_all(
     problems: Sequence[Problem], *, solver: str, tolerance: float, max_iterations: int, strict: bool = False
 ) -> list[OTResult]:
