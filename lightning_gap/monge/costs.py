@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_gap.compiling import eager
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -1025,6 +1026,7 @@ def resolve(cost: "str | Cost | Callable[[Tensor, Tensor], Tensor]") -> Cost:
     raise TypeError(f"cost must be a name, a Cost or a function of two tensors, got {cost!r}")
 
 
+@eager
 @cache
 def _parse(text: str) -> Cost:
     name, _, arguments = text.strip().partition("(")

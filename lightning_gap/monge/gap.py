@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import CallableCost, resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
@@ -312,6 +313,7 @@ def divergences_and_gaps(
     return _values(fitting, regularizing, "shannon", solver, tolerance, max_iterations, silent=True)
 
 
+@eager
 def _problem(
     x: Tensor,
     y: Tensor,
@@ -337,6 +339,7 @@ def _problem(
     return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
 
 
+@eager
 def _values(
     fitting: list[Problem],
     regularizing: list[Problem],

@@ -17,6 +17,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_gap.arguments import check_count, check_integer, check_number
+from lightning_gap.compiling import eager
 from lightning_gap.loggers import define_axes
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.checkpoints import check_hyper_parameters, hyper_parameters_of
@@ -73,12 +74,12 @@ class MongeMap(LightningModule):
     tensors, and both terms are means over the conditions. With several devices both terms are those of the global
     batch.
 
-    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement,marginal_error}`` (in
-    place of the divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and
-    ``gap_weight`` and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
-    :class:`~lightning_gap.monge.MapScores` over all held-out samples. Monitor ``val_energy_distance``: images that are
-    drawn together win a divergence in many dimensions. Gaps are in the paper's (Shannon) convention, whose floor is
-    ``epsilon * log(n)``.
+    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement,marginal_error}``
+    (in place of the divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``,
+    and ``gap_weight`` and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss``
+    and the scores of :class:`~lightning_gap.monge.MapScores` over all held-out samples. Monitor
+    ``val_energy_distance``: images that are drawn together win a divergence in many dimensions. Gaps are in the paper's
+    (Shannon) convention, whose floor is ``epsilon * log(n)``.
 
     Args:
         dim: Dimension of the samples; taken from the data module where it is ``None``.
@@ -635,6 +636,7 @@ class MongeMap(LightningModule):
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
+    @eager
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the fitting loss plus the weighted regularizers, and log all."""
         b = self._unpack(batch)
@@ -687,6 +689,7 @@ class MongeMap(LightningModule):
         """Forget what a validation that was interrupted has left."""
         self._forget_scores("val")
 
+    @eager
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep held-out samples and their images."""
         self._score("val", batch)
@@ -699,6 +702,7 @@ class MongeMap(LightningModule):
         """Forget what a test that was interrupted has left."""
         self._forget_scores("test")
 
+    @eager
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep test samples and their images."""
         self._score("test", batch)
@@ -707,6 +711,7 @@ class MongeMap(LightningModule):
         """Log the scores of all test samples."""
         self._log_scores("test")
 
+    @eager
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the raw images of raw source samples, or of the encoded source of an :class:`UnpairedBatch`."""
         if isinstance(batch, Tensor):

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lightning_gap.compiling import eager
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 
+@eager
 def check_samples(name: str, samples: Tensor) -> None:
     """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
 
@@ -116,6 +118,7 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
     _check_finite(both)
 
 
+@eager
 def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
     """Return the weights of the samples, uniform where there are none.
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import CallableCost, Cost, SqEuclidean, resolve
 from lightning_gap.monge.epsilon import Scale, share_of, share_of_cost
 from lightning_gap.monge.exact import exact_plan
@@ -313,6 +314,7 @@ def optimal_transport(
     return replace(result, value=result.value.to(x.dtype))
 
 
+@eager
 def solve_all(
     problems: Sequence[Problem],
     *,

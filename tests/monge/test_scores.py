@@ -157,11 +157,20 @@ def test_weighted_batches_count_by_their_samples(case):
 
 def test_weighted_energy_distance_is_that_of_all_pairs_and_has_its_gradient(monkeypatch):
     monkeypatch.setattr("lightning_gap.monge.kernels._BLOCK", 7 * M)
-    x, y, a, b = (t.double() / (1 if t.dim() == 2 else t.double().sum()) for t in (X, Y, A, B))
-    expected = 2 * a @ torch.cdist(x, y) @ b - a @ torch.cdist(x, x) @ a - b @ torch.cdist(y, y) @ b
-    torch.testing.assert_close(energy_distance(x, y, weights=(a, b)), expected)
-    x, y, a = (t[1:7].detach().requires_grad_() for t in (x, y, a / a[1:7].sum()))
-    assert torch.autograd.gradcheck(lambda x, y, a: energy_distance(x, y, weights=(a / a.sum(), None)), (x, y, a))
+    weights = [(w.double() / w.double().sum()) for w in (A, B)]
+    samples = [X.double(), Y.double()]
+
+    def by_pairs(x, y, a, b):
+        between, within_x, within_y = ((u[:, None] - v).norm(dim=-1) for u, v in ((x, y), (x, x), (y, y)))
+        return 2 * a @ between @ b - a @ within_x @ a - b @ within_y @ b
+
+    results = []
+    for distance in (lambda x, y, a, b: energy_distance(x, y, weights=(a, b)), by_pairs):
+        leaves = [t.clone().requires_grad_() for t in (*samples, *weights)]
+        x, y, a, b = leaves
+        value = distance(x, y, a / a.sum(), b / b.sum())
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 # --- MapScores ----------------------------------------------------------------------------------------------------
