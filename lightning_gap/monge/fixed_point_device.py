@@ -1,8 +1,8 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
-It takes the same steps as :mod:`lightning_gap.monge.fixed_point` and decides on the device what that decides in Python.
-The marginal errors are fetched after eight sweeps and then at most after every eighth, so that some sweeps more than
-needed are made, and nearly none is waited for.
+It extrapolates as :mod:`lightning_gap.monge.fixed_point` does, but from rounds of a few sweeps, as an operation on a short
+vector takes as long as a sweep, and decides on the device what that decides in Python. The marginal errors are fetched
+after the first rounds, and then when they should have reached the tolerance.
 """
 
 import math
@@ -32,10 +32,11 @@ PLAIN_SWEEPS = 8
 LONGEST_JUMP = 20.0
 # A marginal error above it is still large.
 STUCK = 1e-3
-# Sweeps to the first question, and the fewest between two.
-_UNASKED = 8
-# Sweeps after which kernels are formed anew unasked, and the drift from which they are when it is known.
-_UNSETTLED = (1, 2, 4)
+# Sweeps of a round, rounds to the first question, and the most between two.
+_ROUND, _UNASKED, _LONGEST = 4, 3, 24
+# Sweeps after each of which kernels are formed anew, at first.
+_SETTLING = 4
+# A drift from the kernels' potentials from which these are formed anew.
 _FAR = 15.0
 
 
@@ -72,41 +73,29 @@ def too_large(kernel: Kernel, i: int) -> FloatingPointError:
 
 
 class _Anderson:
-    """The last steps and residuals of each problem, and what they extrapolate to."""
+    """The last steps and residuals of all problems, and what they extrapolate to."""
 
     def __init__(self, kernel: Kernel) -> None:
         count, m = kernel.b.shape
         self.memory = max(1, min(MEMORY, m // 4))
+        self.root = kernel.b.sqrt()
         self.steps = kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype)
-        self.residuals = kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype)
+        self.residuals = torch.zeros_like(self.steps)
         self.regularization = regularization(kernel)
-        self.calls = 0
-        self.last_image = self.last_residual = kernel.b
-        # Which problems have a last step to compare with, and how many steps there are.
-        self.known = kernel.b.new_zeros(count, 1)
-        self.lengths = kernel.b.new_zeros(count, 1)
+        self.forget()
 
-    def forget(self, which: Tensor) -> None:
-        """Drop what is known of some problems: rows of zeros do not extrapolate."""
-        kept = (~which).to(self.lengths.dtype)
-        self.known, self.lengths = self.known * kept, self.lengths * kept
-        self.steps *= kept[..., None].to(self.steps.dtype)
-        self.residuals *= kept[..., None].to(self.steps.dtype)
+    def forget(self) -> None:
+        """Begin anew."""
+        self.calls = -1
 
     def extrapolate(self, image: Tensor, residual: Tensor) -> Tensor:
-        """Return the next points, from the fixed-point map's images and their weighted residuals."""
-        # A comparison, as a product would not forget what is not finite.
-        step, change = (
-            torch.where(self.known > 0, new - last, 0)
-            for new, last in ((image, self.last_image), (residual, self.last_residual))
-        )
-        self.lengths = (self.lengths + 1) * self.known
-        self.last_image, self.last_residual, self.known = image, residual, torch.ones_like(self.known)
-        j, self.calls = self.calls % self.memory, self.calls + 1
-        self.steps[:, j], self.residuals[:, j] = step.to(self.steps.dtype), change.to(self.steps.dtype)
-        if self.calls > 3 and self.calls % 2 == 0:
+        """Return the next points, from the images under a round of sweeps and from the residuals."""
+        residual = residual * self.root
+        last, self.last, self.calls = getattr(self, "last", None), (image, residual), self.calls + 1
+        if self.calls == 0 or last is None:
             return image
-        q = min(self.calls, self.memory)
+        j, q = (self.calls - 1) % self.memory, min(self.calls, self.memory)
+        self.steps[:, j], self.residuals[:, j] = image - last[0], residual - last[1]
         rows = self.residuals[:, :q]
         matrix = (rows @ rows.mT).to(image.dtype)
         right = (rows @ residual.to(rows.dtype)[..., None]).to(image.dtype)
@@ -114,63 +103,79 @@ class _Anderson:
         diagonal += self.regularization * diagonal.amax(1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
         weights, _ = torch.linalg.solve_ex(matrix, right)
         jump = (weights.mT.to(rows.dtype) @ self.steps[:, :q])[:, 0]
-        return image - torch.where(jump.abs().amax(1, keepdim=True) < LONGEST_JUMP, jump, 0)
+        return image - jump * (jump.abs().amax(1, keepdim=True) < LONGEST_JUMP)
 
 
 def iterate_on_device(
     kernel: Kernel, G: Tensor, tolerance: float, max_iterations: int, patience: int | None = None
 ) -> Solution:
     """Sweep until the marginal error of each problem is small enough; see :func:`fixed_point.iterate`."""
-    anderson = _Anderson(kernel)
-    root = kernel.b.sqrt()
-    safe, iterations, question = G, 0, _UNASKED
-    best, solved_after = torch.full_like(root[:, :1], math.inf), torch.zeros_like(root[:, :1])
-    restarted: list[int] = []
+    every = range(len(G))
+    if max_iterations <= _ROUND * _UNASKED:
+        # Of so few sweeps, those of an annealing's stage, nobody asks how they ended.
+        G = kernel.sweeps(G, max_iterations - 1)
+        kernel.sweep(G)
+        nothing = [math.nan for _ in every]
+        return Solution(as_tensor(kernel.row_potentials), G, [max_iterations for _ in every], nothing, [False] * len(G))
+    G = _settled(kernel, G)
+    anderson, iterations, rounds, safe = _Anderson(kernel), _SETTLING, _UNASKED, G
+    best, last, restarted = [math.inf for _ in every], (0, [math.inf for _ in every]), list[int]()
+    solved_after = [0 for _ in every]
     while True:
+        for _ in range(rounds):
+            if iterations + _ROUND >= max_iterations:
+                break
+            image = kernel.sweeps(G, _ROUND)
+            plain = kernel.symmetric and iterations < PLAIN_SWEEPS
+            G, iterations = image if plain else anderson.extrapolate(image, image - G), iterations + _ROUND
         residual, marginal_errors = kernel.sweep(G)
-        errors = as_tensor(marginal_errors)[:, None]
         iterations += 1
-        solved_after = torch.where((solved_after == 0) & (errors <= tolerance), iterations, solved_after)
-        finite, solved = errors.isfinite(), solved_after > 0
-        lost: list[int] = []
-        if iterations >= max_iterations <= _UNASKED:
-            # Of so few sweeps, those of an annealing's stage, nobody asks how they ended.
-            nothing = [math.nan] * len(G)
-            return Solution(as_tensor(kernel.row_potentials), G, [iterations] * len(G), nothing, [False] * len(G))
-        if asking := iterations >= min(question, max_iterations):
-            question = iterations + max(_UNASKED, iterations // 2)
-            told = torch.stack([errors, solved_after, finite.to(errors.dtype), kernel.drift(G)])[..., 0].tolist()
-            found, after, well, drifts = told
-            ended = iterations >= max_iterations
-            if patience is not None and iterations >= patience:
-                ended, patience = ended or max(found) > STUCK, None
-            if all(after) or (ended and all(well)):
-                return Solution(
-                    as_tensor(kernel.row_potentials),
-                    G,
-                    [int(number) or iterations for number in after],
-                    found,
-                    [number > 0 for number in after],
-                )
-            lost = [i for i, is_finite in enumerate(well) if not is_finite]
-        image = G + (residual if kernel.relaxation == 1 else kernel.relaxation * residual)
-        # Where an extrapolation led astray: back to where plain Sinkhorn would have gone. What is solved stays where it
-        # is while the others go on.
-        astray = ~finite | (~(errors <= 4 * best) & (anderson.lengths > 0))
-        best = torch.where(astray, math.inf, torch.minimum(best, errors))
-        image = torch.where(solved, G, torch.where(astray, safe, image))
-        residual = torch.where(solved | astray, 0, residual)
-        for i in lost:
-            if i in restarted:
+        errors, drifts = torch.stack([as_tensor(marginal_errors), kernel.drift(G)[:, 0]]).tolist()
+        for i in every:
+            if errors[i] <= tolerance and not solved_after[i]:
+                solved_after[i] = iterations
+        lost = [i for i in every if not math.isfinite(errors[i])]
+        ended = iterations + 1 >= max_iterations
+        if patience is not None and iterations >= patience:
+            ended, patience = ended or max(errors) > STUCK, None
+        if all(error <= tolerance for error in errors) or (ended and not lost):
+            converged = [error <= tolerance for error in errors]
+            swept = [after if ok else iterations for after, ok in zip(solved_after, converged, strict=True)]
+            return Solution(as_tensor(kernel.row_potentials), G, swept, errors, converged)
+        image = G + kernel.relaxation * residual
+        astray = [i for i in every if not errors[i] <= 4 * best[i] or i in lost]
+        for i in astray:
+            # The extrapolation led astray: back to where plain Sinkhorn had been.
+            if i in lost and i in restarted:
                 raise too_large(kernel, i)
-            image[i] = kernel.restart(i, safe[i])
-        restarted = lost if asking else restarted
-        anderson.forget(astray)
-        # Potentials move most at first.
-        if iterations in _UNSETTLED:
-            kernel.settle(image, range(len(G)))
-        elif asking:
-            kernel.settle(image, [i for i, drift in enumerate(drifts) if drift > _FAR and i not in lost])
-        safe = image
-        plain = kernel.symmetric and iterations < PLAIN_SWEEPS
-        G = image if plain else anderson.extrapolate(image, residual * root)
+            image[i] = kernel.restart(i, safe[i]) if i in lost else safe[i]
+        if astray:
+            anderson.forget()
+        if lost:
+            image, iterations = _settled(kernel, image), iterations + _SETTLING
+        best = [math.inf if i in astray else min(best[i], errors[i]) for i in every]
+        kernel.settle(image, [i for i in every if drifts[i] > _FAR and not lost])
+        rounds = _rounds_to_go(iterations - last[0], last[1], errors, tolerance)
+        G = safe = image
+        last, restarted = (iterations, errors), lost
+
+
+def _settled(kernel: Kernel, G: Tensor) -> Tensor:
+    """Return potentials after the first sweeps, in which they move most: the kernels are formed anew after each."""
+    for _ in range(_SETTLING):
+        residual, _ = kernel.sweep(G)
+        G = G + kernel.relaxation * residual
+        kernel.settle(G, range(len(G)))
+    return G
+
+
+def _rounds_to_go(sweeps: int, before: list[float], errors: list[float], tolerance: float) -> int:
+    """Return after how many rounds the errors should reach the tolerance, at the pace they had over so many sweeps."""
+    most = 1.0
+    for last, error in zip(before, errors, strict=True):
+        if error <= tolerance:
+            continue
+        if not math.isfinite(last) or not 0 < error < last:
+            return _UNASKED
+        most = max(most, math.log(error / tolerance) * sweeps / math.log(last / error) / _ROUND)
+    return min(_LONGEST, math.ceil(most))

@@ -318,6 +318,18 @@ class Kernel(ABC):
         columns = (self.b_vector * self.numerics.exp(-self.softness * G)).sum(1)
         return self.numerics.log(rows / columns)[:, None] / (2 * self.softness)
 
+    def sweeps(self, G: Tensor, count: int) -> Tensor:
+        """Return ``(B, m)`` potentials of the columns after so many sweeps, on a device, of which nothing is kept.
+
+        Args:
+            G: ``(B, m)`` potentials of the columns.
+            count: How many.
+        """
+        for _ in range(count):
+            residual, _ = self.sweep(G)
+            G = G + self.relaxation * residual
+        return G
+
     @property
     @abstractmethod
     def row_potentials(self) -> Vector:
@@ -377,6 +389,7 @@ class DenseKernel(Kernel):
         self.C, self.K = C, K
         self.matrices = as_vector(K)
         self.F0, self.G0 = as_vector(torch.zeros_like(self.a)), as_vector(torch.zeros_like(self.b))
+        self._a, self._b = (w.to(self.dtype)[..., None] for w in (self.a, self.b))
 
     def __getitem__(self, part: slice) -> "DenseKernel":
         """Return some of the problems, in the same memory."""
@@ -440,6 +453,17 @@ class DenseKernel(Kernel):
             shares = self.numerics.expm1(-residual)
         self.residual = residual
         return residual, (self.b_vector * abs(shares)).sum(1)
+
+    def sweeps(self, G: Tensor, count: int) -> Tensor:
+        """Make the sweeps of hard marginals by four operations each, on the scalings themselves."""
+        if self.damping is not None:
+            return super().sweeps(G, count)
+        v = torch.mul((G - self.G0).exp_(), self.b).to(self.dtype)[..., None]
+        for _ in range(count):
+            # Of a measure against itself the geometric mean of a scaling and of the best answer to it.
+            sums = torch.bmm(self.K, v)
+            v = (v * self._b / sums).sqrt_() if self.symmetric else self._b / torch.bmm(self.K.mT, self._a / sums)
+        return self.G0 + (v / self._b)[..., 0].to(self.a.dtype).log_()
 
     def _narrow(self, vector: Vector) -> Vector:
         """Return a vector in the matrices' dtype."""

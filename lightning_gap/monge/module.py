@@ -845,9 +845,9 @@ class MongeMap(LightningModule):
         self._converged = False
         rank_zero_warn(
             f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, "
-            f"above tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
-            f"({self.objective.max_iterations} now) or the epsilons; lightning_gap/monge/train_marginal_error tells of "
-            "the later steps",
+            f"above tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise "
+            f"max_iterations ({self.objective.max_iterations} now) or the epsilons; "
+            "lightning_gap/monge/train_marginal_error tells of the later steps",
             category=ConvergenceWarning,
         )
 
