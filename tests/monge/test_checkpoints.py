@@ -213,6 +213,7 @@ def test_an_instance_loads_no_checkpoint(checkpoint):
         MongeMap(2).load_from_checkpoint("map.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ConvergenceWarning", "ignore:at update .* the solver stopped")
 def test_conditions_of_the_checkpoint_are_those_of_the_data():
     """Labels of other conditions have the shapes of the right ones."""
 
