@@ -9,14 +9,25 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 DATA ?= mnist-5k
 
-.PHONY: help setup demo test test-slow test-gpu lint types doctest readme docs format ci clean
+# Imports of every module, and tests of each part that meets other packages.
+CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/test_cli_fit.py tests/test_loggers.py \
+  tests/dashboards/test_runs.py tests/diffusion/test_diffusion_law.py tests/ghost/test_ghost_functional.py \
+  tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py tests/monge/test_metrics.py \
+  tests/monge/test_monge_map.py tests/monge/test_monge_map_checkpoint.py tests/monge/test_samples_files.py \
+  tests/monge/test_transport_files.py tests/regime/test_regime_schedules.py
+QUICK := not compiler and not slow and not gpu and not distributed
+
+.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-variants lowest lint types doctest readme docs format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
 	@echo "make test      set up, then run the tests"
+	@echo "make test-device                   the tests of GPUs on an emulated one (part of make test)"
 	@echo "make lint types doctest readme    the other checks of CI"
 	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
+	@echo "make test-lowest test-latest      a core of tests at the lowest and at the latest versions, in venvs of their own"
+	@echo "make test-variants                tests of numbers, as other processors compute them"
 	@echo "make format    let ruff rewrite the code"
 
 setup: $(STAMP)
@@ -37,12 +48,49 @@ test: setup
 	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q \
 	  -m "not compiler and not slow and not gpu"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "compiler and not slow and not gpu"
+	$(MAKE) test-device
+
+# In processes of their own: the device is there from before torch is imported, and stays.
+test-device: setup
+	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests/device
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
 
 test-gpu: setup
 	$(PY) -m pytest -q -m gpu
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
+
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
+
+# torch as in constraints.txt, of which there is a wheel without CUDA; all else as new as it comes.
+test-latest:
+	@test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
+	.venv-latest/bin/python -m pip list --disable-pip-version-check
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
+
+# constraints-lowest.txt anew, after a change of a floor.
+lowest: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	{ echo "# The lowest versions that pyproject.toml allows, by \`make lowest\`."; $(VENV)/bin/uv pip compile --quiet \
+	  --python-version 3.11 --resolution lowest-direct --all-extras --no-annotate --no-header pyproject.toml \
+	  | grep -vE '^(nvidia|cuda|triton)'; } > constraints-lowest.txt
+
+# Other kernels of torch, MKL and OpenBLAS: no test may depend on the last bits.
+test-variants: setup
+	for variant in \
+	  "ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE" \
+	  "ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	  "OPENBLAS_CORETYPE=SkylakeX MKL_CBWR=AVX512" \
+	  "OPENBLAS_CORETYPE=Zen OMP_NUM_THREADS=2"; do \
+	  echo "$$variant"; env OMP_NUM_THREADS=1 $$variant $(PY) -m pytest -q -m "$(QUICK)" tests/monge || exit 1; done
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -66,7 +114,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-ci: test lint types doctest readme docs
+ci: test test-lowest lint types doctest readme docs
 
 clean:
-	rm -rf $(VENV) site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-latest site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

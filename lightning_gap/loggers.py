@@ -1,6 +1,6 @@
 """The one file that knows loggers: x axes, facts, tables and figures, for whichever of Lightning's loggers there are.
 
-Numbers need nothing here: they go through ``pl_module.log`` or ``logger.log_metrics``, with the same keys everywhere.
+Numbers go through ``pl_module.log`` or ``logger.log_metrics``, with the same keys everywhere.
 """
 
 import csv
@@ -10,9 +10,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import fsspec
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
 
-__all__ = ["define_axes", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
+__all__ = ["define_axes", "filled", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
 
 _KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
@@ -22,6 +24,19 @@ def _kind(logger: Any) -> str | None:
     """Return which of Lightning's loggers this is, or is derived from, in either of Lightning's two packages."""
     names = {cls.__name__ for cls in type(logger).__mro__}
     return next((kind for kind in _KNOWN if kind in names), None)
+
+
+def filled(number: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as ``pl_module.log`` would make a tensor of it, but without a copy that waits for the device.
+
+    Args:
+        number: A Python number; a tensor is returned as it is.
+        device: The module's device.
+    """
+    if isinstance(number, Tensor):
+        return number
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # Lightning keeps no half precision
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 @rank_zero_only

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from lightning_gap.gradients import gradient_values
 from lightning_gap.shards import check_metadata
 
 __all__ = [
@@ -256,6 +257,21 @@ class RankGroup:
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
 
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of ``value`` over the ranks, differentiable in this rank's, as often and as ever one likes.
+
+        The gradient is that of the sum of all ranks' losses. Transforms of ``torch.func`` and forward mode are served.
+
+        Args:
+            value: A tensor of the same shape on every rank, on the device of the group's backend.
+
+        Raises:
+            NotImplementedError: In a backward pass of many gradients at once by ``is_grads_batched`` or
+                ``vectorize=True`` of ``torch.autograd``.
+        """
+        total: Tensor = _SumOverRanks.apply(value, self)  # type: ignore[no-untyped-call]
+        return total
+
     def gather_rows(self, value: Tensor, dim: int = 0) -> Tensor:
         """Return the rows of all ranks, in the order of the ranks, differentiable in this rank's.
 
@@ -266,7 +282,7 @@ class RankGroup:
             value: A tensor of the same shape on every rank, but for the number of its rows.
             dim: Which dimension the rows are counted in.
         """
-        counts = self.gather(torch.tensor([value.shape[dim]], device=value.device)).flatten().tolist()
+        counts = self.gather(torch.full((1,), value.shape[dim], device=value.device)).flatten().tolist()
         gathered: Tensor = _GatherRows.apply(value, self.group, counts, dim)  # type: ignore[no-untyped-call]
         return gathered
 
@@ -279,6 +295,34 @@ class RankGroup:
 
 def _no_group() -> None:
     return None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, ranks: RankGroup) -> Tensor:
+        if torch._C._dispatch_keys(value).has(torch._C._dispatch_key_parse("Batched")):
+            raise NotImplementedError(
+                "is_grads_batched and vectorize=True of torch.autograd cannot batch what several ranks add up: use "
+                "torch.func (jacrev, hessian, vmap), or one gradient at a time"
+            )
+        return ranks.sum(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.ranks = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.differentiable_sum(grads[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        total: Tensor = ctx.ranks.differentiable_sum(tangents[0])
+        return total
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], value: Tensor, ranks: RankGroup) -> tuple[Tensor, int]:
+        return ranks.differentiable_sum(value), in_dims[0]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -370,14 +414,20 @@ def from_rank_zero(trainer: Trainer, value: _T) -> _T:
     return result
 
 
-def loss_scale(trainer: Trainer) -> float:
+def loss_scale(trainer: Trainer) -> Tensor:
     """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
+
+    It is a float32 scalar on the root device, so that nothing waits for that here.
 
     Args:
         trainer: The trainer that runs.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    if scale is not None:  # as it is from the first loss on
+        return cast(Tensor, scale)
+    number = 1.0 if scaler is None else float(scaler.get_scale())
+    return torch.full((), number, dtype=torch.float32, device=trainer.strategy.root_device)
 
 
 def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
@@ -404,11 +454,13 @@ def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> T
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not shards_by_dtensor(trainer):
-        norm = get_total_norm(gradients)
-        clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-    norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    if shards_by_dtensor(trainer):
+        norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    else:
+        norm = get_total_norm([gradient_values(gradient) for gradient in gradients])
+        if all(gradient.layout is torch.strided for gradient in gradients):
+            clip_grads_with_norm_(parameters, max_norm, norm)
+            return norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
     for gradient in gradients:
         local_shard(gradient).mul_(factor.to(gradient.dtype))

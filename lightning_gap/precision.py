@@ -28,8 +28,8 @@ def widest(device: torch.device | str) -> torch.dtype:
 def full_precision(device: torch.device | str) -> Iterator[None]:
     """Take matrix products in full float32 on a GPU, whatever ``torch.set_float32_matmul_precision`` says.
 
-    TensorFloat-32, which Lightning advises, keeps ten bits of a factor: enough for a network, and too few for differences of
-    costs.
+    TensorFloat-32, which Lightning advises, keeps ten bits of a factor: enough for a network, and too few for
+    differences of costs.
 
     Args:
         device: Where the products are taken.

@@ -1,6 +1,7 @@
 """``lightning-gap dashboard``: the W&B workspace, built from code."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ def add(commands: Any) -> None:
         "It is saved to W&B, or written as the JSON that would be sent.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    dashboard.add_argument("--entity", required=True, help="the W&B user or team")
-    dashboard.add_argument("--project", required=True, help="the W&B project")
+    # Without the library that is the first thing to say, not which options it would need.
+    installed = find_spec("wandb_workspaces") is not None
+    dashboard.add_argument("--entity", required=installed, help="the W&B user or team")
+    dashboard.add_argument("--project", required=installed, help="the W&B project")
     dashboard.add_argument("--name", default="lightning_gap", help="what the view is called")
     dashboard.add_argument(
         "--part", choices=("large-batch", "monge"), action="append", default=argparse.SUPPRESS,
@@ -47,6 +50,8 @@ def add(commands: Any) -> None:
 def _dashboard(options: argparse.Namespace) -> None:
     from lightning_gap.dashboards.workspace import WorkspaceError, build_workspace, save_workspace, workspace_json
 
+    if find_spec("wandb_workspaces") is None:
+        raise CommandError("the dashboard needs wandb-workspaces: pip install 'lightning_gap[wandb]'")
     for option in ("entity", "project", "name", "train_metric", "val_metric"):
         if not getattr(options, option).strip():
             raise CommandError(f"--{option.replace('_', '-')} is empty: name one")

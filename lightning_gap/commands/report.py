@@ -1,6 +1,7 @@
 """``lightning-gap report``: runs compared on one HTML page."""
 
 import argparse
+import sys
 import webbrowser
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def _report(options: argparse.Namespace) -> None:
 
     if options.output.is_dir():
         raise CommandError(f"--output {options.output} is a folder: name a file, as {options.output / 'report.html'}")
+    left_out: list[str] = []
     try:
-        runs = read_runs(options.runs)
+        runs = read_runs(options.runs, left_out=left_out)
     except RunError as error:
         raise CommandError(str(error)) from None
-    page = render_html(compare(runs, title=getattr(options, "title", None)))
+    page = render_html(compare(runs, title=getattr(options, "title", None), left_out=left_out))
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(page, encoding="utf-8")
@@ -58,5 +60,7 @@ def _report(options: argparse.Namespace) -> None:
         raise CommandError(f"cannot write --output {options.output}: {error.strerror}; choose another file") from None
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{number}: open {options.output}")
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
     if options.open:
         webbrowser.open(options.output.resolve().as_uri())

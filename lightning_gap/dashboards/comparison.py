@@ -390,12 +390,13 @@ def _facts(runs: Sequence[Run], metrics: Sequence[str]) -> list[Fact]:
     return facts
 
 
-def compare(runs: Sequence[Run], *, title: str | None = None) -> Report:
+def compare(runs: Sequence[Run], *, title: str | None = None, left_out: Sequence[str] = ()) -> Report:
     """Return the report of some runs: results with the best marked, regimes, diffusion and maps, as far as logged.
 
     Args:
         runs: At least one run.
         title: Heading of the page; what is compared, by default.
+        left_out: Why runs are missing that were to be compared, for the foot of the page.
 
     Raises:
         ValueError: There is no run.
@@ -421,5 +422,5 @@ def compare(runs: Sequence[Run], *, title: str | None = None) -> Report:
         configuration={
             run.name: {"folder": str(run.path), **{key: run.config[key] for key in sorted(run.config)}} for run in runs
         },
-        footer=("Losing rows are shown as they came.",),
+        footer=("Losing rows are shown as they came.", *(f"Left out: {reason}." for reason in left_out)),
     )

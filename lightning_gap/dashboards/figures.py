@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gap.extras import library
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -49,8 +51,7 @@ class Curve:
 @contextmanager
 def style() -> Iterator[None]:
     """Draw with the report's type sizes and colours inside the ``with`` block, and nowhere else."""
-    import matplotlib as mpl
-
+    mpl = library("matplotlib", "a report", "plots")
     rc: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lightning_gap",
@@ -80,9 +81,7 @@ def style() -> Iterator[None]:
 
 def _new(size: tuple[float, float] = _SIZE) -> "tuple[Figure, Axes]":
     # A Figure of its own instead of pyplot: no global state, no window, no backend chosen for the user.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
+    figure = library("matplotlib.figure", "a report", "plots").Figure(figsize=size)
     figure.patch.set_alpha(0.0)
     axes = figure.subplots()
     axes.patch.set_alpha(0.0)

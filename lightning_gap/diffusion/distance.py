@@ -171,13 +171,13 @@ def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> 
             continue
         sums.append((0.0, 0.0))
         for w, a in zip(now.split(_ACCELERATOR_PIECE), start.split(_ACCELERATOR_PIECE), strict=True):
-            w, a = w.to(dtype), a.to(w.device, dtype)
+            w, a = w.to(dtype), a.to(w.device, non_blocking=True).to(dtype)
             norms = torch.stack([torch.linalg.vector_norm(w - a), torch.linalg.vector_norm(w)])
             waiting.setdefault(w.device, []).append((row, norms))
-    total = torch.tensor(sums, dtype=torch.float64).reshape(-1, 2)
+    total = torch.tensor(sums, dtype=torch.float64, device="cpu").reshape(-1, 2)
     for pieces in waiting.values():  # the only wait for the device
-        rows = torch.tensor([row for row, _ in pieces])
-        total.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).to("cpu", torch.float64).square())
+        rows = torch.tensor([row for row, _ in pieces], device="cpu")
+        total.index_add_(0, rows, torch.stack([norms for _, norms in pieces]).cpu().double().square())
     return total
 
 
@@ -219,7 +219,9 @@ def _flat(tensor: Tensor, layout: Tensor) -> Tensor:
 def _cpu_square_sums(now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[float, float]:
     """‖now − start‖² and ‖now‖² of vectors, by NumPy, whose calls cost less than torch's."""
     if dtype not in scratch:
-        scratch[dtype] = torch.empty(3, _CPU_PIECE, dtype=dtype)  # new memory for each piece would cost page faults
+        scratch[dtype] = torch.empty(
+            3, _CPU_PIECE, dtype=dtype, device="cpu"
+        )  # new memory for each piece would cost page faults
     difference = scratch[dtype][2].numpy()
     distance2 = norm2 = 0.0
     for first in range(0, len(now), _CPU_PIECE):

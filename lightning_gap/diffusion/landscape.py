@@ -142,7 +142,8 @@ def estimate_alpha(
     if any(isinstance(weight, DTensor) for weight in weights.values()):
         raise ValueError("module has sharded parameters (DTensor): probe a copy that is not sharded")
     generator = torch.Generator().manual_seed(seed)
-    distances, losses = radius * torch.rand(samples, generator=generator, dtype=torch.float64), []
+    distances = radius * torch.rand(samples, generator=generator, dtype=torch.float64, device="cpu")
+    losses = []
     with torch.no_grad(), _forked_generators(weights), _put_back(module, weights) as start:
         _set_modes(module, batch_norm)
         loss_at_start = _value(loss(module), 0.0)
@@ -199,7 +200,8 @@ def _step(
 ) -> None:
     """Put the weights at ``distance`` from the start, in a direction uniform on the sphere."""
     directions = {
-        name: torch.randn(weight.shape, generator=generator, dtype=torch.float32) for name, weight in weights.items()
+        name: torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+        for name, weight in weights.items()
     }
     length = math.sqrt(sum(float(direction.square().sum()) for direction in directions.values()))
     for name, direction in directions.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_gap.arguments import check_integer
 from lightning_gap.diffusion.bootstrap import Model, Vector, autocorrelation, bootstrap, effective_points
+from lightning_gap.precision import widest
 
 __all__ = [
     "DiffusionFit",
@@ -95,11 +96,11 @@ class DiffusionFit:
 
     def log_law(self, updates: Sequence[float] | Tensor) -> Tensor:
         """Return a + b·log t at these updates."""
-        return self.log_intercept + self.log_slope * torch.as_tensor(updates, dtype=torch.float64).log()
+        return self.log_intercept + self.log_slope * _wide(updates).log()
 
     def power_law(self, updates: Sequence[float] | Tensor) -> Tensor:
         """Return c·t^p at these updates."""
-        return self.power_coefficient * torch.as_tensor(updates, dtype=torch.float64) ** self.power_exponent
+        return self.power_coefficient * _wide(updates) ** self.power_exponent
 
 
 class Forecast(NamedTuple):
@@ -215,7 +216,7 @@ def forecast_updates(
         update = _log_time(fit.log_intercept * one, fit.log_slope * one, target)
     else:
         update = _power_time(fit.power_coefficient * one, fit.power_exponent * one, target)
-    last = float(torch.as_tensor(updates)[-1])
+    last = float(_vector("updates", updates)[-1])
     return Forecast(*(max(last, t) for t in (float(update[0]), low, high)))
 
 
@@ -334,8 +335,15 @@ def _fit(
     return fit, uncentred(log_replicates, exponential=False), uncentred(power_replicates, exponential=True)
 
 
+def _wide(values: Sequence[float] | Tensor) -> Tensor:
+    """Return numbers in the widest floating-point format of their device, which is the CPU for plain ones."""
+    if isinstance(values, Tensor):
+        return values.to(widest(values.device))
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
 def _vector(name: str, values: Sequence[float] | Tensor) -> Vector:
-    vector: Vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
+    vector: Vector = _wide(values.cpu() if isinstance(values, Tensor) else values).detach().numpy()
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one vector (n,), got shape {vector.shape}: flatten it, or fit each row")
     if not np.isfinite(vector).all():

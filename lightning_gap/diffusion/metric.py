@@ -1,7 +1,7 @@
 """Metrics for torchmetrics: the distance from the initial weights, and the laws fitted to a curve of distances."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,29 @@ from lightning_gap.diffusion.distance import (
 )
 from lightning_gap.diffusion.law import DiffusionFit, fit_diffusion
 from lightning_gap.diffusion.plot import plot_diffusion
+from lightning_gap.extras import library
+from lightning_gap.precision import widest
 
 __all__ = ["UltraSlowDiffusionFit", "WeightDistance"]
 
 
-class WeightDistance(Metric):
+class _WideMetric(Metric):
+    """A metric whose states are in the widest floating-point format of the device that they are on."""
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> nn.Module:
+        dtype = widest(fn(torch.zeros(1, device=self.device)).device)
+        if dtype != torch.float64:  # before they get there
+
+            def narrowed(state: Any) -> Any:
+                return state.to(dtype) if isinstance(state, Tensor) else [part.to(dtype) for part in state]
+
+            for name, default in self._defaults.items():
+                self._defaults[name] = narrowed(default)
+                setattr(self, name, narrowed(getattr(self, name)))
+        return super()._apply(fn, exclude_state)
+
+
+class WeightDistance(_WideMetric):
     r"""How far a module's weights are from where they were when the metric was made: ‖w_t − w_0‖₂.
 
     For training loops without :class:`lightning_gap.UltraSlowDiffusion`, which also knows shards. The anchor w_0 is in
@@ -73,7 +91,8 @@ class WeightDistance(Metric):
         self.relative, self._names = relative, list(weights)
         for row, weight in enumerate(weights.values()):
             self.register_buffer(f"anchor_{row}", weight.clone())
-        self.add_state("displacement", default=torch.tensor(math.nan, dtype=torch.float64), dist_reduce_fx="max")
+        start = torch.tensor(math.nan, dtype=widest(self.device), device=self.device)
+        self.add_state("displacement", default=start, dist_reduce_fx="max")
 
     def update(self, module: nn.Module) -> None:
         """Measure the module as it is now.
@@ -93,7 +112,7 @@ class WeightDistance(Metric):
         self.displacement = torch.full_like(self.displacement, value)
 
     def compute(self) -> Tensor:
-        """Return the distance at the last update, float64; NaN before the first."""
+        """Return the distance at the last update, float64 where the device has it; NaN before the first."""
         return self.displacement
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
@@ -105,11 +124,15 @@ class WeightDistance(Metric):
 
         Returns:
             The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed.
         """
+        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return self._plot(val, ax)
 
 
-class UltraSlowDiffusionFit(Metric):
+class UltraSlowDiffusionFit(_WideMetric):
     r"""The laws a + b·log t and c·t^p fitted to all distances it was given; see :func:`fit_diffusion`.
 
     Points may come in any order, one or many at a time, and from several processes; where one update is given more than
@@ -151,11 +174,11 @@ class UltraSlowDiffusionFit(Metric):
         Raises:
             ValueError: The shapes differ.
         """
-        t, d = (torch.atleast_1d(torch.as_tensor(v, dtype=torch.float64)) for v in (updates, distances))
+        t, d = (self._wide(values) for values in (updates, distances))
         if t.shape != d.shape or t.ndim != 1:
             raise ValueError(f"updates and distances must be two numbers or vectors, got {t.shape} and {d.shape}")
-        self.updates.append(t.detach().to(self.device))
-        self.distances.append(d.detach().to(self.device))
+        self.updates.append(t)
+        self.distances.append(d)
 
     def fit(self) -> DiffusionFit:
         """Return the fit of all points of this process, with everything :class:`DiffusionFit` holds.
@@ -173,7 +196,7 @@ class UltraSlowDiffusionFit(Metric):
             ValueError: As :meth:`fit`.
         """
         return {
-            name: torch.tensor(value, dtype=torch.float64, device=self.device)
+            name: torch.tensor(value, dtype=widest(self.device), device=self.device)
             for name, value in self.fit().numbers().items()
         }
 
@@ -186,9 +209,23 @@ class UltraSlowDiffusionFit(Metric):
 
         Returns:
             The figure and its axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed.
+            ValueError: As :meth:`fit`.
         """
         t, d = self._points()
         return plot_diffusion({"updates": t.tolist(), "distance": d.tolist()}, self.fit(), ax=ax)
+
+    def _wide(self, values: Any) -> Tensor:
+        dtype = widest(self.device)
+        if not isinstance(values, Tensor):
+            wide = torch.as_tensor(values, dtype=dtype, device=self.device)
+        elif dtype == torch.float64:  # it may come from a device without double, or go to one
+            wide = values.detach().to(self.device).to(dtype)
+        else:
+            wide = values.detach().to(dtype).to(self.device)
+        return wide.reshape(1) if wide.ndim == 0 else wide
 
     def _points(self) -> tuple[Tensor, Tensor]:
         if not self.updates:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lightning_gap.diffusion.law import DiffusionFit, constant_lr_segments
 from lightning_gap.diffusion.reference import ReferenceRun
+from lightning_gap.extras import library
 
 __all__ = ["plot_diffusion"]
 
@@ -62,7 +63,5 @@ def axes_or_new(ax: Any) -> Any:
         ModuleNotFoundError: New ones are needed, and Matplotlib is not installed.
     """
     if ax is None:
-        from matplotlib import pyplot
-
-        ax = pyplot.subplots()[1]
+        ax = library("matplotlib.pyplot", "plot()", "plots").subplots()[1]
     return ax

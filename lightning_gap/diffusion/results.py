@@ -9,6 +9,7 @@ from rich.table import Table
 from lightning_gap.diffusion.law import DiffusionFit
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun
+from lightning_gap.extras import library
 from lightning_gap.loggers import log_figure, log_table
 
 __all__ = ["publish", "summary"]
@@ -61,8 +62,8 @@ def publish(
 
 def _figure(trace: Mapping[str, Sequence[float]], fit: DiffusionFit | None, reference: ReferenceRun | None) -> Any:
     """Return a figure that no window shows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = library("matplotlib.figure", "a figure for the loggers", "plots").Figure(
+        figsize=(7, 4.5), layout="constrained"
+    )
     plot_diffusion(trace, fit, reference, ax=figure.add_subplot())
     return figure

@@ -15,12 +15,17 @@ from torch.distributed import ProcessGroup
 
 from lightning_gap.arguments import check_count
 from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
+from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.parallel import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
 
 RunningStats = Literal["sequential", "per_step"]
 Grouping = Literal["contiguous", "strided"]
+_RUNNING_STATS, _GROUPINGS = (
+    get_args(RunningStats),
+    get_args(Grouping),
+)  # here: compilers of older torch trace no get_args
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -52,8 +57,8 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
     """
     what = "the samples that share statistics, in the paper the small batch size, 128"
     check_count("ghost_batch_size", ghost_batch_size, what=what)
-    check_choice("running_stats", running_stats, get_args(RunningStats))
-    check_choice("grouping", grouping, get_args(Grouping))
+    check_choice("running_stats", running_stats, _RUNNING_STATS)
+    check_choice("grouping", grouping, _GROUPINGS)
 
 
 def ghost_slices(
@@ -161,8 +166,8 @@ def ghost_batch_norm(
             step. Needed by ``momentum=None``.
         process_group: Ranks whose samples, all together, are one ghost, for batches that are smaller than a ghost. The
             caller sees to it that they add up to ``ghost_batch_size``; a rank may have more of them than another, or
-            none. Each rank of the group must make the same calls, backward passes included; one collective each.
-            First derivatives only; ``torch.compile`` breaks its graph here.
+            none. Each rank of the group must make the same calls, backward passes included; one collective each, and
+            two to three under transforms and for second derivatives. ``torch.compile`` breaks its graph here.
 
     Returns:
         The normalized tensor, of the shape and dtype of ``x``.
@@ -246,16 +251,35 @@ def _update(
 ) -> None:
     """Average the statistics (ghosts, C) into the running ones."""
     ghosts = mean.shape[0]
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(ghosts if running_stats == "sequential" else 1)
+    new = ghosts if running_stats == "sequential" else 1
+    followed = looks_into_operations()
+    updates = num_batches_tracked
+    if updates is not None:
+        updates = updates + new if followed else updates.add_(new)
     if running_mean is None or running_var is None:
         return
-    weights, decay = _average_weights(ghosts, momentum, running_stats, num_batches_tracked, mean)
-    for running, stat in ((running_mean, mean), (running_var, var)):
-        if running.dtype == stat.dtype and isinstance(decay, float):
-            running.addmv_(stat.t(), weights, beta=decay)  # one call
-            continue
-        running.copy_(running.to(stat.dtype).mul(decay).addmv(stat.t(), weights))
+    weights, decay = _average_weights(ghosts, momentum, running_stats, updates, mean)
+    if not followed and running_mean.dtype == mean.dtype and isinstance(decay, float):
+        running_mean.addmv_(mean.t(), weights, beta=decay)  # one call each
+        running_var.addmv_(var.t(), weights, beta=decay)
+        return
+    means, variances = (
+        running.to(stat.dtype).mul(decay).addmv(stat.t(), weights)
+        for running, stat in ((running_mean, mean), (running_var, var))
+    )
+    try:
+        running_mean.copy_(means)
+        running_var.copy_(variances)
+        if followed and num_batches_tracked is not None:
+            num_batches_tracked.copy_(num_batches_tracked + new)
+    except RuntimeError as error:
+        if not followed:
+            raise
+        raise RuntimeError(
+            "ghost batch normalization updates its running statistics in place, which a transform of torch.func allows "
+            "only for buffers that it knows: pass them to torch.func.functional_call (for vmap one set for each "
+            "element, as torch.func.stack_module_state makes), or use track_running_stats=False, or eval()"
+        ) from error
 
 
 def _one_ghost(
@@ -268,7 +292,14 @@ def _one_ghost(
     eps: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """Normalize as ``torch.nn.BatchNorm`` does, bit for bit."""
+    """Normalize as ``torch.nn.BatchNorm`` does, bit for bit but where that would wait, or transforms look in."""
+    waits = momentum is None and num_batches_tracked is not None and num_batches_tracked.device.type != "cpu"
+    if running_mean is not None and x.numel() and (waits or looks_into_operations()):
+        if x.shape[0] * prod(x.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        y, mean, var = normalize(x, weight, bias, eps, [Run(0, x.shape[0], 1)])
+        _update(running_mean, running_var, mean, var, momentum, "sequential", num_batches_tracked)
+        return y
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:

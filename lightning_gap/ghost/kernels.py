@@ -9,18 +9,19 @@ kernels, which all write into one output and give the same numbers:
 * ``as channels``: strided ghosts of a dense batch are the channels of a view, which is one ghost to native kernels.
 
 ``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining
-formula, which compilers fuse; so do ``torch.export`` and other devices. Ghosts that span ranks are kernels of their
+formula, which compilers fuse; so do ``torch.export``, other devices,
+transforms of ``torch.func`` and forward-mode differentiation. Ghosts that span ranks are kernels of their
 own, with one collective forward and one backward.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.parallel import RankGroup
 
 __all__ = ["Run", "normalize", "normalize_over_ranks"]
@@ -63,7 +64,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         The output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
     opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
-    if x.device.type not in ("cpu", "cuda") or (torch.compiler.is_compiling() and not opaque):
+    traced = torch.compiler.is_compiling() and not opaque
+    if x.device.type not in ("cpu", "cuda") or traced or looks_into_operations():
         return _formula(x, weight, bias, eps, runs)
     first, positions = runs[0], math.prod(x.shape[2:])
     large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= _LARGE_GHOST
@@ -105,6 +107,8 @@ def normalize_over_ranks(
     Returns:
         This rank's output, and the ghost's mean and unbiased variance, (1, C), detached.
     """
+    if looks_into_operations():
+        return _formula_over_ranks(x, weight, bias, eps, ranks)
     weight, bias = _in_statistics_dtype(x, weight, bias)
     y, mean, var, *_ = _RankGhostNorm.apply(_dense(x), weight, bias, eps, ranks)  # type: ignore[no-untyped-call]
     return y, mean, var
@@ -135,6 +139,30 @@ def _formula_of_run(
     values = ghosts.shape[samples] * math.prod(ghosts.shape[3:])
     mean, var = (t.reshape(ghosts.shape[1 - samples], ghosts.shape[2]) for t in (mean, var * (values / (values - 1))))
     return y.flatten(0, 1).to(ghosts.dtype), mean, var
+
+
+def _formula_over_ranks(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: RankGroup
+) -> Normalized:
+    over, per_channel = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
+    wide = x.to(_statistics_dtype(x))
+    values = math.prod(x.shape[i] for i in over)
+    count = ranks.sum(torch.full((), values, dtype=wide.dtype, device=wide.device))
+    _refuse_one_value(count, ranks)
+    mean = ranks.differentiable_sum(wide.sum(over)) / count
+    centred = wide - mean.view(per_channel)
+    var = ranks.differentiable_sum(centred.square().sum(over)) / count
+    y = centred * torch.rsqrt(var + eps).view(per_channel)
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    return y.to(x.dtype), mean.detach()[None], (var.detach() * (count / (count - 1)))[None]
+
+
+def _refuse_one_value(count: Tensor, ranks: RankGroup) -> None:
+    if count.device.type == "cpu" and count <= 1:  # a GPU is not waited for
+        raise ValueError(f"Expected more than 1 value per channel in a ghost over {ranks.size} ranks when training")
 
 
 # --- Layouts -------------------------------------------------------------------------------------------------------
@@ -270,9 +298,10 @@ def _native_transform(
     x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> None:
     """Write γ (x − μ) / √(σ² + ε) + β, as in evaluation."""
-    none = mean.new_empty(0)
+    # Two buffers: the CUDA kernel writes the mean and 1/σ there and normalizes with what it finds; a CPU's leaves them.
+    save_mean, save_invstd = mean.new_empty(2, len(mean)).unbind()
     torch.ops.aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=none, save_invstd=none
+        x, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=save_mean, save_invstd=save_invstd
     )
 
 
@@ -408,12 +437,16 @@ def _backward_side_by_side(
     parts, grads = blocks.samples(x), blocks.samples(grad_y)
     buffer = torch.empty_like(parts[0], dtype=scale.dtype)
     statistics = map(blocks.statistics, (tables.mean, products, totals))
+    alike = x.dtype == grad_y.dtype == scale.dtype  # older torch's loss kernel takes no other
     for part, grad, mean, product, total in zip(parts, grads, *statistics, strict=True):
         scratch = buffer[:, : part.shape[1]]
-        torch.ops.aten.mse_loss_backward.grad_input(grad, part, blocks.spread(mean), _EACH, grad_input=scratch)
-        blocks.sum(scratch, product)  # of 2 (x − μ)·dy, in one pass
+        if alike:
+            torch.ops.aten.mse_loss_backward.grad_input(grad, part, blocks.spread(mean), _EACH, grad_input=scratch)
+        else:
+            torch.sub(part, blocks.spread(mean), out=scratch).mul_(grad)
+        blocks.sum(scratch, product)  # of (x − μ)·dy, or twice that, in one pass
         blocks.sum(grad, total)
-    products.mul_(tables.invstd / 2)
+    products.mul_(tables.invstd / 2 if alike else tables.invstd)
     if out is not None:
         slope *= products
         shift = torch.addcmul(shift.mul_(totals), slope, tables.mean, value=-1)
@@ -503,8 +536,11 @@ class _GhostNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *tables = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_differentiable_backward(ctx, x, weight, bias, grad_y), None, None
+        if torch.is_grad_enabled() or looks_into_operations(grad_y):
+            gradients = _gradients_of_formula(
+                lambda: _formula(x, weight, bias, ctx.eps, ctx.runs)[0], ctx, (x, weight, bias), grad_y
+            )
+            return *gradients, None, None
         grad_x, total = _gradients(x, grad_y, weight, _Tables(*tables), ctx.runs, ctx.needs_input_grad[0])
         return grad_x, *_where_wanted(ctx, total), None, None
 
@@ -530,13 +566,16 @@ def _gradients(
     return own, total
 
 
-def _differentiable_backward(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad_y: Tensor
+def _gradients_of_formula(
+    formula: Callable[[], Tensor], ctx: Any, inputs: tuple[Tensor | None, ...], grad_y: Tensor
 ) -> list[Tensor | None]:
-    y, *_ = _formula(x, weight, bias, ctx.eps, ctx.runs)
-    wanted = ctx.needs_input_grad[:3]
-    inputs = [t for t, yes in zip((x, weight, bias), wanted, strict=True) if t is not None and yes]
-    gradients = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
+    """Return the gradients of the inputs that need one, differentiable again where autograd asks for that."""
+    wanted = ctx.needs_input_grad[: len(inputs)]
+    leaves = [t for t, yes in zip(inputs, wanted, strict=True) if t is not None and yes]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = formula()
+    gradients = iter(torch.autograd.grad(y, leaves, grad_y, create_graph=again))
     return [next(gradients) if yes else None for yes in wanted]
 
 
@@ -546,12 +585,16 @@ def _where_wanted(ctx: Any, gradients: Tensor) -> list[Tensor | None]:
 
 
 # The same as one operator for torch.compile: its own CPU code for the statistics of images takes longer. A run is four
-# numbers here.
+# numbers here. Schemas are written out: what annotations they can be inferred from differs among torch's versions.
 
 
-@torch.library.custom_op("lightning_gap::ghost_norm", mutates_args=())
+@torch.library.custom_op(
+    "lightning_gap::ghost_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt[] runs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _ghost_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, mean, var, invstd = _GhostNorm.forward(x, weight, bias, eps, _decoded(runs))
     return y, mean, var, invstd
@@ -559,15 +602,20 @@ def _ghost_norm(
 
 @_ghost_norm.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: Sequence[int]
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, runs: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var, invstd = (x.new_empty(sum(runs[2::4]), x.shape[1], dtype=_statistics_dtype(x)) for _ in range(3))
     return torch.empty_like(x), mean, var, invstd
 
 
-@torch.library.custom_op("lightning_gap::ghost_norm_backward", mutates_args=())
+@torch.library.custom_op(
+    "lightning_gap::ghost_norm_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad_y, Tensor? weight, Tensor mean, Tensor invstd, SymInt[] runs, bool wanted)"
+    " -> (Tensor, Tensor)",
+)
 def _ghost_norm_backward(
-    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: list[int], wanted: bool
 ) -> tuple[Tensor, Tensor]:
     grad_x, total = _gradients(x, grad_y, weight, _Tables(mean, mean, invstd), _decoded(runs), wanted)
     return x.new_empty(0) if grad_x is None else grad_x, total
@@ -575,12 +623,12 @@ def _ghost_norm_backward(
 
 @_ghost_norm_backward.register_fake
 def _(
-    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: Sequence[int], wanted: bool
+    x: Tensor, grad_y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, runs: list[int], wanted: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x) if wanted else x.new_empty(0), mean.new_empty(2, x.shape[1])
 
 
-def _decoded(runs: Sequence[int]) -> list[Run]:
+def _decoded(runs: list[int]) -> list[Run]:
     return [Run(runs[i], runs[i + 1], runs[i + 2], bool(runs[i + 3])) for i in range(0, len(runs), 4)]
 
 
@@ -601,7 +649,10 @@ _ghost_norm.register_autograd(_backward, setup_context=_remember)
 
 
 class _RankGhostNorm(torch.autograd.Function):
-    """One ghost over several ranks: its moments are gathered forward, its two sums of gradients are added backward."""
+    """One ghost over several ranks: its moments are gathered forward, its two sums of gradients are added backward.
+
+    A second derivative goes through the formula.
+    """
 
     @staticmethod
     def forward(
@@ -613,14 +664,13 @@ class _RankGhostNorm(torch.autograd.Function):
         mean, var = flat.new_zeros(2, channels, dtype=_statistics_dtype(x))
         if values:
             mean, var = (t.to(mean.dtype) for t in _moments(flat))
-        own = torch.cat((mean, var * values, mean.new_tensor([values])))
+        own = torch.cat((mean, var * values, mean.new_full((1,), values)))
         every = ranks.gather(own)
         counts, means, squares = every[:, -1:], every[:, :channels], every[:, channels:-1]
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         squares = (squares + counts * (means - mean) ** 2).sum(0)  # Welford's, for parts of any size
-        if count.device.type == "cpu" and count <= 1:  # a GPU is not waited for
-            raise ValueError(f"Expected more than 1 value per channel in a ghost over {ranks.size} ranks when training")
+        _refuse_one_value(count, ranks)
         var, unbiased = squares / count, squares / (count - 1)
         if values:
             flat_y = _flat(y, inside)
@@ -629,15 +679,19 @@ class _RankGhostNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, _, ctx.ranks = inputs
+        x, weight, bias, ctx.eps, ctx.ranks = inputs
         _, mean, _, invstd, count = output
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, mean, invstd, count)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, count)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count = ctx.saved_tensors
+        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+        if torch.is_grad_enabled() or looks_into_operations(grad_y):
+            gradients = _gradients_of_formula(
+                lambda: _formula_over_ranks(x, weight, bias, ctx.eps, ctx.ranks)[0], ctx, (x, weight, bias), grad_y
+            )
+            return *gradients, None, None
         inside, mean = _channels_inside(x), mean[0]
         flat = _flat(x, inside)
         flat_grad = _flat(_like(grad_y, inside), inside)

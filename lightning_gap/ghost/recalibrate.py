@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.parallel import sum_over_ranks, unwrapped
+from lightning_gap.precision import widest
 
 __all__ = ["recalibrate_batchnorm"]
 
@@ -111,7 +112,7 @@ def _average_over_ranks(layers: list[_BatchNorm]) -> None:
         assert var is not None
         assert updates is not None
         total = sum_over_ranks(updates)
-        share = (updates.double() / total.clamp(min=1)).to(mean.dtype)  # int by int would be float32
+        share = (updates.to(widest(mean.device)) / total.clamp(min=1)).to(mean.dtype)  # int by int would be float32
         updates.copy_(total)
         for running in (mean, var):
             running.copy_(sum_over_ranks(running * share))

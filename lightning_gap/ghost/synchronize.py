@@ -1,14 +1,34 @@
 """Running statistics of several ranks that train one model, joined as if one process had seen every ghost."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.parallel import RankGroup
+from lightning_gap.precision import widest
 
 __all__ = ["RunningStatisticsSync"]
+
+
+class _Layout(NamedTuple):
+    """What is known of the layers beside their statistics, on their device.
+
+    Attributes:
+        layer_of: Of each statistic, the number of its layer.
+        momenta: Of each layer, 1 - η, and 1 where there is none.
+        cumulative: Of each layer, whether it has no momentum.
+        per_step: Of each layer, whether a batch is one update.
+        representatives: The ranks whose ghosts count.
+    """
+
+    layer_of: Tensor
+    momenta: Tensor
+    cumulative: Tensor
+    per_step: Tensor
+    representatives: Tensor
 
 
 class RunningStatisticsSync:
@@ -48,6 +68,7 @@ class RunningStatisticsSync:
         self.ranks, self.representatives = ranks, list(representatives)
         self._before: Tensor | None = None
         self._updates_before: Tensor | None = None
+        self._known: tuple[tuple[torch.device, list[float | None]], _Layout] | None = None
 
     def remember(self) -> None:
         """Keep the statistics as they are now."""
@@ -61,37 +82,48 @@ class RunningStatisticsSync:
         old, counted = self._before, self._updates_before
         self._before = self._updates_before = None
         now, updates = self._read()
-        every = self.ranks.gather(torch.cat((now, updates - counted)))[self.representatives]
+        layout = self._layout(now)
+        every = self.ranks.gather(torch.cat((now, (updates - counted).to(now.dtype))))
+        every = every.index_select(0, layout.representatives)
         stats, steps = every[:, : len(now)], every[:, len(now) :]
-        sizes = torch.tensor([2 * layer.num_features for layer in self.layers], device=now.device)
 
         def spread(per_layer: Tensor) -> Tensor:
-            return per_layer.repeat_interleave(sizes)
+            return per_layer.index_select(0, layout.layer_of)
 
-        joined, total = old, counted
+        joined, start = old, counted.to(now.dtype)
+        total = start
         for new, step in zip(stats, steps, strict=True):
-            keep, keep_total = self._keep(counted, step), self._keep(total, step)
+            keep, keep_total = _keep(layout, start, step), _keep(layout, total, step)
             # c in units of one update, for cumulative averages weigh it by their length
             share = torch.where(keep < 1, (1 - keep_total) / (1 - keep).clamp(min=1e-30), torch.zeros_like(keep))
             change = new - spread(keep) * old
             joined = spread(keep_total) * joined + spread(share) * change
             total = total + step
-        per_step = torch.tensor([layer.running_stats == "per_step" for layer in self.layers], device=now.device)
-        joined = torch.where(spread(per_step), stats.mean(0), joined)
-        total = torch.where(per_step, counted + steps.amax(0), total)
-        self._write(joined, total)
+        joined = torch.where(spread(layout.per_step), stats.mean(0), joined)
+        made = torch.where(layout.per_step, steps.amax(0), steps.sum(0))
+        self._write(joined, counted + made.to(counted.dtype))
 
-    def _keep(self, counted: Tensor, steps: Tensor) -> Tensor:
-        """Return the weight that each layer's old statistics keep through so many updates."""
+    def _layout(self, statistics: Tensor) -> _Layout:
+        """Return the layers' layout; copied to their device once, until a momentum is changed."""
         momenta = [layer.momentum for layer in self.layers]
-        fixed = steps.new_tensor([1.0 if momentum is None else 1 - momentum for momentum in momenta])
-        cumulative = torch.tensor([momentum is None for momentum in momenta], device=steps.device)
-        return torch.where(cumulative, counted / (counted + steps).clamp(min=1), fixed**steps)
+        key = statistics.device, momenta
+        if self._known is None or self._known[0] != key:
+            sizes = [2 * layer.num_features for layer in self.layers]
+            layout = (
+                torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu")),
+                torch.tensor([1.0 if m is None else 1 - m for m in momenta], dtype=statistics.dtype, device="cpu"),
+                torch.tensor([momentum is None for momentum in momenta], device="cpu"),
+                torch.tensor([layer.running_stats == "per_step" for layer in self.layers], device="cpu"),
+                torch.tensor(self.representatives, device="cpu"),
+            )
+            self._known = key, _Layout(*(t.to(statistics.device) for t in layout))
+        return self._known[1]
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        buffers = [buffer.double() for layer in self.layers for buffer in _running(layer)]
-        updates = [_updates(layer).double() for layer in self.layers]
-        return torch.cat(buffers), torch.stack(updates)
+        """Return the statistics of all layers in one row, and the numbers of their updates."""
+        wide = widest(_updates(self.layers[0]).device)
+        buffers = [buffer.to(wide) for layer in self.layers for buffer in _running(layer)]
+        return torch.cat(buffers), torch.stack([_updates(layer) for layer in self.layers])
 
     def _write(self, statistics: Tensor, updates: Tensor) -> None:
         sizes = [len(buffer) for layer in self.layers for buffer in _running(layer)]
@@ -101,6 +133,11 @@ class RunningStatisticsSync:
                 for buffer in _running(layer):
                     buffer.copy_(next(parts))
                 _updates(layer).copy_(count)
+
+
+def _keep(layout: _Layout, counted: Tensor, steps: Tensor) -> Tensor:
+    """Return the weight that each layer's old statistics keep through so many updates."""
+    return torch.where(layout.cumulative, counted / (counted + steps).clamp(min=1), layout.momenta**steps)
 
 
 def _running(layer: GhostNorm) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gap.arguments import check_count
+from lightning_gap.monge.costs import SqEuclidean
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.maps import TransportMap
 from lightning_gap.monge.samples import check_epsilon, check_pair
@@ -123,12 +124,17 @@ class BrenierMap(TransportMap):
         for prefix in ("", "image_"):
             self.register_buffer(f"{prefix}center", torch.zeros(dim))
             self.register_buffer(f"{prefix}scale", torch.ones(()))
-        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
 
     @property
     def hparams(self) -> dict[str, Any]:
         """Plain arguments that make the map again."""
         return {name: value for name, value in (super().hparams or {}).items() if name != "activation"}
+
+    @property
+    def made_for(self) -> SqEuclidean:
+        """The squared Euclidean cost."""
+        return SqEuclidean()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
@@ -181,7 +187,7 @@ class BrenierMap(TransportMap):
             x, y = (_some(samples, self.plan_samples) for samples in (source, target))
             plan = optimal_transport(x, y, relative_epsilon=self.plan_epsilon, tolerance=_PLAN_TOLERANCE)
             self._fit(x.to(dtype), plan.barycentric_projection().to(dtype), self.plan_steps, _PLAN_LR)
-        self.started.fill_(True)
+        self.started.fill_(1)
 
     @torch.no_grad()
     def _set_units(self, source: Tensor, target: Tensor) -> None:

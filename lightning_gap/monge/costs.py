@@ -12,7 +12,7 @@ import ast
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_gap.compiling import eager
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -696,7 +697,8 @@ class Euclidean(TranslationInvariantCost):
 
 def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
     """Return ``Σ_j P_ij (x_i - y_j) / C_ij``, the differences over the distances; 0 where these are 0."""
-    return torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    pulls: Tensor = torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    return pulls
 
 
 def _number(name: str, value: object, minimum: str, valid: Callable[[float], bool]) -> float:
@@ -896,7 +898,7 @@ class Cosine(Cost):
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse zero vectors."""
-        zero = vector_norm(points.detach(), dim=-1) == 0
+        zero = ~(points.detach() != 0).any(-1)
         if bool(zero.any()):
             raise ValueError(
                 f"{name} has {int(zero.sum())} zero vectors (first at row {_first(zero)}), "
@@ -1024,6 +1026,7 @@ def resolve(cost: "str | Cost | Callable[[Tensor, Tensor], Tensor]") -> Cost:
     raise TypeError(f"cost must be a name, a Cost or a function of two tensors, got {cost!r}")
 
 
+@eager
 @cache
 def _parse(text: str) -> Cost:
     name, _, arguments = text.strip().partition("(")

@@ -25,7 +25,7 @@ from lightning_gap.monge.batches import (
     training_loader,
 )
 from lightning_gap.monge.features import feature_places
-from lightning_gap.monge.populations import FiniteSamples, SampledSamples, StreamedSamples, Turn
+from lightning_gap.monge.populations import FiniteSamples, Part, Population, SampledSamples, StreamedSamples, Turn
 from lightning_gap.monge.preparation import Endless, Request, prepare
 from lightning_gap.monge.rearrangement import with_features
 from lightning_gap.monge.representation import AffineRepresentation
@@ -372,6 +372,29 @@ class SamplesDataModule(LightningDataModule):
             order = torch.randperm(len(samples), generator=generator(self.seed, _START, i), device="cpu")[:most]
             sides.append(samples[order.to(samples.device)])
         return sides[0], sides[1]
+
+    @property
+    def endless(self) -> bool:
+        """Whether a side is drawn anew for each batch: a sampler or a stream."""
+        return not all(isinstance(x, FiniteSamples) for pair in self._prepared.train for x in pair)
+
+    @property
+    def trained_vectors(self) -> Tensor | None:
+        """``(K, p)`` vectors of the conditions that are trained on; ``None`` where conditions are labels."""
+        return None if self.condition_vectors is None else self._conditions(self._prepared.codes)
+
+    def training_pairs(self) -> list[tuple[Part, Part]]:
+        """Return the encoded training samples of source and target, with weights, of each condition in turn.
+
+        A sampler or stream gives as many as an evaluation takes.
+        """
+
+        def part(population: Population, side: int) -> Part:
+            if isinstance(population, FiniteSamples):
+                return Part(population.samples, population.weights)
+            return population.draw(Turn((self.seed, _START, side), 0, 0, 1, self.eval_batch_size, slice(None)))
+
+        return [(part(source, 0), part(target, 1)) for source, target in self._prepared.train]
 
     def train_dataloader(self) -> DataLoader[UnpairedBatch]:
         """Return the loader of random unpaired batches."""

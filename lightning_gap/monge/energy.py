@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import Euclidean
 from lightning_gap.monge.kernels import row_blocks
 from lightning_gap.monge.samples import check_pair, check_weights
@@ -49,6 +50,7 @@ def energy_distance(x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tenso
     return (between - _mean_distance(x, x, a, a) - _mean_distance(y, y, b, b)).to(dtype)
 
 
+@eager
 def _mean_distance(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     total = x.new_zeros(())
     for rows in row_blocks(x, len(y)):

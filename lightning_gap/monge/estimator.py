@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.decisions import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.features import columns_like
 from lightning_gap.monge.gap import sinkhorn_divergence
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.sinkhorn import CostLike, share_of_mean_cost
+from lightning_gap.monge.sinkhorn import CostLike
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
@@ -66,9 +67,10 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         max_steps: Updates.
         batch_size: Samples of each set in a batch, or all of the smaller set where it has fewer.
         learning_rate: Adam's, at the start.
-        fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the mean cost within
-            the target.
-        gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the mean cost between the sets.
+        fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the typical cost
+            within the target.
+        gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the typical cost between the
+            sets.
         standardize: Whether the map is learned between features divided by their standard deviations in both samples
             together: costs and epsilons are then those of standardized features. Choose ``False`` for features in
             common units, and for points of the sphere.
@@ -218,7 +220,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Return minus the Sinkhorn divergence between images and target, in the features' own units.
 
-        Its epsilon is 5 % of the mean cost within ``y``, whatever the estimator's parameters, so that these compare.
+        Its epsilon is 5 % of the mean cost within ``y``, outliers aside, whatever the estimator's parameters, so that
+        these compare.
 
         Args:
             X: ``(n, d)`` samples of the source.
@@ -231,7 +234,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         images = torch.from_numpy(np.array(self.transform(X), dtype=np.float64))
         target = torch.from_numpy(np.array(self._target(y, X), dtype=np.float64))
         cost = resolve(self.fitting_cost)
-        epsilon = share_of_mean_cost(0.05, target, target, cost)
+        within = few_of([(Weighted(target), Weighted(target))], lambda few: few)
+        epsilon = share_of_typical_cost(0.05, cost, within)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
     def _target(self, y: Any, X: Any) -> NDArray[Any]:

@@ -40,7 +40,9 @@ def exact_plan(
     costs = C.detach().to("cpu", torch.float64).numpy()
     n, m = costs.shape
     if np.isnan(costs).any() or np.isneginf(costs).any():
-        raise ValueError("the cost is NaN or minus infinity for some pairs: only plus infinity, which forbids one, is known")
+        raise ValueError(
+            "the cost is NaN or minus infinity for some pairs: only plus infinity, which forbids one, is known"
+        )
     duals = None
     if not with_duals and n == m and _is_uniform(a) and _is_uniform(b):
         try:

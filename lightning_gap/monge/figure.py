@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.extras import library
 from lightning_gap.loggers import log_figure, takes_figures
 from lightning_gap.monge.files import read_matrix
 from lightning_gap.monge.plot import Space, Theme, plot_map
@@ -104,10 +105,7 @@ class MapFigure(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        try:
-            import matplotlib  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("MapFigure needs matplotlib: pip install 'lightning_gap[plots]'") from error
+        library("matplotlib", "MapFigure", "plots")
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,6 +7,7 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from lightning_gap.monge.fixed_point_device import (
     LONGEST_JUMP,
     MEMORY,
     PLAIN_SWEEPS,
+    STUCK,
     Solution,
     iterate_on_device,
     regularization,
@@ -34,17 +36,16 @@ from lightning_gap.monge.kernels import (
     soft_minimum,
 )
 
-__all__ = ["Solution", "coarse_start", "iterate"]
+__all__ = ["Solution", "coarse_start", "dense_pairs", "iterate", "iterate_to_end"]
 
 # Problems of up to this many points anneal epsilon; larger ones start from every fourth of their points.
 _COARSEST = 256
 _STRIDE = 4
 # Where no cost is more than this many epsilons, zero potentials are a good start.
 _FLAT = 60.0
-# Marginal error at which a stage of the annealing ends, its sweeps, and those where clusters are far apart.
-_ROUGH, _FEW_SWEEPS, _MANY_SWEEPS = 0.1, 8, 64
-# By how many powers of 4 the first epsilon may be raised.
-_MORE_STAGES = 6
+# Sweeps after which a marginal error that is still large will not become small, how often to leap then, and the sweeps
+# of a leap's line search.
+_PATIENCE, _LEAPS, _LEAP_SWEEPS = 128, 8, 24
 
 
 class _Anderson:
@@ -104,7 +105,55 @@ class _Anderson:
         return image - jump if near.all() else image - jump * near[:, None]
 
 
-def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int) -> Solution:
+def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: float, max_iterations: int) -> Solution:
+    """Sweep as :func:`iterate` does, and leap where that hardly moves.
+
+    Args:
+        kernel: The problems.
+        start: ``(B, n)`` and ``(B, m)`` potentials of rows and columns to start from, in units of epsilon.
+        tolerance: See :func:`iterate`.
+        max_iterations: See :func:`iterate`.
+
+    Returns:
+        See :func:`iterate`.
+
+    Raises:
+        FloatingPointError: See :func:`iterate`.
+    """
+    swept, G = 0, kernel.begin(*start)
+    for _ in range(_LEAPS):
+        patience = None if kernel.symmetric else _PATIENCE
+        found = iterate(kernel, G, tolerance=tolerance, max_iterations=max_iterations - swept, patience=patience)
+        swept += max(found.iterations)
+        found = replace(found, iterations=[swept - max(found.iterations) + sweeps for sweeps in found.iterations])
+        if all(found.converged) or swept >= max_iterations or max(found.marginal_errors) <= STUCK:
+            break
+        G = _leap(kernel, as_vector(found.G))
+    return found
+
+
+def _leap(kernel: Kernel, G: Vector) -> Vector:
+    """Return potentials far along the last residuals, as far as the dual value rises.
+
+    Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises
+    potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
+    """
+    numerics, (step, _) = kernel.numerics, kernel.sweep(G)
+    step = step * 1.0
+    near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
+    for _ in range(_LEAP_SWEEPS):
+        middle = numerics.where(widening, far, (near + far) / 2)
+        residual, _ = kernel.sweep(kernel.center(G + middle * step))
+        rising = (kernel.b_vector * -numerics.expm1(-residual) * step).sum(1)[:, None] > 0
+        near = numerics.where(rising, middle, near)
+        far = numerics.where(rising & widening, 4 * middle, numerics.where(rising, far, middle))
+        widening = widening & rising
+    return kernel.center(G + near * step)
+
+
+def iterate(
+    kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int, patience: int | None = None
+) -> Solution:
     """Sweep until the marginal error of each problem is small enough.
 
     Args:
@@ -112,6 +161,7 @@ def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int)
         G: ``(B, m)`` potentials of the columns to start from, in units of epsilon.
         tolerance: L1 marginal error at which to stop.
         max_iterations: Most sweeps.
+        patience: Sweeps after which to give up where an error is still large.
 
     Returns:
         The last swept potentials; the kernel's plans are theirs.
@@ -120,12 +170,12 @@ def iterate(kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int)
         FloatingPointError: The costs are too large for epsilon in this floating-point format.
     """
     if isinstance(G, Tensor):
-        return iterate_on_device(kernel, G, tolerance, max_iterations)
+        return iterate_on_device(kernel, G, tolerance, max_iterations, patience)
     with np.errstate(all="ignore"):
-        return _iterate(kernel, G, tolerance, max_iterations)
+        return _iterate(kernel, G, tolerance, max_iterations, patience)
 
 
-def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -> Solution:
+def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int, patience: int | None) -> Solution:
     count = len(G)
     anderson = _Anderson(kernel)
     root = np.sqrt(kernel.b_vector)
@@ -138,7 +188,8 @@ def _iterate(kernel: Kernel, G: Vector, tolerance: float, max_iterations: int) -
         for i, error in enumerate(errors):
             if error <= tolerance and not solved_after[i]:
                 solved_after[i] = iterations
-        if all(solved_after) or (iterations >= max_iterations and all(map(math.isfinite, errors))):
+        ended = iterations >= max_iterations or (iterations == patience and max(errors) > STUCK)
+        if all(solved_after) or (ended and all(map(math.isfinite, errors))):
             return Solution(
                 as_tensor(kernel.row_potentials),
                 as_tensor(G),
@@ -248,27 +299,20 @@ def _anneal(kernel: DenseKernel) -> tuple[Tensor, Tensor]:
             raise too_large(kernel, i)
         while epsilon * 4**stages < mean / 32:
             stages += 1
-    # Clusters far apart whose masses differ need a larger first epsilon: their potentials rise by less than one epsilon
-    # a sweep.
-    for first in range(stages, stages + _MORE_STAGES + 1):
-        stage = _stage(kernel, first)
-        start = as_vector(torch.zeros_like(kernel.b))
-        for i in range(len(start)):
-            start[i] = stage.restart(i, as_tensor(start[i]))
-        found = iterate(stage, start, tolerance=_ROUGH, max_iterations=_FEW_SWEEPS)
-        if all(found.converged):
-            break
-    sweeps = _FEW_SWEEPS if first == stages else _MANY_SWEEPS
-    for k in range(first - 1, 0, -1):
-        stage = _stage(kernel, k)
+    F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
+    for k in range(stages, 0, -1):
+        warm = [epsilon * 4**k for epsilon in kernel.epsilons]
+        stage = DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rhos, kernel.largest)
+        if k == stages:
+            start = as_vector(G)
+            for i in range(len(G)):
+                start[i] = stage.restart(i, G[i])
+        else:
+            start = stage.begin(F, G)
+        found = iterate(stage, start, tolerance=0.1, max_iterations=8)
         # Potentials scale with 1/ε in units of ε.
-        found = iterate(stage, stage.begin(4 * found.F, 4 * found.G), tolerance=_ROUGH, max_iterations=sweeps)
-    return 4 * found.F, 4 * found.G
-
-
-def _stage(kernel: DenseKernel, k: int) -> DenseKernel:
-    warm = [epsilon * 4**k for epsilon in kernel.epsilons]
-    return DenseKernel(kernel.C, kernel.K, kernel.a, kernel.b, warm, kernel.rhos, kernel.largest)
+        F, G = 4 * found.F, 4 * found.G
+    return F, G
 
 
 def dense_pairs(like: Tensor) -> int:

@@ -1,8 +1,8 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
-It takes the same steps as :mod:`lightning_gap.monge.fixed_point` and decides on the device what that decides in Python. The
-marginal errors are fetched after eight sweeps and then at most after every eighth, so that some sweeps more than needed are
-made, and nearly none is waited for.
+It takes the same steps as :mod:`lightning_gap.monge.fixed_point` and decides on the device what that decides in Python.
+The marginal errors are fetched after eight sweeps and then at most after every eighth, so that some sweeps more than
+needed are made, and nearly none is waited for.
 """
 
 import math
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from lightning_gap.monge.kernels import Kernel, as_tensor
 
-__all__ = ["LONGEST_JUMP", "MEMORY", "PLAIN_SWEEPS", "Solution", "iterate_on_device", "regularization", "too_large"]
+__all__ = [
+    "LONGEST_JUMP",
+    "MEMORY",
+    "PLAIN_SWEEPS",
+    "STUCK",
+    "Solution",
+    "iterate_on_device",
+    "regularization",
+    "too_large",
+]
 
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 MEMORY = 15
@@ -21,6 +30,8 @@ MEMORY = 15
 PLAIN_SWEEPS = 8
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
 LONGEST_JUMP = 20.0
+# A marginal error above it is still large.
+STUCK = 1e-3
 # Sweeps to the first question, and the fewest between two.
 _UNASKED = 8
 # Sweeps after which kernels are formed anew unasked, and the drift from which they are when it is known.
@@ -106,7 +117,9 @@ class _Anderson:
         return image - torch.where(jump.abs().amax(1, keepdim=True) < LONGEST_JUMP, jump, 0)
 
 
-def iterate_on_device(kernel: Kernel, G: Tensor, tolerance: float, max_iterations: int) -> Solution:
+def iterate_on_device(
+    kernel: Kernel, G: Tensor, tolerance: float, max_iterations: int, patience: int | None = None
+) -> Solution:
     """Sweep until the marginal error of each problem is small enough; see :func:`fixed_point.iterate`."""
     anderson = _Anderson(kernel)
     root = kernel.b.sqrt()
@@ -128,7 +141,10 @@ def iterate_on_device(kernel: Kernel, G: Tensor, tolerance: float, max_iteration
             question = iterations + max(_UNASKED, iterations // 2)
             told = torch.stack([errors, solved_after, finite.to(errors.dtype), kernel.drift(G)])[..., 0].tolist()
             found, after, well, drifts = told
-            if all(after) or (iterations >= max_iterations and all(well)):
+            ended = iterations >= max_iterations
+            if patience is not None and iterations >= patience:
+                ended, patience = ended or max(found) > STUCK, None
+            if all(after) or (ended and all(well)):
                 return Solution(
                     as_tensor(kernel.row_potentials),
                     G,

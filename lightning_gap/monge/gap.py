@@ -6,9 +6,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import CallableCost, resolve
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
+from lightning_gap.precision import widest
 
 __all__ = [
     "Convention",
@@ -311,6 +313,7 @@ def divergences_and_gaps(
     return _values(fitting, regularizing, "shannon", solver, tolerance, max_iterations, silent=True)
 
 
+@eager
 def _problem(
     x: Tensor,
     y: Tensor,
@@ -336,6 +339,7 @@ def _problem(
     return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
 
 
+@eager
 def _values(
     fitting: list[Problem],
     regularizing: list[Problem],
@@ -352,8 +356,9 @@ def _values(
     solved = solve_all(problems, solver=solver, **options)
     values = [result.value for result in solved]
     if solver == "exact":
-        gaps = [_paid(p) - value for p, value in zip(regularizing, values[len(fitting) :], strict=True)]
-        return Terms(values[: len(fitting)], gaps, 0.0, True)
+        divergences = [value.to(p.x.dtype) for p, value in zip(fitting, values, strict=False)]
+        gaps = [(_paid(p) - value).to(p.x.dtype) for p, value in zip(regularizing, values[len(fitting) :], strict=True)]
+        return Terms(divergences, gaps, 0.0, True)
     debiased = len(fitting) + (len(regularizing) if convention == "debiased" else 0)
     to_themselves = _to_themselves(problems[:debiased], solved[:debiased], solver, options)
     self_terms = [(first.value + second.value) / 2 for first, second in to_themselves]
@@ -369,6 +374,8 @@ def _values(
         gaps.append(gap)
     everything = solved + [result for pair in to_themselves for result in pair]
     error = max((result.marginal_error for result in everything), default=0.0)
+    divergences = [value.to(p.x.dtype) for p, value in zip(fitting, divergences, strict=True)]
+    gaps = [value.to(p.x.dtype) for p, value in zip(regularizing, gaps, strict=True)]
     return Terms(divergences, gaps, error, all(result.converged for result in everything))
 
 
@@ -380,14 +387,14 @@ def _stacked(values: list[Tensor], x: Tensor) -> Tensor:
 
 
 def _paid(p: Problem) -> Tensor:
-    return (p.a * p.cost.paired(p.x, p.y)).sum()
+    return (p.a * p.cost.paired(p.x, p.y)).sum(dtype=widest(p.x.device))
 
 
 def _standing(p: Problem) -> Tensor | float:
     """Return what samples and images cost to themselves: nothing, but for a function of the user's."""
     if not isinstance(p.cost, CallableCost):
         return 0.0
-    return (p.a * (p.cost.paired(p.x, p.x) + p.cost.paired(p.y, p.y))).sum() / 2
+    return (p.a * (p.cost.paired(p.x, p.x) + p.cost.paired(p.y, p.y))).sum(dtype=widest(p.x.device)) / 2
 
 
 def _divergence(p: Problem, result: OTResult, self_terms: Tensor) -> Tensor:

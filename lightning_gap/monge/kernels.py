@@ -238,12 +238,17 @@ class Kernel(ABC):
     ) -> None:
         self.dtype, self.largest = dtype, list(largest)
         self.a, self.b = (w.to(widest(w.device)) for w in (a, b))
+        if rhos[0] is None:
+            # Masses that differ by a rounding of float32 would let the potentials drift.
+            self.a, self.b = (w / w.sum(1, keepdim=True) for w in (self.a, self.b))
         self.a_vector, self.b_vector = as_vector(self.a), as_vector(self.b)
         self.numerics: Any = np if isinstance(self.a_vector, np.ndarray) else torch
         self.epsilons, self.rhos, self.symmetric = list(epsilons), list(rhos), symmetric
         # Share of the way to the columns' best answer that is taken: the averaged fixed point of a measure against
         # itself converges in a few sweeps (Feydy et al. 2019, section 3.2).
         self.relaxation = 0.5 if symmetric else 1.0
+        # Of the last sweep: by how much the columns' best answers differ from the potentials.
+        self.residual: Vector = None
         self.damping: Vector = None
         if rhos[0] is not None:
             shares = [[damping(epsilon, rho)] for epsilon, rho in zip(epsilons, rhos, strict=True)]
@@ -282,6 +287,10 @@ class Kernel(ABC):
             G: ``(m,)`` potential.
         """
         return as_vector(G)
+
+    def center(self, G: Vector) -> Vector:
+        """Prepare for potentials that may be far from the last ones; return them."""
+        return G
 
     @abstractmethod
     def sweep(self, G: Vector) -> tuple[Vector, Vector]:
@@ -330,6 +339,10 @@ class Kernel(ABC):
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """Yield the last sweep's plan of a problem, block by block."""
 
+    def column_factors(self, i: int) -> Tensor:
+        """Return by what the columns of a problem's last plan are to be multiplied so that their sums are right."""
+        return as_tensor(self.residual)[i].exp()
+
     @abstractmethod
     def mass(self, i: int) -> Tensor:
         """Return the mass of a problem's plan, once its factors were yielded."""
@@ -377,6 +390,13 @@ class DenseKernel(Kernel):
             self._absorb(i, F[i], G[i])
         return as_vector(G.clone())
 
+    def center(self, G: Vector) -> Vector:
+        """Form the kernels around the potentials and their hard c-transforms, so that no row is without a 1."""
+        for i, one in enumerate(as_tensor(G)):
+            K = torch.mul(self.C[i], 1 / self.epsilons[i], out=self.K[i])
+            self._absorb(i, K.sub_(one.to(K.dtype)).amin(dim=1), one)
+        return G
+
     def restart(self, i: int, G: Tensor) -> Vector:
         """Form a kernel around hard c-transforms, so that no row or column is without a 1."""
         K = torch.mul(self.C[i], 1 / self.epsilons[i], out=self.K[i])
@@ -418,6 +438,7 @@ class DenseKernel(Kernel):
                 answer = answer - self.balanced(self.row_potentials, answer)
             residual = answer - G
             shares = self.numerics.expm1(-residual)
+        self.residual = residual
         return residual, (self.b_vector * abs(shares)).sum(1)
 
     def _narrow(self, vector: Vector) -> Vector:
@@ -426,7 +447,9 @@ class DenseKernel(Kernel):
 
     def _log(self, sums: Vector) -> Vector:
         """Return the logarithms of sums, in double."""
-        return self.numerics.log(sums.to(self.a.dtype) if isinstance(sums, Tensor) else sums.astype(self.a_vector.dtype))
+        return self.numerics.log(
+            sums.to(self.a.dtype) if isinstance(sums, Tensor) else sums.astype(self.a_vector.dtype)
+        )
 
     @property
     def row_potentials(self) -> Vector:
@@ -517,7 +540,7 @@ class BlockedKernel(Kernel):
             answer.mul_(self.share)
         if self.damping is not None and not self.symmetric:
             answer = answer - as_tensor(self.balanced(as_vector(self._F)[None], as_vector(answer)[None]))[0]
-        residual = as_vector(answer - self.G)[None]
+        self.residual = residual = as_vector(answer - self.G)[None]
         if self.symmetric:
             self._F = self.G
         return residual, (self.b_vector * abs(self.numerics.expm1(-residual))).sum(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gap.monge.costs import Cost
 from lightning_gap.monge.gaussian import gaussian_map
 from lightning_gap.monge.networks import (
     Activation,
@@ -61,6 +62,11 @@ class TransportMap(nn.Module):
     def hparams(self) -> dict[str, Any] | None:
         """Plain arguments that make the map again; ``None`` where the activation or the cost is one of your own."""
         return None if self._hparams is None else dict(self._hparams)
+
+    @property
+    def made_for(self) -> Cost | None:
+        """The cost whose optimal maps have the structure of this map; ``None`` where it suits any."""
+        return None
 
     def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
         """Return the arguments of the network, or raise ``ValueError`` where they do not fit the map.
@@ -133,7 +139,8 @@ class StartedMap(TransportMap):
         super().__init__(dim, hidden, activation, start=start, **others)
         self.starts_at = start
         if start != "identity":
-            self.register_buffer("started", torch.tensor(False))
+            # A number: callbacks that average weights average buffers too, and truth values have no average.
+            self.register_buffer("started", torch.zeros(()))
             self.register_buffer("offset", torch.zeros(dim))
         if start == "gaussian":
             self.register_buffer("matrix", self.matrix_at_identity())
@@ -169,7 +176,7 @@ class StartedMap(TransportMap):
         self.offset.copy_(offset)
         if matrix is not None:
             self.matrix.copy_(matrix)
-        self.started.fill_(True)
+        self.started.fill_(1)
 
     def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``.

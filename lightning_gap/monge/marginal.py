@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.samples import check_pair, check_weights, solver_precision
+from lightning_gap.precision import widest
 
 __all__ = ["marginal_wasserstein"]
 
@@ -45,7 +46,7 @@ def marginal_wasserstein(
     x, y = solver_precision(x), solver_precision(y)
     a, b = check_weights("weights[0]", weights[0], x), check_weights("weights[1]", weights[1], y)
     # Cumulative sums of both signs cancel: in double, where the device has it.
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    exact = widest(x.device)
     mass = torch.cat([a.detach().to(exact), -b.detach().to(exact)])
     features = max(1, _BLOCK // len(mass))
     parts = []

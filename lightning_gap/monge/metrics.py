@@ -8,12 +8,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_gap.extras import library
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.marginal import marginal_wasserstein
 from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, RelativeTo, check_regularization
+from lightning_gap.precision import widest
 
 __all__ = [
     "DisplacementCosine",
@@ -41,10 +43,10 @@ def pooling_weights(name: str, weights: Tensor | None, samples: Tensor, part_of:
         ValueError: Their shape, sign or sum is wrong.
     """
     if weights is None:
-        return samples.new_ones(len(samples), dtype=_wide(samples))
+        return samples.new_ones(len(samples), dtype=widest(samples.device))
     given = weights.detach() if isinstance(weights, Tensor) else weights
     weights = check_weights(name, given, solver_precision(samples), balanced=part_of is None)
-    return weights.to(_wide(samples)) * ((weights > 0).sum() if part_of is None else part_of)
+    return weights.to(widest(samples.device)) * ((weights > 0).sum() if part_of is None else part_of)
 
 
 def pooled(weights: Tensor, like: Tensor) -> Tensor | None:
@@ -77,6 +79,7 @@ class _MapMetric(Metric):
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
+        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return self._plot(val, ax)
 
 
@@ -508,7 +511,7 @@ class UnexplainedVariance(_MapMetric):
         """
         check_pair("mapped", mapped, "true_map", true_map, same_length=True)
         w = pooling_weights("weights", weights, mapped)
-        mapped, true_map = _widest(mapped), _widest(true_map)
+        mapped, true_map = _wide(mapped), _wide(true_map)
         self.squared_error = self.squared_error + w @ (mapped - true_map).square().sum(1)
         self.total = self.total + w @ true_map
         self.squares = self.squares + w @ true_map.square().sum(1)
@@ -582,7 +585,7 @@ class DisplacementCosine(_MapMetric):
         check_pair("x", x, "mapped", mapped, same_length=True)
         check_pair("x", x, "true_map", true_map, same_length=True)
         w = pooling_weights("weights", weights, x)
-        moved, truly = _widest(mapped) - _widest(x), _widest(true_map) - _widest(x)
+        moved, truly = _wide(mapped) - _wide(x), _wide(true_map) - _wide(x)
         self.products = self.products + w @ (moved * truly).sum(1)
         self.squares = self.squares + w @ moved.square().sum(1)
         self.true_squares = self.true_squares + w @ truly.square().sum(1)
@@ -594,10 +597,6 @@ class DisplacementCosine(_MapMetric):
         return cosine.to(torch.get_default_dtype())
 
 
-def _wide(samples: Tensor) -> torch.dtype:
-    return torch.float32 if samples.device.type == "mps" else torch.float64
-
-
-def _widest(samples: Tensor) -> Tensor:
+def _wide(samples: Tensor) -> Tensor:
     """Return the samples in double where the device has it: sums of squares cancel."""
-    return samples.to(_wide(samples))
+    return samples.to(widest(samples.device))

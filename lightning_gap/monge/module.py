@@ -1,10 +1,8 @@
 """The LightningModule that learns an optimal transport map."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import IO, Any, Self, cast, get_args, overload
 
 import torch
@@ -16,9 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_gap.arguments import check_count, check_integer, check_number
+from lightning_gap.compiling import eager
 from lightning_gap.loggers import define_axes
 from lightning_gap.monge.batches import UnpairedBatch
 from lightning_gap.monge.checkpoints import check_hyper_parameters, hyper_parameters_of
@@ -26,26 +25,31 @@ from lightning_gap.monge.conditional import ConditionalMap
 from lightning_gap.monge.conditions import conditions_of
 from lightning_gap.monge.conservativity import conservativity
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.data import SamplesDataModule
+from lightning_gap.monge.decisions import Decisions, Weighted, by_condition, few_of, share_of_typical_cost
 from lightning_gap.monge.features import feature_places, listed, match_features
 from lightning_gap.monge.files import open_table, read_matrix
-from lightning_gap.monge.maps import ResidualMLP
+from lightning_gap.monge.maps import ResidualMLP, TransportMap
+from lightning_gap.monge.networks import check_labels
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective, ObjectiveTerms
 from lightning_gap.monge.populations import FiniteSamples, Turn
 from lightning_gap.monge.representation import AffineRepresentation
-from lightning_gap.monge.samples import check_epsilon, check_samples
+from lightning_gap.monge.samples import check_all_samples, check_epsilon
 from lightning_gap.monge.schedules import Schedule
 from lightning_gap.monge.scores import MapScores
-from lightning_gap.monge.sinkhorn import (
-    ConvergenceWarning,
-    CostLike,
-    check_solver,
-    check_tolerance,
-    share_of_mean_cost,
-)
+from lightning_gap.monge.signs import drawn_together, out_of_range
+from lightning_gap.monge.sinkhorn import ConvergenceWarning, CostLike, check_solver, check_tolerance
 from lightning_gap.monge.specification import build, describe
 from lightning_gap.monge.splits import generator
+from lightning_gap.monge.suitability import check_costs_of_map, modules_of_cost, refuse_learned_cost
 from lightning_gap.monge.tables import refuse_not_finite
-from lightning_gap.parallel import RankGroup, data_parallel_group, data_parallel_rank, data_parallel_size
+from lightning_gap.parallel import (
+    RankGroup,
+    data_parallel_group,
+    data_parallel_rank,
+    data_parallel_size,
+    from_rank_zero,
+)
 
 __all__ = ["MongeMap"]
 
@@ -70,17 +74,17 @@ class MongeMap(LightningModule):
     tensors, and both terms are means over the conditions. With several devices both terms are those of the global
     batch.
 
-    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement}``, and the solver's
-    ``train_marginal_error`` (in place of the
-    divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``, and ``gap_weight``
-    and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss`` and the scores of
-    :class:`~lightning_gap.monge.MapScores` over all held-out samples; monitor ``val_sinkhorn_divergence`` or
-    ``val_energy_distance``. Gaps are in the paper's (Shannon) convention, whose floor is ``epsilon * log(n)``.
+    In training it logs ``lightning_gap/monge/train_{loss,sinkhorn_divergence,monge_gap,displacement,marginal_error}``
+    (in place of the divergence ``energy_distance``, or ``fitting_loss`` for one of your own; also ``conservativity``,
+    and ``gap_weight`` and ``epsilon_factor`` where they change). In validation and tests it logs ``{val,test}_loss``
+    and the scores of :class:`~lightning_gap.monge.MapScores` over all held-out samples. Monitor
+    ``val_energy_distance``: images that are drawn together win a divergence in many dimensions. Gaps are in the paper's
+    (Shannon) convention, whose floor is ``epsilon * log(n)``.
 
     Args:
         dim: Dimension of the samples; taken from the data module where it is ``None``.
         cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
-            function.
+            function. By default the one that the map is made for, and ``"sqeuclidean"`` for a map that suits any.
         map: The network; by default a :class:`ResidualMLP` of widths ``hidden``, or a :class:`ConditionalMap` where the
             data have conditions.
         hidden: Widths of the default network.
@@ -88,10 +92,11 @@ class MongeMap(LightningModule):
             target samples (and of a keyword ``weights``, a pair, where there are weights).
         fitting_cost: Ground cost of the Sinkhorn divergence.
         fitting_epsilon: Its regularization :math:`\varepsilon_1`, in units of the cost; by default the share
-            ``relative_fitting_epsilon`` of the mean cost within the first training batch's target, decided once, and
-            kept in the checkpoint.
+            ``relative_fitting_epsilon`` of the typical cost within the target, decided once, and kept in the
+            checkpoint. Typical is the mean but for outliers, of all training samples with their weights where a data
+            module has them, and else of the first batch.
         gap_epsilon: Regularization :math:`\varepsilon_2` of the gap; by default the share ``relative_gap_epsilon`` of
-            the mean cost between source and target of the first training batch, likewise.
+            the typical cost between source and target, likewise.
         relative_fitting_epsilon: See ``fitting_epsilon``.
         relative_gap_epsilon: See ``gap_epsilon``.
         epsilon_factor: What both are multiplied by in training: a number, or a schedule of the updates so far such as
@@ -110,7 +115,9 @@ class MongeMap(LightningModule):
         reweight: Whether ``reach`` weighs the samples by the marginals of the unbalanced plan between source and target
             batch, in all terms, rather than softening the divergence's marginals.
         optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
-        lr_scheduler: Makes a scheduler from the optimizer, stepped after every update.
+        lr_scheduler: Makes a scheduler from the optimizer, stepped after every update; ``ReduceLROnPlateau`` after
+            every validation.
+        lr_scheduler_monitor: The logged value that a ``ReduceLROnPlateau`` watches.
         solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.
         tolerance: L1 marginal error at which the solver stops. The gap is a difference of large terms: its gradient is
             known to twice this of the gradient of what is paid.
@@ -122,10 +129,12 @@ class MongeMap(LightningModule):
         condition_names: Names of the conditions, by label; taken from the data module.
         feature_names: Names of the raw samples' features, in the map's order; taken from the data module. Tables are
             matched to them by name, whatever their order.
+        condition_range: Least and greatest value in training of each entry of vectors that are conditions, two
+            sequences; taken from the data module. Images under vectors far outside are warned of.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, the map is made for another cost, or a cost is to be learned.
         MisconfigurationException: Neither ``dim`` nor ``map`` is given, and the data do not tell.
 
     Example:
@@ -150,7 +159,7 @@ class MongeMap(LightningModule):
         self,
         dim: int | None = None,
         *,
-        cost: CostLike = "sqeuclidean",
+        cost: CostLike | None = None,
         map: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128, 128),
         fitting_loss: FittingLoss = "sinkhorn",
@@ -169,6 +178,7 @@ class MongeMap(LightningModule):
         reweight: bool = False,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        lr_scheduler_monitor: str = "lightning_gap/monge/val_energy_distance",
         solver: str = "auto",
         tolerance: float = 1e-5,
         max_iterations: int = 2000,
@@ -176,6 +186,7 @@ class MongeMap(LightningModule):
         representation: AffineRepresentation | Mapping[str, Any] | None = None,
         condition_names: Sequence[str] | None = None,
         feature_names: Sequence[str] | None = None,
+        condition_range: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.gap_weight = _number_or_schedule("gap_weight", build("gap_weight", gap_weight), least=0)
@@ -204,8 +215,11 @@ class MongeMap(LightningModule):
             raise ValueError(f"gap_on must be one of {', '.join(get_args(GapOn))}, got {gap_on!r}")
         if gap_on != "source" and reference is None:
             raise ValueError(f"gap_on={gap_on!r} needs gap_reference, samples of the reference measure: give them")
+        # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
+        given = build("map", map) if isinstance(map, Mapping) else map
+        made_for = given.made_for if isinstance(given, TransportMap) else None
         self.objective = MapObjective(
-            cost=_resolve("cost", cost),
+            cost=_resolve("cost", cost if cost is not None else made_for or "sqeuclidean"),
             fitting_cost=_resolve("fitting_cost", fitting_cost),
             fitting_loss=_fitting_loss(build("fitting_loss", fitting_loss)),
             reach=check_epsilon("reach", reach),
@@ -219,12 +233,15 @@ class MongeMap(LightningModule):
         self.global_batch = bool(global_batch)
         self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
+        self.lr_scheduler_monitor = lr_scheduler_monitor
         self.register_buffer("fitting_epsilon", _undecided(check_epsilon("fitting_epsilon", fitting_epsilon)))
         self.register_buffer("gap_epsilon", _undecided(check_epsilon("gap_epsilon", gap_epsilon)))
-        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
+        self._given = {"fitting_epsilon": fitting_epsilon is not None, "gap_epsilon": gap_epsilon is not None}
+        self._decisions = Decisions(self, ("fitting_epsilon", "gap_epsilon", "started"))
+        self._began = False
+        self._said: set[str] = set()
         self.register_buffer("gap_reference", reference)
-        # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
-        given = build("map", map) if isinstance(map, Mapping) else map
         made_with = getattr(given, "dim", None)
         if dim is not None and isinstance(made_with, int) and made_with != dim:
             raise ValueError(f"dim={dim}, but the map was made with dim={made_with}: leave dim out, the map tells it")
@@ -236,6 +253,11 @@ class MongeMap(LightningModule):
         )
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.feature_names = _feature_names(feature_names, dim if self.representation is None else None)
+        self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
+        for name in ("cost", "fitting_cost"):
+            refuse_learned_cost(name, getattr(self, name))
+        if not isinstance(map, Mapping):  # a checkpoint of a pair that was trained can still be used
+            self._check_costs()
         self.scores = nn.ModuleDict()
         gap_reference = None  # Lightning compares each argument with the dictionary, which arrays do not bear.
         self.save_hyperparameters(
@@ -263,6 +285,7 @@ class MongeMap(LightningModule):
                 "reweight": self.objective.reweight,
                 "optimizer": describe(self.optimizer),
                 "lr_scheduler": describe(self.lr_scheduler),
+                "lr_scheduler_monitor": self.lr_scheduler_monitor,
                 "solver": solver,
                 "tolerance": self.objective.tolerance,
                 "max_iterations": max_iterations,
@@ -270,6 +293,7 @@ class MongeMap(LightningModule):
                 "representation": None if self.representation is None else self.representation.hparams,
                 "condition_names": self.condition_names,
                 "feature_names": self.feature_names,
+                "condition_range": self.condition_range,
             }
         )
 
@@ -304,25 +328,55 @@ class MongeMap(LightningModule):
             )
         data = getattr(self.trainer, "datamodule", None)
         self._adopt_features(data)
+        self._adopt(data)
+        if self.map is None:
+            raise MisconfigurationException(
+                "MongeMap has no network: give dim=, the dimension of the samples, or map=, a network"
+            )
+        if stage == "fit":
+            self._said.clear()
+            self._check_costs()
+            names = getattr(data, "condition_names", ())
+            if names:
+                self._say_if_conditions_are_unused()
+            self._note_condition_range(getattr(data, "trained_vectors", None))
+        if self.conservative_weight and not isinstance(getattr(self.map, "field", None), nn.Module):
+            raise MisconfigurationException(
+                f"conservative_weight={self.conservative_weight:g} regularizes the vector field of a structured map, "
+                f"and {type(self.map).__name__} has none: give map=StructuredMap(...), or conservative_weight=0"
+            )
+
+    def configure_callbacks(self) -> list[Any]:
+        """Take from the data what was not given, before callbacks that average weights copy the module; add none."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, SamplesDataModule):  # others may know what they hold after their setup only
+            self._adopt(data)
+        return []
+
+    def _adopt(self, data: Any) -> None:
         self._adopt_representation(data)
         names = getattr(data, "condition_names", ())
         if names and self.condition_names is None:
             self.condition_names = [str(name) for name in names]
             self.hparams["condition_names"] = self.condition_names
         self._check_condition_names(data)
-        if self.map is None:
-            dim = getattr(data, "dim", None)
-            if dim is None:
-                raise MisconfigurationException(
-                    "MongeMap has no network: give dim=, the dimension of the samples, or map=, a network"
-                )
+        dim = getattr(data, "dim", None)
+        if self.map is None and dim is not None:
             self.map = _default_map(data, dim, self.hidden)
             self.hparams["dim"] = dim
             self.hparams["map"] = _described_map(self.map)
-        if self.conservative_weight and not isinstance(getattr(self.map, "field", None), nn.Module):
-            raise MisconfigurationException(
-                f"conservative_weight={self.conservative_weight:g} regularizes the vector field of a structured map, "
-                f"and {type(self.map).__name__} has none: give map=StructuredMap(...), or conservative_weight=0"
+
+    def _check_costs(self) -> None:
+        counts = callable(self.gap_weight) or self.gap_weight > 0
+        check_costs_of_map(self.map, self.cost, self.fitting_cost, gap_counts=counts)
+
+    def _say_if_conditions_are_unused(self) -> None:
+        if not getattr(self.map, "conditional", False) and "conditions" not in self._said:
+            self._said.add("conditions")
+            rank_zero_warn(
+                f"the data have conditions, and {type(self.map).__name__} takes none: it is trained as one map for all "
+                "of them. Give a conditional map, such as ConditionalMap(dim, conditions=...), or data without "
+                "conditions"
             )
 
     def _adopt_features(self, data: Any) -> None:
@@ -343,6 +397,17 @@ class MongeMap(LightningModule):
             self._reference_features = tuple(self.feature_names or ())
             self.hparams["gap_reference"] = {"shape": list(self.gap_reference.shape)}
 
+    def _note_condition_range(self, vectors: Tensor | None) -> None:
+        """Widen the range of trained conditions to that of this fit."""
+        if vectors is None:
+            return
+        ends = [vectors.amin(0).tolist(), vectors.amax(0).tolist()]
+        if self.condition_range is not None and len(self.condition_range[0]) == len(ends[0]):
+            wider = zip((min, max), self.condition_range, ends, strict=True)
+            ends = [list(map(choose, before, now)) for choose, before, now in wider]
+        self.condition_range = ends
+        self.hparams["condition_range"] = ends
+
     def _check_condition_names(self, data: Any) -> None:
         """Refuse labels that mean other conditions than in training; vectors mean the same everywhere."""
         names = [str(name) for name in getattr(data, "condition_names", ())]
@@ -356,7 +421,7 @@ class MongeMap(LightningModule):
     def _adopt_representation(self, data: Any) -> None:
         theirs = getattr(data, "representation", None)
         if self.representation is None:
-            if theirs is not None and bool(self.started):
+            if theirs is not None and self._decisions["started"]:
                 raise MisconfigurationException(
                     "this map was trained on raw samples, and the data module encodes them: give "
                     "SamplesDataModule(standardize=False, components=None), or train a new map"
@@ -374,7 +439,7 @@ class MongeMap(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ask for the network where it was one of the user's own, which a checkpoint does not hold."""
-        state = checkpoint["state_dict"]
+        state = checkpoint.get("state_dict", {})  # a strategy that shards models has loaded it already
         if self.map is None and any(name.startswith("map.") for name in state):
             raise MisconfigurationException(
                 "the checkpoint holds the weights of a network of your own, and not the network: "
@@ -430,18 +495,40 @@ class MongeMap(LightningModule):
             checkpoint_path, map_location, hparams_file, strict=strict, weights_only=weights_only, **kwargs
         )
 
-    def on_fit_start(self) -> None:
-        """Let the map start from all training samples, once."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not bool(self.started) and data is not None and hasattr(data, "training_samples"):
-            self._start(*data.training_samples())
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this module's epsilons where a callback put averaged weights in the place of its state."""
+        self._decisions.write_to(checkpoint.get("state_dict", {}))
 
-    @torch.no_grad()
-    def _start(self, source: Tensor, target: Tensor) -> None:
-        start = getattr(self.map, "start", None)
-        if callable(start):
-            start(*(self._as_map_takes(part.flatten(0, -2).to(self.device)) for part in (source, target)))
-        self.started.fill_(True)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MongeMap":
+        # Networks that a cost is computed by go where this module goes, and are no part of its state.
+        for cost in (self.cost, self.fitting_cost):
+            for module in modules_of_cost(cost):
+                module._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def on_fit_start(self) -> None:
+        """Let the map start from all training samples, and decide the epsilons from them, once."""
+        self._began = False
+        self._decisions.read()
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "training_samples"):
+            return
+        pairs = self._training_pairs(data)
+        if pairs:
+            self._begin(pairs, "the training samples", data.training_samples)
+
+    def on_train_end(self) -> None:
+        """Keep the epsilons where averages were copied over the weights."""
+        self._decisions.restore()
+
+    def _training_pairs(self, data: Any) -> list[tuple[Weighted, Weighted]]:
+        """Return all training samples; nothing where all is decided and they would have to be drawn."""
+        if self._is_decided() and getattr(data, "endless", False):
+            return []
+        if hasattr(data, "training_pairs"):
+            return [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+        source, target = data.training_samples()
+        return by_condition((source, None), (target, None))
 
     # --- the map --------------------------------------------------------------------------------------------------
 
@@ -540,16 +627,23 @@ class MongeMap(LightningModule):
         vector_dim = getattr(self.map, "condition_dim", None)
         labels = getattr(self.map, "conditions", None) is not None
         each = conditions_of(condition, n, self.condition_names or (), vector_dim=vector_dim, labels=labels)
+        self._say_if_out_of_range(each)
         return self._as_map_takes(each) if each.is_floating_point() else each
+
+    def _say_if_out_of_range(self, vectors: Tensor) -> None:
+        if self.condition_range is not None and (message := out_of_range(vectors, self.condition_range)):
+            rank_zero_warn(message)
 
     # --- the loops ------------------------------------------------------------------------------------------------
 
+    @eager
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the fitting loss plus the weighted regularizers, and log all."""
         b = self._unpack(batch)
         group = data_parallel_group(self.trainer) if self.global_batch else None
         source, target = _gathered(b.source, group), _gathered(b.target, group)
-        self._begin(b)
+        if not (self._began and self._decisions["started"]):  # finders of rates and batches take the state back
+            self._begin_from(b)
         gap_weight, factor = _now(self.gap_weight, self.global_step), _now(self.epsilon_factor, self.global_step)
         mapped = self._images(b.source, b.condition)
         with_gap = gap_weight > 0
@@ -558,8 +652,8 @@ class MongeMap(LightningModule):
             source,
             _gathered(mapped, group),
             target,
-            fitting_epsilon=float(self.fitting_epsilon) * factor,
-            gap_epsilon=float(self.gap_epsilon) * factor,
+            fitting_epsilon=self._decisions["fitting_epsilon"] * factor,
+            gap_epsilon=self._decisions["gap_epsilon"] * factor,
             weights=(_gathered(b.source_weights, group, -1), _gathered(b.target_weights, group, -1)),
             reference=reference,
             with_gap=with_gap,
@@ -587,7 +681,7 @@ class MongeMap(LightningModule):
             logged["displacement"] = _displacement(self.cost, b.source, mapped, b.source_weights)
         for name, value in (("gap_weight", self.gap_weight), ("epsilon_factor", self.epsilon_factor)):
             if callable(value):
-                logged[name] = torch.tensor(gap_weight if name == "gap_weight" else factor, device=self.device)
+                logged[name] = self._on_device(gap_weight if name == "gap_weight" else factor)
         self._log_step(logged, batch_idx, source.shape[-2])
         return total
 
@@ -595,6 +689,7 @@ class MongeMap(LightningModule):
         """Forget what a validation that was interrupted has left."""
         self._forget_scores("val")
 
+    @eager
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep held-out samples and their images."""
         self._score("val", batch)
@@ -607,6 +702,7 @@ class MongeMap(LightningModule):
         """Forget what a test that was interrupted has left."""
         self._forget_scores("test")
 
+    @eager
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Keep test samples and their images."""
         self._score("test", batch)
@@ -615,6 +711,7 @@ class MongeMap(LightningModule):
         """Log the scores of all test samples."""
         self._log_scores("test")
 
+    @eager
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the raw images of raw source samples, or of the encoded source of an :class:`UnpairedBatch`."""
         if isinstance(batch, Tensor):
@@ -623,17 +720,23 @@ class MongeMap(LightningModule):
         if isinstance(batch, UnpairedBatch):
             b = self._checked(batch)
             return self._decoded(self._images(b.source, b.condition))
-        return self._raw_images(batch[0], batch[1] if getattr(self.map, "conditional", False) else None)
+        condition = batch[1] if getattr(self.map, "conditional", False) else None
+        self._check_labels(condition)
+        if condition is not None:
+            self._say_if_out_of_range(condition)
+        return self._raw_images(batch[0], condition)
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer, and the scheduler which is stepped after every update."""
+        """Make the optimizer, and the scheduler, which is stepped after every update, or after every validation."""
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self.lr_scheduler(optimizer)
+        stepped: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            every = self.trainer.check_val_every_n_epoch or 1
+            stepped |= {"interval": "epoch", "frequency": every, "monitor": self.lr_scheduler_monitor}
+        return {"optimizer": optimizer, "lr_scheduler": stepped}
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
@@ -664,8 +767,8 @@ class MongeMap(LightningModule):
         scores = MapScores(
             cost=self.cost,
             fitting_cost=self.fitting_cost,
-            fitting_epsilon=_decided(self.fitting_epsilon),
-            gap_epsilon=_decided(self.gap_epsilon),
+            fitting_epsilon=self._decisions.decided("fitting_epsilon"),
+            gap_epsilon=self._decisions.decided("gap_epsilon"),
             reach=None if self.objective.reweight else self.reach,
             solver=self.solver,
             conditions=self.condition_names if named else None,
@@ -687,7 +790,7 @@ class MongeMap(LightningModule):
                 b.source,
                 mapped,
                 b.target,
-                fitting_epsilon=_decided(self.fitting_epsilon),
+                fitting_epsilon=self._decisions.decided("fitting_epsilon"),
                 gap_epsilon=None,
                 with_gap=False,
                 weights=(b.source_weights, b.target_weights),
@@ -717,13 +820,23 @@ class MongeMap(LightningModule):
         if stage not in self.scores:  # not a single batch
             return
         # They keep all samples: until here, and no longer.
-        values = cast(MapScores, self.scores.pop(stage)).compute()
+        scores = cast(MapScores, self.scores.pop(stage))
+        values = scores.compute()
         name = _LOSS_NAMES.get(cast(str, self.objective.fitting_loss))
         if name is None:
             values["fitting_loss"] = torch.stack(self._losses).mean()
         gap_weight = _now(self.gap_weight, self.global_step)
         values["loss"] = values[name or "fitting_loss"] + gap_weight * values["monge_gap"]
         self._log(stage, values, sync_dist=True)
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._say_if_drawn_together(scores, values)
+
+    def _say_if_drawn_together(self, scores: MapScores, values: Mapping[str, Tensor]) -> None:
+        if self.objective.fitting_loss != "sinkhorn" or "drawn together" in self._said:
+            return
+        if message := drawn_together(scores, values):
+            self._said.add("drawn together")
+            rank_zero_warn(message)
 
     def _tell_convergence(self, terms: ObjectiveTerms) -> None:
         """Warn of the first step whose transport problems were not solved to the tolerance."""
@@ -731,8 +844,8 @@ class MongeMap(LightningModule):
             return
         self._converged = False
         rank_zero_warn(
-            f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, above "
-            f"tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
+            f"at update {self.global_step} the solver stopped with a marginal error of {terms.marginal_error:.2g}, "
+            f"above tolerance={self.objective.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
             f"({self.objective.max_iterations} now) or the epsilons; lightning_gap/monge/train_marginal_error tells of "
             "the later steps",
             category=ConvergenceWarning,
@@ -759,7 +872,11 @@ class MongeMap(LightningModule):
     def _named(self, stage: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the values by the names under which they are logged, and the updates so far."""
         named = {f"lightning_gap/monge/{stage}_{name}": value.detach() for name, value in values.items()}
-        return named | {_UPDATES: torch.tensor(float(self.global_step), device=self.device)}
+        return named | {_UPDATES: self._on_device(float(self.global_step))}
+
+    def _on_device(self, value: float) -> Tensor:
+        # Filled there, and not copied to it.
+        return torch.full((), value, dtype=torch.get_default_dtype(), device=self.device)
 
     def _unpack(self, batch: Sequence[Tensor]) -> UnpairedBatch:
         if not isinstance(batch, UnpairedBatch):
@@ -773,11 +890,12 @@ class MongeMap(LightningModule):
 
     def _checked(self, batch: UnpairedBatch) -> UnpairedBatch:
         source, target = batch.source, batch.target
-        for name, samples in (("source", source), ("target", target)):
-            if isinstance(samples, Tensor) and samples.dim() == 3:
-                check_samples(name, samples.flatten(0, 1))
-            else:
-                check_samples(name, samples)
+        check_all_samples(
+            {
+                name: samples.flatten(0, 1) if isinstance(samples, Tensor) and samples.dim() == 3 else samples
+                for name, samples in (("source", source), ("target", target))
+            }
+        )
         if (
             source.dim() != target.dim()
             or source.shape[-1] != target.shape[-1]
@@ -787,6 +905,7 @@ class MongeMap(LightningModule):
                 f"source has shape {tuple(source.shape)} but target {tuple(target.shape)}: all but the numbers of "
                 "samples must agree"
             )
+        self._check_labels(batch.condition)
         floats = {
             name: self._as_map_takes(value)
             for name, value in batch._asdict().items()
@@ -794,31 +913,81 @@ class MongeMap(LightningModule):
         }
         return batch._replace(**floats)
 
+    def _check_labels(self, condition: Tensor | None) -> None:
+        """Refuse unknown labels, once a batch: on a GPU the map itself does not wait to look at them."""
+        conditions = getattr(self.map, "conditions", None)
+        if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
+            check_labels(condition, conditions)
+
     def _as_map_takes(self, x: Tensor) -> Tensor:
         """Return the samples in the precision of the network: NumPy's is double, and few networks are."""
         parameter = next(self.parameters(), None)
         dtype = parameter.dtype if parameter is not None else x.dtype
         return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
 
-    def _begin(self, b: UnpairedBatch) -> None:
+    def _begin_from(self, b: UnpairedBatch) -> None:
         """Start the map and decide the epsilons from the first batch of all devices, so that all begin alike."""
-        if bool(self.started) and None not in (_decided(self.fitting_epsilon), _decided(self.gap_epsilon)):
-            return
         group = data_parallel_group(self.trainer)
         source, target = _gathered(b.source, group), _gathered(b.target, group)
-        if not bool(self.started):
-            self._start(source, target)
-        self._decide_epsilons(source, target)
+        a, c = (_gathered(w, group, -1) for w in (b.source_weights, b.target_weights))
+        if b.condition is not None:
+            self._say_if_conditions_are_unused()
+        self._begin(by_condition((source, a), (target, c)), "the first training batch", lambda: (source, target))
 
     @torch.no_grad()
-    def _decide_epsilons(self, source: Tensor, target: Tensor) -> None:
+    def _begin(
+        self,
+        pairs: Sequence[tuple[Weighted, Weighted]],
+        where: str,
+        all_samples: Callable[[], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._began = True
+        (point, _), _ = pairs[0]
+        for name in ("cost", "fitting_cost"):
+            refuse_learned_cost(name, getattr(self, name), self._as_map_takes(point[:1].to(self.device)))
+        start = getattr(self.map, "start", None)
+        if not self._decisions["started"]:
+            if callable(start):
+                start(*(self._as_map_takes(part.flatten(0, -2).to(self.device)) for part in all_samples()))
+            self._decisions.decide("started", 1)
+        self._decide_epsilons(pairs, where)
+
+    def _is_decided(self) -> bool:
+        return bool(self._decisions["started"]) and None not in map(
+            self._decisions.decided, ("fitting_epsilon", "gap_epsilon")
+        )
+
+    def _decide_epsilons(self, pairs: Sequence[tuple[Weighted, Weighted]], where: str) -> None:
         # Once, so that the loss does not change under the optimizer's feet; in the checkpoint, so that a resumed run
         # goes on with the same.
-        if not math.isfinite(float(self.fitting_epsilon)):
-            share = self.relative_fitting_epsilon
-            _decide("fitting_epsilon", self.fitting_epsilon, share, target, target, self.fitting_cost)
-        if not math.isfinite(float(self.gap_epsilon)):
-            _decide("gap_epsilon", self.gap_epsilon, self.relative_gap_epsilon, source, target, self.cost)
+        by_fit = self.objective.fitting_loss == "sinkhorn" or self.objective.reweight
+        by_gap = callable(self.gap_weight) or self.gap_weight > 0
+        kept = []
+        if all(self._given.values()):
+            return
+        pairs = few_of(pairs, lambda samples: self._as_map_takes(samples.to(self.device)))
+        for name, needed, share, cost, sets in (
+            ("fitting_epsilon", by_fit, self.relative_fitting_epsilon, self.fitting_cost, [(y, y) for _, y in pairs]),
+            ("gap_epsilon", by_gap, self.relative_gap_epsilon, self.cost, pairs),
+        ):
+            before = self._decisions.decided(name)
+            if self._given[name] or (before is not None and where == "the first training batch"):
+                continue
+            try:
+                value = from_rank_zero(self.trainer, share_of_typical_cost(share, cost, sets))
+            except ValueError as error:
+                if needed and before is None:
+                    raise ValueError(f"{name} cannot be decided from {where}: {error}, {name}=...") from error
+                continue
+            if before is None:
+                self._decisions.decide(name, value)
+            elif not 0.9 < before / value < 1.1:
+                kept.append(f"{name}={before:.3g}, which would be {value:.3g} by these samples")
+        if kept:
+            rank_zero_warn(
+                f"MongeMap goes on from an earlier fit on other samples, with its start and {', and '.join(kept)}: "
+                "make a new MongeMap for other samples, or give the epsilons"
+            )
 
 
 def _flat(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -904,15 +1073,7 @@ def _now(value: float | Schedule, updates: int) -> float:
 
 
 def _undecided(epsilon: float | None) -> Tensor:
-    return torch.tensor(math.nan if epsilon is None else epsilon)
-
-
-def _decide(name: str, epsilon: Tensor, share: float, x: Tensor, y: Tensor, cost: Cost) -> None:
-    pairs = [(x, y)] if x.dim() == 2 else list(zip(x, y, strict=True))
-    try:
-        epsilon.fill_(fmean(share_of_mean_cost(share, x_k, y_k, cost) for x_k, y_k in pairs))
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be decided from the first training batch: {error}, {name}=...") from error
+    return torch.tensor(float("nan") if epsilon is None else epsilon)
 
 
 def _resolve(name: str, cost: CostLike) -> Cost:
@@ -923,9 +1084,3 @@ def _resolve(name: str, cost: CostLike) -> Cost:
             f"{name}: {error}. A checkpoint holds only the name of a cost of your own: give it again, "
             f"as in MongeMap.load_from_checkpoint(path, {name}=...)"
         ) from error
-
-
-def _decided(epsilon: Tensor) -> float | None:
-    """Return the number, or ``None`` before the first training batch: scores then take their own."""
-    value = float(epsilon)
-    return value if math.isfinite(value) else None

@@ -16,6 +16,7 @@ __all__ = [
     "PotentialGradient",
     "activation_factory",
     "check_condition",
+    "check_labels",
     "check_widths",
     "network",
     "perceptron",
@@ -208,14 +209,33 @@ def check_condition(x: Tensor, condition: Tensor, conditions: int | None, condit
             f"condition must be integer labels of shape {tuple(x.shape[:-1])}, one for each sample, "
             f"got {condition.dtype} of shape {tuple(condition.shape)}"
         )
-    # A compiled or exported graph cannot look at values.
-    if not torch.compiler.is_compiling() and condition.numel():
-        low, high = int(condition.min()), int(condition.max())
+    if torch.compiler.is_compiling():  # a compiled or exported graph cannot look at values
+        return
+    if condition.device.type == "cuda":
+        # Not waited for: wrong labels end the process, in these words. MongeMap looks at those of a batch before.
+        inside = ((condition >= 0) & (condition < conditions)).all()
+        torch._assert_async(inside, f"condition has a label of none of {_known(conditions)}")
+    else:
+        check_labels(condition, conditions)
+
+
+def check_labels(condition: Tensor, conditions: int) -> None:
+    """Raise ``ValueError`` unless labels are those of a map; the device is waited for, once.
+
+    Args:
+        condition: Integer labels.
+        conditions: Number of categories.
+    """
+    if condition.numel():
+        low, high = torch.stack(condition.aminmax()).tolist()
         if low < 0 or high >= conditions:
             raise ValueError(
-                f"condition has the label {low if low < 0 else high}, "
-                f"but the map knows {conditions} conditions, 0 to {conditions - 1}"
+                f"condition has the label {low if low < 0 else high}, but the map knows {_known(conditions)}"
             )
+
+
+def _known(conditions: int) -> str:
+    return f"{conditions} conditions, 0 to {conditions - 1}"
 
 
 class ConditionalPerceptron(nn.Module):

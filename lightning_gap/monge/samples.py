@@ -1,14 +1,27 @@
 """Checks of samples, weights and epsilons: every message names the argument, what is wrong, and the remedy."""
 
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_epsilon", "check_pair", "check_samples", "check_weights", "is_transformed", "solver_precision"]
+from lightning_gap.compiling import eager
+from lightning_gap.precision import widest
+
+__all__ = [
+    "check_all_samples",
+    "check_epsilon",
+    "check_pair",
+    "check_samples",
+    "check_weights",
+    "is_transformed",
+    "solver_precision",
+]
 
 
+@eager
 def check_samples(name: str, samples: Tensor) -> None:
     """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
 
@@ -20,6 +33,25 @@ def check_samples(name: str, samples: Tensor) -> None:
         TypeError: It is not a tensor, or not of a floating-point type.
         ValueError: It has another shape, is empty, or holds NaN or infinity (the rows are named).
     """
+    check_all_samples({name: samples})
+
+
+def check_all_samples(samples: Mapping[str, Tensor]) -> None:
+    """Do :func:`check_samples` for several tensors, for whose values a device is waited for once.
+
+    Args:
+        samples: What the caller was given, by argument.
+
+    Raises:
+        TypeError: One is not a tensor, or not of a floating-point type.
+        ValueError: One has another shape, is empty, or holds NaN or infinity.
+    """
+    for name, x in samples.items():
+        _check_form(name, x)
+    _check_finite(samples)
+
+
+def _check_form(name: str, samples: Tensor) -> None:
     if not isinstance(samples, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(samples).__name__}: use torch.as_tensor({name})")
     if not samples.is_floating_point():
@@ -29,17 +61,31 @@ def check_samples(name: str, samples: Tensor) -> None:
         raise ValueError(f"{name} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
     if samples.numel() == 0:
         raise ValueError(f"{name} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
+
+
+def _check_finite(samples: Mapping[str, Tensor]) -> None:
     # A finite sum says that all are, at a fraction of the time; one that is not may have overflowed.
-    if math.isfinite(float(samples.detach().sum())):
-        return
-    finite = samples.detach().isfinite()
-    if not bool(finite.all()):
-        bad = (~finite).any(dim=1).nonzero().flatten()
-        rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(
-            f"{name} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({rows}): "
-            "remove them, or lower the learning rate if a network made them"
-        )
+    for (name, x), total in zip(samples.items(), _numbers([x.detach().sum() for x in samples.values()]), strict=True):
+        if math.isfinite(total):
+            continue
+        finite = x.detach().isfinite()
+        if not bool(finite.all()):
+            bad = (~finite).any(dim=1).nonzero().flatten()
+            rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{name} holds NaN or infinity in {len(bad)} of {len(x)} rows ({rows}): "
+                "remove them, or lower the learning rate if a network made them"
+            )
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalars, for which a device is waited for once."""
+    devices = {scalar.device for scalar in scalars}
+    if len(devices) > 1 or {device.type for device in devices} == {"cpu"}:
+        return [float(scalar) for scalar in scalars]
+    dtype = widest(scalars[0].device)
+    values: list[float] = torch.stack([scalar.to(dtype) for scalar in scalars]).tolist()
+    return values
 
 
 def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: bool = False) -> None:
@@ -56,8 +102,9 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
         TypeError: One is no floating-point tensor, or the dtypes differ.
         ValueError: Shapes or devices do not fit, or a sample is not finite.
     """
-    check_samples(x_name, x)
-    check_samples(y_name, y)
+    both = {x_name: x, y_name: y}
+    for name, samples in both.items():
+        _check_form(name, samples)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"{x_name} has dimension {x.shape[1]} but {y_name} has {y.shape[1]}: they must agree")
     if same_length and len(x) != len(y):
@@ -68,8 +115,10 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
         raise TypeError(f"{x_name} is {x.dtype} but {y_name} is {y.dtype}: convert one with .to(dtype)")
     if x.device != y.device:
         raise ValueError(f"{x_name} is on {x.device} but {y_name} on {y.device}: move one with .to(device)")
+    _check_finite(both)
 
 
+@eager
 def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
     """Return the weights of the samples, uniform where there are none.
 
@@ -93,13 +142,13 @@ def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balance
     if weights.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one weight a sample, got {tuple(weights.shape)}")
     bad = ~((weights >= 0) & weights.isfinite())
-    if bool(bad.any()):
+    some_are_bad, total = _numbers([bad.any(), weights.detach().sum(dtype=samples.dtype)])
+    if some_are_bad:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"{name} must be finite and non-negative, got {float(weights.detach()[row])} in row {row}: "
             f"correct it, or leave the sample out by a weight of 0"
         )
-    total = float(weights.detach().sum(dtype=samples.dtype))
     if total <= 0:
         raise ValueError(f"{name} must not all be 0: give some samples a positive weight")
     if balanced and abs(total - 1) > 1e-3:

@@ -11,7 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.extras import library
 from lightning_gap.monge.costs import Cost, resolve
+from lightning_gap.monge.decisions import Weighted, few_of, typical_cost
 from lightning_gap.monge.energy import energy_distance
 from lightning_gap.monge.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.marginal import marginal_wasserstein
@@ -24,7 +26,7 @@ __all__ = ["MapScores"]
 _ALWAYS = ("source", "mapped", "target", "source_weights", "target_weights", "source_condition", "target_condition")
 _WITH_TRUTH = ("true_images",)
 _WITH_FLOOR = ("target_again", "again_condition")
-# Shares of the mean cost that an epsilon is where none is given: those of a fit.
+# Shares of the typical cost that an epsilon is where none is given: those of a fit.
 _FITTING_SHARE, _GAP_SHARE = 0.05, 0.01
 
 
@@ -48,8 +50,9 @@ class MapScores(Metric):
     batches. Divergences, energy distances and gaps take at most ``max_samples`` of each set, chosen by a fixed
     permutation that leaves the global random numbers alone; the other scores take all.
 
-    An epsilon that is not given is the fit's default share of a mean cost that no map changes, so that scores compare
-    from epoch to epoch: 5 % of that within the target, and 1 % of that between source and target.
+    An epsilon that is not given is the fit's default share of a typical cost (the weighted mean, but for outliers) that
+    no map changes, so that scores compare from epoch to epoch: 5 % of that within the target, and 1 % of that between
+    source and target.
 
     With conditions, each score is that of one condition's samples, averaged over the conditions; epsilons are shared.
 
@@ -207,6 +210,7 @@ class MapScores(Metric):
         Raises:
             ModuleNotFoundError: Matplotlib is not installed.
         """
+        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return self._plot(val, ax)
 
     def _rows(
@@ -405,11 +409,13 @@ def _of(weights: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def _share(share: float, cost: Cost, pools: Sequence[_Pool], *pairs: tuple[str, str]) -> float | None:
-    """Return a share of the first pair's mean cost that is not 0, averaged over the conditions."""
-    for first, second in pairs:
-        means = [cost.mean(solver_precision(p.sets[first]), solver_precision(p.sets[second])) for p in pools]
-        if (mean := sum(means) / len(means)) > 0:
-            return share * mean
+    """Return a share of the first pair's typical cost that is not 0, averaged over the conditions."""
+    for names in pairs:
+        sides = [
+            [Weighted(p.sets[n], p.target_weights if n == "target" else p.source_weights) for n in names] for p in pools
+        ]
+        if (typical := typical_cost(cost, few_of([(x, y) for x, y in sides], solver_precision))) > 0:
+            return share * typical
     return None
 
 

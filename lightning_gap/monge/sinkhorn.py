@@ -34,10 +34,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.arguments import check_integer
+from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import CallableCost, Cost, SqEuclidean, resolve
 from lightning_gap.monge.epsilon import Scale, share_of, share_of_cost
 from lightning_gap.monge.exact import exact_plan
-from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate
+from lightning_gap.monge.fixed_point import coarse_start, dense_pairs, iterate_to_end
 from lightning_gap.monge.kernels import (
     BlockedKernel,
     DenseKernel,
@@ -74,7 +75,7 @@ CostLike = str | Cost | Callable[[Tensor, Tensor], Tensor]
 _TOGETHER, _GPU_TOGETHER = 1 << 21, 1 << 27
 # Matrices of fewer bytes are not worth asking the system for its free memory.
 _SMALL_BYTES = 1 << 28
-# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose the digits that count.
+# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
 _FLOAT_RATIOS = 1e-2, 1e6
 # An epsilon so many times the largest cost is as good as any larger one, of which no number would be left.
 _LARGEST_EPSILON = 1e6
@@ -308,9 +309,12 @@ def optimal_transport(
     if y is not x:
         cost.check_domain("y", y)
     problem = Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
-    return solve_all([problem], solver=solver, tolerance=tolerance, max_iterations=max_iterations, strict=strict)[0]
+    options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "strict": strict}
+    (result,) = solve_all([problem], solver=solver, **options)
+    return replace(result, value=result.value.to(x.dtype))
 
 
+@eager
 def solve_all(
     problems: Sequence[Problem],
     *,
@@ -329,6 +333,9 @@ def solve_all(
         max_iterations: See :func:`optimal_transport`.
         strict: See :func:`optimal_transport`.
         silent: Leave it to the caller to look whether the results converged.
+
+    Returns:
+        The results, with values in the widest format: what is subtracted from them may be nearly as large.
     """
     check_tolerance(tolerance)
     check_integer("max_iterations", max_iterations)
@@ -526,7 +533,7 @@ def _solve_ours(problems: list[Problem], solver: str, tolerance: float, max_iter
             start = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         else:
             start = coarse_start(kernel, [p.x for p in detached], [p.y for p in detached], [p.cost for p in detached])
-        found = iterate(kernel, kernel.begin(*start), tolerance=tolerance, max_iterations=max_iterations)
+        found = iterate_to_end(kernel, start, tolerance=tolerance, max_iterations=max_iterations)
         results = []
         for i, (problem, p) in enumerate(zip(problems, detached, strict=True)):
             epsilon = kernel.epsilons[i]
@@ -550,13 +557,11 @@ def _narrowed(result: OTResult, p: Problem) -> OTResult:
     assert result.f is not None
     assert result.g is not None
     dtype = p.x.dtype
-    return replace(
-        result, value=result.value.to(dtype), f=result.f.to(dtype), g=result.g.to(dtype), _problem=p
-    )
+    return replace(result, f=result.f.to(dtype), g=result.g.to(dtype), _problem=p)
 
 
 def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
-    r"""Let the value depend on what the cost itself may learn: by the envelope theorem, as :math:`\sum P\, c_\theta`."""
+    r"""Let the value depend on what the cost itself may learn: by the envelope theorem, :math:`\sum P\, c_\theta`."""
     if not is_learned(problem.cost, problem.x):
         return result
 
@@ -566,10 +571,7 @@ def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
     p = problem.detached()
     # The backward pass forms the costs anew, block by block, rather than keeping all of them.
     paid = torch.stack(
-        [
-            checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False)
-            for rows, block in result._plan_blocks()
-        ]
+        [checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False) for rows, block in result._plan_blocks()]
     ).sum()
     return replace(result, value=result.value + (paid - paid.detach()))
 
@@ -581,7 +583,7 @@ def is_learned(cost: Cost, like: Tensor) -> bool:
         cost: The ground cost.
         like: ``(n, d)`` samples.
     """
-    if not torch.is_grad_enabled() or type(cost).__module__ == Cost.__module__ and not isinstance(cost, CallableCost):
+    if not torch.is_grad_enabled() or (type(cost).__module__ == Cost.__module__ and not isinstance(cost, CallableCost)):
         return False
     point = like[:1].detach()
     return cost.elementwise(point, point.clone()).requires_grad
@@ -597,8 +599,14 @@ def _gradients_and_mass(
     gx = gy = None
     if any(need):
         gx, gy = p.cost.plan_gradients(p.x, p.y, plan, (True, False) if kernel.symmetric else need)
+        # The rows' gradient is that of a plan whose rows are exact, the columns' of one whose columns are: what is left
+        # of a marginal error would be multiplied by the displacement, however small the difference that is wanted.
+        factors = kernel.column_factors(i)[:, None].to(p.x.dtype)
         if kernel.symmetric:
-            gy = gx
+            assert gx is not None
+            gx = gy = gx * factors
+        elif gy is not None:
+            gy = gy * factors
     elif inexact:
         for _ in plan:
             pass
@@ -613,6 +621,7 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
     if solver == "blocked":
         some = [points[:: max(1, len(points) // _FEW_SAMPLES)] for points in (first.x, first.y)]
         largest = float(first.cost.fill(first.x.new_empty(len(some[0]), len(some[1])), *some).amax())
+        _check_scale(first, largest)
         epsilon = _bounded(first, first.share(largest), largest)
         yield BlockedKernel(
             first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, largest, symmetric=first.to_itself
@@ -628,6 +637,7 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
         sizes = torch.stack(told).tolist()
         epsilons = []
         for p, (largest, mean) in zip(problems, sizes, strict=True):
+            _check_scale(p, largest)
             if p.epsilon is None and p.relative_to == "mean" and largest != 0:
                 epsilon = share_of(p.relative_epsilon, mean, p.cost)
             else:
@@ -639,20 +649,28 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
         yield DenseKernel(C, K, a, b, epsilons, rhos, [size for size, _ in sizes], symmetric=first.to_itself)
 
 
-def _bounded(p: Problem, epsilon: float, largest: float) -> float:
-    """Return the epsilon to solve with, or raise where a cost or a share of it is beyond the floating-point format."""
-    limits = torch.finfo(p.x.dtype)
+def _check_scale(p: Problem, largest: float) -> None:
+    """Raise ``FloatingPointError`` where the costs are beyond the floating-point format."""
     if not math.isfinite(largest):
         raise FloatingPointError(
             f"the {p.cost} costs are not all finite in {p.x.dtype}: divide the samples by their scale, or use float64; "
             "if a network made them, lower its learning rate; for pairs that an infinite cost forbids use "
             "solver='exact'"
         )
-    if 0 < largest < 1e3 * limits.tiny:
+    wide = widest(p.x.device)
+    if largest == 0 and p.x.dtype != wide:
+        # Nothing to move, or too little for the format.
+        x, y = p.x[:: max(1, len(p.x) // _FEW_SAMPLES)].to(wide), p.y[:: max(1, len(p.y) // _FEW_SAMPLES)].to(wide)
+        largest = float(p.cost.fill(x.new_empty(len(x), len(y)), x, y).amax())
+    if 0 < largest < 1e3 * torch.finfo(p.x.dtype).tiny:
         raise FloatingPointError(
             f"the {p.cost} costs, {largest:.1e} at most, are below what {p.x.dtype} resolves: divide the samples by "
             "their scale, or use float64"
         )
+
+
+def _bounded(p: Problem, epsilon: float, largest: float) -> float:
+    """Return the epsilon to solve with."""
     # Soft marginals are softened by epsilon, whose size then counts.
     return epsilon if p.rho is not None or largest == 0 else min(epsilon, _LARGEST_EPSILON * largest)
 
@@ -660,14 +678,14 @@ def _bounded(p: Problem, epsilon: float, largest: float) -> float:
 def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: Tensor | None) -> Tensor:
     a, b = p.a.to(f.dtype), p.b.to(f.dtype)
     if p.rho is None:
-        value = a @ f + b @ g
+        value = (a @ f) / a.sum() + (b @ g) / b.sum()
         if mass is not None:
             value = value - epsilon * (mass - 1)
     else:
         assert mass is not None
         value = -p.rho * (a @ torch.expm1(-f / p.rho) + b @ torch.expm1(-g / p.rho))
         value = value - epsilon * (mass - a.sum() * b.sum())
-    return value.to(p.x.dtype)
+    return value
 
 
 class _Envelope(torch.autograd.Function):
@@ -694,7 +712,7 @@ class _Envelope(torch.autograd.Function):
                 -(rho + epsilon) * torch.expm1(-grads[3] / rho) + epsilon * (a.sum() - 1),
             )
         needed = [
-            None if part is None or not need else grad * part
+            None if part is None or not need else grad.to(part.dtype) * part
             for part, need in zip(grads, ctx.needs_input_grad, strict=False)
         ]
         return (*needed, *[None] * (len(ctx.needs_input_grad) - 4))
@@ -746,10 +764,10 @@ def _solve_exact(problem: Problem) -> OTResult:
     i, j, mass, duals = exact_plan(C, p.a, p.b, with_duals=weighted)
     mass = mass.to(p.x.dtype)
     # The plan is locally constant, so this is differentiable as it stands; in the weights, by the dual potentials.
-    value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum()
+    value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum(dtype=widest(p.x.device))
     if duals is not None:
         for w, potential in zip((problem.a, problem.b), duals, strict=True):
-            value = value + (potential.to(w) * (w - w.detach())).sum()
+            value = value + (potential.to(w) * (w - w.detach())).sum(dtype=value.dtype)
     return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
 
 

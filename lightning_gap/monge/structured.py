@@ -104,6 +104,11 @@ class StructuredMap(StartedMap):
         self.register_buffer("slope", probe if isinstance(resolved, Mahalanobis) else None, persistent=False)
         self.field = network(dim, hidden, activation, potential=potential, **kinds)
 
+    @property
+    def made_for(self) -> TranslationInvariantCost:
+        """The cost it was made with."""
+        return self.cost
+
     def matrix_at_identity(self) -> Tensor:
         """Return zeros, with which F is zero."""
         return torch.zeros(self.dim, self.dim)

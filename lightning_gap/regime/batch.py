@@ -13,10 +13,14 @@ from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, 
 from lightning_gap.parallel import data_parallel_size, injects_sampler
 from lightning_gap.regime.plan import updates_in_epoch
 
-__all__ = ["Pass", "effective_batch_size", "pass_over_data"]
+__all__ = ["DataNotReady", "Pass", "effective_batch_size", "pass_over_data"]
 
 _GIVEN = "or pass batch_size=, and with it max_steps without max_epochs or train_longer=False"
 _LR_ONLY = "set max_steps without max_epochs, or pass train_longer=False (with batch_size=) for the learning rate alone"
+
+
+class DataNotReady(MisconfigurationException):
+    """The module's ``train_dataloader`` cannot be called yet, or not at all; its own error is the cause."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def training_loader(trainer: Trainer) -> Any:
             with isolate_rng(include_cuda=False):
                 source = source.train_dataloader()
         except Exception as error:
-            raise MisconfigurationException(
+            raise DataNotReady(
                 f"{type(source).__name__}.train_dataloader() cannot be called before the module's own setup ({error}). "
                 f"Pass the loader to trainer.fit, move it to a LightningDataModule, {_GIVEN}."
             ) from error

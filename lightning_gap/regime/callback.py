@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.arguments import check_count
-from lightning_gap.loggers import define_axes, log_facts, log_table
+from lightning_gap.loggers import define_axes, filled, log_facts, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
-from lightning_gap.regime.batch import Pass, effective_batch_size, pass_over_data
+from lightning_gap.regime.batch import DataNotReady, Pass, effective_batch_size, pass_over_data
 from lightning_gap.regime.checks import check_optimizers, check_schedulers, check_trainer, sized_from_trainer
 from lightning_gap.regime.companions import NEVER, EpochCounter, epoch_counters, warn_of_other_counters
 from lightning_gap.regime.noise import SampleNoise, noise_variance, output_module
@@ -170,6 +170,7 @@ class LargeBatchRegime(Callback):
         self._groups: list[int] = []  # of each optimizer, how many
         self._restored: dict[str, Any] = {}
         self._resuming = False
+        self._early: dict[str, Any] | None = None  # a checkpoint's callbacks, from before there was a plan
         self._ticked: int | None = None  # up to which update the clocks have been read
         self._epoch_start = 0  # updates made before the present epoch
         self._samples = 0
@@ -195,10 +196,27 @@ class LargeBatchRegime(Callback):
         check_trainer(trainer, pl_module, train_longer=bool(train_longer), gradient_noise=bool(self.gradient_noise))
         self._reset()
         self._fitting = True
-        self._pass = self._measure(trainer) if train_longer else None
-        self.plan = self._plan(trainer, train_longer)
+        try:
+            self._pass = self._measure(trainer) if train_longer else None
+            self.plan = self._plan(trainer, train_longer)
+        except DataNotReady:
+            if train_longer:
+                raise
+            self.plan = None  # of a length there is none to plan: on_fit_start is early enough for the learning rate
+            return
         if train_longer:
             self._set_limits(trainer, self.plan)
+
+    def _plan_late(self, trainer: Trainer) -> None:
+        """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
+        try:
+            self.plan = self._plan(trainer, 0.0)
+        except DataNotReady as error:
+            raise error.__cause__ or error from None
+        if self._early is not None:
+            self._refuse_unscaled(self._early)
+            if state := self._early.get(self.state_key):
+                self.load_state_dict(state)
 
     def _measure(self, trainer: Trainer) -> Pass | None:
         try:
@@ -289,6 +307,8 @@ class LargeBatchRegime(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
+        if self.plan is None:
+            self._plan_late(trainer)
         plan = _planned(self.plan)
         if plan.lr_rule != _FOUND and not self._restored and self._rate_found():
             rank_zero_warn(
@@ -554,13 +574,13 @@ class LargeBatchRegime(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
         facts: dict[str, Any] = {"updates": float(trainer.global_step), "samples_seen": float(self._samples)}
         if self._warmups[0].made:
-            facts["learning_rate"] = self._warmups[0].learning_rate
-            facts["lr_over_batch"] = self._warmups[0].learning_rate / plan.batch_size
+            facts["learning_rate"] = self._warmups[0].rate
+            facts["lr_over_batch"] = self._warmups[0].rate / plan.batch_size
         if self._clippable:
             facts["clipped_fraction"] = self._clipped / self._clippable
         define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
         for name, value in facts.items():
-            pl_module.log(_PREFIX + name, value)
+            pl_module.log(_PREFIX + name, filled(value, pl_module.device))
 
     def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
         sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
@@ -605,7 +625,7 @@ class LargeBatchRegime(Callback):
         Args:
             state_dict: What :meth:`state_dict` returned when the checkpoint was written.
         """
-        if not self._fitting:
+        if not self._fitting or self.plan is None:
             return
         plan, saved = _planned(self.plan), state_dict["plan"]
         if saved["lr_rule"] == _FOUND:
@@ -627,16 +647,23 @@ class LargeBatchRegime(Callback):
         """Refuse to resume a run that was not of this regime: its learning rates would silently win."""
         if not self._fitting:
             return
+        callbacks = checkpoint.get("callbacks", {})
+        if self.plan is None:
+            self._early = callbacks
+        else:
+            self._refuse_unscaled(callbacks)
+        self._resuming = True
+        if self._warmups:  # this strategy restores after on_fit_start
+            self._lift_epochs(trainer)
+
+    def _refuse_unscaled(self, callbacks: dict[str, Any]) -> None:
         plan = _planned(self.plan)
-        if (plan.lr_factor != 1.0 or plan.reclocked) and self.state_key not in checkpoint.get("callbacks", {}):
+        if (plan.lr_factor != 1.0 or plan.reclocked) and self.state_key not in callbacks:
             raise MisconfigurationException(
                 "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
                 "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
                 "from its weights."
             )
-        self._resuming = True
-        if self._warmups:  # this strategy restores after on_fit_start
-            self._lift_epochs(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the trainer the user's limits back."""

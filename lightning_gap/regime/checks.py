@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_gap.parallel import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_moments
-from lightning_gap.regime.schedules import horizons
+from lightning_gap.regime.schedules import horizons, unread_parts
 
 __all__ = ["check_optimizers", "check_schedulers", "check_trainer", "sized_from_trainer"]
 
@@ -154,6 +154,8 @@ def check_schedulers(trainer: Trainer, pl_module: LightningModule, plan: RegimeP
             )
         if plan.reclocked and stretch and not sized_from_trainer(config, plan, stretch):
             _check_stretched(config, pl_module, plan)
+            if stretch == "auto":
+                _warn_of_unread_length(config, plan)
 
 
 def _check_stretched(config: LRSchedulerConfig, pl_module: LightningModule, plan: RegimePlan) -> None:
@@ -181,6 +183,27 @@ def _check_stretched(config: LRSchedulerConfig, pl_module: LightningModule, plan
                 )
 
 
+def _warn_of_unread_length(config: LRSchedulerConfig, plan: RegimePlan) -> None:
+    here, there = _lengths(config, plan)
+    unread = unread_parts(config.scheduler) if isinstance(config.scheduler, LRScheduler) else []
+    if here is None or here == there or not unread:
+        return
+    unit = "epochs" if config.interval == "epoch" else "updates"
+    rank_zero_warn(
+        f"LargeBatchRegime cannot read the length of {' and '.join(unread)}, which a function may hide, and takes it "
+        f"for the reference run's, {there} {unit}. If it comes from the trainer, whose max_epochs and "
+        f"estimated_stepping_batches are this run's ({here} {unit}), pass stretch_schedulers=False; pass "
+        "stretch_schedulers=True if it is the reference run's."
+    )
+
+
+def _lengths(config: LRSchedulerConfig, plan: RegimePlan) -> tuple[int | None, int | None]:
+    """Return how long this run and the reference run are, in the steps that a scheduler counts."""
+    if config.interval == "epoch":
+        return plan.epochs, plan.reference_epochs
+    return plan.updates, plan.reference_updates
+
+
 def sized_from_trainer(config: LRSchedulerConfig, plan: RegimePlan, stretch: str | bool) -> bool:
     """Return whether a scheduler has this run's length already, and is not to be stretched.
 
@@ -198,7 +221,5 @@ def sized_from_trainer(config: LRSchedulerConfig, plan: RegimePlan, stretch: str
     scheduler: Any = config.scheduler
     if not isinstance(scheduler, LRScheduler):
         return False
-    here, there = (
-        (plan.epochs, plan.reference_epochs) if config.interval == "epoch" else (plan.updates, plan.reference_updates)
-    )
+    here, there = _lengths(config, plan)
     return here is not None and here != there and here in horizons(scheduler).values()

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gap.arguments import check_count
-from lightning_gap.loggers import define_axes
+from lightning_gap.gradients import gradient_values
+from lightning_gap.loggers import define_axes, filled
 from lightning_gap.parallel import (
     data_parallel_size,
     gradients_stay_scaled,
@@ -171,7 +172,7 @@ class GradientNoiseScale(Callback):
 
     def _hear(self, gradient: Tensor) -> None:
         if self._measuring:
-            self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+            self._norms.append(_norm(gradient.detach()))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a micro-batch."""
@@ -192,10 +193,12 @@ class GradientNoiseScale(Callback):
         division = trainer.accumulate_grad_batches
         small = mean_over_ranks(torch.stack(norms).square().sum()) * division**2 / micro_batches
         gradients = [parameter.grad for parameter in self._hooks if parameter.grad is not None]
-        big = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square().sum()
+        big = torch.stack([_norm(gradient) for gradient in gradients]).square().sum()
+        numbers = torch.stack((small, big, loss_scale(trainer).to(small.device)))
+        small_square, big_square, scale = numbers.tolist()  # the only wait for the device
         moments = gradient_moments(
-            float(small) / loss_scale(trainer) ** 2,
-            float(big) * (division / micro_batches) ** 2,
+            small_square / scale**2,
+            big_square * (division / micro_batches) ** 2,
             micro_batch,
             micro_batch * micro_batches * replicas,
         )
@@ -214,7 +217,7 @@ class GradientNoiseScale(Callback):
             }
             define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
             for name, value in facts.items():
-                pl_module.log(_PREFIX + name, value)
+                pl_module.log(_PREFIX + name, filled(value, pl_module.device))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which side of the critical batch this run was on."""
@@ -246,3 +249,8 @@ class GradientNoiseScale(Callback):
             hook.remove()
         self._hooks, self._norms, self._micro_batches = {}, [], 0
         self._fitting = self._measuring = False
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient_values(gradient), dtype=torch.float32)
+    return norm

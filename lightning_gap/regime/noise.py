@@ -60,7 +60,7 @@ def sample_weights(rows: int, variance: float, *, seed: Sequence[int]) -> Tensor
         False
     """
     state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]) >> 1
-    normal: Tensor = torch.randn(rows, generator=torch.Generator().manual_seed(state))
+    normal: Tensor = torch.randn(rows, generator=torch.Generator().manual_seed(state), device="cpu")
     return normal.mul_(variance**0.5).add_(1)
 
 
@@ -149,7 +149,7 @@ class SampleNoise:
         self.draws += 1
         weights = sample_weights(rows.pop()[0], self.variance, seed=(self.seed, self.rank, self.draws))
         for leaf in self._outputs:
-            column = weights.to(leaf).view(-1, *[1] * (leaf.ndim - 1))
+            column = weights.to(leaf, non_blocking=True).view(-1, *[1] * (leaf.ndim - 1))
             leaf.register_hook(lambda gradient, column=column: gradient * column)
 
     def new_batch(self) -> None:

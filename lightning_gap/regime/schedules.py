@@ -10,11 +10,18 @@ from fractions import Fraction
 from math import floor
 from typing import Any, Literal, NamedTuple
 
-from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    LambdaLR,
+    LRScheduler,
+    MultiplicativeLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_gap.regime.scaling import remembered, scaled
 
-__all__ = ["ReferenceClock", "horizons", "scale_momentums", "scale_scheduler"]
+__all__ = ["ReferenceClock", "horizons", "scale_momentums", "scale_scheduler", "unread_parts"]
 
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
 _LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
@@ -100,6 +107,28 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
         if getattr(part, name, None)
     }
     return {name: int(steps if isinstance(steps, (int, float)) else max(steps)) for name, steps in found.items()}
+
+
+def unread_parts(scheduler: LRScheduler) -> list[str]:
+    """Return the classes of a scheduler and its parts whose length, if they have one, :func:`horizons` cannot see.
+
+    Those are the ones that call a function, and other classes than torch's without an attribute that it knows.
+
+    Args:
+        scheduler: Any torch scheduler.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> unread_parts(torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: max(0.0, 1 - epoch / 30)))
+        ['LambdaLR']
+    """
+    return [
+        type(part).__name__
+        for part in flattened(scheduler)
+        if isinstance(part, (LambdaLR, MultiplicativeLR))
+        or not (type(part).__module__.startswith("torch.optim.") or horizons(part))
+    ]
 
 
 class ReferenceClock(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.regime.scaling import scaled
@@ -44,6 +45,7 @@ class Warmup:
     Attributes:
         made: Updates made.
         learning_rate: Of the first group, as used for the latest update.
+        rate: The same, a tensor where the optimizer's is one: reading a number of it may wait for a device.
 
     Example:
         >>> import torch
@@ -63,7 +65,7 @@ class Warmup:
         self.updates, self.factor, self.made = updates, factor, 0
         self._optimizer = optimizer
         self._full: list[Any] | None = None
-        self._used: Any = None
+        self.rate: float | Tensor = math.nan
         self._hooks = (
             optimizer.register_step_pre_hook(lambda *_: self._start()),
             optimizer.register_step_post_hook(lambda *_: self._end()),
@@ -72,7 +74,7 @@ class Warmup:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the first group, as used for the latest update."""
-        return float(self._used)
+        return float(self.rate)
 
     def _start(self) -> None:
         groups = self._optimizer.param_groups
@@ -81,7 +83,8 @@ class Warmup:
             self._full = [group["lr"] for group in groups]
             for group, rate in zip(groups, self._full, strict=True):
                 group["lr"] = scaled(rate, share)
-        self._used = groups[0]["lr"] if groups else math.nan  # Lightning's stand-in for no optimizer has none
+        rate = groups[0]["lr"] if groups else math.nan  # Lightning's stand-in for no optimizer has none
+        self.rate = rate.clone() if isinstance(rate, Tensor) else rate  # schedulers change a tensor in place
 
     def _end(self) -> None:
         self.give_back()

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gap.diffusion import distance as distance_module
-from lightning_gap.diffusion import tracked_parameters, weight_displacement, weight_norm
+from lightning_gap.diffusion import (
+    estimate_alpha,
+    fit_diffusion,
+    tracked_parameters,
+    weight_displacement,
+    weight_norm,
+)
 
 
 def displacement_reference(weights, anchor):
@@ -96,3 +102,23 @@ def test_tied_parameters_once_and_frozen_ones_not():
     assert set(tracked_parameters(model)) == {"embed.weight", "head.bias"}
     assert not any(p.requires_grad for p in tracked_parameters(model).values())
     assert tracked_parameters(model)["embed.weight"].data_ptr() == model["embed"].weight.data_ptr()
+
+
+def test_another_default_device_changes_nothing():
+    # Under torch.set_default_device("cuda") what is drawn or counted on the CPU stays there; "meta" shows that here.
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 1))
+    start = {name: tensor.clone() for name, tensor in tracked_parameters(model).items()}
+    weights = {name: tensor + 0.1 for name, tensor in start.items()}
+    t = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
+    d = [0.1 + math.log(x) for x in t]
+
+    def everything():
+        fit = fit_diffusion(t, d)
+        landscape = estimate_alpha(model, lambda m: m[0].weight.sum() + m[1].weight.sum(), radius=1.0, samples=60)
+        numbers = weight_displacement(weights, start), landscape.losses, landscape.distances, fit.numbers()
+        return numbers, fit.log_law(t).tolist(), fit.power_law(t).tolist()
+
+    expected = everything()
+    with torch.device("meta"):
+        assert repr(everything()) == repr(expected)

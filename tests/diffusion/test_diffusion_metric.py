@@ -3,7 +3,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lightning_gap import precision
 from lightning_gap.diffusion import UltraSlowDiffusionFit, WeightDistance, fit_diffusion, norms_and_biases
 from lightning_gap.diffusion import metric as metric_module
 
@@ -100,3 +103,38 @@ def test_plots():
     distance = WeightDistance(nn.Linear(3, 4))
     figure, _ = distance.plot([torch.tensor(0.0), torch.tensor(1.0)])
     matplotlib.pyplot.close(figure)
+
+
+class NoDouble(TorchDispatchMode):
+    """Makes of "meta" a device without double precision, as Apple's GPUs are."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, func
+        return result
+
+
+def test_states_are_single_where_the_device_has_no_double(monkeypatch):
+    monkeypatch.setattr(precision, "_WITHOUT_DOUBLE", {"meta"})
+    layer = nn.Linear(3, 4)
+    metric, fit = WeightDistance(layer), UltraSlowDiffusionFit()
+    move(layer, 0.5)
+    metric.update(layer)
+    fit.update(1, 0.5)
+    with NoDouble():
+        for moved in (metric.to("meta"), fit.to("meta")):
+            assert moved.device.type == "meta"
+        fit.update(torch.tensor([2, 3], dtype=torch.int64), torch.tensor([0.5, 0.75], dtype=torch.float64))
+        fit.update(4.0, 0.875)
+        metric.reset()
+        assert metric.displacement.dtype == torch.float32
+        assert {state.dtype for state in (*fit.updates, *fit.distances)} == {torch.float32}
+        fit.reset()
+
+
+def test_states_are_double_elsewhere():
+    metric = WeightDistance(nn.Linear(3, 4)).to("meta")
+    assert metric.displacement.dtype == torch.float64
+    assert WeightDistance(nn.Linear(3, 4)).float().displacement.dtype == torch.float64

@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from ghost_reference import members, one_after_another
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.ghost import (
@@ -15,6 +17,7 @@ from lightning_gap.ghost import (
     ghost_slices,
     kernels,
 )
+from lightning_gap.parallel import RankGroup
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}
@@ -311,6 +314,47 @@ def test_every_kernel(sizes, grouping, dtype, monkeypatch):
                 compare(plain, x, grouping=grouping, memory_format=memory_format, steps=1, tolerance=tolerance)
 
 
+class Outputs(TorchDispatchMode):
+    """Refuses calls that are given one memory for several outputs: kernels of other devices may use each as they go."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = [argument.name for argument in func._schema.arguments if argument.is_out]
+        places = sorted((out.data_ptr(), out.nbytes) for name in names if (out := (kwargs or {}).get(name)) is not None)
+        assert all(start + size <= then for (start, size), (then, _) in pairwise(places)), func
+        if func is torch.ops.aten.native_batch_norm.out:
+            assert kwargs["save_mean"] is not kwargs["save_invstd"]
+            assert kwargs["save_mean"].shape == kwargs["save_invstd"].shape == (args[0].shape[1],)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sizes", [{}, {"_LARGE_GHOST": 1}, {"_BLOCK": 1}])
+def test_no_call_writes_two_outputs_into_one_memory(sizes, monkeypatch):
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernels, name, value)
+
+    class TwoRanks(RankGroup):
+        def __init__(self):
+            self.group, self.size = None, 2
+
+        def gather(self, value):
+            return torch.stack([value.detach()] * 2)
+
+        def sum(self, value):
+            return 2 * value.detach()
+
+    with Outputs():
+        for dim in (2, 3, 4, 5):
+            for memory_format in ("contiguous", "channels_last"):
+                for ranks in (None, TwoRanks()):
+                    x = as_format(randn(11, dim), memory_format).requires_grad_()
+                    weight, bias = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+                    for grouping in ("contiguous", "strided"):
+                        y = ghost_batch_norm(
+                            x, None, None, weight, bias, ghost_batch_size=G, grouping=grouping, process_group=ranks
+                        )
+                        y.sum().backward()
+
+
 @pytest.mark.compiler
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 @pytest.mark.parametrize("dim", [2, 4])  # the formula, and the kernels as one operator
@@ -358,3 +402,18 @@ def test_on_cuda(dtype, grouping):
             compare(plain, x, grouping=grouping, memory_format=memory_format)
     else:
         compare(plain.float(), x.to(dtype), grouping=grouping, tolerance=3e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dim", [2, 4])
+def test_layers_read_no_number_from_their_device(dim, momentum):
+    # Tensors on "meta" have none to read: a CUDA device would have to be waited for.
+    for n in (3, 4, 8, 9, 11):
+        for grouping in ("contiguous", "strided"):
+            for running_stats in ("sequential", "per_step"):
+                options = {"grouping": grouping, "running_stats": running_stats}
+                layer = convert_ghost_batchnorm(make(dim, momentum=momentum), G, **options).to("meta")
+                x = torch.empty(n, 3, *SPATIAL[dim], dtype=torch.float64, device="meta", requires_grad=True)
+                layer(x).sum().backward()
+                assert x.grad.shape == x.shape
+                assert layer.weight.grad.device.type == "meta"

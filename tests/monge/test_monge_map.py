@@ -102,16 +102,20 @@ def test_without_weight_the_gap_is_only_measured_in_validation(monkeypatch):
     assert "lightning_gap/monge/val_monge_gap" in run.callback_metrics
 
 
-def test_epsilons_are_decided_once_from_the_first_training_batch():
+def test_epsilons_are_decided_once_from_the_training_samples():
     data = samples()
-    source, target = next(iter(data.train_dataloader()))[:2]
+    source, target = data.training_samples()
     model = small(cost="euclidean")
     assert math.isnan(model.fitting_epsilon)
     trainer(max_epochs=1).fit(model, data)
     fitting, gap = float(model.fitting_epsilon), float(model.gap_epsilon)
     assert fitting == pytest.approx(0.05 * float(torch.cdist(target, target).square().mean()), rel=1e-5)
     assert gap == pytest.approx(0.01 * float(torch.cdist(source, target).mean()), rel=1e-5)
-    trainer(max_epochs=1).fit(model, SamplesDataModule(source * 9, target * 9, batch_size=8))
+    other = SamplesDataModule(source * 9, target * 9, batch_size=8)
+    with pytest.warns(
+        UserWarning, match=r"earlier fit on other samples, with its start and fitting_epsilon=0\.4.* make a "
+    ):
+        trainer(max_epochs=1).fit(model, other)
     assert (float(model.fitting_epsilon), float(model.gap_epsilon)) == (fitting, gap)
 
 

@@ -157,11 +157,20 @@ def test_weighted_batches_count_by_their_samples(case):
 
 def test_weighted_energy_distance_is_that_of_all_pairs_and_has_its_gradient(monkeypatch):
     monkeypatch.setattr("lightning_gap.monge.kernels._BLOCK", 7 * M)
-    x, y, a, b = (t.double() / (1 if t.dim() == 2 else t.double().sum()) for t in (X, Y, A, B))
-    expected = 2 * a @ torch.cdist(x, y) @ b - a @ torch.cdist(x, x) @ a - b @ torch.cdist(y, y) @ b
-    torch.testing.assert_close(energy_distance(x, y, weights=(a, b)), expected)
-    x, y, a = (t[1:7].detach().requires_grad_() for t in (x, y, a / a[1:7].sum()))
-    assert torch.autograd.gradcheck(lambda x, y, a: energy_distance(x, y, weights=(a / a.sum(), None)), (x, y, a))
+    weights = [(w.double() / w.double().sum()) for w in (A, B)]
+    samples = [X.double(), Y.double()]
+
+    def by_pairs(x, y, a, b):
+        between, within_x, within_y = ((u[:, None] - v).norm(dim=-1) for u, v in ((x, y), (x, x), (y, y)))
+        return 2 * a @ between @ b - a @ within_x @ a - b @ within_y @ b
+
+    results = []
+    for distance in (lambda x, y, a, b: energy_distance(x, y, weights=(a, b)), by_pairs):
+        leaves = [t.clone().requires_grad_() for t in (*samples, *weights)]
+        x, y, a, b = leaves
+        value = distance(x, y, a / a.sum(), b / b.sum())
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 # --- MapScores ----------------------------------------------------------------------------------------------------
@@ -473,3 +482,19 @@ def test_parts_of_a_weighted_batch_are_scored_as_the_batch(parts):
         every.append(scores.compute())
     for name, value in every[0].items():
         torch.testing.assert_close(every[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_epsilons_that_are_not_given_count_weights_and_leave_outliers_aside():
+    counts = [torch.randint(0, 4, (len(x),), generator=torch.Generator().manual_seed(len(x))) for x in (X, Y)]
+    weighted = {f"{name}_weights": c / c.sum() for name, c in zip(("source", "target"), counts, strict=True)}
+    x, mapped, y = (d.repeat_interleave(c, dim=0) for d, c in ((X, counts[0]), (T, counts[0]), (Y, counts[1])))
+    plans = {"convention": "kl"}  # Shannon entropies tell repetitions from weights
+    same(scored(((X, T, Y), weighted), **plans), scored(((x, mapped, y), {}), **plans), rel=1e-3, abs=1e-4)
+    target = Y.clone()
+    target[0] = 1e4
+    found = []
+    for samples in (Y, target):
+        metric = MapScores()
+        metric.update(X, T, samples)
+        found.append(metric._epsilons(metric._pools()))
+    assert found[1] == pytest.approx(found[0], rel=0.1)

@@ -64,6 +64,7 @@ def test_gradients_are_clipped_and_the_share_is_logged(first, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ warm-up
 
 
+@pytest.mark.filterwarnings("ignore:LargeBatchRegime cannot read the length of")
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "MultiplicativeLR", "OneCycleLR", "SequentialLR"])
 @pytest.mark.filterwarnings("ignore:.*OneCycleLR. scheduler is using.*", "ignore:.*reaches past.*")
@@ -305,3 +306,26 @@ def test_a_compiled_module_keeps_its_regime():
 def test_arguments_out_of_their_range(options, error, message):
     with pytest.raises(error, match=message):
         LargeBatchRegime(4, **options)
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+def test_a_tensor_learning_rate_is_logged_as_it_was_used(updates, tmp_path):
+    # Its scheduler changes it in place, before it is logged.
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+
+    found = []
+    for number in (float, lambda rate: torch.tensor(rate, dtype=torch.float64)):
+        logger = CSVLogger(tmp_path / str(len(found)))
+        module = Regression(
+            schedule, interval="step", optimizer=lambda groups, lr, n=number: torch.optim.SGD(groups, n(lr))
+        )
+        regime = LargeBatchRegime(4, train_longer=False, warmup_updates=updates)
+        run(module, loader(16), regime, logger=logger, log_every_n_steps=1, max_epochs=2)
+        found.append([
+            tuple(float(row[f"lightning_gap/regime/{name}"]) for name in ("learning_rate", "lr_over_batch"))
+            for row in rows(logger) if row.get("lightning_gap/regime/learning_rate")
+        ])  # fmt: skip
+    assert len(found[0]) == 8
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)

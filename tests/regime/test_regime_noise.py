@@ -220,3 +220,9 @@ def test_a_compiled_network_is_weighted():
     assert torch.equal(compiled.layer.weight, plain.layer.weight)
     with pytest.raises(MisconfigurationException, match="Compile the network inside"):
         run(torch.compile(Watched(), backend="eager"), None, regime())
+
+
+def test_weights_are_drawn_on_the_cpu_whatever_the_default_device():
+    expected = sample_weights(5, 3.0, seed=(0, 1))
+    with torch.device("meta"):
+        assert torch.equal(sample_weights(5, 3.0, seed=(0, 1)), expected)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import SaveAt, run, trainer_of
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gap import GradientNoiseScale
+from lightning_gap import GradientNoiseScale, UltraSlowDiffusion
 from lightning_gap.regime import LargeBatchRegime, NoiseScaleEstimate, gradient_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
@@ -202,3 +202,58 @@ def test_refusals(monkeypatch):
             GradientNoiseScale(**options)
     with pytest.raises(ValueError, match="decay=1"):
         GradientNoiseScale(decay=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- sparse
+
+
+class Words(LightningModule):
+    """Two embeddings and a bag, of which one embedding is looked up twice a batch; rows come more than once."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.first, self.second = (torch.nn.Embedding(20, 4, sparse=sparse) for _ in range(2))
+        self.bag, self.head = torch.nn.EmbeddingBag(20, 4, mode="sum", sparse=sparse), torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        words, y = batch
+        hidden = self.first(words[:, 0]) + self.first(words[:, 1]) + self.second(words[:, 2]) + self.bag(words)
+        return (self.head(hidden).squeeze(1) - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def words(batch):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(0, 20, (64, 3), generator=generator), torch.randn(64, generator=generator)
+    return DataLoader(TensorDataset(*samples), batch_size=batch)
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    found = {}
+    for sparse in (False, True):
+        scale, diffusion = GradientNoiseScale(every_n_updates=1), UltraSlowDiffusion()
+        module = Words(sparse)
+        run(module, words(8), scale, diffusion, accumulate_grad_batches=2, max_epochs=2)
+        found[sparse] = scale.estimate, diffusion.trace["distance"]
+    assert found[True][0].measurements == found[False][0].measurements == 8
+    for name in ("variance", "square", "total_variance", "total_square"):
+        assert getattr(found[True][0], name) == pytest.approx(getattr(found[False][0], name), rel=1e-4)
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
+    plain = Words(True)
+    run(plain, words(8), accumulate_grad_batches=2, max_epochs=2)
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_norm": 0.05}, {"clip_norm": 1e6}, {"lr_rule": "none", "gradient_noise": "head"}, {"warmup_updates": 3}],
+)
+def test_the_regime_takes_sparse_gradients_as_dense_ones(options):
+    dense, sparse = Words(False), Words(True)
+    for module in (dense, sparse):
+        run(module, words(16), LargeBatchRegime(8, **options), max_epochs=2)
+    for one, other in zip(dense.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

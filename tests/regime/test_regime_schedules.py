@@ -1,6 +1,7 @@
 """Every scheduler of torch under LargeBatchRegime: its learning rate at every update, and resumed from every epoch."""
 
 import math
+import warnings
 from functools import cache, partial
 
 import pytest
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*OneCycleLR. scheduler is using.*",
     "ignore:.*reaches past the reference run.*",
 )
+any_length = pytest.mark.filterwarnings("ignore:LargeBatchRegime cannot read the length of")
 
 SAMPLES, REFERENCE, EPOCHS = 72, 2, 6
 UNIT = SAMPLES // REFERENCE
@@ -33,6 +35,7 @@ def reference_run(name, interval):
     return trainer.global_step, trace.tensor
 
 
+@any_length
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_at_every_ratio(name, interval):
@@ -50,6 +53,7 @@ def test_every_schedule_at_every_ratio(name, interval):
 # ------------------------------------------------------------------------------------------------- part of the way
 
 
+@any_length
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "OneCycleLR", "MultiplicativeLR", "SequentialLR"])
 def test_part_of_the_way_runs_through_the_whole_schedule(name, interval):
@@ -108,6 +112,56 @@ def test_lengths_may_be_declared():
         _, ours = run(cosine(45), loader(30), LargeBatchRegime(4, stretch_schedulers=True))
     _, reference = run(cosine(45), loader(4))
     torch.testing.assert_close(ours.tensor, math.sqrt(7.5) * reference.tensor, rtol=1e-9, atol=0)
+
+
+class Own(schedulers.LRScheduler):
+    """A scheduler that no one knows."""
+
+    def get_lr(self):
+        return [rate / (1 + self.last_epoch) for rate in self.base_lrs]
+
+
+UNREAD = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.9),
+    "LambdaLR and MultiplicativeLR": lambda o: schedulers.ChainedScheduler(
+        [UNREAD["LambdaLR"](o), UNREAD["MultiplicativeLR"](o)]
+    ),
+    "Own": Own,
+}
+
+
+def warnings_of_length(schedule, *, batch=16, interval="epoch", longer=True, stretch="auto", **options):
+    regime = LargeBatchRegime(4, train_longer=longer, stretch_schedulers=stretch)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(Regression(schedule, interval=interval), loader(batch), regime, max_epochs=2, **options)
+    return [str(w.message) for w in told if "cannot read the length" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_length_that_a_function_hides_is_warned_of(name):
+    (message,) = warnings_of_length(UNREAD[name])
+    assert f"length of {name}," in message
+    assert "2 epochs" in message
+    assert "(8 epochs)" in message
+    assert "stretch_schedulers=False" in message
+    (message,) = warnings_of_length(UNREAD[name], interval="step", longer=0.5)
+    assert "30 updates" in message
+    # Not where it is declared, or does not change:
+    for quiet in (
+        {"stretch": True},
+        {"stretch": False},
+        {"interval": "step"},
+        {"batch": 4},
+        {"longer": False},
+    ):
+        assert not warnings_of_length(UNREAD[name], **quiet)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_only_lengths_that_a_function_hides_are_warned_of(name):
+    assert bool(warnings_of_length(EPOCH_SCHEDULES[name])) == (name in UNREAD)
 
 
 # ------------------------------------------------------------------------------------------------------------ plateau
@@ -182,6 +236,7 @@ class Data(Regression):
         return loader(16)
 
 
+@any_length
 @pytest.mark.parametrize("name", EPOCH_SCHEDULES)
 def test_every_schedule_resumes_from_every_epoch(name, tmp_path):
     assert_resumes(lambda: Data(EPOCH_SCHEDULES[name]), lambda: LargeBatchRegime(7), tmp_path)
@@ -222,6 +277,7 @@ def test_adams_moments_and_part_of_the_way_resume(tmp_path):
         assert torch.equal(whole.layer.weight, part.layer.weight)
 
 
+@any_length
 @pytest.mark.parametrize("name", EPOCH_SCHEDULES)
 def test_every_schedule_goes_on_at_another_batch(name, tmp_path):
     path = tmp_path / "first.ckpt"

@@ -1,0 +1,22 @@
+"""What gradients hold, however they are laid out."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["gradient_values"]
+
+
+def gradient_values(gradient: Tensor) -> Tensor:
+    """Return the numbers of a gradient, each element once: of a sparse one those that it holds, the others being zero.
+
+    Args:
+        gradient: A gradient, left as it is; sparse ones, as of ``nn.Embedding(sparse=True)``, may name a row twice.
+
+    Example:
+        >>> rows = torch.sparse_coo_tensor([[3, 3]], [1.0, 2.0], (5,), check_invariants=True)
+        >>> gradient_values(rows)
+        tensor([3.])
+    """
+    if gradient.layout is torch.strided:
+        return gradient
+    return (gradient.coalesce() if gradient.layout is torch.sparse_coo else gradient).values()
