@@ -327,7 +327,6 @@ class MongeMap(LightningModule):
                 "use 'bf16-mixed' or '16-mixed', where the network alone is in half precision"
             )
         data = getattr(self.trainer, "datamodule", None)
-        self._adopt_features(data)
         self._adopt(data)
         if self.map is None:
             raise MisconfigurationException(
@@ -354,6 +353,7 @@ class MongeMap(LightningModule):
         return []
 
     def _adopt(self, data: Any) -> None:
+        self._adopt_features(data)
         self._adopt_representation(data)
         names = getattr(data, "condition_names", ())
         if names and self.condition_names is None:
@@ -386,7 +386,7 @@ class MongeMap(LightningModule):
         if (
             self.feature_names is None
             and names is not None
-            and (self.trainer.state.fn == TrainerFn.FITTING or not bool(self.started))
+            and (self.trainer.state.fn == TrainerFn.FITTING or not self._decisions["started"])
         ):
             self.feature_names = [str(name) for name in names]
             self.hparams["feature_names"] = self.feature_names

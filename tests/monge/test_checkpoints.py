@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from monge_runs import small, trainer
+from monge_runs import gaussians, samples, small, trainer
 
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.cli import main
@@ -31,14 +31,13 @@ class Payload:
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    np.save("a.npy", np.zeros((40, 2), dtype=np.float32) + np.arange(40, dtype=np.float32)[:, None])
+    np.save("a.npy", gaussians(40)[0].numpy())
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> bytes:
     run, path = trainer(max_steps=1), tmp_path_factory.mktemp("saved") / "map.ckpt"
-    x = torch.arange(40.0)[:, None].expand(40, 2)
-    run.fit(small(), SamplesDataModule(x, x, batch_size=8))
+    run.fit(small(), samples(batch_size=32))
     run.save_checkpoint(path)
     return path.read_bytes()
 
@@ -214,12 +213,13 @@ def test_an_instance_loads_no_checkpoint(checkpoint):
         MongeMap(2).load_from_checkpoint("map.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ConvergenceWarning", "ignore:at update .* the solver stopped")
 def test_conditions_of_the_checkpoint_are_those_of_the_data():
     """Labels of other conditions have the shapes of the right ones."""
 
     def data(*names):
         labels = [*names] * 20
-        return SamplesDataModule("a.npy", "a.npy", batch_size=4, conditions=(labels, labels))
+        return SamplesDataModule("a.npy", "a.npy", batch_size=16, conditions=(labels, labels))
 
     run = trainer(max_steps=1)
     run.fit(small(None), data("x", "y"))
