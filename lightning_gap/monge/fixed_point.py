@@ -53,8 +53,8 @@ class _Anderson:
 
     def __init__(self, kernel: Kernel) -> None:
         count, m = kernel.b.shape
-        # More steps than a fraction of the unknowns would be dependent.
-        self.memory = max(1, min(MEMORY, m // 4))
+        # More steps than unknowns would be dependent.
+        self.memory = max(1, min(MEMORY, m))
         # In the matrices' precision: what they know of a residual.
         self.steps = as_vector(kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype))
         # The last row is the present residual: one product then gives all that the least squares need.
@@ -121,8 +121,8 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
         FloatingPointError: See :func:`iterate`.
     """
     swept, G = 0, kernel.begin(*start)
-    for _ in range(_LEAPS):
-        patience = None if kernel.symmetric else _PATIENCE
+    for leaps in range(_LEAPS + 1):
+        patience = None if kernel.symmetric or leaps == _LEAPS else _PATIENCE
         found = iterate(kernel, G, tolerance=tolerance, max_iterations=max_iterations - swept, patience=patience)
         swept += max(found.iterations)
         found = replace(found, iterations=[swept - max(found.iterations) + sweeps for sweeps in found.iterations])

@@ -77,7 +77,7 @@ class _Anderson:
 
     def __init__(self, kernel: Kernel) -> None:
         count, m = kernel.b.shape
-        self.memory = max(1, min(MEMORY, m // 4))
+        self.memory = max(1, min(MEMORY, m))
         self.root = kernel.b.sqrt()
         self.steps = kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype)
         self.residuals = torch.zeros_like(self.steps)

@@ -336,7 +336,8 @@ def _problem(
     x, y = solver_precision(x), solver_precision(y)
     a = check_weights("weights" if paired else "weights[0]", weights[0], x, balanced=rho is None)
     b = a if paired else check_weights("weights[1]", weights[1], y, balanced=rho is None)
-    return Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
+    regularization = check_regularization(epsilon, relative_epsilon, relative_to, rho, solver)
+    return Problem(x, y, a, b, cost, rho, *regularization, uniform=all(w is None for w in weights))
 
 
 @eager
@@ -409,7 +410,7 @@ def _to_themselves(
 ) -> list[tuple[OTResult, OTResult]]:
     """Return the transport of both measures to themselves, for each problem, at the epsilon it was solved at."""
     both = [
-        Problem(points, points, w, w, p.cost, p.rho, result.epsilon)
+        Problem(points, points, w, w, p.cost, p.rho, result.epsilon, uniform=p.uniform)
         for p, result in zip(problems, solved, strict=True)
         for points, w in ((p.x, p.a), (p.y, p.b))
     ]

@@ -176,6 +176,10 @@ class OTResult:
                     block.sub_(torch.where(p.b > 0, block, -torch.inf).amax(1, keepdim=True))
                 exponentiate(block)
                 block.mul_(p.b) if conditional else block.mul_(p.a[rows, None]).mul_(p.b)
+                # What is far off and has no weight may be infinite here.
+                block.masked_fill_(p.b == 0, 0)
+                if not conditional:
+                    block.masked_fill_(p.a[rows, None] == 0, 0)
             yield rows, block
 
 
@@ -193,6 +197,7 @@ class Problem:
         epsilon: Regularization in units of the cost, or ``None``.
         relative_epsilon: Where it is ``None``, its share of the mean cost.
         relative_to: ``"mean"``, or another scale of the costs: see :func:`~lightning_gap.monge.epsilon.cost_scale`.
+        uniform: Whether no weights were given, so that none is 0.
     """
 
     x: Tensor
@@ -204,6 +209,7 @@ class Problem:
     epsilon: float | None
     relative_epsilon: float = 1.0
     relative_to: Scale = "mean"
+    uniform: bool = False
 
     def share(self, largest: float) -> float:
         """Return the epsilon that is given or that a relative one means, in blocks of bounded memory.
@@ -308,7 +314,8 @@ def optimal_transport(
     cost.check_domain("x", x)
     if y is not x:
         cost.check_domain("y", y)
-    problem = Problem(x, y, a, b, cost, rho, *check_regularization(epsilon, relative_epsilon, relative_to, rho, solver))
+    regularization = check_regularization(epsilon, relative_epsilon, relative_to, rho, solver)
+    problem = Problem(x, y, a, b, cost, rho, *regularization, uniform=all(w is None for w in weights))
     options: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations, "strict": strict}
     (result,) = solve_all([problem], solver=solver, **options)
     return replace(result, value=result.value.to(x.dtype))
@@ -341,6 +348,7 @@ def solve_all(
     check_integer("max_iterations", max_iterations)
     for p in problems:
         check_transforms(p.x, p.y, p.a, p.b)
+    given, problems = problems, [_counted(p) if solver != "exact" else p for p in problems]
     groups: dict[Any, list[int]] = {}
     for number, p in enumerate(problems):
         chosen = _choose(solver, p.cost, p.x, p.y)
@@ -360,7 +368,47 @@ def solve_all(
     for number in range(0 if silent else len(problems)):
         if not results[number].converged:
             _report(results[number], tolerance, max_iterations, strict)
-    return [results[number] for number in range(len(problems))]
+    return [
+        results[number] if p is whole else _for_all(whole, p, results[number])
+        for number, (whole, p) in enumerate(zip(given, problems, strict=True))
+    ]
+
+
+def _counted(p: Problem) -> Problem:
+    """Return the problem without its samples of weight 0, which no plan knows, however far off they are."""
+    if p.uniform:
+        return p
+    rows, columns = p.a.detach() > 0, p.b.detach() > 0
+    if bool(rows.all() & columns.all()):
+        return p
+    x, a = p.x[rows], p.a[rows]
+    y, b = (x, a) if p.x is p.y and p.a is p.b else (p.y[columns], p.b[columns])
+    return replace(p, x=x, y=y, a=a, b=b)
+
+
+def _for_all(whole: Problem, p: Problem, result: OTResult) -> OTResult:
+    """Return what was solved without the samples of weight 0 as the result of all.
+
+    Their potentials are the best answers to the others, which is the gradient of the value in their weights.
+    """
+    assert result.f is not None
+    assert result.g is not None
+    q, kept, epsilon, value = whole.detached(), p.detached(), result.epsilon, result.value
+    share, potentials = damping(epsilon, p.rho), []
+    for cost, points, w, others, weights, own, other in (
+        (p.cost, q.x, q.a, kept.y, kept.b, result.f, result.g),
+        (p.cost.transposed(), q.y, q.b, kept.x, kept.a, result.g, result.f),
+    ):
+        potential, nothing = points.new_empty(len(points)), w == 0
+        potential[~nothing] = own
+        if bool(nothing.any()):
+            answer = soft_minimum(points[nothing], others, weights, other / epsilon, cost, epsilon)
+            potential[nothing] = (share * epsilon * answer).to(own.dtype)
+        potentials.append(potential)
+    for w, potential in zip((whole.a, whole.b), potentials, strict=True):
+        if torch.is_grad_enabled() and w.requires_grad:
+            value = value + torch.where(w.detach() == 0, (w - w.detach()) * potential, 0).sum(dtype=value.dtype)
+    return replace(result, value=value, f=potentials[0], g=potentials[1], _problem=q)
 
 
 def _solve_alike(problems: list[Problem], solver: str, tolerance: float, max_iterations: int) -> list[OTResult]:
