@@ -100,7 +100,7 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,
         "half": works(f"{_MONGE}test_monge_map.py::test_precisions_of_the_trainer"),
-        "compile": works(f"{_SHELL}robust.py::test_a_compiled_map_trains_as_the_plain_one", word="the network"),
+        "compile": works(f"{_MONGE}test_compiled.py::test_a_compiled_monge_map_trains_as_the_plain_one"),
     },
     "SamplesDataModule": {
         "accumulation": NOT_RUN,

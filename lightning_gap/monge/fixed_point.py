@@ -121,15 +121,18 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
         FloatingPointError: See :func:`iterate`.
     """
     swept, G = 0, kernel.begin(*start)
+    solved_after = [0] * len(G)
     for leaps in range(_LEAPS + 1):
         patience = None if kernel.symmetric or leaps == _LEAPS else _PATIENCE
         found = iterate(kernel, G, tolerance=tolerance, max_iterations=max_iterations - swept, patience=patience)
+        for i, (sweeps, converged) in enumerate(zip(found.iterations, found.converged, strict=True)):
+            if converged and not solved_after[i]:
+                solved_after[i] = swept + sweeps
         swept += max(found.iterations)
-        found = replace(found, iterations=[swept - max(found.iterations) + sweeps for sweeps in found.iterations])
         if all(found.converged) or swept >= max_iterations or max(found.marginal_errors) <= STUCK:
             break
         G = _leap(kernel, as_vector(found.G))
-    return found
+    return replace(found, iterations=[after or swept for after in solved_after])
 
 
 def _leap(kernel: Kernel, G: Vector) -> Vector:
@@ -138,8 +141,9 @@ def _leap(kernel: Kernel, G: Vector) -> Vector:
     Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises
     potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
     """
-    numerics, (step, _) = kernel.numerics, kernel.sweep(G)
-    step = step * 1.0
+    numerics, (step, errors) = kernel.numerics, kernel.sweep(G)
+    # What is nearly solved stays where it is.
+    step = step * (errors > STUCK)[:, None]
     near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
     for _ in range(_LEAP_SWEEPS):
         middle = numerics.where(widening, far, (near + far) / 2)

@@ -1,8 +1,8 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
-It extrapolates as :mod:`lightning_gap.monge.fixed_point` does, but from rounds of a few sweeps, as an operation on a short
-vector takes as long as a sweep, and decides on the device what that decides in Python. The marginal errors are fetched
-after the first rounds, and then when they should have reached the tolerance.
+It extrapolates as :mod:`lightning_gap.monge.fixed_point` does, but from rounds of a few sweeps, as an operation on a
+short vector takes as long as a sweep. The marginal errors are fetched after the first rounds, and then when they should
+have reached the tolerance.
 """
 
 import math
@@ -81,6 +81,7 @@ class _Anderson:
         self.root = kernel.b.sqrt()
         self.steps = kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype)
         self.residuals = torch.zeros_like(self.steps)
+        self.last = kernel.b, kernel.b
         self.regularization = regularization(kernel)
         self.forget()
 
@@ -91,8 +92,8 @@ class _Anderson:
     def extrapolate(self, image: Tensor, residual: Tensor) -> Tensor:
         """Return the next points, from the images under a round of sweeps and from the residuals."""
         residual = residual * self.root
-        last, self.last, self.calls = getattr(self, "last", None), (image, residual), self.calls + 1
-        if self.calls == 0 or last is None:
+        last, self.last, self.calls = self.last, (image, residual), self.calls + 1
+        if self.calls == 0:
             return image
         j, q = (self.calls - 1) % self.memory, min(self.calls, self.memory)
         self.steps[:, j], self.residuals[:, j] = image - last[0], residual - last[1]
@@ -101,7 +102,7 @@ class _Anderson:
         right = (rows @ residual.to(rows.dtype)[..., None]).to(image.dtype)
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal += self.regularization * diagonal.amax(1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
-        weights, _ = torch.linalg.solve_ex(matrix, right)
+        weights: Tensor = torch.linalg.solve_ex(matrix, right)[0]
         jump = (weights.mT.to(rows.dtype) @ self.steps[:, :q])[:, 0]
         return image - jump * (jump.abs().amax(1, keepdim=True) < LONGEST_JUMP)
 

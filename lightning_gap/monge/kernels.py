@@ -458,12 +458,13 @@ class DenseKernel(Kernel):
         """Make the sweeps of hard marginals by four operations each, on the scalings themselves."""
         if self.damping is not None:
             return super().sweeps(G, count)
-        v = torch.mul((G - self.G0).exp_(), self.b).to(self.dtype)[..., None]
+        v: Tensor = ((G - self.G0).exp_() * self.b).to(self.dtype)[..., None]
         for _ in range(count):
             # Of a measure against itself the geometric mean of a scaling and of the best answer to it.
             sums = torch.bmm(self.K, v)
             v = (v * self._b / sums).sqrt_() if self.symmetric else self._b / torch.bmm(self.K.mT, self._a / sums)
-        return self.G0 + (v / self._b)[..., 0].to(self.a.dtype).log_()
+        swept: Tensor = self.G0 + (v / self._b)[..., 0].to(self.a.dtype).log_()
+        return swept
 
     def _narrow(self, vector: Vector) -> Vector:
         """Return a vector in the matrices' dtype."""
