@@ -40,6 +40,8 @@ __all__ = ["Solution", "coarse_start", "dense_pairs", "iterate", "iterate_to_end
 
 # Problems of up to this many points anneal epsilon; larger ones start from every fourth of their points.
 _COARSEST = 256
+# On a GPU, where a sweep of few points takes as long as one of some thousand.
+_GPU_COARSEST = 4096
 _STRIDE = 4
 # Where no cost is more than this many epsilons, zero potentials are a good start.
 _FLAT = 60.0
@@ -256,7 +258,8 @@ def coarse_start(
 
 def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Sequence[Cost]) -> tuple[Tensor, Tensor]:
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
-    if min(kernel.a.shape[1], kernel.b.shape[1]) <= _COARSEST:
+    coarsest = _GPU_COARSEST if isinstance(kernel.a_vector, Tensor) else _COARSEST
+    if min(kernel.a.shape[1], kernel.b.shape[1]) <= coarsest:
         return _anneal(kernel) if isinstance(kernel, DenseKernel) else (F, G)
     rows, columns = (w[:, ::_STRIDE] for w in (kernel.a, kernel.b))
     row_sums, column_sums = (w.sum(1, keepdim=True) for w in (rows, columns))
@@ -296,13 +299,9 @@ def _start(kernel: Kernel, xs: Sequence[Tensor], ys: Sequence[Tensor], costs: Se
 
 def _anneal(kernel: DenseKernel) -> tuple[Tensor, Tensor]:
     """Return the potentials, followed from a large epsilon down, in the kernel's own buffers."""
-    means = torch.stack([C.mean(dtype=kernel.a.dtype) for C in kernel.C]).tolist()
     stages = 1
-    for i, (mean, epsilon) in enumerate(zip(means, kernel.epsilons, strict=True)):
-        if not math.isfinite(mean):
-            raise too_large(kernel, i)
-        while epsilon * 4**stages < mean / 32:
-            stages += 1
+    while any(epsilon * 4**stages < size / 256 for epsilon, size in zip(kernel.epsilons, kernel.largest, strict=True)):
+        stages += 1
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
     for k in range(stages, 0, -1):
         warm = [epsilon * 4**k for epsilon in kernel.epsilons]

@@ -35,7 +35,7 @@ STUCK = 1e-3
 # Sweeps of a round, rounds to the first question, and the most between two.
 _ROUND, _UNASKED, _LONGEST = 4, 3, 24
 # Sweeps after each of which kernels are formed anew, at first.
-_SETTLING = 4
+_SETTLING = 2
 # A drift from the kernels' potentials from which these are formed anew.
 _FAR = 15.0
 
@@ -100,11 +100,10 @@ class _Anderson:
         rows = self.residuals[:, :q]
         matrix = (rows @ rows.mT).to(image.dtype)
         right = (rows @ residual.to(rows.dtype)[..., None]).to(image.dtype)
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        diagonal += self.regularization * diagonal.amax(1, keepdim=True) + torch.finfo(diagonal.dtype).tiny
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + self.regularization).add_(torch.finfo(matrix.dtype).tiny)
         weights: Tensor = torch.linalg.solve_ex(matrix, right)[0]
         jump = (weights.mT.to(rows.dtype) @ self.steps[:, :q])[:, 0]
-        return image - jump * (jump.abs().amax(1, keepdim=True) < LONGEST_JUMP)
+        return image - jump.clamp_(-LONGEST_JUMP, LONGEST_JUMP)
 
 
 def iterate_on_device(
@@ -118,8 +117,10 @@ def iterate_on_device(
         kernel.sweep(G)
         nothing = [math.nan for _ in every]
         return Solution(as_tensor(kernel.row_potentials), G, [max_iterations for _ in every], nothing, [False] * len(G))
-    G = _settled(kernel, G)
-    anderson, iterations, rounds, safe = _Anderson(kernel), _SETTLING, _UNASKED, G
+    # From hard c-transforms, whose kernels overflow nowhere: nobody would see it for some rounds.
+    safe = torch.stack([kernel.restart(i, G[i]) for i in every])
+    G = _settled(kernel, safe)
+    anderson, iterations, rounds = _Anderson(kernel), _SETTLING, _UNASKED
     best, last, restarted = [math.inf for _ in every], (0, [math.inf for _ in every]), list[int]()
     solved_after = [0 for _ in every]
     while True:

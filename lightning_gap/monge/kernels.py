@@ -463,7 +463,7 @@ class DenseKernel(Kernel):
             # Of a measure against itself the geometric mean of a scaling and of the best answer to it.
             sums = torch.bmm(self.K, v)
             v = (v * self._b / sums).sqrt_() if self.symmetric else self._b / torch.bmm(self.K.mT, self._a / sums)
-        swept: Tensor = self.G0 + (v / self._b)[..., 0].to(self.a.dtype).log_()
+        swept: Tensor = self.G0 + (v / self._b)[..., 0].log_()
         return swept
 
     def _narrow(self, vector: Vector) -> Vector:

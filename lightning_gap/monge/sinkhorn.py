@@ -807,7 +807,8 @@ def _implicit_gradients(
 
 def _solve_exact(problem: Problem) -> OTResult:
     p = problem.detached()
-    C = p.cost.fill(p.x.new_empty(len(p.x), len(p.y), dtype=torch.float64), p.x.double(), p.y.double())
+    x, y = (points.to(widest(points.device)) for points in (p.x, p.y))
+    C = p.cost.fill(x.new_empty(len(x), len(y)), x, y)
     weighted = torch.is_grad_enabled() and (problem.a.requires_grad or problem.b.requires_grad)
     i, j, mass, duals = exact_plan(C, p.a, p.b, with_duals=weighted)
     mass = mass.to(p.x.dtype)

@@ -34,7 +34,7 @@ _INDEXING = {"index", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _ACROSS_DEVICES = {"copy_", "_to_copy", "set_"} | _INDEXING
 # They refuse even a CPU tensor of no dimensions, which others take for a number.
 _NO_CPU_SCALARS = {"addmv_", "mm", "bmm", "where_"}
-_NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach"}
+_NO_KERNEL = {"_unsafe_view", "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach"}
 _MATRIX_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "addmv_", "dot"}
 
 _missing: set[torch.dtype] = set()

@@ -27,14 +27,6 @@ from lightning_gap.monge import (
 X, Y = clouds(24)
 
 
-def fault(reason):
-    return pytest.mark.xfail(strict=False, reason=reason)
-
-
-GENERATORS = fault("random numbers of a CPU generator are asked for on the default device")
-SUMS = fault("sums that are on the CPU meet row numbers on the default device")
-
-
 def displacement():
     layer = torch.nn.Linear(3, 2)
     start = {name: value.detach().clone() for name, value in layer.named_parameters()}

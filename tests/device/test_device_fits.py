@@ -161,7 +161,6 @@ def test_validation_test_and_prediction(device):
     assert {part.device.type for part in images} <= {"cpu", "cuda"}
 
 
-@pytest.mark.xfail(strict=False, reason="row numbers on the CPU meet samples on the device")
 def test_samples_that_are_on_the_device(device):
     source, target = clouds()
     expected = state(fit_map("cpu", trainer={"max_epochs": 1}))

@@ -86,13 +86,7 @@ def moved_layer(device):
     "double",
     [
         True,
-        pytest.param(
-            False,
-            marks=[
-                pytest.mark.emulated,
-                pytest.mark.xfail(strict=False, reason="the distance is kept in float64 on every device"),
-            ],
-        ),
+        pytest.param(False, marks=pytest.mark.emulated),
     ],
 )
 def test_distances_of_weights(device, double, monkeypatch):

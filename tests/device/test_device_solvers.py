@@ -115,11 +115,8 @@ def test_tensor_cores_do_not_change_the_solution(device, name, solver):
         near(mine, theirs, 1e-6)
 
 
-EXACT = pytest.mark.xfail(strict=False, reason="the exact solver takes float64 everywhere, not a device's widest dtype")
-
-
 @pytest.mark.emulated
-@pytest.mark.parametrize("solver", ["dense", "blocked", pytest.param("exact", marks=EXACT)])
+@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
 @pytest.mark.parametrize("name", COSTS)
 def test_a_device_without_double(device, name, solver, monkeypatch):
     from masked import without_double
