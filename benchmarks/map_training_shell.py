@@ -184,7 +184,7 @@ def parts(size: int, dim: int, steps: int) -> dict[str, float]:
         (_TrainingEpochLoop, ["advance"]),
         (MongeMap, ["training_step", "_unpack", "_decide_epsilons", "_images", "log_dict", "backward"]),
         (module, ["data_parallel_group", "_displacement"]),
-        (MapObjective, ["__call__"]),
+        (MapObjective, ["terms"]),
         (Optimizer, ["zero_grad"]),
     ):
         for name in names:

@@ -648,7 +648,7 @@ class MongeMap(LightningModule):
         mapped = self._images(b.source, b.condition)
         with_gap = gap_weight > 0
         reference = self._reference_pair(b, batch_idx, group) if with_gap else None
-        terms = self.objective(
+        terms = self.objective.terms(
             source,
             _gathered(mapped, group),
             target,
@@ -786,7 +786,7 @@ class MongeMap(LightningModule):
             self.scores[stage] = self._new_scores(named=b.condition is not None and not b.condition.is_floating_point())
             self._losses: list[Tensor] = []
         if self.objective.fitting_loss not in _LOSS_NAMES:
-            loss = self.objective(
+            loss, _ = self.objective(
                 b.source,
                 mapped,
                 b.target,
@@ -794,7 +794,7 @@ class MongeMap(LightningModule):
                 gap_epsilon=None,
                 with_gap=False,
                 weights=(b.source_weights, b.target_weights),
-            ).loss
+            )
             self._losses.append(loss)
         cast(MapScores, self.scores[stage]).update(
             b.source,

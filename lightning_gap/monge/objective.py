@@ -70,7 +70,12 @@ class MapObjective:
     tolerance: float = 1e-5
     max_iterations: int = 2000
 
-    def __call__(
+    def __call__(self, source: Tensor, mapped: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the fitting loss and the gap of :meth:`terms`, which takes the same arguments."""
+        terms = self.terms(source, mapped, target, **options)
+        return terms.loss, terms.gap
+
+    def terms(
         self,
         source: Tensor,
         mapped: Tensor,

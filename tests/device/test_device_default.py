@@ -103,11 +103,7 @@ ENTRIES = {
 }
 
 
-OPEN = dict.fromkeys(("displacement", "distance", "diffusion"), SUMS)
-OPEN |= {name: GENERATORS for name in ENTRIES if name in ("landscape", "noise") or name.startswith("map")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OPEN.get(name, ())) for name in ENTRIES])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_entry_points(device, name):
     torch.set_default_device(device)  # put back after each test
     ENTRIES[name]()

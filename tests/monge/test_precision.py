@@ -60,7 +60,7 @@ def draw(place, cost, n=60, d=3, seed=0):
 
 
 def value_and_gradient(quantity, cost, samples, dtype):
-    x, y, a, b = (t.to(dtype) for t in samples)
+    x, y, a, b = (t.to(dtype, copy=True) for t in samples)
     x, y = x.requires_grad_(), y.requires_grad_()
     value = QUANTITIES[quantity](x, y, a / a.sum(), b / b.sum(), cost)
     gradients = torch.autograd.grad(value, (x, y))

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import ResidualMLP
-from lightning_gap.monge.objective import MapObjective
+from lightning_gap.monge.objective import MapObjective, ObjectiveTerms
 
 HIDDEN, LR, UPDATES = (64, 64, 64), 2e-3, 400
 # What is changed, and to what; the base is a row of each.
@@ -58,20 +58,20 @@ class OtherGap(MapObjective):
 
     convention: str = "kl"
 
-    def __call__(
+    def terms(
         self, source: Tensor, mapped: Tensor, target: Tensor, *, fitting_epsilon: float | None,
         gap_epsilon: float | None, with_gap: bool = True, **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return the divergence, and the gap where it is asked for."""
+    ) -> ObjectiveTerms:  # fmt: skip
+        """Return the divergence, and the gap where it is asked for; the functions warn where they did not converge."""
         divergence = sinkhorn_divergence(mapped, target, cost=self.fitting_cost, epsilon=fitting_epsilon)
         if not with_gap:
-            return divergence, None
+            return ObjectiveTerms(divergence, None, 0.0, True)
         how: dict[str, Any] = (
             {"solver": "exact"}
             if self.convention == "exact"
             else {"convention": self.convention, "epsilon": gap_epsilon}
         )
-        return divergence, monge_gap(source, mapped, cost=self.cost, **how)
+        return ObjectiveTerms(divergence, monge_gap(source, mapped, cost=self.cost, **how), 0.0, True)
 
 
 def fit(source: Tensor, target: Tensor, settings: dict[str, Any], seed: int, updates: int) -> tuple[MongeMap, float]:
