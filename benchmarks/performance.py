@@ -212,6 +212,9 @@ SPEED = {
     ),
 }  # fmt: skip
 SCIENCE = {
+    "gap_gradient": Benchmark(
+        "gap_gradient.py gradient", "How exact the gap's gradient is", 1, page="../transport.md", rows=False
+    ),
     "schedules": Benchmark(
         "regime_schedules.py", "Every scheduler under the regime, update by update", 5, page="../regime.md", rows=False
     ),
