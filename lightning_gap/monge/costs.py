@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_gap.compiling import eager
-from lightning_gap.precision import widest
+from lightning_gap.precision import full_precision, widest
 
 __all__ = [
     "CallableCost",
@@ -390,7 +390,8 @@ def _matrix_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     if out.device.type == "cpu":
         np.matmul(left.numpy(), right.numpy(), out=out.numpy())
         return out
-    return torch.mm(left, right, out=out)
+    with full_precision(out.device):
+        return torch.mm(left, right, out=out)
 
 
 class _Squares:
@@ -564,9 +565,10 @@ class Mahalanobis(TranslationInvariantCost):
 
     def image(self, x: Tensor) -> Tensor:
         """Return ``A x``: ``(..., d)`` points to ``(..., k)`` points."""
+        # In the widest format: float32 products are TensorFloat-32's where a user lets torch take it.
         with torch.autocast(x.device.type, enabled=False):
-            image: Tensor = x @ _matrix(self.factor, x.dtype, x.device).mT
-            return image
+            image: Tensor = _accurate(x) @ _matrix(self.factor, widest(x.device), x.device).mT
+            return image.to(x.dtype)
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|Az|²``."""

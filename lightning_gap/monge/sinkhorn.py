@@ -133,7 +133,8 @@ class OTResult:
         Returns:
             ``(n, k)`` sums on the source samples, detached.
         """
-        return torch.cat([block @ values.detach() for _, block in self._plan_blocks()])
+        with full_precision(values.device):
+            return torch.cat([block @ values.detach() for _, block in self._plan_blocks()])
 
     def barycentric_projection(self) -> Tensor:
         """Return where each source sample is sent on average: ``(n, d)``, detached.
@@ -143,7 +144,8 @@ class OTResult:
         """
         p = self._problem
         y = torch.cat([torch.ones_like(p.y[:, :1]), p.y], dim=1).detach()
-        images = torch.cat([block @ y for _, block in self._plan_blocks(conditional=True)])
+        with full_precision(y.device):
+            images = torch.cat([block @ y for _, block in self._plan_blocks(conditional=True)])
         return torch.where(images[:, :1] > 0, images[:, 1:] / images[:, :1], p.x)
 
     def transport_cost(self) -> Tensor:
