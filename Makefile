@@ -11,13 +11,14 @@ DATA ?= mnist-5k
 
 # Imports of every module, and tests of each part that meets other packages.
 CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/test_cli_fit.py tests/test_loggers.py \
-  tests/dashboards/test_runs.py tests/diffusion/test_diffusion_law.py tests/diffusion/test_diffusion_reference.py tests/ghost/test_ghost_functional.py \
-  tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py tests/monge/test_metrics.py \
+  tests/dashboards/test_runs.py tests/diffusion/test_diffusion_law.py tests/diffusion/test_diffusion_reference.py \
+  tests/ghost/test_ghost_functional.py tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py tests/monge/test_metrics.py \
   tests/monge/test_monge_map.py tests/monge/test_monge_map_checkpoint.py tests/monge/test_samples_files.py \
   tests/monge/test_transport_files.py tests/regime/test_regime_schedules.py
 QUICK := not compiler and not slow and not gpu and not distributed
 
-.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-variants lowest lint types doctest readme docs format ci clean
+.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-variants lowest lint types \
+  doctest readme docs format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
@@ -26,7 +27,7 @@ help:
 	@echo "make lint types doctest readme    the other checks of CI"
 	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
-	@echo "make test-lowest test-latest      a core of tests at the lowest and at the latest versions, in venvs of their own"
+	@echo "make test-lowest test-latest      a core of tests at the lowest and at the latest versions"
 	@echo "make test-variants                tests of numbers, as other processors compute them"
 	@echo "make format    let ruff rewrite the code"
 
