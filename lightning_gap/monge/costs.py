@@ -640,12 +640,13 @@ class Euclidean(TranslationInvariantCost):
     name: ClassVar[str] = "euclidean"
 
     def h(self, z: Tensor) -> Tensor:
-        """Return ``|z|``."""
-        return _safe_sqrt(z.square().sum(-1))
+        """Return ``|z|``, also where squares would underflow or overflow."""
+        return _p_norm(z, 2.0)
 
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return all distances through one matrix product."""
-        return _safe_sqrt(_squared_distances(x, y))
+        # The root in double, too, whose range squares need.
+        return _safe_sqrt(_squared_distances(_accurate(x), _accurate(y))).to(x.dtype)
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes roots of products in double; distances of near points from differences."""
@@ -657,20 +658,23 @@ class Euclidean(TranslationInvariantCost):
 
         def fill(out: Tensor, x: Tensor) -> Tensor:
             block = out.new_empty(min(rows, len(x)), len(y), dtype=squares.dtype)
+            # A root halves the relative error: it need not be taken in double, unless squares are beyond float32.
+            size = float(max(squares.right[-1].amax(), squares.centered(x).square().sum(1).amax()))
+            early = not 1e-26 < size < 1e30
             for start in range(0, len(x), rows):
                 part = squares.centered(x[start : start + rows])
                 found = squares.product(block[: len(part)], part)
                 bound = (4 * _NEAR * part.square().sum(1, keepdim=True)).numpy()
                 near = np.flatnonzero(found.numpy() <= bound)
                 if len(near) > _MANY_NEAR * found.numel():
-                    out[start : start + rows] = _distances(part, ys).square_()
+                    found = _distances(part, ys)
+                    out[start : start + rows] = found if early else found.square_()
                     continue
                 if len(near):
                     i, j = (torch.from_numpy(index) for index in np.divmod(near, len(ys)))
                     found.view(-1)[torch.from_numpy(near)] = (part[i] - ys[j]).square().sum(1)
-                out[start : start + rows] = found
-            # A root halves the relative error: it need not be taken in double.
-            return _root(out)
+                out[start : start + rows] = _root(found) if early else found
+            return out if early else _root(out)
 
         return fill
 

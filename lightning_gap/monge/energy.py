@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import Euclidean
 from lightning_gap.monge.kernels import row_blocks
-from lightning_gap.monge.samples import check_pair, check_weights
+from lightning_gap.monge.samples import check_pair, check_transforms, check_weights
+from lightning_gap.precision import widest
 
 __all__ = ["energy_distance"]
 
@@ -41,16 +42,29 @@ def energy_distance(x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tenso
         >>> energy_distance(torch.zeros(3, 1), torch.full((5, 1), 2.0))
         tensor(4.)
     """
+    check_transforms(x, y)
     check_pair("x", x, "y", y)
-    dtype = x.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        x, y, dtype = x.float(), y.float(), torch.float32
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     a, b = (None if w is None else check_weights(f"weights[{k}]", w, (x, y)[k]) for k, w in enumerate(weights))
+    # Three sums that nearly cancel: in double.
+    (x, a), (y, b) = (_counted(points, w) for points, w in ((x, a), (y, b)))
     between = 2 * _mean_distance(x, y, a, b)
     return (between - _mean_distance(x, x, a, a) - _mean_distance(y, y, b, b)).to(dtype)
 
 
 @eager
+def _counted(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the samples in the widest format, without those that weigh nothing unless weights are differentiated."""
+    points = points.to(widest(points.device))
+    if weights is None:
+        return points, None
+    weights = weights.to(points.dtype)
+    rows = weights.detach() > 0
+    if weights.requires_grad or bool(rows.all()):
+        return points, weights
+    return points[rows], weights[rows]
+
+
 def _mean_distance(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     total = x.new_zeros(())
     for rows in row_blocks(x, len(y)):

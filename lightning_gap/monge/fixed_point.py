@@ -101,7 +101,10 @@ class _Anderson:
         matrix, right = gram[:, :q, :q], gram[:, :q, -1:]
         diagonal = np.einsum("bii->bi", matrix)
         diagonal += self.regularization * diagonal.max(1, keepdims=True) + 1e-300
-        weights = np.linalg.solve(matrix, right).swapaxes(1, 2)
+        try:
+            weights = np.linalg.solve(matrix, right).swapaxes(1, 2)
+        except np.linalg.LinAlgError:  # residuals of nothing but roundings
+            return image
         jump = (weights.astype(self.steps.dtype) @ self.steps[:, :q])[:, 0]
         near = abs(jump).max(1) < LONGEST_JUMP
         return image - jump if near.all() else image - jump * near[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_gap.compiling import eager
 from lightning_gap.monge.costs import CallableCost, resolve
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, solver_precision
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_transforms, check_weights, solver_precision
 from lightning_gap.monge.sinkhorn import CostLike, OTResult, Problem, RelativeTo, check_regularization, solve_all
 from lightning_gap.precision import widest
 
@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 Convention = Literal["shannon", "kl", "debiased"]
+
+# A difference smaller than this share of its terms is known to less than a thousandth in float32.
+_CANCELLED = 1e-4
 
 
 class Terms(NamedTuple):
@@ -107,6 +110,7 @@ def monge_gap(
         >>> float(monge_gap(x, flipped, convention="debiased") - monge_gap(x, shifted, convention="debiased")) > 0.1
         True
     """
+    check_transforms(x, mapped)
     check_convention(convention, reach)
     regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(mapped, Tensor) and x.dim() == mapped.dim() == 3:
@@ -183,6 +187,7 @@ def sinkhorn_divergence(
         >>> round(float(sinkhorn_divergence(x, x + 3, epsilon=0.01)), 2)
         9.0
     """
+    check_transforms(x, y)
     regularization = check_epsilon("reach", reach), epsilon, relative_epsilon, relative_to, solver
     if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3:
         each = _each("y", x, y, *weights)
@@ -329,6 +334,7 @@ def _problem(
 ) -> Problem:
     """Check the arguments of a divergence, or with ``paired`` of a gap, whose samples share one set of weights."""
     y_name = "mapped" if paired else "y"
+    check_transforms(x, y)
     check_pair("x", x, y_name, y, same_length=paired)
     cost = resolve(cost)
     cost.check_domain("x", x)
@@ -373,11 +379,28 @@ def _values(
             # KL(P | a⊗a) = 2H(a) - H(P)
             gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
         gaps.append(gap)
+    if not silent and _cancelled(divergences + gaps, problems, solved):
+        # What is left of float32's digits is too little: once more in double.
+        fitting, regularizing = ([p.to(torch.float64) for p in part] for part in (fitting, regularizing))
+        terms = _values(fitting, regularizing, convention, solver, tolerance, max_iterations)
+        narrow = problems[0].x.dtype
+        return terms._replace(
+            divergences=[value.to(narrow) for value in terms.divergences],
+            gaps=[value.to(narrow) for value in terms.gaps],
+        )
     everything = solved + [result for pair in to_themselves for result in pair]
     error = max((result.marginal_error for result in everything), default=0.0)
     divergences = [value.to(p.x.dtype) for p, value in zip(fitting, divergences, strict=True)]
     gaps = [value.to(p.x.dtype) for p, value in zip(regularizing, gaps, strict=True)]
     return Terms(divergences, gaps, error, all(result.converged for result in everything))
+
+
+def _cancelled(values: list[Tensor], problems: list[Problem], solved: list[OTResult]) -> bool:
+    """Return whether a value is so small a difference of its terms that float32 costs do not tell it."""
+    if not problems or problems[0].x.dtype != torch.float32 or problems[0].x.device.type != "cpu":
+        return False
+    pairs = zip(values, solved, strict=True)
+    return any(abs(float(value.detach())) < _CANCELLED * abs(float(result.value.detach())) for value, result in pairs)
 
 
 def _stacked(values: list[Tensor], x: Tensor) -> Tensor:
@@ -388,7 +411,13 @@ def _stacked(values: list[Tensor], x: Tensor) -> Tensor:
 
 
 def _paid(p: Problem) -> Tensor:
-    return (p.a * p.cost.paired(p.x, p.y)).sum(dtype=widest(p.x.device))
+    x, y, a = p.x, p.y, p.a
+    if not p.uniform:
+        # What has no weight may be infinitely far.
+        rows = a.detach() > 0
+        kept = a.requires_grad or bool(rows.all())
+        x, y, a = (x, y, a) if kept else (x[rows], y[rows], a[rows])
+    return (a * p.cost.paired(x, y)).sum(dtype=widest(x.device))
 
 
 def _standing(p: Problem) -> Tensor | float:

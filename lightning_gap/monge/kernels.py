@@ -247,8 +247,10 @@ class Kernel(ABC):
         # Share of the way to the columns' best answer that is taken: the averaged fixed point of a measure against
         # itself converges in a few sweeps (Feydy et al. 2019, section 3.2).
         self.relaxation = 0.5 if symmetric else 1.0
-        # Of the last sweep: by how much the columns' best answers differ from the potentials.
+        # Of the last sweep: by how much the columns' best answers differ from the potentials, and what of it is a
+        # constant that the rows' potentials make up for.
         self.residual: Vector = None
+        self.constant: Vector = 0.0
         self.damping: Vector = None
         if rhos[0] is not None:
             shares = [[damping(epsilon, rho)] for epsilon, rho in zip(epsilons, rhos, strict=True)]
@@ -351,6 +353,10 @@ class Kernel(ABC):
     def plan_factors(self, i: int) -> Iterator[PlanFactors]:
         """Yield the last sweep's plan of a problem, block by block."""
 
+    def _excess(self, residual: Vector) -> Vector:
+        """Return by what share columns are too heavy; of soft ones, which may be so beyond any number, at most e^50."""
+        return self.numerics.expm1(-residual if self.damping is None else (-residual).clip(None, 50.0))
+
     def column_factors(self, i: int) -> Tensor:
         """Return by what the columns of a problem's last plan are to be multiplied so that their sums are right."""
         return as_tensor(self.residual)[i].exp()
@@ -448,9 +454,10 @@ class DenseKernel(Kernel):
         else:
             answer = self.damping * (self.G0 - self._log(sums))
             if not self.symmetric:
-                answer = answer - self.balanced(self.row_potentials, answer)
+                self.constant = self.balanced(self.row_potentials, answer)
+                answer = answer - self.constant
             residual = answer - G
-            shares = self.numerics.expm1(-residual)
+            shares = self._excess(residual)
         self.residual = residual
         return residual, (self.b_vector * abs(shares)).sum(1)
 
@@ -492,6 +499,8 @@ class DenseKernel(Kernel):
                 return
             which = far.nonzero()[0].tolist()
         F = G_next if self.symmetric else self.row_potentials
+        if self.damping is not None and not self.symmetric:
+            F = F + self.damping * self.constant
         for i in which:
             self._absorb(i, as_tensor(F[i]), as_tensor(G_next[i]))
 
@@ -568,7 +577,7 @@ class BlockedKernel(Kernel):
         self.residual = residual = as_vector(answer - self.G)[None]
         if self.symmetric:
             self._F = self.G
-        return residual, (self.b_vector * abs(self.numerics.expm1(-residual))).sum(1)
+        return residual, (self.b_vector * abs(self._excess(residual))).sum(1)
 
     @property
     def row_potentials(self) -> Vector:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = [
     "check_epsilon",
     "check_pair",
     "check_samples",
+    "check_transforms",
     "check_weights",
     "is_transformed",
     "solver_precision",
@@ -183,6 +185,24 @@ def solver_precision(samples: Tensor) -> Tensor:
         samples: Floating-point samples.
     """
     return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+
+
+def check_transforms(*inputs: Any) -> None:
+    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
+
+    Args:
+        inputs: What is about to be read.
+    """
+    for tensor in inputs:
+        if not isinstance(tensor, Tensor):
+            continue
+        # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
+        if is_transformed(tensor):
+            raise NotImplementedError(
+                "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
+                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
+                "(B, n, d) samples for B problems at once"
+            )
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -50,7 +50,7 @@ from lightning_gap.monge.kernels import (
     soft_minimum,
     threads,
 )
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_weights, is_transformed, solver_precision
+from lightning_gap.monge.samples import check_epsilon, check_pair, check_transforms, check_weights, solver_precision
 from lightning_gap.precision import full_precision, widest
 
 __all__ = [
@@ -306,6 +306,7 @@ def optimal_transport(
         >>> optimal_transport(x, 2 * x, solver="exact").value.round(decimals=4)
         tensor(0.3350, dtype=torch.float64)
     """
+    check_transforms(x, y)
     check_pair("x", x, "y", y)
     rho = check_epsilon("reach", reach)
     x, y = (solver_precision(x),) * 2 if y is x else (solver_precision(x), solver_precision(y))
@@ -407,9 +408,13 @@ def _for_all(whole: Problem, p: Problem, result: OTResult) -> OTResult:
             answer = soft_minimum(points[nothing], others, weights, other / epsilon, cost, epsilon)
             potential[nothing] = (share * epsilon * answer).to(own.dtype)
         potentials.append(potential)
-    for w, potential in zip((whole.a, whole.b), potentials, strict=True):
+    for w, potential, others in zip((whole.a, whole.b), potentials, (kept.b, kept.a), strict=True):
         if torch.is_grad_enabled() and w.requires_grad:
-            value = value + torch.where(w.detach() == 0, (w - w.detach()) * potential, 0).sum(dtype=value.dtype)
+            slope = potential
+            if p.rho is not None:
+                slope = -(p.rho + epsilon) * torch.expm1(-potential / p.rho) + epsilon * (others.sum() - 1)
+            term = torch.where(w.detach() == 0, (w - w.detach()) * slope, 0).sum(dtype=value.dtype)
+            value = value + _once(term, "in weights of which some are 0: leave those samples out")
     return replace(result, value=value, f=potentials[0], g=potentials[1], _problem=q)
 
 
@@ -534,22 +539,6 @@ def _free_memory(like: Tensor) -> float:
         return math.inf
 
 
-def check_transforms(*inputs: Tensor) -> None:
-    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
-
-    Args:
-        inputs: What a solver is about to read.
-    """
-    for tensor in inputs:
-        # A solver computes outside of torch, where a tangent or a batch of torch.func would be lost.
-        if is_transformed(tensor):
-            raise NotImplementedError(
-                "optimal transport does not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
-                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
-                "(B, n, d) samples for B problems at once"
-            )
-
-
 def share_of_mean_cost(share: float, x: Tensor, y: Tensor, cost: Cost) -> float:
     """Return an epsilon that is a share of the mean of all costs ``c(x_i, y_j)``, in blocks of bounded memory.
 
@@ -623,7 +612,20 @@ def _with_learned_cost(problem: Problem, result: OTResult) -> OTResult:
     paid = torch.stack(
         [checkpoint(part, rows, block.clone(), p.x, p.y, use_reentrant=False) for rows, block in result._plan_blocks()]
     ).sum()
-    return replace(result, value=result.value + (paid - paid.detach()))
+    term = _once(paid - paid.detach(), "through a cost that learns: detach its parameters")
+    return replace(result, value=result.value + term)
+
+
+def _once(term: Tensor, why: str) -> Tensor:
+    """Return a term that raises where it is differentiated twice, as only its first derivative is right."""
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f"optimal transport has no second derivatives {why}")
+
+    if term.requires_grad:
+        term.register_hook(refuse)
+    return term
 
 
 def is_learned(cost: Cost, like: Tensor) -> bool:
@@ -669,10 +671,9 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
     first, count = problems[0], len(problems)
     n, m = len(first.x), len(first.y)
     if solver == "blocked":
-        some = [points[:: max(1, len(points) // _FEW_SAMPLES)] for points in (first.x, first.y)]
-        largest = float(first.cost.fill(first.x.new_empty(len(some[0]), len(some[1])), *some).amax())
-        _check_scale(first, largest)
-        epsilon = _bounded(first, first.share(largest), largest)
+        least, most = _range_of_costs(first)
+        largest = _checked_size(first, least, most)
+        epsilon = _bounded(first, first.share(largest), most - least)
         yield BlockedKernel(
             first.x, first.y, first.cost, first.a, first.b, epsilon, first.rho, largest, symmetric=first.to_itself
         )
@@ -682,47 +683,63 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
         told = []
         for i, p in enumerate(problems):
             p.cost.fill(C[i], p.x, p.y)
-            told.append(torch.stack([C[i].amax(), torch.dot(p.a @ C[i], p.b)]))
+            told.append(torch.stack([C[i].amin(), C[i].amax(), torch.dot(p.a @ C[i], p.b)]))
         # One question to the device for all of them.
         sizes = torch.stack(told).tolist()
         epsilons = []
-        for p, (largest, mean) in zip(problems, sizes, strict=True):
-            _check_scale(p, largest)
+        for p, (least, most, mean) in zip(problems, sizes, strict=True):
+            largest = _checked_size(p, least, most)
             if p.epsilon is None and p.relative_to == "mean" and largest != 0:
                 epsilon = share_of(p.relative_epsilon, mean, p.cost)
             else:
                 epsilon = p.share(largest)
-            epsilons.append(_bounded(p, epsilon, largest))
+            epsilons.append(_bounded(p, epsilon, most - least))
         a = first.a[None] if count == 1 else torch.stack([p.a for p in problems])
         b = a if first.to_itself else first.b[None] if count == 1 else torch.stack([p.b for p in problems])
         rhos = [p.rho for p in problems]
-        yield DenseKernel(C, K, a, b, epsilons, rhos, [size for size, _ in sizes], symmetric=first.to_itself)
+        largest_costs = [max(abs(least), abs(most)) for least, most, _ in sizes]
+        yield DenseKernel(C, K, a, b, epsilons, rhos, largest_costs, symmetric=first.to_itself)
 
 
-def _check_scale(p: Problem, largest: float) -> None:
-    """Raise ``FloatingPointError`` where the costs are beyond the floating-point format."""
-    if not math.isfinite(largest):
+def _range_of_costs(p: Problem, dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Return the least and the greatest cost between some of the samples."""
+    x, y = (points[:: max(1, len(points) // _FEW_SAMPLES)].to(dtype or points.dtype) for points in (p.x, p.y))
+    costs = p.cost.fill(x.new_empty(len(x), len(y)), x, y)
+    least, most = torch.stack([costs.amin(), costs.amax()]).tolist()
+    return least, most
+
+
+def _checked_size(p: Problem, least: float, most: float) -> float:
+    """Return the size of the largest cost; raise ``FloatingPointError`` where it is beyond the format."""
+    if not (math.isfinite(least) and math.isfinite(most)):
         raise FloatingPointError(
             f"the {p.cost} costs are not all finite in {p.x.dtype}: divide the samples by their scale, or use float64; "
             "if a network made them, lower its learning rate; for pairs that an infinite cost forbids use "
             "solver='exact'"
         )
-    wide = widest(p.x.device)
-    if largest == 0 and p.x.dtype != wide:
+    size = exact = max(abs(least), abs(most))
+    limits = torch.finfo(p.x.dtype)
+    if size == 0:
         # Nothing to move, or too little for the format.
-        x, y = p.x[:: max(1, len(p.x) // _FEW_SAMPLES)].to(wide), p.y[:: max(1, len(p.y) // _FEW_SAMPLES)].to(wide)
-        largest = float(p.cost.fill(x.new_empty(len(x), len(y)), x, y).amax())
-    if 0 < largest < 1e3 * torch.finfo(p.x.dtype).tiny:
+        exact = max(map(abs, _range_of_costs(p, widest(p.x.device))))
+        apart = float((torch.cat([p.x, p.y]) - p.x[0]).abs().amax())
+        if exact == 0 and 0 < apart < 10 * math.sqrt(limits.tiny):
+            exact = apart * apart
+            exact = exact or limits.smallest_normal
+    if (0 < exact < 1e3 * limits.tiny) or (size == 0 and exact > 0):
         raise FloatingPointError(
-            f"the {p.cost} costs, {largest:.1e} at most, are below what {p.x.dtype} resolves: divide the samples by "
+            f"the {p.cost} costs, {exact:.1e} at most, are below what {p.x.dtype} resolves: divide the samples by "
             "their scale, or use float64"
         )
+    return size
 
 
-def _bounded(p: Problem, epsilon: float, largest: float) -> float:
+def _bounded(p: Problem, epsilon: float, spread: float) -> float:
     """Return the epsilon to solve with."""
-    # Soft marginals are softened by epsilon, whose size then counts.
-    return epsilon if p.rho is not None or largest == 0 else min(epsilon, _LARGEST_EPSILON * largest)
+    if p.rho is not None:
+        # Soft marginals are softened by epsilon, whose size then counts; none of it is left of nothing.
+        return epsilon if spread > 0 or p.epsilon is not None else max(epsilon, 1e-6 * p.rho)
+    return min(epsilon, _LARGEST_EPSILON * spread) if spread > 0 else epsilon
 
 
 def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: Tensor | None) -> Tensor:
@@ -807,18 +824,34 @@ def _implicit_gradients(
 # --- exact transport ----------------------------------------------------------------------------------------------
 
 
+def _costs(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    return cost.fill(x.new_empty(len(x), len(y)), x, y)
+
+
 def _solve_exact(problem: Problem) -> OTResult:
     p = problem.detached()
     x, y = (points.to(widest(points.device)) for points in (p.x, p.y))
-    C = p.cost.fill(x.new_empty(len(x), len(y)), x, y)
+    # What has no weight is left out, as it may be infinitely far.
+    rows, columns = (w.nonzero()[:, 0] for w in (p.a, p.b))
+    C = _costs(p.cost, x[rows], y[columns])
     weighted = torch.is_grad_enabled() and (problem.a.requires_grad or problem.b.requires_grad)
-    i, j, mass, duals = exact_plan(C, p.a, p.b, with_duals=weighted)
-    mass = mass.to(p.x.dtype)
+    i, j, mass, duals = exact_plan(C, p.a[rows], p.b[columns], with_duals=weighted)
+    i, j, mass = rows[i], columns[j], mass.to(p.x.dtype)
     # The plan is locally constant, so this is differentiable as it stands; in the weights, by the dual potentials.
     value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum(dtype=widest(p.x.device))
     if duals is not None:
-        for w, potential in zip((problem.a, problem.b), duals, strict=True):
-            value = value + (potential.to(w) * (w - w.detach())).sum(dtype=value.dtype)
+        u, v = (potential.to(C) for potential in duals)
+        for w, own, cost, points, others, other in (
+            (problem.a, u, p.cost, x, y[columns], v),
+            (problem.b, v, p.cost.transposed(), y, x[rows], u),
+        ):
+            # Of what was left out, the best answers to the others.
+            left = w.detach() == 0
+            slope = torch.empty_like(w, dtype=own.dtype)
+            slope[~left] = own
+            slope[left] = (_costs(cost, points[left], others) - other).amin(1)
+            term = (slope.to(w.dtype) * (w - w.detach())).sum(dtype=value.dtype)
+            value = value + _once(term, "in weights with solver='exact': use 'dense'")
     return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
 
 
@@ -832,8 +865,7 @@ def _solve_geomloss(problem: Problem, solver: str, tolerance: float) -> OTResult
             f"solver={solver!r} does not differentiate through the parameters of the cost {p.cost}: use 'dense' or "
             "'blocked', or cost.requires_grad_(False)"
         )
-    some = [points[:: max(1, len(points) // _FEW_SAMPLES)] for points in (p.x, p.y)]
-    epsilon = p.share(float(p.cost.fill(p.x.new_empty(len(some[0]), len(some[1])), *some).amax()))
+    epsilon = p.share(max(map(abs, _range_of_costs(p))))
     f, g = (t.reshape(-1) for t in _samples_loss(problem, solver, epsilon, potentials=True))
     if p.rho is None:
         value = problem.a @ f + problem.b @ g

@@ -25,7 +25,7 @@ class Payload:
         self.path = path
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture(autouse=True)

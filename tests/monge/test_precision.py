@@ -130,7 +130,8 @@ def test_float32_gradients_are_those_of_float64_at_any_size(cost, quantity, plac
     (_, gradient), (_, right) = (
         value_and_gradient(quantity, cost, samples, dtype) for dtype in (torch.float32, torch.float64)
     )
-    assert float((gradient - right).norm() / right.norm().clamp_min(1e-4)) < 1e-3
+    # Where nearly nothing is left of a difference, the solver's tolerance is all there is.
+    assert float((gradient - right).norm()) < max(1e-3 * float(right.norm()), 5e-5)
 
 
 @pytest.mark.parametrize("solver", ["dense", "blocked"])
@@ -204,3 +205,125 @@ def test_any_scale_is_right_or_refused(function, cost, scale):
     assert found == pytest.approx(right, rel=1e-2)
     if scale > 1e-12 and cost != "cosine":
         assert right == pytest.approx(float(function(x.double(), y.double(), cost=cost)) * scale**degree, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("reach", [1.0, 10.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("masses", [(1.5, 1.0), (1.0, 1.5), (3.0, 1.0), (0.2, 1.0)])
+def test_masses_that_differ_whichever_is_larger(masses, reach, solver):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(10, 2, generator=generator).double(), torch.rand(15, 2, generator=generator).double()
+    a, b = (torch.full((len(p),), mass / len(p)).double() for p, mass in zip((x, y), masses, strict=True))
+    options = {"epsilon": 0.02, "reach": reach, "solver": solver}
+    result = optimal_transport(x, y, weights=(a, b), **options)
+    back = optimal_transport(y, x, weights=(b, a), **options)
+    assert result.converged
+    assert float(result.value) == pytest.approx(float(back.value), rel=1e-6)
+    plan = result.plan()
+    ratio = plan / torch.outer(a, b)
+    primal = (plan * (x[:, None] - y).square().sum(-1)).sum()
+    primal = primal + 0.02 * ((plan * ratio.log()).sum() - plan.sum() + a.sum() * b.sum())
+    for found, wanted in ((plan.sum(1), a), (plan.sum(0), b)):
+        primal = primal + reach * ((found * (found / wanted).log()).sum() - found.sum() + wanted.sum())
+    assert float(result.value) == pytest.approx(float(primal), rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("shift", [-30.0, -2.0, -0.5, 5.0])
+def test_a_constant_in_the_cost_is_one_in_the_value(shift, solver):
+    x, y, _, _ = (t.double() for t in draw("plain", "sqeuclidean", n=20))
+
+    def cost(p, q):
+        return (p - q).square().sum(-1) + shift
+
+    value = optimal_transport(x, y, cost=cost, epsilon=0.1, solver=solver).value
+    right = optimal_transport(x, y, epsilon=0.1).value
+    assert float(value) - shift == pytest.approx(float(right), abs=1e-6)
+
+
+@pytest.mark.parametrize("far", [1e2, 1e8, 1e20])
+@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_samples_of_weight_zero_do_not_count(dtype, solver, far):
+    x, y, _, _ = (t.to(dtype) for t in draw("plain", "sqeuclidean", n=30))
+    y = y[: len(x)]
+    w = torch.full((30,), 1 / 28, dtype=dtype)
+    w[[4, 9]], kept = 0, w > 0
+    kept[[4, 9]] = False
+    far_x, far_y = x.clone(), y.clone()
+    far_x[4], far_y[9] = far, -far
+    options = {} if solver == "exact" else {"epsilon": 0.3}
+    for found, right in (
+        (
+            monge_gap(far_x, far_y, weights=w, solver=solver, **options),
+            monge_gap(x[kept], y[kept], solver=solver, **options),
+        ),
+        (
+            sinkhorn_divergence(far_x, far_y, weights=(w, w), solver=solver, **options),
+            sinkhorn_divergence(x[kept], y[kept], solver=solver, **options),
+        ),
+        (energy_distance(far_x, far_y, weights=(w, w)), energy_distance(x[kept], y[kept])),
+    ):
+        assert float(found) == pytest.approx(float(right), rel=1e-4)
+
+
+@pytest.mark.parametrize("reach", [None, 0.5])
+@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+def test_gradients_in_weights_of_which_some_are_zero(solver, reach):
+    if solver == "exact":
+        pytest.importorskip("ot")
+        if reach is not None:
+            return
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(6, 2, generator=generator).double(), torch.randn(8, 2, generator=generator).double()
+    a, b = torch.rand(6, generator=generator).double() + 0.1, torch.rand(8, generator=generator).double()
+    a[1], b = 0, b / b.sum()
+    a = a / a.sum()
+    options = {"solver": solver} if solver == "exact" else {"solver": solver, "epsilon": 0.2, "tolerance": 1e-9}
+
+    def value(weights):
+        return optimal_transport(x, y, weights=(weights, b), reach=reach, **options).value
+
+    given = a.clone().requires_grad_()
+    (found,) = torch.autograd.grad(value(given), given)
+    for direction in ((1, 3), (4, 2)):
+        step = torch.zeros_like(a)
+        step[direction[0]], step[direction[1]] = 1e-5, -1e-5
+        slope = float(value(a + step) - value(a)) / 1e-5
+        assert float(found[direction[0]] - found[direction[1]]) == pytest.approx(slope, rel=1e-3, abs=1e-3)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(value(given), given, create_graph=True)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("quantity", ["gap", "debiased", "divergence", "unbalanced"])
+@pytest.mark.parametrize("form", ["closure", "module"])
+def test_gradients_in_what_a_cost_learns(form, quantity, solver):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(12, 2, generator=generator).double(), torch.rand(12, 2, generator=generator).double() + 0.3
+    matrix = torch.tensor([[1.3, 0.2], [0.0, 0.7]]).double()
+
+    class Learned(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, p, q):
+            return ((p - q) @ self.weight.T).square().sum(-1)
+
+    def value(weight):
+        cost = Learned(weight) if form == "module" else lambda p, q: ((p - q) @ weight.T).square().sum(-1)
+        options = {"cost": cost, "epsilon": 0.2, "tolerance": 1e-10, "solver": solver}
+        if quantity in ("gap", "debiased"):
+            return monge_gap(x, y, convention="kl" if quantity == "gap" else quantity, **options)
+        return sinkhorn_divergence(x, y, reach=0.5 if quantity == "unbalanced" else None, **options)
+
+    weight = torch.nn.Parameter(matrix.clone())
+    (found,) = torch.autograd.grad(value(weight), weight)
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        step = torch.zeros_like(matrix)
+        step[i, j] = 1e-5
+        slope = float(value(matrix + step) - value(matrix - step)) / 2e-5
+        assert float(found[i, j]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    with pytest.raises(NotImplementedError, match="no second derivatives through a cost that learns"):
+        torch.autograd.grad(value(weight), weight, create_graph=True)
