@@ -555,6 +555,11 @@ class Mahalanobis(TranslationInvariantCost):
     by_matrix_product: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.factor, Tensor) and self.factor.requires_grad:
+            raise ValueError(
+                "factor is kept as numbers, and would learn nothing: give factor.detach(), or as the cost a function "
+                "such as lambda x, y: ((x - y) @ factor.T).square().sum(-1)"
+            )
         try:
             rows = tuple(tuple(float(number) for number in row) for row in self.factor)
         except (TypeError, ValueError):

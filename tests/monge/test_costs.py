@@ -317,6 +317,11 @@ def test_mahalanobis_is_the_squared_distance_of_the_images(rows):
         torch.testing.assert_close(cost.pairwise(x.detach(), y.detach()), expected.detach())
 
 
+def test_a_factor_that_is_to_learn_is_refused():
+    with pytest.raises(ValueError, match=r"would learn nothing: give factor.detach\(\), or as the cost a function"):
+        costs.Mahalanobis(torch.eye(2, requires_grad=True))
+
+
 def test_mahalanobis_is_read_back_from_its_name():
     cost = costs.Mahalanobis(np.array(FACTOR))
     assert costs.resolve(str(cost)) == cost == costs.Mahalanobis(torch.tensor(FACTOR, dtype=torch.float64))
