@@ -187,6 +187,7 @@ def solver_precision(samples: Tensor) -> Tensor:
     return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
 
 
+@eager
 def check_transforms(*inputs: Any) -> None:
     """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
 
