@@ -401,7 +401,6 @@ class _Squares:
         y: ``(m, d)`` points.
         offset: ``(m,)`` numbers, or ``None``.
         scale: Factor of the squares.
-        dtype: Of the product; ``None`` for the widest.
         image: What the points are replaced by, in the widest format.
     """
 
@@ -410,7 +409,6 @@ class _Squares:
         y: Tensor,
         offset: Tensor | None = None,
         scale: float = 1.0,
-        dtype: torch.dtype | None = None,
         image: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.image = image or (lambda x: x)
@@ -419,9 +417,15 @@ class _Squares:
         self.middle = y.mean(dim=0)
         y = y - self.middle
         squares = y.square().sum(1, keepdim=True)
-        self.dtype, self.scale = dtype or y.dtype, scale
+        self.dtype, self.scale = y.dtype, scale
         last = scale * squares if offset is None else scale * squares + offset[:, None].to(y.dtype)
-        self.right = torch.cat([y, torch.ones_like(squares), last], dim=1).mT.to(self.dtype).contiguous()
+        self.right = torch.cat([y, torch.ones_like(squares), last], dim=1).mT.contiguous()
+        self.squares = squares
+
+    def narrowed(self, dtype: torch.dtype) -> "_Squares":
+        """Take the product in another dtype, from now on."""
+        self.dtype, self.right = dtype, self.right.to(dtype)
+        return self
 
     def centered(self, x: Tensor) -> Tensor:
         """Return images of points, from the middle of the cloud."""
@@ -449,11 +453,11 @@ def _exponents_of_squares(
     y: Tensor, G: Tensor, epsilon: float, scale: float = 1.0, image: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function that writes ``G_j - scale * |x_i - y_j|²/ε``, in double where float32 would round too much."""
-    wide = _Squares(y, None, 1.0, None, image)
-    spread = float(wide.right[-1].amax()) * scale
+    wide = _Squares(y, G, -scale / epsilon, image)
+    spread = float(wide.squares.amax()) * scale
     # An exponent is then right to 1e-4 of itself, which a sum over a row averages.
     fine = y.dtype != torch.float32 or torch.finfo(torch.float32).eps * spread <= 1e-4 * epsilon
-    return _Squares(y, G, -scale / epsilon, y.dtype if fine else None, image)
+    return wide.narrowed(y.dtype) if fine else wide
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -896,7 +900,7 @@ class Cosine(Cost):
 
     def filler(self, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented unit vectors."""
-        return _Squares(y, None, 0.5, None, _unit)
+        return _Squares(y, None, 0.5, _unit)
 
     def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that writes one product of augmented unit vectors."""

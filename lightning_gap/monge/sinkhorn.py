@@ -704,7 +704,7 @@ def _kernel(problems: list[Problem], solver: str) -> Iterator[Kernel]:
 def _range_of_costs(p: Problem, dtype: torch.dtype | None = None) -> tuple[float, float]:
     """Return the least and the greatest cost between some of the samples."""
     x, y = (points[:: max(1, len(points) // _FEW_SAMPLES)].to(dtype or points.dtype) for points in (p.x, p.y))
-    costs = p.cost.fill(x.new_empty(len(x), len(y)), x, y)
+    costs = _costs(p.cost, x, y)
     least, most = torch.stack([costs.amin(), costs.amax()]).tolist()
     return least, most
 

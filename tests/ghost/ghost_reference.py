@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_gap.parallel import RankGroup
+
 
 def members(n: int, g: int, grouping: str, values: int) -> list[list[int]]:
     """Which samples form each ghost, by dealing them out one at a time."""
@@ -43,3 +45,16 @@ def one_after_another(
                 setattr(layer, name, old[name] + (getattr(layer, name) - old[name]) / (before + 1))
     layer.momentum = momentum
     return y
+
+
+class TwoRanks(RankGroup):
+    """Two ranks that hold the same samples: each sum and each gradient is twice one rank's."""
+
+    def __init__(self):
+        self.group, self.size = None, 2
+
+    def gather(self, value):
+        return torch.stack([value.detach()] * 2)
+
+    def sum(self, value):
+        return 2 * value.detach()

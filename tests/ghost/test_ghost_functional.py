@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ghost_reference import members, one_after_another
+from ghost_reference import TwoRanks, members, one_after_another
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +17,6 @@ from lightning_gap.ghost import (
     ghost_slices,
     kernels,
 )
-from lightning_gap.parallel import RankGroup
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}
@@ -331,16 +330,6 @@ class Outputs(TorchDispatchMode):
 def test_no_call_writes_two_outputs_into_one_memory(sizes, monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(kernels, name, value)
-
-    class TwoRanks(RankGroup):
-        def __init__(self):
-            self.group, self.size = None, 2
-
-        def gather(self, value):
-            return torch.stack([value.detach()] * 2)
-
-        def sum(self, value):
-            return 2 * value.detach()
 
     with Outputs():
         for dim in (2, 3, 4, 5):

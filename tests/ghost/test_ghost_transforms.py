@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from ghost_reference import members
+from ghost_reference import TwoRanks, members
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from lightning_gap.ghost import GhostBatchNorm1d, convert_ghost_batchnorm
 from lightning_gap.ghost.kernels import normalize_over_ranks
-from lightning_gap.parallel import RankGroup
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SPATIAL = {2: (), 3: (2,), 4: (2, 1), 5: (1, 2, 1)}
@@ -187,19 +186,6 @@ def test_statistics_that_a_transform_cannot_see_are_refused_and_kept(name, n, mo
 def test_one_value_per_channel_is_refused_within_transforms_too():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         vmap(GhostBatchNorm1d(2, ghost_batch_size=4), in_dims=1)(torch.randn(1, 3, 2))
-
-
-class TwoRanks(RankGroup):
-    """Two ranks that hold the same samples: each sum and each gradient is twice one rank's."""
-
-    def __init__(self):
-        self.group, self.size = None, 2
-
-    def gather(self, value):
-        return torch.stack([value.detach()] * 2)
-
-    def sum(self, value):
-        return 2 * value.detach()
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
