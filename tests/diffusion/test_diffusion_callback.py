@@ -805,7 +805,6 @@ class LateReference(Reference):
             super().on_train_batch_end(trainer, pl_module)
 
 
-@pytest.mark.filterwarnings("ignore:GradientNoiseScale. net.1 normalizes over 4 samples")
 @pytest.mark.parametrize("regime", [False, True], ids=["alone", "with the others"])
 @pytest.mark.parametrize("kind", ["plain", "lazy", "lazy head never reached", "frozen", "another dtype"])
 def test_parameters_of_every_kind_are_measured_from_where_they_started(tmp_path, monkeypatch, kind, regime):
