@@ -32,7 +32,7 @@ from lightning_gap.monge.checkpoints import read_checkpoint
 from lightning_gap.monge.transport_files import load_map
 from lightning_gap.terminal import say
 
-__all__ = ["MapCLI", "run_trainer", "trainer_parsers"]
+__all__ = ["MapCLI", "run_cli", "run_trainer", "trainer_parsers"]
 
 DEFAULT_UPDATES = 5000
 # At most this many validations of a run whose length is a number of updates.
@@ -50,8 +50,21 @@ def run_trainer(words: Sequence[str]) -> None:
     Raises:
         CommandError: Something is wrong with them, or with what they name.
     """
+    run_cli(MapCLI, words)
+
+
+def run_cli(cli: "type[MapCLI]", words: Sequence[str]) -> None:
+    """Run a LightningCLI, and say in one line what its user did wrong.
+
+    Args:
+        cli: Its class.
+        words: The command and its options.
+
+    Raises:
+        CommandError: Something is wrong with them, or with what they name.
+    """
     try:
-        MapCLI(words)
+        cli(words)
     except _USERS as error:
         if not _expected(error):
             raise

@@ -2,13 +2,14 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError, at_least, between, numbers, positive
+from lightning_gap.commands.trainer import require_jsonargparse
 
-__all__ = ["add"]
+__all__ = ["add", "names_config", "plan_config"]
 
 _RULES = ("sqrt", "linear", "adam", "none")
 
@@ -58,6 +59,26 @@ def add(commands: Any) -> None:
     change.add_argument("--warmup-updates", type=at_least(0), default=0, metavar="N", help="updates of the warm-up")
     change.add_argument("--clip-norm", type=positive, metavar="NORM", help="the gradient norm that is not exceeded")
     plan.set_defaults(run=_plan)
+
+
+def names_config(words: Sequence[str]) -> bool:
+    """Return whether words name a configuration to plan."""
+    return any(word.partition("=")[0] in ("-c", "--config") for word in words)
+
+
+def plan_config(words: Sequence[str]) -> None:
+    """Print the plan of a configuration.
+
+    Args:
+        words: ``--config FILE`` and what overrides it.
+
+    Raises:
+        CommandError: Something is wrong with them, or with what they name.
+    """
+    require_jsonargparse("plan --config")
+    from lightning_gap.commands.plan_config import run
+
+    run(words)
 
 
 def _check(options: argparse.Namespace) -> None:
