@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from lightning_gap import LargeBatchRegime
-from lightning_gap.commands.map_cli import MapCLI, run_cli
+from lightning_gap.commands.map_cli import MapCLI, names_a_class, run_cli
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.terminal import say
 
@@ -21,7 +24,12 @@ _ABSENT = (
     "the configuration has no LargeBatchRegime: add it to trainer.callbacks, or --trainer.callbacks+=LargeBatchRegime "
     "--trainer.callbacks.reference_batch_size=256"
 )
-# What would train, or write, before the first update.
+_HINT = (
+    "; a file that names no class is MongeMap's: say which it means by --model package.module.Class, --data likewise"
+)
+_PARTS = {"--model": "model", "--data": "data"}
+_OPTION = re.compile(r"(--config|-c|--model|--data)=")
+# What would train before the first update.
 _TUNERS = (BatchSizeFinder, LearningRateFinder)
 
 
@@ -39,27 +47,34 @@ def run(words: Sequence[str]) -> None:
     try:
         run_cli(PlanCLI, ["fit", *_with_classes(list(words))])
     except CommandError as error:
-        hint = "" if "does not accept" not in str(error) and "not expected" not in str(error) else _HINT
-        raise CommandError(f"{error}{hint}") from None
-
-
-_HINT = " (a file that names no class is MongeMap's: --model package.module.Class, --data likewise, say which it means)"
+        raise CommandError(f"{error}{_HINT if 'does not accept' in str(error) else ''}") from None
+    finally:
+        sys.path.pop(0)
 
 
 class PlanCLI(MapCLI):
     """``lightning-gap fit`` that stops before the first update, on one process, and writes nothing."""
 
+    def __init__(self, words: Sequence[str]) -> None:
+        options: dict[str, Any] = {"save_config_callback": None}
+        if names_a_class(words, "model"):
+            # As LightningCLI itself: any module, and an optimizer from the configuration for one that makes none.
+            options |= {"model_class": LightningModule, "auto_configure_optimizers": True}
+        if names_a_class(words, "data"):
+            options["datamodule_class"] = LightningDataModule
+        super().__init__(words, **options)
+
     def before_instantiate_classes(self) -> None:
         """Take one CPU for all devices, and no logger."""
         super().before_instantiate_classes()
-        self.save_config_callback = None
         trainer = self._given("trainer")
         self._replicas = _replicas(trainer)
         accumulate = (trainer.get("accumulate_grad_batches") or 1) * self._replicas
         one = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         silent = {"logger": False, "profiler": None, "plugins": None, "sync_batchnorm": False}
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-        trainer.update({**one, **silent, **quiet, "accumulate_grad_batches": accumulate})
+        for key, value in {**one, **silent, **quiet, "accumulate_grad_batches": accumulate}.items():
+            trainer[key] = value
 
     def before_fit(self) -> None:
         """Let training end where it would begin."""
@@ -104,35 +119,20 @@ def _replicas(trainer: Any) -> int:
 
 def _with_classes(words: list[str]) -> list[str]:
     """Give the arguments in a file to the classes that ``--model`` and ``--data`` name, if it names none."""
-    places = [i for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    places = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
-    for place in places:
-        try:
-            with open(words[place], encoding="utf-8") as file:
-                settings = yaml.safe_load(file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # said by the parser
-        changed = False
-        for part in ("model", "data"):
-            named = _class_named(words, part)
-            given = settings.get(part) if isinstance(settings, dict) else None
-            if named and isinstance(settings, dict) and not (isinstance(given, str) or "class_path" in (given or {})):
-                settings[part] = {"class_path": named, "init_args": given or {}}
-                changed = True
-        if changed:
-            words[place] = json.dumps(settings)
-    for part in ("model", "data"):
-        if len(places) and (named := _class_named(words, part)):
-            at = next(i for i, word in enumerate(words) if word in (f"--{part}", f"--{part}={named}"))
-            del words[at : at + (1 if "=" in words[at] else 2)]
-    return words
-
-
-def _class_named(words: Sequence[str], part: str) -> str | None:
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option == f"--{part}":
-            value = value if equals else words[i + 1] if i + 1 < len(words) else ""
-            return value if value.replace(".", "").replace("_", "").isalnum() else None
-    return None
+    words = [part for word in words for part in (word.split("=", 1) if _OPTION.match(word) else [word])]
+    options = {option: at + 1 for at, option in enumerate(words[:-1]) if option in ("--config", "-c", *_PARTS)}
+    place = options.get("--config", options.get("-c"))
+    if place is None:
+        return words
+    try:
+        settings = yaml.safe_load(Path(words[place]).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return words  # said by the parser
+    given = settings if isinstance(settings, dict) else {}
+    for option, part in _PARTS.items():
+        arguments = given.get(part) or {}
+        if option in options and isinstance(arguments, dict) and "class_path" not in arguments:
+            given[part] = {"class_path": words[options[option]], "init_args": arguments}
+            words[options[option] - 1 : options[option] + 1] = ["", ""]
+            words[place] = json.dumps(given)
+    return [word for word in words if word]
