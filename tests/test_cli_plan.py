@@ -1,5 +1,7 @@
 """``lightning-gap plan``: what it prints is what training does; a configuration is planned without a trace."""
 
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -164,6 +166,19 @@ def test_loggers_checkpoints_and_finders_leave_no_trace(capsys, place):
     rows, out = planned(capsys, place, settings(callbacks=callbacks, logger=logger, profiler="simple"))
     assert "LearningRateFinder is left out" in out
     assert "reference epoch" in rows["ModelCheckpoint"][1]
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^lightning-gap (plan --config .*)$", PAGE, flags=re.MULTILINE))
+def test_the_pages_plans_of_an_example(capsys, place, line):
+    pytest.importorskip("sklearn")
+    shutil.copytree(Path(__file__).parents[1] / "examples", place / "examples")
+    before = set(place.rglob("*"))
+    out = _said(capsys, *line.split())
+    assert {path for path in set(place.rglob("*")) - before if "__pycache__" not in path.parts} == set()
+    assert _rows(out)["batch (samples per update)"] == ["32", "1024" if "256" in line else "512"]
 
 
 class Bare(Model):
