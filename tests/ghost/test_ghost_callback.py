@@ -247,7 +247,7 @@ def test_a_micro_batch_below_the_ghost_size_warns_once(accumulated):
         assert torch.equal(value, models[1].state_dict()[name])
 
 
-def test_a_batch_whose_size_is_not_known_does_not_warn():
+def test_a_batch_whose_size_is_not_known_warns_once_unless_rows_are_given():
     class Odd(Net):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["pair"], batch_idx)
@@ -257,7 +257,12 @@ def test_a_batch_whose_size_is_not_known_does_not_warn():
         return {"pair": (x, y), "other": torch.zeros(3)}
 
     loader = DataLoader(data().dataset, batch_size=16, collate_fn=collate)
-    trainer(GhostBatchNorm(32)).fit(net(Odd), loader)
+    with pytest.warns(UserWarning, match="samples cannot be told.*each row.*rows_per_sample") as caught:
+        trainer(GhostBatchNorm(4), max_epochs=2).fit(net(Odd), loader)
+    assert len([w for w in caught if "cannot be told" in str(w.message)]) == 1
+    model = net(Odd)
+    trainer(GhostBatchNorm(4, rows_per_sample=1)).fit(model, loader)
+    assert int(model.net[1].num_batches_tracked) == 16
 
 
 def test_stochastic_weight_averaging_updates_statistics_over_ghosts():
