@@ -189,7 +189,7 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
             unable[aliases[0]] = reasons.get(inner, f"is a {type(inner).__name__}, which calls batch_norm itself")
 
     for rule in rules:
-        if isinstance(rule, str) and rule not in used:
+        if names and isinstance(rule, str) and rule not in used:
             raise ValueError(f"skip={rule!r} fits none of the BatchNorm layers: {[a[0] for a in names.values()]}")
     if not layers:
         found = f"it has {len(skipped)} that skip holds back" if skipped else "it has none at all"

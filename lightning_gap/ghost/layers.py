@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -79,6 +80,12 @@ class GhostNorm(_BatchNorm):
         Args:
             input: (N, C) or (N, C, ...), as the plain layer takes.
         """
+        given: Any = input
+        if isinstance(given, Proxy) and (self.training or keeps_forward(type(self).plain_class)):
+            # Symbolic traces take torch's own layers whole, and no others; like those we look at what comes in.
+            tracer: Any = given.tracer
+            leaf: Any = tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {})
+            return leaf
         if not self.training:
             return super().forward(input)
         if not keeps_forward(type(self).plain_class):
