@@ -22,8 +22,10 @@ from lightning_gap.ghost.convert import (
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.layout import describe, ranks_that_fill_a_ghost
+from lightning_gap.ghost.recalibrate import recalibrate_in_training
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.synchronize import RunningStatisticsSync
+from lightning_gap.ghost.training_step import own_loader
 from lightning_gap.loggers import log_facts
 from lightning_gap.parallel import (
     RankGroup,
@@ -87,6 +89,11 @@ class GhostBatchNorm(Callback):
             divides the ranks, whose micro-batches together are then one ghost.
         sync_running_stats: Whether to join the running statistics of all ranks after each batch, one collective. None
             for where nothing else keeps them equal.
+        recalibrate: Before each validation, and at the end of epochs without one, take the running statistics anew, as
+            plain averages over so many training batches at the present weights
+            (:func:`~lightning_gap.ghost.recalibrate_batchnorm`); None for running averages. Validation, and
+            checkpoints after it, have them. Training is the same to the last bit: the batches come from a copy of the
+            loader with random numbers of its own, and what the training step does to the module beside is undone.
         missing: What to do with a model that has no BatchNorm layer to convert: ``"error"``, or ``"warn"`` and train it
             as it is, for one configuration of many models.
 
@@ -127,9 +134,12 @@ class GhostBatchNorm(Callback):
         rows_per_sample: int | Mapping[str, int] | Literal["auto"] = "auto",
         ranks_per_ghost: int | Literal["auto"] = "auto",
         sync_running_stats: bool | None = None,
+        recalibrate: int | None = None,
         missing: Literal["error", "warn"] = "error",
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
+        if recalibrate is not None:
+            check_count("recalibrate", recalibrate, what="the training batches to average statistics over, or None")
         check_choice("missing", missing, ("error", "warn"))
         for rows in rows_per_sample.values() if isinstance(rows_per_sample, Mapping) else [rows_per_sample]:
             if rows != "auto":
@@ -143,6 +153,7 @@ class GhostBatchNorm(Callback):
         self.rows_per_sample = dict(rows_per_sample) if isinstance(rows_per_sample, Mapping) else rows_per_sample
         self.ranks_per_ghost = ranks_per_ghost
         self.sync_running_stats = sync_running_stats
+        self.recalibrate = recalibrate
         self.missing = missing
         self._plan: GhostConversion | None = None
         self._forget()
@@ -158,6 +169,7 @@ class GhostBatchNorm(Callback):
         self._facts: tuple[int, str] | None = None  # of the table, until the first batch has passed
         self._told: set[nn.Module] = set()  # layers that have been warned of
         self._batches = 0
+        self._trained: list[GhostNorm] = []  # layers whose statistics the last batch has changed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
@@ -178,6 +190,13 @@ class GhostBatchNorm(Callback):
             raise MisconfigurationException(
                 f"ranks_per_ghost={self.ranks_per_ghost} does not divide the {data_parallel_size(trainer)} ranks that "
                 "see different samples; use a divisor of their number, or 'auto'"
+            )
+
+        if self.recalibrate is not None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "GhostBatchNorm(recalibrate=...) runs training_step for its statistics alone, and with manual "
+                "optimization that would train: use recalibrate=None, and call recalibrate_batchnorm(module, loader, "
+                "forward=...) after the fit"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +234,17 @@ class GhostBatchNorm(Callback):
         ours = {id(rows) for rows in self._rows}
         named = {name: layer for name, layer in module.named_modules() if isinstance(layer, GhostNorm)}
         return {name: layer for name, layer in named.items() if id(layer.rows_per_sample) in ours}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a loader that cannot be copied to recalibrate with."""
+        if self._plan is not None and self.recalibrate is not None:
+            try:
+                own_loader(trainer)
+            except (TypeError, RuntimeError, ValueError) as error:
+                raise MisconfigurationException(
+                    f"GhostBatchNorm(recalibrate={self.recalibrate}) reads a copy of the training loader, and this one "
+                    f"cannot be copied ({error}): use a map-style data set, or recalibrate=None"
+                ) from error
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert the layers that have been added since the last epoch."""
@@ -262,6 +292,24 @@ class GhostBatchNorm(Callback):
         if not self._batches:
             self._report(trainer, pl_module, self._plan)
         self._batches += 1
+        if self.recalibrate is not None:  # frozen ones are in evaluation mode
+            self._trained = [
+                layer for layer in self._layers(pl_module).values() if layer.training and layer.track_running_stats
+            ]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked."""
+        self._recalibrate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked and no validation has done so."""
+        self._recalibrate(trainer, pl_module)
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = [layer for layer in self._trained if layer.running_mean is not None]
+        self._trained = []
+        if self.recalibrate is not None and layers:
+            recalibrate_in_training(trainer, layers, self.recalibrate)
 
     def _lay_out(self, trainer: Trainer, pl_module: LightningModule, micro_batch: int | None) -> None:
         ranks, sizes = data_parallel_group(trainer), [micro_batch or 0]

@@ -84,7 +84,7 @@ class GhostNorm(_BatchNorm):
         if isinstance(given, Proxy) and (self.training or keeps_forward(type(self).plain_class)):
             # Symbolic traces take torch's own layers whole, and no others; like those we look at what comes in.
             tracer: Any = given.tracer
-            leaf: Any = tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {})
+            leaf: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {})
             return leaf
         if not self.training:
             return super().forward(input)

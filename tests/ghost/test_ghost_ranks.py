@@ -246,6 +246,7 @@ def fits_with_spanning_ghosts(rank):
     compare_fits(rank, ghost=32, accumulate=2)
     compare_fits(rank, ghost=4, sync_running_stats=True)
     compare_fits(rank, ghost=16, ranks_per_ghost=2, running_stats="sequential")
+    compare_fits(rank, ghost=16, sync_running_stats=True, recalibrate=2)
 
 
 def fits_that_fall_short(rank):
@@ -262,8 +263,9 @@ def fits_that_fall_short(rank):
 def sharded_fits(rank, folder):
     # None: nothing else keeps these ranks equal, so they are joined, and validation sees what one process would
     for ghost in (4, 16):
-        strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
-        compare_fits(rank, ghost=ghost, strategy=strategy, sync_running_stats=None)
+        for recalibrate in (None, 2):
+            strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+            compare_fits(rank, ghost=ghost, strategy=strategy, sync_running_stats=None, recalibrate=recalibrate)
 
 
 def worker(rank, port, folder):
