@@ -1,6 +1,7 @@
 """The callback that turns the regime of a small-batch reference run into the regime of the batch that really runs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -454,9 +455,15 @@ class LargeBatchRegime(Callback):
                 check_unscaled(trainer.optimizers)
             except ValueError as error:
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
-        batches = () if self._pass is None else (self._pass.batches,)
+        batches = () if self._pass is None else self._pass.numbers_of_batches(trainer.accumulate_grad_batches)
         rollouts = check_schedulers(
-            trainer, plan, self.stretch_schedulers, step=step, reference=reference, batches=batches
+            trainer,
+            plan,
+            self.stretch_schedulers,
+            step=step,
+            reference=reference,
+            batches=batches,
+            otherwise=self._otherwise(trainer, pl_module),
         )
         if plan.reclocked and validates_within_epochs(trainer):
             try:
@@ -501,6 +508,21 @@ class LargeBatchRegime(Callback):
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self._report(trainer, self.plan)
+
+    def _otherwise(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any] | None:
+        """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths."""
+        answers = self._answers
+        if answers is None or not self._reference_lengths(trainer):
+            return None
+        # As many epochs, of another length: a number of this run's batches times the epochs does not change.
+        per_epoch, steps = self._lengths["num_training_batches"] + 7, self._lengths["max_steps"]
+        steps = steps if steps == -1 else steps + 11
+        others = {
+            "max_steps": steps,
+            "num_training_batches": per_epoch,
+            "estimated_stepping_batches": per_epoch * (self._lengths["max_epochs"] or 0) if steps == -1 else steps,
+        }
+        return lambda: answers.configured_otherwise(pl_module, length_holder(self._loader), self._lengths | others)
 
     def _lift_epochs(self, trainer: Trainer) -> None:
         """Let a checkpoint be restored that has more epochs behind it, of a larger batch, than this run has in all."""

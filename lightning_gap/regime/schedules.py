@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from lightning_gap.regime.scaling import remembered, scaled
 
@@ -23,7 +23,17 @@ _TIMM_ATTRIBUTES = ("base_values", "warmup_steps")
 # Every attribute that is a momentum, of those that also move it. OneCycleLR keeps its own in the groups.
 _MOMENTUM_ATTRIBUTES = ("base_momentums", "max_momentums")
 # Every attribute that says after how many steps a schedule ends or turns.
-_HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps", "step_size", "milestones", "_milestones")
+_HORIZON_ATTRIBUTES = (
+    "T_max",
+    "T_0",
+    "total_iters",
+    "total_steps",
+    "total_size",
+    "step_size",
+    "anneal_epochs",
+    "milestones",
+    "_milestones",
+)
 
 
 def flattened(scheduler: Any) -> Iterator[Any]:
@@ -122,4 +132,7 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
         for name in _HORIZON_ATTRIBUTES
         if getattr(part, name, None)
     }
+    for part in flattened(scheduler):
+        if isinstance(part, CyclicLR):
+            found["CyclicLR.step_size_up"] = round(part.total_size * part.step_ratio)
     return {name: int(steps if isinstance(steps, (int, float)) else max(steps)) for name, steps in found.items()}
