@@ -1,4 +1,4 @@
-"""The batch that really comes, against the plan: pre-batched items, views, small data sets, loaders that do not tell."""
+"""The batch that really comes against the plan: items that are batches, views, small data, loaders that do not tell."""
 
 import pytest
 import torch
@@ -130,7 +130,7 @@ def test_a_batch_of_other_samples_is_refused(batch):
         check_first_batch(batch, 8)
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create.*")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create.*", "ignore:.*dataloader is not resumable.*")
 def test_a_resumed_run_does_not_take_the_small_last_batch_for_the_first(tmp_path):
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     run(Regression(), loader(25), LargeBatchRegime(5), save, enable_checkpointing=True, max_epochs=1)
