@@ -21,8 +21,8 @@ def advice(plan: RegimePlan, *, batchnorm: bool = False, ghosts: bool = False) -
     Example:
         >>> from lightning_gap.regime import plan_regime
         >>> plan = plan_regime(reference_batch_size=128, batch_size=4096, samples=50_000, max_epochs=50)
-        >>> print(*advice(plan), sep="\\n")
-        The run sees 30 times the samples of the reference run: train_longer=0.1 makes it 4 times.
+        >>> print(*advice(plan))
+        The run sees 30.1 times the samples of the reference run: train_longer=0.1 makes it 4.1 times.
     """
     there, here = plan.reference_samples_seen, plan.samples_seen
     if there and here and here / there >= 8 and plan.train_longer > 0.1:
