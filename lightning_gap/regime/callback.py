@@ -387,7 +387,7 @@ class LargeBatchRegime(Callback):
             if size > self._pass.samples and self.samples is None:
                 raise ValueError(
                     f"{name}={size} is more than the {self._pass.samples} samples of an epoch, so no update sees as "
-                    f"many. {remedy}"
+                    f"many. {remedy} If the items of the data set are whole batches, pass batch_size= and samples=."
                 )
         return plan
 
