@@ -89,9 +89,9 @@ class GhostBatchNorm(Callback):
             divides the ranks, whose micro-batches together are then one ghost.
         sync_running_stats: Whether to join the running statistics of all ranks after each batch, one collective. None
             for where nothing else keeps them equal.
-        recalibrate: Before each validation, and at the end of epochs without one, take the running statistics anew, as
-            plain averages over so many training batches at the present weights
-            (:func:`~lightning_gap.ghost.recalibrate_batchnorm`); None for running averages. Validation, and
+        recalibrate: Before each validation, and when ``fit`` ends, take the running statistics anew, as plain averages
+            over so many training batches at the present weights (:func:`~lightning_gap.ghost.recalibrate_batchnorm`);
+            in a run without validation at the end of each epoch. None for running averages. Validation, and
             checkpoints after it, have them. Training is the same to the last bit: the batches come from a copy of the
             loader with random numbers of its own, and what the training step does to the module beside is undone.
         missing: What to do with a model that has no BatchNorm layer to convert: ``"error"``, or ``"warn"`` and train it
@@ -302,7 +302,12 @@ class GhostBatchNorm(Callback):
         self._recalibrate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the running statistics anew, where asked and no validation has done so."""
+        """Take the running statistics anew, where asked and no validation ever does so."""
+        if not trainer.enable_validation:
+            self._recalibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked and no validation has done so since the last update."""
         self._recalibrate(trainer, pl_module)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -408,6 +413,8 @@ class GhostBatchNorm(Callback):
             "ranks_per_ghost": self._facts[0],
             "ghosts": self._facts[1],
         }
+        if self.recalibrate is not None:
+            facts["recalibrate"] = self.recalibrate
         table = Table(title="Ghost batch normalization", title_justify="left", show_header=False)
         for name, value in facts.items():
             table.add_row(name, str(value))
