@@ -169,7 +169,8 @@ class GhostBatchNorm(Callback):
         self._facts: tuple[int, str] | None = None  # of the table, until the first batch has passed
         self._told: set[nn.Module] = set()  # layers that have been warned of
         self._batches = 0
-        self._trained: list[GhostNorm] = []  # layers whose statistics the last batch has changed
+        self._known: list[GhostNorm] = []
+        self._trained: list[GhostNorm] = []  # those whose statistics the last batch has changed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
@@ -293,9 +294,7 @@ class GhostBatchNorm(Callback):
             self._report(trainer, pl_module, self._plan)
         self._batches += 1
         if self.recalibrate is not None:  # frozen ones are in evaluation mode
-            self._trained = [
-                layer for layer in self._layers(pl_module).values() if layer.training and layer.track_running_stats
-            ]
+            self._trained = [layer for layer in self._known if layer.training and layer.track_running_stats]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked."""
@@ -346,6 +345,7 @@ class GhostBatchNorm(Callback):
 
     def _join_ranks(self, pl_module: LightningModule) -> None:
         layers = self._layers(pl_module)
+        self._known = list(layers.values())
         if self._ranks is not None:
             channels = {name: layer.num_features for name, layer in layers.items()}
             for number, layer in enumerate(layers.values()):
