@@ -137,6 +137,8 @@ def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
         plan: The plan of the run.
     """
     for optimizer in trainer.optimizers:
+        if not optimizer.param_groups:
+            continue  # Lightning's stand-in for none
         try:
             doubt = check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer)
         except ValueError as error:
