@@ -37,7 +37,6 @@ class ReferenceAnswers:
         trainer: The trainer.
         lengths: Returns the answers by the name of the trainer's attribute; asked when they are needed.
         is_training_loader: Whether a loader is that of the training data.
-        updates_per_epoch: Returns the updates in a reference epoch: the length of the loader there.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class ReferenceAnswers:
         trainer: Trainer,
         lengths: Callable[[], dict[str, Any]],
         is_training_loader: Callable[[Any], bool],
-        updates_per_epoch: Callable[[], int],
     ) -> None:
         self._trainer, self._lengths = trainer, lengths
-        self._is_training_loader, self._updates_per_epoch = is_training_loader, updates_per_epoch
+        self._is_training_loader = is_training_loader
         self._kind = type(trainer)
         self._answers: dict[str, Any] = {}
         self._lengths_on = False
@@ -130,8 +128,8 @@ class ReferenceAnswers:
         def length(this: Any) -> int:
             if self._asks_for_truth():
                 return int(own(this))
-            self._ask()
-            return self._updates_per_epoch() if self._is_training_loader(this) else int(own(this))
+            batches = (self._ask() | self._answers).get("num_training_batches")
+            return int(own(this)) if batches is None or not self._is_training_loader(this) else int(batches)
 
         loader.__len__ = length  # type: ignore[attr-defined]
 
@@ -145,7 +143,6 @@ class ReferenceAnswers:
         """
         trainer: Any = self._trainer
         module_has = dict(vars(pl_module))
-        updates_per_epoch, self._updates_per_epoch = self._updates_per_epoch, lambda: lengths["num_training_batches"]
         self._answers = lengths | dict.fromkeys(_ONE_DEVICE, 1)
         trainer.__class__ = self._reference
         self._answer_length(loader)
@@ -154,7 +151,6 @@ class ReferenceAnswers:
                 return pl_module.configure_optimizers()
         finally:
             self.end()
-            self._updates_per_epoch = updates_per_epoch
             vars(pl_module).clear()
             vars(pl_module).update(module_has)
 

@@ -1,7 +1,6 @@
 """The callback that turns the regime of a small-batch reference run into the regime of the batch that really runs."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -22,13 +21,8 @@ from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.applied import check_unscaled, clock_of, scale
 from lightning_gap.regime.batch import (
     DataNotReady,
-    Pass,
-    batch_of_update,
     check_first_batch,
-    loader_batch_size,
-    pass_over_data,
     same_data,
-    training_loader,
 )
 from lightning_gap.regime.checks import (
     check_hand_set_rates,
@@ -49,9 +43,11 @@ from lightning_gap.regime.companions import (
     warn_of_other_counters,
 )
 from lightning_gap.regime.lengths import curve
-from lightning_gap.regime.noise import SampleNoise, noise_variance, output_module
-from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan, plan_regime, updates_in_epoch
-from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor, rule_name
+from lightning_gap.regime.noise import SampleNoise, output_module
+from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan
+from lightning_gap.regime.planning import RunPlanner
+from lightning_gap.regime.plateaus import ReferencePlateaus
+from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
 from lightning_gap.regime.warmup import Warmup
 from lightning_gap.terminal import say
 
@@ -203,16 +199,11 @@ class LargeBatchRegime(Callback):
 
     def _reset(self) -> None:
         self._fitting = False
-        self._loader: Any = None
-        self._pass: Pass | None = None
-        self._effective = 0  # what an update sees by the trainer's account
-        self._keeps_lengths = False  # of the trainer, which then answers for itself
-        self._lengths: dict[str, Any] = {}  # what the trainer answers as the reference run's
+        self._planner = RunPlanner(self, keeps_lengths=False)
         self._clock: RegimeClock | None = None
         self._validations: ValidationClock | None = None
         self._expected: int | None = None  # samples of the first batch, until it has been looked at
-        self._plateaus: list[tuple[LRSchedulerConfig, int]] = []  # with the user's frequency
-        self._metrics: dict[str, float] = {}  # the latest values that plateaus look at
+        self._plateaus = ReferencePlateaus()
         self._counters: list[EpochCounter] = []
         self._warmups: list[Warmup] = []
         self._noise: SampleNoise | None = None
@@ -246,46 +237,37 @@ class LargeBatchRegime(Callback):
         check_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
         self._reset()
         self._fitting = True
-        self._keeps_lengths = dry or (not longer and keeps_lengths(trainer, pl_module))
+        stay = dry or (not longer and keeps_lengths(trainer, pl_module))
+        self._planner, self.plan = RunPlanner(self, keeps_lengths=stay), None
+        plan = None
         try:
-            self.plan = None
-            self._make_plan(trainer)
+            plan = self._make_plan(trainer)
         except DataNotReady:
             if self.stretch_schedulers is False and longer:
                 raise  # the limits are to be this run's before configure_optimizers asks for them
-        if self._keeps_lengths:
+        if stay:
             return
         if self.stretch_schedulers is False:
-            if self.plan is not None:
-                self._set_limits(trainer, self.plan)
+            if plan is not None:
+                self._set_limits(trainer, plan)
             return
         self._answers = ReferenceAnswers(
             trainer,
-            lambda: self._reference_lengths(trainer),
-            lambda loader: same_data(loader, self._loader),
-            lambda: cast(int, _planned(self.plan).reference_updates_per_epoch),
+            lambda: self._planner.reference_lengths(trainer, self._make_plan(trainer), self._limits),
+            lambda loader: same_data(loader, self._planner.loader),
         )
         self._answers.begin(
             pl_module,
-            length_holder(self._loader),
+            length_holder(self._planner.loader),
             before=lambda: self._plan_late(trainer),
             after=lambda: self._set_limits(trainer, _planned(self.plan)),
         )
 
-    def _reference_lengths(self, trainer: Trainer) -> dict[str, Any]:
+    def _make_plan(self, trainer: Trainer) -> RegimePlan:
         if self.plan is None:
-            self._make_plan(trainer)
-        if not self._lengths and (plan := _planned(self.plan)).reference_updates_per_epoch is not None:
-            loop = trainer.fit_loop
-            epochs, _, steps = self._limits or (loop.max_epochs, 0, loop.epoch_loop.max_steps)
-            self._lengths = {
-                "max_epochs": epochs,
-                "max_steps": steps,
-                "num_training_batches": plan.reference_updates_per_epoch,
-                "accumulate_grad_batches": 1,
-                "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,
-            }
-        return self._lengths
+            self.plan = self._planner.plan(trainer)
+            self._expected = self._planner.expected
+        return self.plan
 
     def _plan_late(self, trainer: Trainer) -> None:
         """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
@@ -300,107 +282,10 @@ class LargeBatchRegime(Callback):
             if state := self._early.get(self.state_key):
                 self.load_state_dict(state)
 
-    def _make_plan(self, trainer: Trainer) -> None:
-        self._loader = None
-        try:
-            self._loader = training_loader(trainer)
-        except DataNotReady:
-            if self._lengths_of_updates(trainer) is None and not (self.batch_size and self._keeps_lengths):
-                raise
-        except MisconfigurationException:
-            if not self.batch_size:
-                raise
-        self._pass = None if self._keeps_lengths or self._loader is None else self._measure(trainer)
-        self.plan = self._plan(trainer)
-
-    def _lengths_of_updates(self, trainer: Trainer) -> int | None:
-        """Return the limit of updates where nothing else limits the run and the batch is given."""
-        unlimited = trainer.fit_loop.max_epochs in (None, -1)
-        return trainer.max_steps if self.batch_size and unlimited and trainer.max_steps != -1 else None
-
-    def _measure(self, trainer: Trainer) -> Pass | None:
-        try:
-            return pass_over_data(trainer, self._loader, self.samples)
-        except MisconfigurationException:
-            unlimited = trainer.fit_loop.max_epochs in (None, -1)
-            if not self.train_longer or (self.train_longer == 1 and unlimited and trainer.max_steps != -1):
-                return None  # max_steps are updates, whatever an epoch is
-            raise
-
-    def _plan(self, trainer: Trainer) -> RegimePlan:
-        batch_size = self.batch_size or batch_of_update(trainer, self._loader)
-        ratio = batch_size / self.reference_batch_size
-        rule, factor = rule_name(self.lr_rule), lr_factor(self.lr_rule, ratio)
-        try:
-            variance = noise_variance(ratio) if self.gradient_noise else 0.0
-            plan = self._planned_length(trainer, batch_size, rule, factor)
-        except ValueError as error:
-            raise MisconfigurationException(f"LargeBatchRegime cannot plan this run: {error}") from error
-        return replace(
-            plan,
-            clip_norm=self.clip_norm,
-            clip_updates=self.clip_updates,
-            warmup_updates=0 if factor == 1.0 else self.warmup_updates,
-            noise_variance=variance,
-        )
-
     def _rate_found(self) -> bool:
         """Whether LearningRateFinder has set the learning rate; it may also have found none."""
         found = None if self._finder is None else self._finder.optimal_lr
         return found is not None and found._optimal_idx is not None
-
-    def _planned_length(self, trainer: Trainer, batch_size: int, rule: str, factor: float) -> RegimePlan:
-        max_steps = None if trainer.fit_loop.epoch_loop.max_steps == -1 else trainer.fit_loop.epoch_loop.max_steps
-        plan = RegimePlan(self.reference_batch_size, batch_size, rule, factor)
-        if self._loader is not None and self.batch_size is None:
-            self._expected = loader_batch_size(self._loader)
-        if self._pass is None:
-            if self._keeps_lengths or not self.train_longer:
-                return plan
-            return replace(plan, train_longer=self.train_longer, reference_updates=max_steps, updates=max_steps)
-        found = self._effective = self._told_by(trainer)
-        if self.samples is None and batch_size != found:
-            rank_zero_warn(
-                f"LargeBatchRegime scales for batch_size={batch_size}, as asked; an update of this trainer sees "
-                f"{found} samples (loader's batch x accumulation x replicas)."
-            )
-        epochs = trainer.fit_loop.max_epochs
-        plan = plan_regime(
-            reference_batch_size=self.reference_batch_size,
-            batch_size=batch_size,
-            lr_rule=rule,
-            lr_factor=factor,
-            updates_per_epoch=updates_in_epoch(self._pass.batches, vars(trainer)["accumulate_grad_batches"]),
-            samples=self._pass.samples,
-            drop_last=self._pass.drop_last,
-            max_epochs=None if epochs in (None, -1) else epochs,
-            max_steps=max_steps,
-            min_epochs=trainer.fit_loop.min_epochs or 0,
-            train_longer=self.train_longer,
-        )
-        for size, name, remedy in (
-            (
-                found,
-                "loader's batch x accumulate_grad_batches x replicas",
-                "Lower the loader's batch_size or the others.",
-            ),
-            (self.reference_batch_size, "reference_batch_size", f"Pass reference_batch_size={self._pass.samples}."),
-        ):
-            if size > self._pass.samples and self.samples is None:
-                raise ValueError(
-                    f"{name}={size} is more than the {self._pass.samples} samples of an epoch, so no update sees as "
-                    f"many. {remedy} If the items of the data set are whole batches, pass batch_size= and samples=."
-                )
-        return plan
-
-    def _told_by(self, trainer: Trainer) -> int:
-        """Return what an update sees by the trainer's account, or as it is given where the loader does not tell."""
-        try:
-            return batch_of_update(trainer, trainer.train_dataloader or self._loader)
-        except MisconfigurationException:
-            if self.batch_size is None:
-                raise
-            return self.batch_size
 
     def _set_limits(self, trainer: Trainer, plan: RegimePlan) -> None:
         loop = trainer.fit_loop
@@ -457,7 +342,10 @@ class LargeBatchRegime(Callback):
                 check_unscaled(trainer.optimizers)
             except ValueError as error:
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
-        batches = () if self._pass is None else self._pass.numbers_of_batches(trainer.accumulate_grad_batches)
+        data = self._planner.data
+        batches = () if data is None else data.numbers_of_batches(trainer.accumulate_grad_batches)
+        if reference is not None:
+            self._planner.reference_lengths(trainer, plan, self._limits)
         rollouts = check_schedulers(
             trainer,
             plan,
@@ -465,7 +353,7 @@ class LargeBatchRegime(Callback):
             step=step,
             reference=reference,
             batches=batches,
-            otherwise=self._otherwise(trainer, pl_module),
+            otherwise=self._planner.otherwise(self._answers, pl_module),
         )
         if plan.reclocked and validates_within_epochs(trainer):
             try:
@@ -473,7 +361,7 @@ class LargeBatchRegime(Callback):
             except ValueError as error:
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
         self._warn_of_kept_optimizers(trainer, pl_module, plan)
-        if not self._keeps_lengths:
+        if not self._planner.keeps_lengths:
             self._set_limits(trainer, plan)
         if self._limits is not None:
             # With max_steps set, Lightning resumes from the end of an epoch by one stray batch. So it is set again once
@@ -511,21 +399,6 @@ class LargeBatchRegime(Callback):
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self._report(trainer, pl_module, self.plan)
-
-    def _otherwise(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any] | None:
-        """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths."""
-        answers = self._answers
-        if answers is None or not self._reference_lengths(trainer):
-            return None
-        # As many epochs, of another length: a number of this run's batches times the epochs does not change.
-        per_epoch, steps = self._lengths["num_training_batches"] + 7, self._lengths["max_steps"]
-        steps = steps if steps == -1 else steps + 11
-        others = {
-            "max_steps": steps,
-            "num_training_batches": per_epoch,
-            "estimated_stepping_batches": per_epoch * (self._lengths["max_epochs"] or 0) if steps == -1 else steps,
-        }
-        return lambda: answers.configured_otherwise(pl_module, length_holder(self._loader), self._lengths | others)
 
     def _lift_epochs(self, trainer: Trainer) -> None:
         """Let a checkpoint be restored that has more epochs behind it, of a larger batch, than this run has in all."""
@@ -565,8 +438,7 @@ class LargeBatchRegime(Callback):
         if config.reduce_on_plateau:
             if not by_epoch or plan.stretch == 1:
                 return f"{name}: every {frequency} {interval}(s), as it was", None
-            self._plateaus.append((config, frequency))
-            config.interval, config.frequency = "step", NEVER
+            self._plateaus.take(config)
             return f"{name}: every {frequency} reference epoch(s), at the end of an epoch of this run", None
         clock = clock_of(plan, config.scheduler, "epoch" if by_epoch else "step", frequency)
         # A frequency that no epoch has as many batches as: Lightning itself never steps the scheduler.
@@ -581,14 +453,7 @@ class LargeBatchRegime(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the loaded data is what was planned for, and take up what a checkpoint left."""
         plan = _planned(self.plan)
-        if self._pass is not None:
-            found = (trainer.num_training_batches, self._told_by(trainer))
-            if found != (self._pass.batches, self._effective):
-                raise MisconfigurationException(
-                    f"LargeBatchRegime planned for {self._pass.batches} training batches an epoch and "
-                    f"{self._effective} samples an update, but there are {found[0]} and {found[1]}. The loader or "
-                    "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
-                )
+        self._planner.check(trainer)
         changed = self._take_up(trainer, plan)
         if self._limits is not None:
             loop = trainer.fit_loop
@@ -665,13 +530,7 @@ class LargeBatchRegime(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what happens at the end of this epoch."""
-        for config, _ in self._plateaus:
-            used, now = self._metrics.get(str(config.monitor)), trainer.callback_metrics.get(str(config.monitor))
-            if used is not None and now is not None and used != float(now) and not math.isnan(used):
-                rank_zero_warn(
-                    f"LargeBatchRegime: {type(config.scheduler).__name__} looks at {config.monitor} before "
-                    "LightningModule.on_train_epoch_end logs it, so at the value of an epoch before. Log it in a step."
-                )
+        self._plateaus.warn_of_late_metrics(trainer)
         self._epochs = trainer.current_epoch
         self._arm(trainer.global_step)
 
@@ -719,36 +578,17 @@ class LargeBatchRegime(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what plateaus look at, for a checkpoint that is written now."""
-        if self._plateaus and not trainer.sanity_checking:
-            self._read_metrics(trainer)
+        if not trainer.sanity_checking:
+            self._plateaus.read(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step the schedulers that look at a metric, if a reference epoch has ended; before a checkpoint is written.
 
         Lightning itself would do so after the checkpoint, and not at all in the first epoch of a resumed run.
         """
-        if not self._plateaus:
-            return
-        self._read_metrics(trainer)
         plan = _planned(self.plan)
-        start, end = (plan.reference_epochs_in(updates) for updates in (self._epoch_start, trainer.global_step))
-        for config, every in self._plateaus:
-            if end // every == start // every:
-                continue
-            metric = self._metrics.get(str(config.monitor))
-            if metric is None:
-                missing = f"{type(config.scheduler).__name__} looks at {config.monitor}, which nothing has logged yet"
-                if config.strict:
-                    known = sorted(trainer.callback_metrics)
-                    raise MisconfigurationException(f"{missing}. There are {known}: set monitor to one of these.")
-                rank_zero_warn(f"{missing}; it is not stepped.")
-            else:
-                pl_module.lr_scheduler_step(cast(Any, config.scheduler), metric)
-
-    def _read_metrics(self, trainer: Trainer) -> None:
-        known = trainer.callback_metrics
-        keys = [str(config.monitor) for config, _ in self._plateaus]
-        self._metrics.update({key: float(known[key]) for key in keys if key in known})
+        before, now = (plan.reference_epochs_in(updates) for updates in (self._epoch_start, trainer.global_step))
+        self._plateaus.step(trainer, pl_module, before, now)
 
     def _warmup_of(self, trainer: Trainer, optimizer: Optimizer) -> Warmup:
         return next(w for o, w in zip(trainer.optimizers, self._warmups, strict=True) if o is optimizer)
@@ -761,8 +601,8 @@ class LargeBatchRegime(Callback):
         updated = update != self._ticked
         if updated:
             self._tick(update)
-        if self._pass is not None:
-            self._samples += self._pass.samples_until(batch_idx + 1) - self._pass.samples_until(batch_idx)
+        if (data := self._planner.data) is not None:
+            self._samples += data.samples_until(batch_idx + 1) - data.samples_until(batch_idx)
         elif updated:
             self._samples += plan.batch_size
         if self._validations is not None:
@@ -830,7 +670,7 @@ class LargeBatchRegime(Callback):
             "ticked": self._ticked,
             "epoch_start": self._epoch_start,
             "samples": self._samples,
-            "metrics": dict(self._metrics),
+            "metrics": dict(self._plateaus.metrics),
             "made": [warmup.made for warmup in self._warmups],
             "clipped": [int(self._clipped), self._clippable],
             "noise": None if self._noise is None else [self._noise.seed, self._noise.draws],
@@ -857,7 +697,7 @@ class LargeBatchRegime(Callback):
             return  # written before training, by LearningRateFinder
         self._restored = state_dict
         self._ticked, self._epoch_start = state_dict["ticked"], state_dict["epoch_start"]
-        self._samples, self._metrics = state_dict["samples"], state_dict["metrics"]
+        self._samples, self._plateaus.metrics = state_dict["samples"], state_dict["metrics"]
         self._clipped, self._clippable = state_dict["clipped"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

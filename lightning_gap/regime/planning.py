@@ -1,0 +1,217 @@
+"""What a trainer is about to run, measured, and the plan that makes a regime of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.batch import (
+    DataNotReady,
+    Pass,
+    batch_of_update,
+    loader_batch_size,
+    pass_over_data,
+    training_loader,
+)
+from lightning_gap.regime.noise import noise_variance
+from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
+from lightning_gap.regime.scaling import lr_factor, rule_name
+
+if TYPE_CHECKING:
+    from lightning_gap.regime.callback import LargeBatchRegime
+
+__all__ = ["RunPlanner"]
+
+
+class RunPlanner:
+    """Measures the run that a trainer is about to make, and plans its regime.
+
+    Args:
+        regime: The callback, whose arguments say what to plan.
+        keeps_lengths: Whether the run's lengths are to stay the trainer's own.
+
+    Attributes:
+        loader: The training loader; ``None`` where nothing tells.
+        data: One pass over the data; ``None`` where it has no known length, or lengths are kept.
+        expected: Samples of a batch by the loader's account; ``None`` where it is not to be compared.
+        keeps_lengths: As given.
+        lengths: What the trainer is to answer as in the reference run, once it has been asked.
+    """
+
+    def __init__(self, regime: "LargeBatchRegime", *, keeps_lengths: bool) -> None:
+        self._regime = regime
+        self.keeps_lengths = keeps_lengths
+        self.loader: Any = None
+        self.data: Pass | None = None
+        self.expected: int | None = None
+        self.lengths: dict[str, Any] = {}
+        self._effective = 0  # what an update sees by the trainer's account
+
+    def plan(self, trainer: Trainer) -> RegimePlan:
+        """Return the plan of the run.
+
+        Args:
+            trainer: The trainer, in ``setup`` or later.
+
+        Raises:
+            DataNotReady: If the module's data are not there yet.
+            MisconfigurationException: If no regime can be right for the run.
+        """
+        regime = self._regime
+        self.loader = None
+        try:
+            self.loader = training_loader(trainer)
+        except DataNotReady:
+            by_updates = trainer.fit_loop.max_epochs in (None, -1) and trainer.max_steps != -1
+            if not (regime.batch_size and (by_updates or self.keeps_lengths)):
+                raise
+        except MisconfigurationException:
+            if not regime.batch_size:
+                raise
+        self.data = None if self.keeps_lengths or self.loader is None else self._measure(trainer)
+        batch_size = regime.batch_size or batch_of_update(trainer, self.loader)
+        ratio = batch_size / regime.reference_batch_size
+        rule, factor = rule_name(regime.lr_rule), lr_factor(regime.lr_rule, ratio)
+        try:
+            variance = noise_variance(ratio) if regime.gradient_noise else 0.0
+            plan = self._planned_length(trainer, batch_size, rule, factor)
+        except ValueError as error:
+            raise MisconfigurationException(f"LargeBatchRegime cannot plan this run: {error}") from error
+        return replace(
+            plan,
+            clip_norm=regime.clip_norm,
+            clip_updates=regime.clip_updates,
+            warmup_updates=0 if factor == 1.0 else regime.warmup_updates,
+            noise_variance=variance,
+        )
+
+    def _measure(self, trainer: Trainer) -> Pass | None:
+        longer = self._regime.train_longer
+        try:
+            return pass_over_data(trainer, self.loader, self._regime.samples)
+        except MisconfigurationException:
+            unlimited = trainer.fit_loop.max_epochs in (None, -1)
+            if not longer or (longer == 1 and unlimited and trainer.max_steps != -1):
+                return None  # max_steps are updates, whatever an epoch is
+            raise
+
+    def _planned_length(self, trainer: Trainer, batch_size: int, rule: str, factor: float) -> RegimePlan:
+        regime, data = self._regime, self.data
+        max_steps = None if trainer.fit_loop.epoch_loop.max_steps == -1 else trainer.fit_loop.epoch_loop.max_steps
+        if self.loader is not None and regime.batch_size is None:
+            self.expected = loader_batch_size(self.loader)
+        if data is None:
+            plan = RegimePlan(regime.reference_batch_size, batch_size, rule, factor)
+            if self.keeps_lengths or not regime.train_longer:
+                return plan
+            return replace(plan, train_longer=regime.train_longer, reference_updates=max_steps, updates=max_steps)
+        found = self._effective = self._batch_of_update(trainer)
+        if regime.samples is None and batch_size != found:
+            rank_zero_warn(
+                f"LargeBatchRegime scales for batch_size={batch_size}, as asked; an update of this trainer sees "
+                f"{found} samples (loader's batch x accumulation x replicas)."
+            )
+        epochs = trainer.fit_loop.max_epochs
+        plan = plan_regime(
+            reference_batch_size=regime.reference_batch_size,
+            batch_size=batch_size,
+            lr_rule=rule,
+            lr_factor=factor,
+            updates_per_epoch=updates_in_epoch(data.batches, trainer.accumulate_grad_batches),
+            samples=data.samples,
+            drop_last=data.drop_last,
+            max_epochs=None if epochs in (None, -1) else epochs,
+            max_steps=max_steps,
+            min_epochs=trainer.fit_loop.min_epochs or 0,
+            train_longer=regime.train_longer,
+        )
+        self._check_size(data.samples, found)
+        return plan
+
+    def _check_size(self, samples: int, batch: int) -> None:
+        reference = self._regime.reference_batch_size
+        name = "loader's batch x accumulate_grad_batches x replicas"
+        for size, what, remedy in (
+            (batch, name, "Lower the loader's batch_size or the others."),
+            (reference, "reference_batch_size", f"Pass reference_batch_size={samples}."),
+        ):
+            if size > samples and self._regime.samples is None:
+                raise ValueError(
+                    f"{what}={size} is more than the {samples} samples of an epoch, so no update sees as many. "
+                    f"{remedy} If the items of the data set are whole batches, pass batch_size= and samples=."
+                )
+
+    def _batch_of_update(self, trainer: Trainer) -> int:
+        """Return what an update sees by the trainer's account, or as it is given where the loader does not tell."""
+        try:
+            return batch_of_update(trainer, trainer.train_dataloader or self.loader)
+        except MisconfigurationException:
+            if self._regime.batch_size is None:
+                raise
+            return self._regime.batch_size
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse data that are not what was planned for.
+
+        Args:
+            trainer: The trainer, which has loaded its data.
+
+        Raises:
+            MisconfigurationException: If the loader or the accumulation has changed.
+        """
+        if self.data is None:
+            return
+        found = (trainer.num_training_batches, self._batch_of_update(trainer))
+        if found != (self.data.batches, self._effective):
+            raise MisconfigurationException(
+                f"LargeBatchRegime planned for {self.data.batches} training batches an epoch and "
+                f"{self._effective} samples an update, but there are {found[0]} and {found[1]}. The loader or "
+                "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
+            )
+
+    def reference_lengths(
+        self, trainer: Trainer, plan: RegimePlan, limits: tuple[int | None, int, int] | None
+    ) -> dict[str, Any]:
+        """Return what the trainer answers in the reference run; nothing where an epoch's length is not known.
+
+        Args:
+            trainer: The trainer.
+            plan: The plan of the run.
+            limits: The user's limits of epochs, at most and at least, and updates, if the trainer's are this run's.
+        """
+        if not self.lengths and plan.reference_updates_per_epoch is not None:
+            loop = trainer.fit_loop
+            epochs, _, steps = limits or (loop.max_epochs, 0, loop.epoch_loop.max_steps)
+            self.lengths = {
+                "max_epochs": epochs,
+                "max_steps": steps,
+                "num_training_batches": plan.reference_updates_per_epoch,
+                "accumulate_grad_batches": 1,
+                "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,
+            }
+        return self.lengths
+
+    def otherwise(self, answers: ReferenceAnswers | None, pl_module: LightningModule) -> Callable[[], Any] | None:
+        """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths.
+
+        It has as many epochs: so a number of this run's batches times the epochs does not change.
+
+        Args:
+            answers: What answered the first time.
+            pl_module: The module.
+        """
+        if answers is None or not self.lengths:
+            return None
+        per_epoch, steps = self.lengths["num_training_batches"] + 7, self.lengths["max_steps"]
+        steps = steps if steps == -1 else steps + 11
+        others = {
+            "max_steps": steps,
+            "num_training_batches": per_epoch,
+            "estimated_stepping_batches": per_epoch * (self.lengths["max_epochs"] or 0) if steps == -1 else steps,
+        }
+        return lambda: answers.configured_otherwise(pl_module, length_holder(self.loader), self.lengths | others)
