@@ -71,7 +71,9 @@ def apply_plan(
 ) -> RegimeClock:
     """Do what :meth:`RegimePlan.apply` says."""
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    optimizers = [_inner(optimizer, "optimizer") for optimizer in optimizers]
     schedulers = list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
+    schedulers = [_inner(scheduler, "scheduler") for scheduler in schedulers]
     if interval not in ("epoch", "step"):
         raise ValueError(f'interval={interval!r} must be "epoch" or "step": when the reference run steps schedulers.')
     ticked = [scheduler for scheduler in schedulers if not isinstance(scheduler, ReduceLROnPlateau)]
@@ -89,6 +91,13 @@ def apply_plan(
     scale(optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
     warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in optimizers]
     return RegimeClock(plan, clocks, warmups)
+
+
+def _inner(wrapped: Any, name: str) -> Any:
+    """Return what Fabric's and accelerate's wrappers of optimizers and schedulers hold."""
+    while type(wrapped).__module__.split(".")[0] in ("lightning", "accelerate") and hasattr(wrapped, name):
+        wrapped = getattr(wrapped, name)
+    return wrapped
 
 
 def clock_of(

@@ -247,3 +247,16 @@ def test_a_module_whose_lengths_cannot_be_told_is_refused_with_the_remedy():
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match=r"plan_regime\(\.\.\.\)\.apply"):
         run(module, loader(30), LargeBatchRegime(4))
+
+
+def test_a_plan_is_applied_to_what_fabric_wraps():
+    from lightning.fabric import Fabric
+
+    plan = plan_regime(reference_batch_size=4, batch_size=64, samples=320, max_epochs=5)
+    module = torch.nn.Linear(2, 1)
+    _, wrapped = Fabric(accelerator="cpu", devices=1).setup(module, torch.optim.SGD(module.parameters(), 0.1))
+    clock = plan.apply(wrapped)
+    assert wrapped.optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
+    module(torch.ones(1, 2)).sum().backward()
+    wrapped.step()
+    assert clock.warmups[0].made == 1
