@@ -227,7 +227,7 @@ class Manual(Regression):
 
 @pytest.mark.filterwarnings("ignore:.*leaves its betas.*")
 def test_manual_optimization_and_several_optimizers():
-    with pytest.raises(MisconfigurationException, match="Multiply max_epochs and your schedules yourself"):
+    with pytest.raises(MisconfigurationException, match="Apply a plan of your own"):
         run(Manual(), loader(16), LargeBatchRegime(4))
     regime = LargeBatchRegime(4, train_longer=False, clip_norm=0.1, clip_updates=2, warmup_updates=4)
     gradients = Gradients()
