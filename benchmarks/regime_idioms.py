@@ -4,6 +4,7 @@ Prints every cell that is neither equal nor refused, and how many there are of e
 
 Run: python benchmarks/regime_idioms.py            (each script at one share and batch, three minutes)
      python benchmarks/regime_idioms.py --all      (at every share and batch, forty minutes)
+     python benchmarks/regime_idioms.py --resume   (cut at twenty updates and resumed, bit for bit)
      python benchmarks/regime_idioms.py StepLR     (the schedulers or idioms with this in their names)
 
 Schedulers of transformers and timm are tried where these are installed.
@@ -11,21 +12,47 @@ Schedulers of transformers and timm are tried where these are installed.
 
 import argparse
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "regime"))
-from regime_idioms import BATCHES, balanced_cells, every_cell, outcome
+from idiom_resumes import cells_to_resume, different_resumes
+from idiom_schedules import schedulers
+from regime_idioms import BATCHES, Cell, balanced_cells, every_cell, outcome
+
+
+def resume(only: str, points: int = 20) -> None:
+    wrong = tried = 0
+    for seed, cell in enumerate(cells_to_resume(schedulers())):
+        if only in cell.name or only in cell.idiom:
+            with tempfile.TemporaryDirectory() as folder:
+                different, updates = different_resumes(cell, Path(folder), points, seed)
+            wrong, tried = wrong + len(different), tried + min(points, updates - 1)
+            print(*said(cell), f"{updates} updates", f"differs from {different}" if different else "equal", flush=True)
+    print(f"{wrong} of {tried} resumed runs differ")
+
+
+def said(cell: Cell) -> tuple[str, ...]:
+    batches = cell.batches
+    return (
+        f"{cell.name} | {cell.interval} | {cell.idiom} | train_longer={cell.share} |",
+        f"{batches.reference} -> {batches.loader} x {batches.accumulate} |",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every share and batch")
+    parser.add_argument("--resume", action="store_true", help="resume, instead of comparing with the reference run")
     parser.add_argument("only", nargs="?", default="", help="part of the name of a scheduler or idiom")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.resume:
+        resume(options.only)
+        return
     cells = every_cell(BATCHES) if options.all else balanced_cells()
     words: Counter[str] = Counter()
     rows: dict[tuple[str, str], Counter[str]] = {}
@@ -37,7 +64,7 @@ def main() -> None:
         words[found.word] += 1
         rows.setdefault((cell.idiom, cell.interval), Counter())[found.word] += 1
         if found.word == "WRONG":
-            print(*cell[:3], f"train_longer={cell.share}", *cell.batches, found.detail, sep=" | ", flush=True)
+            print(*said(cell), found.detail, flush=True)
     for (idiom, interval), counts in rows.items():
         print(f"{idiom:80} {interval:6}", *(f"{counts[word]:4} {word}" for word in ("equal", "refused", "WRONG")))
     print(dict(words), f"in {time.perf_counter() - began:.0f} s")

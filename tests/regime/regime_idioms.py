@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from idiom_schedules import LAZY, RATE, Length, numbered, schedulers
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Trace, dataset, trainer_of
 from torch.utils.data import DataLoader
@@ -216,14 +217,23 @@ def balanced_cells() -> list[Cell]:
 class Script(LightningModule):
     """What a user writes: a linear regression, two groups of parameters, one scheduler sized by an idiom."""
 
-    def __init__(self, name: str, interval: str, idiom: str, batch_size: int, accumulate: int, reference: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        interval: str,
+        idiom: str,
+        batch_size: int,
+        accumulate: int,
+        reference: int,
+        loader: type[DataLoader[Any]] = DataLoader,
+    ) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(4, 1)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
         self.name, self.interval, self.idiom = name, interval, IDIOMS[idiom]
-        self.batch_size, self.accumulate = batch_size, accumulate
+        self.batch_size, self.accumulate, self.kind = batch_size, accumulate, loader
         self.reference_updates = math.ceil(SAMPLES / reference)
         self.loader = self.new_loader()
         self.length = self.idiom.length(self) if self.idiom.when == "before" else None
@@ -237,7 +247,7 @@ class Script(LightningModule):
             self.optimizer_step = self.warm_up
 
     def new_loader(self) -> DataLoader[Any]:
-        return DataLoader(dataset(SAMPLES), batch_size=self.batch_size)
+        return self.kind(dataset(SAMPLES), batch_size=self.batch_size)
 
     def setup(self, stage: str) -> None:
         if self.idiom.when == "setup":
@@ -295,16 +305,22 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
             logger.setLevel(level)
 
 
-def script(name: str, interval: str, idiom: str, batches: Batches, *callbacks: Any, longer: bool = True) -> Any:
-    """The module and the trainer of a script, not yet run, and what it hands to fit."""
+def script(
+    name: str, interval: str, idiom: str, batches: Batches, *callbacks: Any, loader: type[DataLoader[Any]] = DataLoader
+) -> tuple[Script, Trainer, Trace, dict[str, Any]]:
+    """Return the module of a script, its trainer, not yet run, what will trace its rates, and its data for ``fit``.
+
+    Without callbacks it is the reference run.
+    """
     batch, accumulate = (batches.loader, batches.accumulate) if callbacks else (batches.reference, 1)
-    module = Script(name, interval, idiom, batch, accumulate, batches.reference)
+    module = Script(name, interval, idiom, batch, accumulate, batches.reference, loader)
     its = IDIOMS[idiom]
-    limit = {"max_epochs": EPOCHS}
+    limit: dict[str, Any] = {"max_epochs": EPOCHS}
     if its.limit == "max_steps":
         limit = {"max_epochs": -1, "max_steps": EPOCHS * module.reference_updates}
     trace = Trace()
-    trainer = trainer_of(trace, *callbacks, accumulate_grad_batches=accumulate, **limit)
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = trainer_of(trace, *callbacks, accumulate_grad_batches=accumulate, enable_checkpointing=saves, **limit)
     data = {"fit": {"train_dataloaders": module.loader}, "datamodule": {"datamodule": Data(batch)}}.get(its.data, {})
     return module, trainer, trace, data
 
