@@ -1,9 +1,10 @@
 """Every way to size a schedule, under LargeBatchRegime, against real runs at the reference batch.
 
-Prints every cell that is neither equal nor refused, and how many there are of each.
+Each script is run to its end at a small size, and every rate compared. At real sizes it is run up to its first batch:
+if it is not refused there, its lengths must be the reference run's. Prints every cell that is neither, and counts.
 
 Run: python benchmarks/regime_idioms.py            (each script at one share and batch, three minutes)
-     python benchmarks/regime_idioms.py --all      (at every share and batch, forty minutes)
+     python benchmarks/regime_idioms.py --all      (at every share and batch, an hour)
      python benchmarks/regime_idioms.py --resume   (cut at twenty updates and resumed, bit for bit)
      python benchmarks/regime_idioms.py StepLR     (the schedulers or idioms with this in their names)
 
@@ -16,12 +17,13 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "regime"))
 from idiom_resumes import cells_to_resume, different_resumes
 from idiom_schedules import schedulers
-from regime_idioms import BATCHES, Cell, balanced_cells, every_cell, outcome
+from regime_idioms import IDIOMS, REAL, SMALL, Cell, Outcome, balanced_cells, every_cell, outcome, start
 
 
 def resume(only: str, points: int = 20) -> None:
@@ -39,7 +41,7 @@ def said(cell: Cell) -> tuple[str, ...]:
     batches = cell.batches
     return (
         f"{cell.name} | {cell.interval} | {cell.idiom} | train_longer={cell.share} |",
-        f"{batches.reference} -> {batches.loader} x {batches.accumulate} |",
+        f"{batches.reference} -> {batches.loader} x {batches.accumulate}, {batches.samples} x {batches.epochs} |",
     )
 
 
@@ -53,21 +55,28 @@ def main() -> None:
     if options.resume:
         resume(options.only)
         return
-    cells = every_cell(BATCHES) if options.all else balanced_cells()
-    words: Counter[str] = Counter()
+    some = every_cell if options.all else balanced_cells
+    for title, run, cells in (
+        ("run to the end", outcome, some(SMALL)),
+        ("at real sizes, up to the first batch", start, some(REAL, asking=False)),
+    ):
+        compare(title, run, [cell for cell in cells if options.only in cell.name or options.only in cell.idiom])
+
+
+def compare(title: str, run: Callable[..., Outcome], cells: list[Cell]) -> None:
     rows: dict[tuple[str, str], Counter[str]] = {}
     began = time.perf_counter()
     for cell in cells:
-        if options.only not in cell.name and options.only not in cell.idiom:
-            continue
-        found = outcome(*cell)
-        words[found.word] += 1
+        found = run(*cell)
         rows.setdefault((cell.idiom, cell.interval), Counter())[found.word] += 1
-        if found.word == "WRONG":
-            print(*said(cell), found.detail, flush=True)
+        if found.word == "WRONG" or (found.word == "refused" and IDIOMS[cell.idiom].asks):
+            print(*said(cell), found.word, found.detail, flush=True)
+    print(title)
+    words = ("equal", "refused", "WRONG")
     for (idiom, interval), counts in rows.items():
-        print(f"{idiom:80} {interval:6}", *(f"{counts[word]:4} {word}" for word in ("equal", "refused", "WRONG")))
-    print(dict(words), f"in {time.perf_counter() - began:.0f} s")
+        print(f"  {idiom:78} {interval:6}", *(f"{counts[word]:5} {word}" for word in words))
+    total = sum(rows.values(), Counter())
+    print(f"  {'all':85}", *(f"{total[word]:5} {word}" for word in words), f"in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

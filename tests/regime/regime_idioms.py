@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from idiom_schedules import LAZY, RATE, Length, numbered, schedulers
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Trace, dataset, trainer_of
@@ -27,18 +27,19 @@ from torch.utils.data import DataLoader
 
 from lightning_gap import LargeBatchRegime
 
-SAMPLES, EPOCHS = 74, 6
 INTERVALS = ("epoch", "step")
 SHARES = (0.0, 0.1, 0.5, 1.0)
 TOLERANCE = 1e-6  # of the largest rate
 
 
 class Batches(NamedTuple):
-    """The batch of the reference run, and the loader's batch and the accumulation of the run beside it."""
+    """The batch of the reference run, the loader's batch and the accumulation of the run beside it, and the data."""
 
     reference: int
     loader: int
     accumulate: int = 1
+    samples: int = 74
+    epochs: int = 6
 
     @property
     def ratio(self) -> float:
@@ -47,12 +48,35 @@ class Batches(NamedTuple):
     @property
     def updates(self) -> tuple[int, int]:
         """The updates of one epoch, of the reference run and of this run."""
-        batches = math.ceil(SAMPLES / self.loader)
-        return math.ceil(SAMPLES / self.reference), math.ceil(batches / self.accumulate)
+        batches = math.ceil(self.samples / self.loader)
+        return math.ceil(self.samples / self.reference), math.ceil(batches / self.accumulate)
+
+    @property
+    def alone(self) -> "Batches":
+        """Those of the reference run."""
+        return self._replace(loader=self.reference, accumulate=1)
 
 
-RATIOS = (Batches(2, 3), Batches(2, 8), Batches(2, 64))
-BATCHES = (*RATIOS, Batches(2, 4, 2), Batches(5, 16, 3), Batches(3, 12), Batches(8, 4))
+# Small enough to be run to the end, hundreds of times.
+SMALL = (
+    Batches(2, 3),
+    Batches(2, 8),
+    Batches(2, 64),
+    Batches(2, 4, 2),
+    Batches(5, 16, 3),
+    Batches(3, 12),
+    Batches(8, 4),
+)
+# As people train: whether a length is this run's can be told where it is not one of a dozen updates.
+REAL = (
+    Batches(128, 4096, samples=50_000, epochs=30),
+    Batches(128, 512, samples=50_000, epochs=60),
+    Batches(64, 96, samples=50_000, epochs=20),
+    Batches(64, 256, 4, samples=60_000, epochs=15),
+    Batches(100, 1000, samples=50_000, epochs=40),
+    Batches(16, 128, samples=3_668, epochs=3),
+    Batches(32, 48, samples=10_000, epochs=12),
+)
 
 
 # --------------------------------------------------------------------------------------------------------- the idioms
@@ -69,6 +93,8 @@ class Idiom:
         when: ``"before"`` fit, in ``"setup"``, in ``"configure"`` (``configure_optimizers``), or at every ``"step"``.
         data: Who gives the loader: ``"fit"``, the ``"module"`` or a ``"datamodule"``.
         limit: Whether the trainer is given ``max_epochs`` or ``max_steps``.
+        asks: Whether the trainer or the loader is asked within ``fit``, or the reference run's constants are written
+            down. If not, nothing but its number tells a length of this run.
     """
 
     epochs: Callable[[Any], int] | None = None
@@ -77,6 +103,7 @@ class Idiom:
     when: str = "configure"
     data: str = "fit"
     limit: str = "max_epochs"
+    asks: bool = True
 
     def intervals(self) -> tuple[str, ...]:
         by_epoch = self.epochs is not None and self.updates is None and self.total is None
@@ -95,7 +122,7 @@ class Idiom:
 
 
 def _constant_epochs(m: Any) -> int:
-    return EPOCHS
+    return m.batches.epochs
 
 
 def _trainer_epochs(m: Any) -> int:
@@ -144,8 +171,8 @@ IDIOMS: dict[str, Idiom] = {
         epochs=lambda m: _all_updates(m) // (_held(m) // m.trainer.accumulate_grad_batches)
     ),
     # By updates.
-    "the updates, a constant": Idiom(total=lambda m: EPOCHS * m.reference_updates),
-    "epochs= and steps_per_epoch=, constants": Idiom(_constant_epochs, lambda m: m.reference_updates),
+    "the updates, a constant": Idiom(total=lambda m: m.batches.epochs * m.batches.updates[0]),
+    "epochs= and steps_per_epoch=, constants": Idiom(_constant_epochs, lambda m: m.batches.updates[0]),
     "estimated_stepping_batches": Idiom(total=_all_updates),
     "estimated_stepping_batches, data of the module": Idiom(total=_all_updates, data="module"),
     "estimated_stepping_batches, datamodule": Idiom(total=_all_updates, data="datamodule"),
@@ -167,14 +194,16 @@ IDIOMS: dict[str, Idiom] = {
     "max_epochs * len(self.train_dataloader()) in setup": Idiom(
         _trainer_epochs, lambda m: len(m.train_dataloader()), when="setup", data="module"
     ),
-    "len(dataset) // batch_size * epochs": Idiom(_constant_epochs, _floor),
-    "len(dataset) // (loader.batch_size * accumulation * devices) * max_epochs": Idiom(total=_recipe, data="module"),
-    "len(loader) * epochs before fit": Idiom(_constant_epochs, _held, when="before"),
-    "len(loader) // accumulation * epochs before fit": Idiom(
-        _constant_epochs, lambda m: max(1, _held(m) // m.accumulate), when="before"
+    "len(dataset) // batch_size * epochs": Idiom(_constant_epochs, _floor, asks=False),
+    "len(dataset) // (loader.batch_size * accumulation * devices) * max_epochs": Idiom(
+        total=_recipe, data="module", asks=False
     ),
-    "len(dataset) // batch_size * epochs before fit": Idiom(_constant_epochs, _floor, when="before"),
-    "ceil(len(dataset) / batch_size) * epochs before fit": Idiom(_constant_epochs, _ceil, when="before"),
+    "len(loader) * epochs before fit": Idiom(_constant_epochs, _held, when="before", asks=False),
+    "len(loader) // accumulation * epochs before fit": Idiom(
+        _constant_epochs, lambda m: max(1, _held(m) // m.accumulate), when="before", asks=False
+    ),
+    "len(dataset) // batch_size * epochs before fit": Idiom(_constant_epochs, _floor, when="before", asks=False),
+    "ceil(len(dataset) / batch_size) * epochs before fit": Idiom(_constant_epochs, _ceil, when="before", asks=False),
 }
 
 
@@ -196,18 +225,24 @@ def scripts() -> Iterator[tuple[str, str, str]]:
                 yield name, interval, idiom
 
 
-def every_cell(batches: Sequence[Batches] = RATIOS) -> list[Cell]:
-    """Every script with every share and batch."""
-    return [Cell(*each, share, batch) for each in scripts() for share in SHARES for batch in batches]
+def every_cell(batches: Sequence[Batches] = SMALL[:3], *, asking: bool = True) -> list[Cell]:
+    """Every script at every share and batch; of ``asking``, only those that ask for lengths, or write constants."""
+    return [
+        Cell(*each, share, batch)
+        for each in scripts()
+        if IDIOMS[each[2]].asks or not asking
+        for share in SHARES
+        for batch in batches
+    ]
 
 
-def balanced_cells() -> list[Cell]:
+def balanced_cells(batches: Sequence[Batches] = SMALL, *, asking: bool = True) -> list[Cell]:
     """Every script once, so that each scheduler and each idiom meets every share, and every batch."""
-    names, idioms, batches = list(schedulers()), list(IDIOMS), BATCHES
-    found = []
+    names, idioms, found = list(schedulers()), list(IDIOMS), []
     for name, interval, idiom in scripts():
-        at = 3 * names.index(name) + 5 * idioms.index(idiom)  # 4 shares and 7 batches: coprime
-        found.append(Cell(name, interval, idiom, SHARES[at % len(SHARES)], batches[at % len(batches)]))
+        if IDIOMS[idiom].asks or not asking:
+            at = 3 * names.index(name) + 5 * idioms.index(idiom)  # 4 shares and 7 batches: coprime
+            found.append(Cell(name, interval, idiom, SHARES[at % len(SHARES)], batches[at % len(batches)]))
     return found
 
 
@@ -222,9 +257,7 @@ class Script(LightningModule):
         name: str,
         interval: str,
         idiom: str,
-        batch_size: int,
-        accumulate: int,
-        reference: int,
+        batches: Batches,
         loader: type[DataLoader[Any]] = DataLoader,
     ) -> None:
         super().__init__()
@@ -233,21 +266,19 @@ class Script(LightningModule):
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
         self.name, self.interval, self.idiom = name, interval, IDIOMS[idiom]
-        self.batch_size, self.accumulate, self.kind = batch_size, accumulate, loader
-        self.reference_updates = math.ceil(SAMPLES / reference)
+        self.batches, self.kind = batches, loader
+        self.batch_size, self.accumulate = batches.loader, batches.accumulate
         self.loader = self.new_loader()
-        self.length = self.idiom.length(self) if self.idiom.when == "before" else None
+        self.length: Length | None = self.idiom.length(self) if self.idiom.when == "before" else None
         if self.idiom.data == "module":
             self.train_dataloader = self.new_loader
         if numbered(name):
             self.lr_scheduler_step = self.tell_epoch if interval == "epoch" else self.tell_update
         elif name.endswith("lr_scheduler_step overridden"):
             self.lr_scheduler_step = self.step_scheduler
-        elif name == "warm-up in optimizer_step":
-            self.optimizer_step = self.warm_up
 
     def new_loader(self) -> DataLoader[Any]:
-        return self.kind(dataset(SAMPLES), batch_size=self.batch_size)
+        return self.kind(data_of(self.batches.samples), batch_size=self.batch_size)
 
     def setup(self, stage: str) -> None:
         if self.idiom.when == "setup":
@@ -262,17 +293,12 @@ class Script(LightningModule):
         if self.idiom.when == "step":
             scheduler = LAZY[self.name](optimizer, lambda: self.idiom.length(self).total)
         else:
-            scheduler = schedulers()[self.name](optimizer, self.length or self.idiom.length(self))
+            self.length = self.length or self.idiom.length(self)
+            scheduler = schedulers()[self.name](optimizer, self.length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
     def step_scheduler(self, scheduler: Any, metric: Any) -> None:
         scheduler.step()
-
-    def warm_up(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
-        optimizer.step(closure=closure)
-        if self.trainer.global_step < 20:
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * (self.trainer.global_step + 1) / 20
 
     def tell_epoch(self, scheduler: Any, metric: Any) -> None:
         scheduler.step(epoch=self.current_epoch)
@@ -281,13 +307,26 @@ class Script(LightningModule):
         scheduler.step_update(num_updates=self.global_step)
 
 
+class WarmUp(Script):
+    """Sets the rates of its first updates by itself, as Lightning's documentation shows."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+        if self.trainer.global_step < 20:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * (self.trainer.global_step + 1) / 20
+
+
 class Data(LightningDataModule):
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batches: Batches) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batches = batches
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(dataset(SAMPLES), batch_size=self.batch_size)
+        return DataLoader(data_of(self.batches.samples), batch_size=self.batches.loader)
+
+
+data_of = cache(dataset)
 
 
 @contextlib.contextmanager
@@ -312,34 +351,36 @@ def script(
 
     Without callbacks it is the reference run.
     """
-    batch, accumulate = (batches.loader, batches.accumulate) if callbacks else (batches.reference, 1)
-    module = Script(name, interval, idiom, batch, accumulate, batches.reference, loader)
+    batches = batches if callbacks else batches.alone
+    kind = WarmUp if name == "warm-up in optimizer_step" else Script
+    module = kind(name, interval, idiom, batches, loader)
     its = IDIOMS[idiom]
-    limit: dict[str, Any] = {"max_epochs": EPOCHS}
+    limit: dict[str, Any] = {"max_epochs": batches.epochs}
     if its.limit == "max_steps":
-        limit = {"max_epochs": -1, "max_steps": EPOCHS * module.reference_updates}
+        limit = {"max_epochs": -1, "max_steps": batches.epochs * batches.updates[0]}
     trace = Trace()
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = trainer_of(trace, *callbacks, accumulate_grad_batches=accumulate, enable_checkpointing=saves, **limit)
-    data = {"fit": {"train_dataloaders": module.loader}, "datamodule": {"datamodule": Data(batch)}}.get(its.data, {})
+    trainer = trainer_of(
+        trace, *callbacks, accumulate_grad_batches=batches.accumulate, enable_checkpointing=saves, **limit
+    )
+    data = {"fit": {"train_dataloaders": module.loader}, "datamodule": {"datamodule": Data(batches)}}.get(its.data, {})
     return module, trainer, trace, data
 
 
 @cache
-def reference_rates(name: str, interval: str, idiom: str, reference: int) -> torch.Tensor:
+def reference_rates(name: str, interval: str, idiom: str, batches: Batches) -> torch.Tensor:
     """The rates of every group at every update of a run at the reference batch, without the callback."""
     with quiet():
-        module, trainer, trace, data = script(name, interval, idiom, Batches(reference, reference))
+        module, trainer, trace, data = script(name, interval, idiom, batches.alone)
         trainer.fit(module, **data)
     return trace.tensor
 
 
 def expected_rates(name: str, interval: str, idiom: str, share: float, batches: Batches) -> torch.Tensor:
     """What the plan promises: the factor times the reference run's rates, read at the pace of this run."""
-    reference = reference_rates(name, interval, idiom, batches.reference)
+    reference = reference_rates(name, interval, idiom, batches.alone)
     there, here = batches.updates
-    stretched = here + Fraction(str(share)) * (there - here)
-    pace = there / stretched
+    pace = there / (here + Fraction(str(share)) * (there - here))
     updates = math.ceil(len(reference) / pace)
     return math.sqrt(batches.ratio) * reference[[math.floor(pace * update) for update in range(updates)]]
 
@@ -352,25 +393,67 @@ class Outcome(NamedTuple):
     error: float = 0.0
 
 
-def outcome(name: str, interval: str, idiom: str, share: float, batches: Batches, **options: Any) -> Outcome:
-    """Run a cell, and compare."""
+def outcome(name: str, interval: str, idiom: str, share: float, batches: Batches) -> Outcome:
+    """Run a cell to its end, and compare every rate."""
+    trace, refusal, told = run(name, interval, idiom, share, batches)
+    if refusal is not None:
+        return refusal
     expected = expected_rates(name, interval, idiom, share, batches)
-    trace = Trace()
-    with quiet() as told:
-        regime = LargeBatchRegime(batches.reference, train_longer=share, **options)
-        try:
-            module, trainer, trace, data = script(name, interval, idiom, batches, regime)
-            trainer.fit(module, **data)
-        except MisconfigurationException as error:
-            if not trace.rates:
-                return Outcome("refused", str(error))
-            return Outcome("WRONG", f"after {len(trace.rates)} updates: {error}", math.inf)
-        except Exception as error:
-            return Outcome("WRONG", f"after {len(trace.rates)} updates, {type(error).__name__}: {error}", math.inf)
-    warned = next((f"; warned: {w.message}" for w in told if "LargeBatchRegime" in str(w.message)), "")
     if len(trace.rates) != len(expected):
-        return Outcome("WRONG", f"{len(trace.rates)} updates for {len(expected)}{warned}", math.inf)
+        return Outcome("WRONG", f"{len(trace.rates)} updates for {len(expected)}{told}", math.inf)
     error = float((trace.tensor - expected).abs().max() / expected.max())
     if error > TOLERANCE:
-        return Outcome("WRONG", f"a rate off by {error:.2g} of the largest{warned}", error)
+        return Outcome("WRONG", f"a rate off by {error:.2g} of the largest{told}", error)
     return Outcome("equal", error=error)
+
+
+def start(name: str, interval: str, idiom: str, share: float, batches: Batches) -> Outcome:
+    """Run a cell up to its first batch: if it is not refused, its schedule must have the reference run's length."""
+    begin = Begin()
+    _, refusal, told = run(name, interval, idiom, share, batches, begin)
+    if refusal is not None:
+        return refusal
+    here, there = begin.length, reference_length(name, interval, idiom, batches.alone)
+    return Outcome("equal") if here == there else Outcome("WRONG", f"{here} for {there}{told}", math.inf)
+
+
+class Begin(Callback):
+    """Ends a run when its first batch would start, and keeps the length that the script has found."""
+
+    class Begun(Exception):
+        pass
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.length = pl_module.length
+        raise self.Begun
+
+
+@cache
+def reference_length(name: str, interval: str, idiom: str, batches: Batches) -> Length | None:
+    """The length that a script finds where nothing runs but the reference run."""
+    with quiet():
+        module, trainer, _, data = script(name, interval, idiom, batches.alone)
+    trainer.callbacks.append(begin := Begin())
+    with quiet(), contextlib.suppress(Begin.Begun):
+        trainer.fit(module, **data)
+    return begin.length
+
+
+def run(
+    name: str, interval: str, idiom: str, share: float, batches: Batches, *callbacks: Callback
+) -> tuple[Trace, Outcome | None, str]:
+    """Run a cell; return its rates, how it failed, and what it warned of."""
+    with quiet() as warned:
+        regime = LargeBatchRegime(batches.reference, train_longer=share)
+        module, trainer, trace, data = script(name, interval, idiom, batches, regime, *callbacks)
+        failure = None
+        try:
+            trainer.fit(module, **data)
+        except Begin.Begun:
+            pass
+        except MisconfigurationException as error:
+            failure = Outcome("refused" if not trace.rates else "WRONG", str(error))
+        except Exception as error:
+            failure = Outcome("WRONG", f"after {len(trace.rates)} updates, {type(error).__name__}: {error}", math.inf)
+    told = next((f"; warned: {each.message}" for each in warned if "LargeBatchRegime" in str(each.message)), "")
+    return trace, failure, told
