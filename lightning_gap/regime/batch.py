@@ -1,6 +1,6 @@
 """How many samples an update sees, and how many updates an epoch has, read from a trainer and its training loader."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,15 +8,28 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.parallel import data_parallel_size, injects_sampler
 from lightning_gap.regime.plan import updates_in_epoch
 
-__all__ = ["DataNotReady", "Pass", "effective_batch_size", "pass_over_data"]
+__all__ = [
+    "DataNotReady",
+    "Pass",
+    "batch_of_update",
+    "check_first_batch",
+    "effective_batch_size",
+    "pass_over_data",
+    "same_data",
+    "training_loader",
+]
 
-_GIVEN = "or pass batch_size=, and with it max_steps without max_epochs or train_longer=False"
-_LR_ONLY = "set max_steps without max_epochs, or pass train_longer=False (with batch_size=) for the learning rate alone"
+_GIVEN = "or pass batch_size=, and with it samples=, max_steps without max_epochs, or train_longer=False"
+_LR_ONLY = (
+    "pass samples=, the samples of an epoch, set max_steps without max_epochs, or pass train_longer=False (with "
+    "batch_size=) for the learning rate alone"
+)
 
 
 class DataNotReady(MisconfigurationException):
@@ -78,7 +91,17 @@ def effective_batch_size(trainer: Trainer) -> int:
         >>> trainer.fit(BoringModel(), data)
         32
     """
-    return loader_batch_size(training_loader(trainer)) * trainer.accumulate_grad_batches * data_parallel_size(trainer)
+    return batch_of_update(trainer, training_loader(trainer))
+
+
+def batch_of_update(trainer: Trainer, loader: Any) -> int:
+    """Return :func:`effective_batch_size` where the loader is known.
+
+    Args:
+        trainer: The trainer.
+        loader: Its training loader.
+    """
+    return loader_batch_size(loader) * trainer.accumulate_grad_batches * data_parallel_size(trainer)
 
 
 def training_loader(trainer: Trainer) -> Any:
@@ -120,11 +143,13 @@ def loader_batch_size(loader: Any) -> int:
     )
 
 
-def pass_over_data(trainer: Trainer) -> Pass:
+def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = None) -> Pass:
     """Return what one pass over the training data is, sharding among replicas included.
 
     Args:
         trainer: The trainer, in ``setup`` or later.
+        loader: Its training loader. Default: the one that the trainer has or will get.
+        samples: Samples in one pass over all replicas, where the loader does not tell.
 
     Returns:
         The samples of a pass, whether the last batch is dropped, and the batches that one replica gets.
@@ -132,8 +157,10 @@ def pass_over_data(trainer: Trainer) -> Pass:
     Raises:
         MisconfigurationException: If the loader does not tell how many samples it yields.
     """
-    loader = training_loader(trainer)
+    loader = training_loader(trainer) if loader is None else loader
     batch_sampler = getattr(loader, "batch_sampler", None)
+    if samples is not None:
+        return _declared_pass(trainer, loader, samples)
     if isinstance(getattr(loader, "dataset", None), IterableDataset) or not isinstance(batch_sampler, BatchSampler):
         raise MisconfigurationException(
             f"The training loader ({type(loader).__name__}, {type(batch_sampler).__name__}) does not tell how many "
@@ -162,3 +189,72 @@ def pass_over_data(trainer: Trainer) -> Pass:
         shard = updates_in_epoch(drawn, replicas)
     batches = updates_in_epoch(shard, batch_sampler.batch_size, drop_last=drop_last)
     return Pass(samples=samples, drop_last=drop_last, batches=batches, batch_size=batch_sampler.batch_size * replicas)
+
+
+def _declared_pass(trainer: Trainer, loader: Any, samples: int) -> Pass:
+    replicas = data_parallel_size(trainer)
+    try:
+        batches = len(loader)
+    except (TypeError, NotImplementedError):
+        batches = updates_in_epoch(samples, loader_batch_size(loader) * replicas)
+    else:
+        sharded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
+        if replicas > 1 and not sharded and injects_sampler(trainer):
+            batches = updates_in_epoch(batches, replicas)
+    return Pass(samples=samples, drop_last=False, batches=batches, batch_size=updates_in_epoch(samples, batches))
+
+
+def same_data(loader: Any, other: Any) -> bool:
+    """Return whether two loaders pass over the same training data in the same batches.
+
+    Args:
+        loader: A loader.
+        other: Another.
+    """
+    if loader is other:
+        return True
+    try:
+        sizes = {(len(each.dataset), loader_batch_size(each), type(each.dataset)) for each in (loader, other)}
+    except (AttributeError, TypeError, MisconfigurationException):
+        return False
+    return len(sizes) == 1
+
+
+def check_first_batch(batch: Any, expected: int) -> None:
+    """Refuse a first batch that has not the samples of which the loader tells.
+
+    A batch of no tensors, or one in which anything has as many parts as expected, is believed.
+
+    Args:
+        batch: What the loader yielded.
+        expected: The samples that it was to have.
+
+    Raises:
+        MisconfigurationException: If it has others.
+    """
+    tensors: list[int] = []
+    parts: set[int] = {expected} if getattr(batch, "num_graphs", None) == expected else set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.dim():
+                tensors.append(len(value))
+        elif isinstance(value, Mapping):
+            for each in value.values():
+                look(each)
+        elif isinstance(value, (list, tuple)):
+            parts.add(len(value))
+            for each in value:
+                look(each)
+
+    look(batch)
+    if not tensors or expected in parts or expected in tensors:
+        return
+    found = max(set(tensors), key=tensors.count)
+    raise MisconfigurationException(
+        f"LargeBatchRegime: the loader tells of {expected} samples in a batch, and the first batch has {found}. If the "
+        f"items of its data set are whole batches, pass batch_size= (with {found} samples in a batch: {found} x "
+        "accumulate_grad_batches x replicas) and samples= (of an epoch). If a collate function makes several rows of a "
+        "sample, or tokens, pass batch_size= in samples. If the data set is smaller than a batch, lower the loader's "
+        "batch_size."
+    )

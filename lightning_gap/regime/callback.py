@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from typing import Any, Literal, cast
-from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,13 +16,39 @@ from torch.optim import Optimizer
 from lightning_gap.arguments import check_count
 from lightning_gap.loggers import define_axes, filled, log_facts, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
-from lightning_gap.regime.batch import DataNotReady, Pass, effective_batch_size, pass_over_data
-from lightning_gap.regime.checks import check_optimizers, check_schedulers, check_trainer, sized_from_trainer
-from lightning_gap.regime.companions import NEVER, EpochCounter, epoch_counters, warn_of_other_counters
+from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.applied import check_unscaled, clock_of, scale
+from lightning_gap.regime.batch import (
+    DataNotReady,
+    Pass,
+    batch_of_update,
+    check_first_batch,
+    loader_batch_size,
+    pass_over_data,
+    same_data,
+    training_loader,
+)
+from lightning_gap.regime.checks import (
+    check_hand_set_rates,
+    check_optimizers,
+    check_schedulers,
+    check_trainer,
+    keeps_lengths,
+    stepper,
+)
+from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.companions import (
+    NEVER,
+    EpochCounter,
+    ValidationClock,
+    epoch_counters,
+    validates_within_epochs,
+    warn_of_other_counters,
+)
+from lightning_gap.regime.lengths import curve
 from lightning_gap.regime.noise import SampleNoise, noise_variance, output_module
 from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan, plan_regime, updates_in_epoch
-from lightning_gap.regime.scaling import LR_RULES, LRRule, lr_factor, rule_name, scale_moments, scale_optimizer
-from lightning_gap.regime.schedules import ReferenceClock, scale_momentums, scale_scheduler
+from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor, rule_name
 from lightning_gap.regime.warmup import Warmup
 from lightning_gap.terminal import say
 
@@ -32,16 +57,16 @@ __all__ = ["LargeBatchRegime"]
 _PREFIX = "lightning_gap/regime/"
 # The rule of a learning rate that LearningRateFinder has found at the batch that runs.
 _FOUND = "found"
-# What has been scaled: a module that keeps its optimizer must not have it scaled again in its next fit.
-_scaled: WeakSet[Optimizer] = WeakSet()
 
 
 class LargeBatchRegime(Callback):
     r"""Train at a large batch by the regime of a small-batch reference run: scale the learning rate, train longer.
 
     Write the regime of the reference run: its learning rate, its schedulers and ``Trainer(max_epochs=...)``, as for one
-    device at the batch ``reference_batch_size`` without accumulation. The callback turns it into the regime of the
-    batch that runs, :math:`|B_L|` = loader's batch × accumulation × data-parallel replicas:
+    device at the batch ``reference_batch_size`` without accumulation. Whatever ``configure_optimizers`` asks of lengths
+    is answered as in the reference run: ``trainer.max_epochs``, ``trainer.estimated_stepping_batches``,
+    ``trainer.num_training_batches``, ``len(train_dataloader)``. The callback turns it into the regime of the batch that
+    runs, :math:`|B_L|` = loader's batch × accumulation × data-parallel replicas:
 
     .. math:: \eta_L(t) = f(|B_L| / |B_S|) \; \eta_S(t), \qquad t = 1, \dots, T_L = T_S,
 
@@ -49,11 +74,14 @@ class LargeBatchRegime(Callback):
     rate at every update is the factor times the reference run's at the same update, whatever the scheduler. To that
     end whatever Lightning does every epoch waits until a *reference* epoch of updates is over: schedulers are stepped
     right then; validation, early stopping, ``ReduceLROnPlateau`` and the checkpoints of ``ModelCheckpoint`` at the end
-    of this run's epoch in which it falls. Schedulers stepped every update are in updates already.
+    of this run's epoch in which it falls. A ``val_check_interval`` counts updates of the reference run. Your own code
+    reads :attr:`reference_epoch` where it would read ``current_epoch``.
 
-    What it did is printed before training as a table and logged as hyperparameters; ``updates``,
-    ``samples_seen``, ``learning_rate``, ``lr_over_batch`` and ``clipped_fraction`` are logged under
-    ``lightning_gap/regime/`` at every update, of which the loggers get one in ``log_every_n_steps``.
+    Every schedule is rolled out before training: one that fails, stops early or has a length of this run, which your
+    code computed elsewhere, is refused. What the callback did is printed as a table, with five points of the learning
+    rate, and logged as hyperparameters; ``updates``, ``samples_seen``, ``reference_epoch``, ``learning_rate``,
+    ``lr_over_batch`` and ``clipped_fraction`` are logged under ``lightning_gap/regime/`` at every update that loggers
+    get, one in ``log_every_n_steps``.
 
     Args:
         reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
@@ -63,11 +91,12 @@ class LargeBatchRegime(Callback):
             moments' 1 − β and ε with it), ``"none"``, or a callable from the ratio :math:`|B_L| / |B_S|` to the
             factor.
         train_longer: Whether to make as many updates as the reference run, or how far to go from its epochs, 0, to its
-            updates, 1. At 0 or ``False`` epochs and schedulers stay as they are.
-        stretch_schedulers: ``True`` takes every scheduler's lengths for the reference run's, ``False`` for this run's.
-            ``"auto"`` takes those for this run's that are its number of epochs or updates, as
-            ``trainer.max_epochs`` and ``trainer.estimated_stepping_batches`` give them, all others for the reference
-            run's.
+            updates, 1; schedules run through in that time. Default: 1, and 0 for ``"linear"`` and ``"adam"``, which are
+            derived for equal samples.
+        stretch_schedulers: ``"auto"`` takes every scheduler's lengths for the reference run's and refuses those that
+            look like this run's; ``True`` takes all for the reference run's; ``False`` takes all for this run's, which
+            the trainer then answers in ``configure_optimizers``.
+        samples: Samples in one pass over the data on all devices. Needed only where the loader does not tell.
         clip_norm: Clip the L2 norm of each optimizer's gradients to this (5 in the paper). ``None``: do not.
         clip_updates: Clip in this many first updates only. ``None``: in all.
         warmup_updates: In how many updates the learning rate grows from the reference run's to the scaled one,
@@ -78,14 +107,16 @@ class LargeBatchRegime(Callback):
 
     Attributes:
         plan: The :class:`RegimePlan` of the latest fit.
+        reference_epoch: How many epochs of the reference run are over, a part of one included.
 
     Raises:
         TypeError: If a batch size or a number of updates is not an int.
         ValueError: If an argument is out of its range, or does not go with another.
         MisconfigurationException: When ``fit`` starts, before anything is changed, if the trainer, the module, its
             optimizer, a scheduler or the loader is one that this regime cannot be right for; so is an optimizer
-            that an earlier fit in this process has scaled, on resuming from a checkpoint too. Also on resuming a
-            checkpoint of another regime, or of a run without this callback.
+            that an earlier fit in this process has scaled, on resuming from a checkpoint too. At the first batch, if it
+            has other samples than the loader tells of. Also on resuming a checkpoint of another regime, or of a run
+            without this callback.
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", sections 4 and 5. Goyal et al. 2017, "Accurate,
@@ -113,25 +144,34 @@ class LargeBatchRegime(Callback):
         *,
         batch_size: int | None = None,
         lr_rule: LRRule = "sqrt",
-        train_longer: bool | float = True,
+        train_longer: bool | float | None = None,
         stretch_schedulers: bool | Literal["auto"] = "auto",
+        samples: int | None = None,
         clip_norm: float | None = None,
         clip_updates: int | None = None,
         warmup_updates: int = 0,
         gradient_noise: bool | str = False,
     ) -> None:
-        samples = "the samples of one update over all devices"
-        self.reference_batch_size = check_count("reference_batch_size", reference_batch_size, what=samples)
-        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, what=samples)
+        of_update = "the samples of one update over all devices"
+        self.reference_batch_size = check_count("reference_batch_size", reference_batch_size, what=of_update)
+        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, what=of_update)
         if not callable(lr_rule) and lr_rule not in LR_RULES:
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
         self.lr_rule = lr_rule
-        if not 0 <= train_longer <= 1:
+        if train_longer is None:
+            train_longer = default_train_longer(lr_rule)
+        elif not 0 <= train_longer <= 1:
             raise ValueError(
                 f"train_longer={train_longer} must be True, False, or from 0 (the reference run's epochs) to 1 (its "
                 "updates)."
             )
+        elif train_longer and lr_rule in EQUAL_SAMPLES:
+            rank_zero_warn(
+                f'LargeBatchRegime: lr_rule="{lr_rule}" is derived for the same samples, and train_longer='
+                f"{float(train_longer):g} makes more updates than that. Pass train_longer=False, its default."
+            )
         self.train_longer = float(train_longer)
+        self.samples = None if samples is None else check_count("samples", samples, what="the samples of an epoch")
         if stretch_schedulers not in ("auto", True, False):
             raise ValueError(f'stretch_schedulers={stretch_schedulers!r} must be "auto", True or False.')
         self.stretch_schedulers: bool | str = stretch_schedulers
@@ -155,13 +195,19 @@ class LargeBatchRegime(Callback):
         self.plan: RegimePlan | None = None
         self._finder: LearningRateFinder | None = None  # that may have set the learning rate, at the batch that runs
         self._limits: tuple[int | None, int, int] | None = None  # the user's, while ours are in their place
+        self._answers: ReferenceAnswers | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._fitting = False
+        self._loader: Any = None
         self._pass: Pass | None = None
         self._effective = 0  # what an update sees by the trainer's account
-        self._clocks: list[ReferenceClock] = []
+        self._keeps_lengths = False  # of the trainer, which then answers for itself
+        self._lengths: dict[str, Any] = {}  # what the trainer answers as the reference run's
+        self._clock: RegimeClock | None = None
+        self._validations: ValidationClock | None = None
+        self._expected: int | None = None  # samples of the first batch, until it has been looked at
         self._plateaus: list[tuple[LRSchedulerConfig, int]] = []  # with the user's frequency
         self._metrics: dict[str, float] = {}  # the latest values that plateaus look at
         self._counters: list[EpochCounter] = []
@@ -173,6 +219,7 @@ class LargeBatchRegime(Callback):
         self._early: dict[str, Any] | None = None  # a checkpoint's callbacks, from before there was a plan
         self._ticked: int | None = None  # up to which update the clocks have been read
         self._epoch_start = 0  # updates made before the present epoch
+        self._epochs = 0  # of this run
         self._samples = 0
         self._clipped: Tensor | int = 0
         self._clippable = 0
@@ -180,7 +227,7 @@ class LargeBatchRegime(Callback):
     # ------------------------------------------------------------------ plan
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Plan the regime and set the limits of epochs and updates; before ``configure_optimizers`` reads them."""
+        """Plan the regime, and let the trainer answer as in the reference run until its schedulers are made."""
         if stage != "fit":
             return
         require_lightning(trainer, type(self).__name__)
@@ -189,28 +236,60 @@ class LargeBatchRegime(Callback):
                 self._finder = callback
         if _tuning(trainer):
             return
-        train_longer = self.train_longer
-        if cast(Any, trainer).fast_dev_run:
+        dry = bool(cast(Any, trainer).fast_dev_run)
+        if dry:
             rank_zero_warn("fast_dev_run: LargeBatchRegime scales the learning rate and leaves the length as it is.")
-            train_longer = 0.0
-        check_trainer(trainer, pl_module, train_longer=bool(train_longer), gradient_noise=bool(self.gradient_noise))
+        longer = bool(self.train_longer) and not dry
+        check_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
         self._reset()
         self._fitting = True
+        self._keeps_lengths = dry or (not longer and keeps_lengths(trainer, pl_module))
         try:
-            self._pass = self._measure(trainer) if train_longer else None
-            self.plan = self._plan(trainer, train_longer)
+            self.plan = None
+            self._make_plan(trainer)
         except DataNotReady:
-            if train_longer:
-                raise
-            self.plan = None  # of a length there is none to plan: on_fit_start is early enough for the learning rate
+            if self.stretch_schedulers is False and longer:
+                raise  # the limits are to be this run's before configure_optimizers asks for them
+        if self._keeps_lengths:
             return
-        if train_longer:
-            self._set_limits(trainer, self.plan)
+        if self.stretch_schedulers is False:
+            if self.plan is not None:
+                self._set_limits(trainer, self.plan)
+            return
+        self._answers = ReferenceAnswers(
+            trainer,
+            lambda: self._reference_lengths(trainer),
+            lambda loader: same_data(loader, self._loader),
+            lambda: cast(int, _planned(self.plan).reference_updates_per_epoch),
+        )
+        self._answers.begin(
+            pl_module,
+            length_holder(self._loader),
+            before=lambda: self._plan_late(trainer),
+            after=lambda: self._set_limits(trainer, _planned(self.plan)),
+        )
+
+    def _reference_lengths(self, trainer: Trainer) -> dict[str, Any]:
+        if self.plan is None:
+            self._make_plan(trainer)
+        if not self._lengths and (plan := _planned(self.plan)).reference_updates_per_epoch is not None:
+            loop = trainer.fit_loop
+            epochs, _, steps = self._limits or (loop.max_epochs, 0, loop.epoch_loop.max_steps)
+            self._lengths = {
+                "max_epochs": epochs,
+                "max_steps": steps,
+                "num_training_batches": plan.reference_updates_per_epoch,
+                "accumulate_grad_batches": 1,
+                "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,
+            }
+        return self._lengths
 
     def _plan_late(self, trainer: Trainer) -> None:
         """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
+        if self.plan is not None:
+            return
         try:
-            self.plan = self._plan(trainer, 0.0)
+            self._make_plan(trainer)
         except DataNotReady as error:
             raise error.__cause__ or error from None
         if self._early is not None:
@@ -218,22 +297,40 @@ class LargeBatchRegime(Callback):
             if state := self._early.get(self.state_key):
                 self.load_state_dict(state)
 
+    def _make_plan(self, trainer: Trainer) -> None:
+        self._loader = None
+        try:
+            self._loader = training_loader(trainer)
+        except DataNotReady:
+            if self._lengths_of_updates(trainer) is None and not (self.batch_size and self._keeps_lengths):
+                raise
+        except MisconfigurationException:
+            if not self.batch_size:
+                raise
+        self._pass = None if self._keeps_lengths or self._loader is None else self._measure(trainer)
+        self.plan = self._plan(trainer)
+
+    def _lengths_of_updates(self, trainer: Trainer) -> int | None:
+        """Return the limit of updates where nothing else limits the run and the batch is given."""
+        unlimited = trainer.fit_loop.max_epochs in (None, -1)
+        return trainer.max_steps if self.batch_size and unlimited and trainer.max_steps != -1 else None
+
     def _measure(self, trainer: Trainer) -> Pass | None:
         try:
-            return pass_over_data(trainer)
+            return pass_over_data(trainer, self._loader, self.samples)
         except MisconfigurationException:
             unlimited = trainer.fit_loop.max_epochs in (None, -1)
-            if self.train_longer == 1 and unlimited and trainer.max_steps != -1:
+            if not self.train_longer or (self.train_longer == 1 and unlimited and trainer.max_steps != -1):
                 return None  # max_steps are updates, whatever an epoch is
             raise
 
-    def _plan(self, trainer: Trainer, train_longer: float) -> RegimePlan:
-        batch_size = self.batch_size or effective_batch_size(trainer)
+    def _plan(self, trainer: Trainer) -> RegimePlan:
+        batch_size = self.batch_size or batch_of_update(trainer, self._loader)
         ratio = batch_size / self.reference_batch_size
         rule, factor = rule_name(self.lr_rule), lr_factor(self.lr_rule, ratio)
         try:
             variance = noise_variance(ratio) if self.gradient_noise else 0.0
-            plan = self._planned_length(trainer, train_longer, batch_size, rule, factor)
+            plan = self._planned_length(trainer, batch_size, rule, factor)
         except ValueError as error:
             raise MisconfigurationException(f"LargeBatchRegime cannot plan this run: {error}") from error
         return replace(
@@ -249,39 +346,63 @@ class LargeBatchRegime(Callback):
         found = None if self._finder is None else self._finder.optimal_lr
         return found is not None and found._optimal_idx is not None
 
-    def _planned_length(
-        self, trainer: Trainer, train_longer: float, batch_size: int, rule: str, factor: float
-    ) -> RegimePlan:
-        max_steps = None if trainer.max_steps == -1 else trainer.max_steps
+    def _planned_length(self, trainer: Trainer, batch_size: int, rule: str, factor: float) -> RegimePlan:
+        max_steps = None if trainer.fit_loop.epoch_loop.max_steps == -1 else trainer.fit_loop.epoch_loop.max_steps
         plan = RegimePlan(self.reference_batch_size, batch_size, rule, factor)
+        if self._loader is not None and self.batch_size is None:
+            self._expected = loader_batch_size(self._loader)
         if self._pass is None:
-            if not train_longer:
+            if self._keeps_lengths or not self.train_longer:
                 return plan
-            return replace(plan, train_longer=train_longer, reference_updates=max_steps, updates=max_steps)
-        found = self._effective = effective_batch_size(trainer)
-        if batch_size != found:
+            return replace(plan, train_longer=self.train_longer, reference_updates=max_steps, updates=max_steps)
+        found = self._effective = self._told_by(trainer)
+        if self.samples is None and batch_size != found:
             rank_zero_warn(
                 f"LargeBatchRegime scales for batch_size={batch_size}, as asked; an update of this trainer sees "
                 f"{found} samples (loader's batch x accumulation x replicas)."
             )
         epochs = trainer.fit_loop.max_epochs
-        return plan_regime(
+        plan = plan_regime(
             reference_batch_size=self.reference_batch_size,
             batch_size=batch_size,
             lr_rule=rule,
             lr_factor=factor,
-            reference_updates_per_epoch=updates_in_epoch(
-                self._pass.samples, self.reference_batch_size, drop_last=self._pass.drop_last
-            ),
-            updates_per_epoch=updates_in_epoch(self._pass.batches, trainer.accumulate_grad_batches),
+            updates_per_epoch=updates_in_epoch(self._pass.batches, vars(trainer)["accumulate_grad_batches"]),
+            samples=self._pass.samples,
+            drop_last=self._pass.drop_last,
             max_epochs=None if epochs in (None, -1) else epochs,
             max_steps=max_steps,
             min_epochs=trainer.fit_loop.min_epochs or 0,
-            train_longer=train_longer,
+            train_longer=self.train_longer,
         )
+        for size, name, remedy in (
+            (
+                found,
+                "loader's batch x accumulate_grad_batches x replicas",
+                "Lower the loader's batch_size or the others.",
+            ),
+            (self.reference_batch_size, "reference_batch_size", f"Pass reference_batch_size={self._pass.samples}."),
+        ):
+            if size > self._pass.samples and self.samples is None:
+                raise ValueError(
+                    f"{name}={size} is more than the {self._pass.samples} samples of an epoch, so no update sees as "
+                    f"many. {remedy}"
+                )
+        return plan
+
+    def _told_by(self, trainer: Trainer) -> int:
+        """Return what an update sees by the trainer's account, or as it is given where the loader does not tell."""
+        try:
+            return batch_of_update(trainer, trainer.train_dataloader or self._loader)
+        except MisconfigurationException:
+            if self.batch_size is None:
+                raise
+            return self.batch_size
 
     def _set_limits(self, trainer: Trainer, plan: RegimePlan) -> None:
         loop = trainer.fit_loop
+        if self._limits is not None or (plan.updates_per_epoch is None and not self.train_longer):
+            return
         self._limits = (loop.max_epochs, loop.min_epochs or 0, loop.epoch_loop.max_steps)
         loop.min_epochs = plan.min_epochs
         if plan.epochs is not None:
@@ -291,6 +412,9 @@ class LargeBatchRegime(Callback):
     def _release(self, trainer: Trainer) -> None:
         """Give everything back that is the user's."""
         self._fitting = False
+        if self._answers is not None:
+            self._answers.end()
+            self._answers = None
         if self._limits is not None:
             loop = trainer.fit_loop
             loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps = self._limits
@@ -298,6 +422,9 @@ class LargeBatchRegime(Callback):
         for counter in self._counters:
             counter.give_back()
         self._counters = []
+        if self._validations is not None:
+            self._validations.give_back()
+            self._validations = None
         for warmup in self._warmups:
             warmup.remove()
         if self._noise is not None:
@@ -307,48 +434,71 @@ class LargeBatchRegime(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
-        if self.plan is None:
-            self._plan_late(trainer)
+        self._plan_late(trainer)
         plan = _planned(self.plan)
+        reference = None
+        if self._answers is not None:
+            self._answers.end()
+            reference = self._answers.at
         if plan.lr_rule != _FOUND and not self._restored and self._rate_found():
             rank_zero_warn(
                 "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
                 "scaled."
             )
             plan = _with_found_rate(plan)
+        step = stepper(pl_module)
+        check_optimizers(trainer, plan)
+        if plan.lr_factor != 1.0:
+            check_hand_set_rates(trainer, pl_module)
+            try:
+                check_unscaled(trainer.optimizers)
+            except ValueError as error:
+                raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
+        batches = () if self._pass is None else (self._pass.batches,)
+        rollouts = check_schedulers(
+            trainer, plan, self.stretch_schedulers, step=step, reference=reference, batches=batches
+        )
+        if plan.reclocked and validates_within_epochs(trainer):
+            try:
+                self._validations = ValidationClock(trainer, plan)
+            except ValueError as error:
+                raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
+        self._warn_of_kept_optimizers(trainer, pl_module, plan)
+        if not self._keeps_lengths:
+            self._set_limits(trainer, plan)
         if self._limits is not None:
-            # With max_steps set, Lightning resumes from the end of an epoch by one stray batch of that epoch. So it is
-            # set while configure_optimizers may read it, and again once a checkpoint is restored.
+            # With max_steps set, Lightning resumes from the end of an epoch by one stray batch. So it is set again once
+            # a checkpoint is restored.
             trainer.fit_loop.epoch_loop.max_steps = -1
         if self._resuming:
             self._lift_epochs(trainer)
-        configs = trainer.lr_scheduler_configs
-        check_optimizers(trainer, plan)
-        if plan.lr_factor != 1.0 and any(optimizer in _scaled for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                "LargeBatchRegime: configure_optimizers returned the optimizer of an earlier fit, whose learning rates "
-                "are scaled already. Make a new optimizer and new schedulers in configure_optimizers."
-            )
-        check_schedulers(trainer, pl_module, plan, self.stretch_schedulers)
         if plan.noise_variance:
             self._noise = self._weigh_samples(trainer, pl_module, plan)
         before = _learning_rates(trainer)
-        _scale(trainer, plan.lr_factor, plan.moment_ratio)
+        configs = trainer.lr_scheduler_configs
+        scale(trainer.optimizers, [config.scheduler for config in configs], plan.lr_factor, plan.moment_ratio)
         self._warmups = [
             Warmup(optimizer, updates=plan.warmup_updates, factor=plan.lr_factor) for optimizer in trainer.optimizers
         ]
         self._groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        fates = [self._take_over(config, plan) for config in configs]
-        # Within one update, Lightning steps the schedulers of every update before those of every epoch.
-        self._clocks.sort(key=lambda clock: clock.interval == "epoch")
+        taken = [self._take_over(config, plan) for config in configs]
+        clocks = [clock for _, clock in taken if clock is not None]
+        self._clock = RegimeClock(plan, clocks, self._warmups, step, reference)
         if plan.reclocked:
-            self._counters = list(epoch_counters(trainer))
-            warn_of_other_counters(trainer, plan)
+            if plan.stretch != 1:
+                self._counters = list(epoch_counters(trainer))
+                warn_of_other_counters(trainer, plan)
+            if self._validations is not None:
+                self._validations.lift()
+        companions = [counter.fate for counter in self._counters]
+        if self._validations is not None:
+            companions.append(self._validations.fate)
         self.plan = replace(
             plan,
             learning_rates=tuple(zip(before, _learning_rates(trainer), strict=True)),
-            schedulers=tuple(fates),
-            companions=tuple(counter.fate for counter in self._counters),
+            schedulers=tuple(fate for fate, _ in taken),
+            companions=tuple(companions),
+            curve=curve(plan, before[0], rollouts) if before else (),
         )
         self._report(trainer, self.plan)
 
@@ -365,41 +515,49 @@ class LargeBatchRegime(Callback):
         seed = from_rank_zero(trainer, torch.initial_seed())
         return SampleNoise(module, plan.noise_variance, seed=seed, rank=data_parallel_rank(trainer))
 
-    def _take_over(self, config: LRSchedulerConfig, plan: RegimePlan) -> str:
-        """Take a scheduler out of Lightning's hands if it counts epochs, and return its line in the table.
+    def _warn_of_kept_optimizers(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+        for name, value in vars(pl_module).items():
+            if plan.lr_factor != 1.0 and any(value is optimizer for optimizer in trainer.optimizers):
+                rank_zero_warn(
+                    f"LargeBatchRegime: the module keeps its optimizer as {name}, whose learning rates stay scaled "
+                    "after fit, for a fit without the callback too. Make a new one in configure_optimizers."
+                )
+
+    def _take_over(self, config: LRSchedulerConfig, plan: RegimePlan) -> tuple[str, ReferenceClock | None]:
+        """Take a scheduler out of Lightning's hands if its lengths are the reference run's.
 
         It stays in Lightning's lists, so it is saved, restored and monitored.
+
+        Returns:
+            Its line in the table, and its clock.
         """
         name, interval, frequency = type(config.scheduler).__name__, config.interval, config.frequency
-        if sized_from_trainer(config, plan, self.stretch_schedulers) and plan.reclocked:
-            return f"{name}: every {frequency} {interval}(s), has this run's length"
-        if not plan.reclocked or (interval == "step" and frequency == 1 and plan.pace == 1):
-            return f"{name}: every {frequency} {interval}(s), as it was"
+        by_epoch = interval == "epoch"
+        if not plan.reclocked:
+            return f"{name}: every {frequency} {interval}(s), as it was", None
+        if not self.stretch_schedulers:
+            return f"{name}: every {frequency} {interval}(s), has this run's length", None
         if config.reduce_on_plateau:
+            if not by_epoch or plan.stretch == 1:
+                return f"{name}: every {frequency} {interval}(s), as it was", None
             self._plateaus.append((config, frequency))
             config.interval, config.frequency = "step", NEVER
-            return f"{name}: every {frequency} reference epoch(s), at the end of an epoch of this run"
-        by_epoch = interval == "epoch"
-        clock = ReferenceClock(
-            config.scheduler,
-            "epoch" if by_epoch else "step",
-            frequency,
-            cast(int, plan.reference_updates_per_epoch),
-            plan.pace,
-            plan.reference_updates,
-        )
-        self._clocks.append(clock)
+            return f"{name}: every {frequency} reference epoch(s), at the end of an epoch of this run", None
+        clock = clock_of(plan, config.scheduler, "epoch" if by_epoch else "step", frequency)
         # A frequency that no epoch has as many batches as: Lightning itself never steps the scheduler.
         config.interval, config.frequency = "step", NEVER
-        every = frequency * (cast(Any, plan.stretched_epoch) if by_epoch else 1 / plan.pace)
-        unit = f"{frequency} reference epoch(s)" if by_epoch else f"{frequency} of a reference epoch's"
-        return f"{name}: every {float(every):g} updates ({unit})"
+        if by_epoch:
+            every = float(frequency * cast(Any, plan.stretched_epoch))
+            return f"{name}: every {frequency} reference epoch(s), {every:g} updates", clock
+        if plan.pace == 1:
+            return f"{name}: every {frequency} update(s), as in the reference run", clock
+        return f"{name}: {float(plan.pace / frequency):.4g} times an update, through the reference run's length", clock
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the loaded data is what was planned for, and take up what a checkpoint left."""
         plan = _planned(self.plan)
         if self._pass is not None:
-            found = (trainer.num_training_batches, effective_batch_size(trainer))
+            found = (trainer.num_training_batches, self._told_by(trainer))
             if found != (self._pass.batches, self._effective):
                 raise MisconfigurationException(
                     f"LargeBatchRegime planned for {self._pass.batches} training batches an epoch and "
@@ -417,9 +575,11 @@ class LargeBatchRegime(Callback):
                     # The checkpoint's epochs were not all of this plan's length: its last one cut short and not taken
                     # up again, or all of another batch.
                     loop.max_epochs, loop.epoch_loop.max_steps = epochs, cast(int, plan.updates)
-        if self._ticked is None:
-            self._ticked = trainer.global_step
+        clock = self._running()
+        clock.updates = trainer.global_step if self._ticked is None else self._ticked
         self._tick(trainer.global_step)
+        if self._validations is not None:
+            self._validations.begin(trainer.global_step)
         batches = trainer.fit_loop.epoch_loop
         if batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch and not changed:
             # A checkpoint of an epoch's last batch, from before its validation: Lightning goes on in the next epoch
@@ -452,9 +612,15 @@ class LargeBatchRegime(Callback):
                     f"{type(config.scheduler).__name__} has the length of a run at the batch {before['batch_size']}, "
                     "which the checkpoint restores. To go on at another batch, give it the reference run's epochs."
                 )
+        if self._running().clocks and plan.pace != 1 and any(c.interval == "step" for c in self._running().clocks):
+            raise MisconfigurationException(
+                "A scheduler of updates, at train_longer=False, cannot go on at another batch: its updates behind it "
+                "were of other lengths. Go on at the batch of the checkpoint, or step it by epochs."
+            )
         correction = plan.lr_factor / before["lr_factor"]
         moment_ratio = plan.ratio / before["ratio"] if plan.lr_rule == "adam" else 1.0
-        _scale(trainer, correction, moment_ratio)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scale(trainer.optimizers, schedulers, correction, moment_ratio)
         rank_zero_info(
             f"LargeBatchRegime goes on at the batch {plan.batch_size} from {before['batch_size']}: learning rates "
             f"times {correction:.4g}."
@@ -478,6 +644,7 @@ class LargeBatchRegime(Callback):
                     f"LargeBatchRegime: {type(config.scheduler).__name__} looks at {config.monitor} before "
                     "LightningModule.on_train_epoch_end logs it, so at the value of an epoch before. Log it in a step."
                 )
+        self._epochs = trainer.current_epoch
         self._arm(trainer.global_step)
 
     def _arm(self, start: int) -> None:
@@ -493,7 +660,12 @@ class LargeBatchRegime(Callback):
                 counter.set(plan, start, end)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Expect one weighted output."""
+        """Look at the first batch, and expect one weighted output."""
+        if self._expected is not None:
+            last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            if not last or trainer.num_training_batches == 1:
+                check_first_batch(batch, self._expected)
+                self._expected = None
         if self._noise is not None:
             self._noise.new_batch()
 
@@ -514,7 +686,7 @@ class LargeBatchRegime(Callback):
             return
         norm = clip_gradients(trainer, optimizer, plan.clip_norm)
         # A tensor, so that a GPU does not wait here.
-        self._clipped = self._clipped + ((norm > plan.clip_norm) & norm.isfinite()).long()
+        self._clipped = self._clipped + ((norm > plan.clip_norm) & (norm < math.inf))
         self._clippable += 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -557,35 +729,56 @@ class LargeBatchRegime(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step the schedulers that the reference run would step after this update, and log where the run is."""
-        plan = _planned(self.plan)
-        updated = trainer.global_step != self._ticked
-        self._tick(trainer.global_step)
+        plan, update = _planned(self.plan), trainer.global_step
+        updated = update != self._ticked
+        if updated:
+            self._tick(update)
         if self._pass is not None:
             self._samples += self._pass.samples_until(batch_idx + 1) - self._pass.samples_until(batch_idx)
         elif updated:
             self._samples += plan.batch_size
-        if updated:
+        if self._validations is not None:
+            self._validations.after(update if updated else None)
+        if not updated:
+            return
+        if cast(Any, trainer)._logger_connector.should_update_logs:
             self._log(trainer, pl_module, plan)
-            self._watch_groups(trainer, plan)
-        if trainer.global_step == trainer.max_steps and plan.ends_with_reference_epoch:
+        if plan.lr_factor != 1.0:
+            self._watch_groups(trainer)
+        if update == trainer.max_steps and plan.ends_with_reference_epoch and self._validations is None:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.
             trainer.should_stop = True
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
-        facts: dict[str, Any] = {"updates": float(trainer.global_step), "samples_seen": float(self._samples)}
-        if self._warmups[0].made:
+        facts: dict[str, Any] = {
+            "updates": float(trainer.global_step),
+            "samples_seen": float(self._samples),
+            "reference_epoch": self.reference_epoch,
+        }
+        if self._warmups[0].made and self._warmups[0].known:
             facts["learning_rate"] = self._warmups[0].rate
             facts["lr_over_batch"] = self._warmups[0].rate / plan.batch_size
         if self._clippable:
             facts["clipped_fraction"] = self._clipped / self._clippable
-        define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
-        for name, value in facts.items():
-            pl_module.log(_PREFIX + name, filled(value, pl_module.device))
+        keyed = {_PREFIX + name: value for name, value in facts.items()}
+        define_axes(trainer.loggers, f"{_PREFIX}updates", keyed)
+        for logger in trainer.loggers:
+            # Not by pl_module.log, which takes longer than all else here together.
+            logger.log_metrics(keyed, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update({key: filled(value, pl_module.device) for key, value in keyed.items()})
 
-    def _watch_groups(self, trainer: Trainer, plan: RegimePlan) -> None:
+    @property
+    def reference_epoch(self) -> float:
+        """How many epochs of the reference run are over, a part of one included; before ``fit``, 0."""
+        epoch = None if self.plan is None else self.plan.stretched_epoch
+        return float(self._epochs) if epoch is None else float((self._ticked or 0) / epoch)
+
+    def _watch_groups(self, trainer: Trainer) -> None:
         sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        if sizes == self._groups:
+            return
         for optimizer, size, before in zip(trainer.optimizers, sizes, self._groups, strict=True):
-            if size <= before or plan.lr_factor == 1.0:
+            if size <= before:
                 continue
             rate = optimizer.param_groups[-1]["lr"]
             if rate != optimizer.defaults["lr"]:
@@ -596,11 +789,12 @@ class LargeBatchRegime(Callback):
         self._groups = sizes
 
     def _tick(self, update: int) -> None:
-        for passed in range(cast(int, self._ticked) + 1, update + 1):
-            for clock in self._clocks:
-                for _ in range(clock.steps(passed)):
-                    clock.scheduler.step()
+        self._running().advance(update)
         self._ticked = update
+
+    def _running(self) -> RegimeClock:
+        assert self._clock is not None, "on_fit_start precedes training"
+        return self._clock
 
     # ----------------------------------------------------------------- resume
 
@@ -675,23 +869,8 @@ class LargeBatchRegime(Callback):
 
 
 def _learning_rates(trainer: Trainer) -> list[float]:
-    return [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-
-def _scale(trainer: Trainer, factor: float, moment_ratio: float) -> None:
-    """Multiply every learning rate of a trainer's optimizers and schedulers, and follow with Adam's moments."""
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    if factor != 1.0:
-        _scaled.update(trainer.optimizers)
-        for optimizer in trainer.optimizers:
-            scale_optimizer(optimizer, factor)
-        for scheduler in schedulers:
-            scale_scheduler(scheduler, factor)
-    if moment_ratio != 1.0:
-        for optimizer in trainer.optimizers:
-            scale_moments(optimizer, moment_ratio)
-        for scheduler in schedulers:
-            scale_momentums(scheduler, moment_ratio)
+    rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [float(rate) for rate in rates if rate is not None]  # some optimizers find their own
 
 
 def _with_found_rate(plan: RegimePlan) -> RegimePlan:

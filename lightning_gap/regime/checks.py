@@ -1,5 +1,8 @@
 """What a large-batch regime cannot be right for, each refused before anything is changed, with its remedy."""
 
+import inspect
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,15 +11,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.parallel import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
+from lightning_gap.regime.applied import clock_of, unscalable
+from lightning_gap.regime.clock import ReferenceClock
+from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_moments
-from lightning_gap.regime.schedules import horizons, unread_parts
+from lightning_gap.regime.rollout import Rollout, can_be_copied, follows_its_factor, optimizer_of
+from lightning_gap.regime.scaling import check_rule
+from lightning_gap.regime.schedules import horizons, is_of_torch
 
-__all__ = ["check_optimizers", "check_schedulers", "check_trainer", "sized_from_trainer"]
+__all__ = ["check_hand_set_rates", "check_optimizers", "check_schedulers", "check_trainer", "keeps_lengths", "stepper"]
+
+
+# A learning rate that is set, and one that is read.
+_SETS_RATE = re.compile(r"""\[["']lr["']\]\s*=(?!=)(?P<value>.*)""")
+_READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
+_NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
 
 
 def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: bool, gradient_noise: bool) -> None:
@@ -85,6 +97,26 @@ def _has(trainer: Any, kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in trainer.callbacks)
 
 
+def keeps_lengths(trainer: Any, pl_module: LightningModule) -> bool:
+    """Return whether the lengths of a run that is not to be trained longer are its own.
+
+    So they are where the updates of an epoch cannot be told, or something else changes them or the schedulers.
+
+    Args:
+        trainer: The trainer, in ``setup``.
+        pl_module: Its module.
+    """
+    limit = trainer.limit_train_batches
+    return bool(
+        not pl_module.automatic_optimization
+        or _has(trainer, StochasticWeightAveraging)
+        or isinstance(limit, int)
+        or limit != 1.0
+        or trainer.overfit_batches != 0
+        or trainer.reload_dataloaders_every_n_epochs > 0
+    )
+
+
 def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
     """Refuse the optimizers that the rule is not for, and those whose gradients cannot be clipped.
 
@@ -93,8 +125,15 @@ def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
         plan: The plan of the run.
     """
     for optimizer in trainer.optimizers:
-        if plan.ratio != 1.0:
-            _check_rule(optimizer, plan)
+        try:
+            doubt = check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer)
+        except ValueError as error:
+            circle = ' Use a smaller batch, or lr_rule="sqrt", which scales the learning rate alone.'
+            raise MisconfigurationException(
+                f"{error}{circle if plan.lr_rule == 'adam' and 'turn' in str(error) else ''}"
+            ) from None
+        if doubt is not None:
+            rank_zero_warn(f"LargeBatchRegime: {doubt}")
         if plan.clip_norm is not None and gradients_stay_scaled(trainer, optimizer):
             raise MisconfigurationException(
                 f"clip_norm={plan.clip_norm} cannot clip for a fused {type(optimizer).__name__} with 16-bit mixed "
@@ -102,124 +141,135 @@ def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
             )
 
 
-def _check_rule(optimizer: Optimizer, plan: RegimePlan) -> None:
-    name = type(optimizer).__name__
-    if plan.lr_rule not in RULED_OPTIMIZERS or isinstance(optimizer, RULED_OPTIMIZERS[plan.lr_rule]):
-        if plan.lr_rule == "adam":
-            try:
-                check_moments(optimizer, plan.ratio)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f'{error} Use a smaller batch, or lr_rule="sqrt", which scales the learning rate alone.'
-                ) from None
-        return
-    if plan.lr_rule == "sqrt" and isinstance(optimizer, ADAPTIVE_OPTIMIZERS):
-        rank_zero_warn(
-            f'LargeBatchRegime: lr_rule="sqrt" scales the learning rate of {name}, and leaves its betas and eps as '
-            'they are. lr_rule="adam" scales these too, for ratio * (1 - beta) < 0.5.'
-        )
-        return
-    ruled = " or ".join(kind.__name__ for kind in RULED_OPTIMIZERS[plan.lr_rule])
-    raise MisconfigurationException(
-        f'lr_rule="{plan.lr_rule}" is a rule for {ruled}, and the optimizer is {name}. Pass lr_rule="none", or a '
-        "callable ratio -> factor to decide the factor yourself."
-    )
+def check_hand_set_rates(trainer: Any, pl_module: LightningModule) -> None:
+    """Refuse code that sets a learning rate past its schedulers, to a number of its own: it would not be scaled.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+    """
+    for owner in (pl_module, *trainer.callbacks):
+        for kind in type(owner).__mro__:
+            if kind.__module__.startswith(_NOT_THE_USERS) or kind is object:
+                continue
+            for name, method in vars(kind).items():
+                if name == "configure_optimizers" or not inspect.isfunction(method):
+                    continue
+                for line in _source(method).splitlines():
+                    found = _SETS_RATE.search(line)
+                    if found and not _READS_RATE.search(found["value"]):
+                        raise MisconfigurationException(
+                            f"LargeBatchRegime: {kind.__name__}.{name} sets a learning rate to a number of its own "
+                            f"({line.strip()}), which is not scaled. Use a scheduler, such as LinearLR for a warm-up, "
+                            'change the rate by a factor, or pass lr_rule="none".'
+                        )
 
 
-def check_schedulers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan, stretch: str | bool) -> None:
+def _source(method: Any) -> str:
+    try:
+        return inspect.getsource(method)
+    except (OSError, TypeError):
+        return ""
+
+
+def stepper(pl_module: LightningModule) -> Callable[[Any], Any] | None:
+    """Return what steps a scheduler where the module does so by itself, else ``None``.
+
+    Args:
+        pl_module: The module.
+    """
+    if not is_overridden("lr_scheduler_step", pl_module):
+        return None
+    return lambda scheduler: pl_module.lr_scheduler_step(scheduler, None)
+
+
+def check_schedulers(
+    trainer: Trainer,
+    plan: RegimePlan,
+    stretch: str | bool,
+    *,
+    step: Callable[[Any], Any] | None,
+    reference: Callable[[int, int], Any] | None,
+    batches: Iterable[int],
+) -> list[tuple[ReferenceClock, Rollout]]:
     """Refuse the schedulers that cannot be matched, and warn of the doubtful ones.
 
     Args:
         trainer: The trainer, with its schedulers configured and untouched.
-        pl_module: Its module.
         plan: The plan of the run.
         stretch: The argument ``stretch_schedulers``.
+        step: Steps a scheduler once.
+        reference: The context of a step, of the reference run's place.
+        batches: Further numbers of batches in an epoch of this run.
+
+    Returns:
+        The schedules of the first optimizer, rolled out.
     """
+    rollouts = []
     for config in trainer.lr_scheduler_configs:
-        name = type(config.scheduler).__name__
-        if plan.lr_factor != 1.0 and not isinstance(config.scheduler, LRScheduler):
-            raise MisconfigurationException(
-                f"{name} is not a torch LRScheduler, so its learning rates are unknown. Use one, or pass "
-                'lr_rule="none".'
-            )
-        if plan.lr_factor != 1.0 and not type(config.scheduler).__module__.startswith("torch.optim."):
-            rank_zero_warn(
-                f"LargeBatchRegime scales base_lrs, max_lrs, min_lrs and eta_min of {name}, a scheduler of your own; a "
-                "learning rate that it keeps by another name is not scaled."
-            )
+        scheduler, name = config.scheduler, type(config.scheduler).__name__
         if plan.train_longer and plan.updates_per_epoch is None and config.interval == "epoch":
             raise MisconfigurationException(
                 f"{name} is stepped every epoch, and the loader does not tell how many updates an epoch has. Use "
                 'interval="step", or a loader with a length.'
             )
-        if plan.reclocked and stretch and not sized_from_trainer(config, plan, stretch):
-            _check_stretched(config, pl_module, plan)
-            if stretch == "auto":
-                _warn_of_unread_length(config, plan)
+        if config.reduce_on_plateau:
+            _check_plateau(config, plan, stretch)
+            continue
+        clock = ReferenceClock(scheduler, "epoch" if config.interval == "epoch" else "step", 1, 1, last=1000)
+        try:
+            if plan.reference_updates_per_epoch is not None:
+                clock = clock_of(plan, scheduler, clock.interval, config.frequency)
+                if stretch:
+                    seen = check_lengths(
+                        clock, plan, trust=stretch is True, batches=batches, step=step, reference=reference
+                    )
+                    if seen is not None and scheduler.optimizer is trainer.optimizers[0]:
+                        rollouts.append((clock, seen))
+                    _warn_of_epochs_past_the_end(config, plan, stretch)
+            if plan.lr_factor != 1.0 and not is_of_torch(scheduler):
+                _check_rates(clock, plan, step, reference)
+        except ValueError as error:
+            raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
+    return rollouts
 
 
-def _check_stretched(config: LRSchedulerConfig, pl_module: LightningModule, plan: RegimePlan) -> None:
-    name = type(config.scheduler).__name__
-    by_epoch = config.interval == "epoch"
-    if config.reduce_on_plateau and not by_epoch and (config.frequency > 1 or plan.pace != 1):
-        raise MisconfigurationException(
-            f"{name} with interval={config.interval!r} and frequency={config.frequency} looks at its metric by batches "
-            'of this run. Use interval="epoch", or stretch_schedulers=False to leave it so.'
+def _check_rates(
+    clock: ReferenceClock,
+    plan: RegimePlan,
+    step: Callable[[Any], Any] | None,
+    reference: Callable[[int, int], Any] | None,
+) -> None:
+    if optimizer_of(clock.scheduler) is None:
+        raise ValueError(
+            f"{type(clock.scheduler).__name__} has no torch optimizer as its attribute optimizer, so its learning "
+            'rates are unknown. Use a scheduler of torch or timm, or pass lr_rule="none".'
         )
-    if config.reduce_on_plateau or not (by_epoch or config.frequency > 1 or plan.pace != 1):
-        return
-    if is_overridden("lr_scheduler_step", pl_module):
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__}.lr_scheduler_step is overridden, so {name} cannot be stepped on the reference "
-            'run\'s epochs. Remove the override, use interval="step" with frequency 1, or pass train_longer=False.'
+    if not can_be_copied(clock.scheduler):
+        rank_zero_warn(
+            f"LargeBatchRegime scales what {type(clock.scheduler).__name__} names as learning rates, and cannot roll "
+            "it out to see whether these are all: it cannot be copied."
         )
-    if by_epoch and plan.reference_epochs is not None and isinstance(config.scheduler, LRScheduler):
-        for attribute, steps in horizons(config.scheduler).items():
-            if steps > plan.reference_epochs:
-                rank_zero_warn(
-                    f"{attribute}={steps} reaches past the reference run's {plan.reference_epochs} epochs, and "
-                    "LargeBatchRegime takes it for epochs of the reference run. If it counts epochs of this run, pass "
-                    "stretch_schedulers=False."
-                )
+    elif not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
+        raise ValueError(unscalable(clock.scheduler))
 
 
-def _warn_of_unread_length(config: LRSchedulerConfig, plan: RegimePlan) -> None:
-    here, there = _lengths(config, plan)
-    unread = unread_parts(config.scheduler) if isinstance(config.scheduler, LRScheduler) else []
-    if here is None or here == there or not unread:
+def _check_plateau(config: LRSchedulerConfig, plan: RegimePlan, stretch: str | bool) -> None:
+    if plan.reclocked and stretch and config.interval != "epoch" and (config.frequency > 1 or plan.pace != 1):
+        raise MisconfigurationException(
+            f"{type(config.scheduler).__name__} with interval={config.interval!r} and frequency={config.frequency} "
+            'looks at its metric by batches of this run. Use interval="epoch", or stretch_schedulers=False to leave it '
+            "so."
+        )
+
+
+def _warn_of_epochs_past_the_end(config: LRSchedulerConfig, plan: RegimePlan, stretch: str | bool) -> None:
+    if not plan.reclocked or stretch is True or config.interval != "epoch" or plan.reference_epochs is None:
         return
-    unit = "epochs" if config.interval == "epoch" else "updates"
-    rank_zero_warn(
-        f"LargeBatchRegime cannot read the length of {' and '.join(unread)}, which a function may hide, and takes it "
-        f"for the reference run's, {there} {unit}. If it comes from the trainer, whose max_epochs and "
-        f"estimated_stepping_batches are this run's ({here} {unit}), pass stretch_schedulers=False; pass "
-        "stretch_schedulers=True if it is the reference run's."
-    )
-
-
-def _lengths(config: LRSchedulerConfig, plan: RegimePlan) -> tuple[int | None, int | None]:
-    """Return how long this run and the reference run are, in the steps that a scheduler counts."""
-    if config.interval == "epoch":
-        return plan.epochs, plan.reference_epochs
-    return plan.updates, plan.reference_updates
-
-
-def sized_from_trainer(config: LRSchedulerConfig, plan: RegimePlan, stretch: str | bool) -> bool:
-    """Return whether a scheduler has this run's length already, and is not to be stretched.
-
-    That is what ``stretch_schedulers=False`` declares of all. ``"auto"`` recognises a length that is this run's number
-    of epochs or updates and not the reference run's: it was taken from ``trainer.max_epochs`` or
-    ``trainer.estimated_stepping_batches``.
-
-    Args:
-        config: Lightning's description of the scheduler.
-        plan: The plan of the run.
-        stretch: The argument ``stretch_schedulers``.
-    """
-    if stretch != "auto":
-        return not stretch
-    scheduler: Any = config.scheduler
-    if not isinstance(scheduler, LRScheduler):
-        return False
-    here, there = _lengths(config, plan)
-    return here is not None and here != there and here in horizons(scheduler).values()
+    for attribute, steps in horizons(config.scheduler).items() if isinstance(config.scheduler, LRScheduler) else ():
+        if steps > plan.reference_epochs:
+            rank_zero_warn(
+                f"{attribute}={steps} reaches past the reference run's {plan.reference_epochs} epochs, and "
+                "LargeBatchRegime takes it for epochs of the reference run. Pass stretch_schedulers=True if they are, "
+                "stretch_schedulers=False if it counts epochs of this run."
+            )

@@ -1,5 +1,6 @@
 """Everything beside schedulers that counts epochs, and how it comes to count those of the reference run."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gap.regime.plan import RegimePlan
 
-__all__ = ["NEVER", "EpochCounter", "epoch_counters", "warn_of_other_counters"]
+__all__ = [
+    "NEVER",
+    "EpochCounter",
+    "ValidationClock",
+    "epoch_counters",
+    "validates_within_epochs",
+    "warn_of_other_counters",
+]
 
 # More than any number of epochs or batches: an interval that never comes round.
 NEVER = 2**62
@@ -66,21 +74,126 @@ class EpochCounter:
 def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
     """Yield what else a trainer does every so many epochs: validation, early stopping, and checkpoints.
 
-    Validation by batches or by time (``val_check_interval``) is left as it is, and so is an ``EarlyStopping`` or
-    ``ModelCheckpoint`` that waits for a validation: it follows the validations.
+    Validation within an epoch has a :class:`ValidationClock`, and by time is left as it is. An ``EarlyStopping`` or
+    ``ModelCheckpoint`` that waits for a validation follows the validations.
 
     Args:
         trainer: The trainer, whose callbacks have been set up, with the user's values in place.
     """
-    validates = trainer.check_val_every_n_epoch is not None and trainer.val_check_interval == 1.0
-    if validates:
-        yield EpochCounter("validation", trainer, "check_val_every_n_epoch", cast(int, trainer.check_val_every_n_epoch))
+    if trainer.check_val_every_n_epoch is not None and _by_epochs(trainer):
+        yield EpochCounter("validation", trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch)
     for callback in cast(Any, trainer).callbacks:
         name = type(callback).__name__
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0:
+        follows = validates_within_epochs(trainer) and not _saves_by_epoch(callback)
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not follows:
             yield EpochCounter(name, callback, "_every_n_epochs", callback._every_n_epochs)
-        elif isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end and validates:
+        elif isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
             yield EpochCounter(name, callback, "_check_on_train_epoch_end", yes=True, no=False)
+
+
+class ValidationClock:
+    """Validates within epochs when the reference run does: ``val_check_interval`` counts its updates.
+
+    Args:
+        trainer: The trainer, with the user's ``val_check_interval`` and ``check_val_every_n_epoch``.
+        plan: The plan of the run, with lengths.
+
+    Raises:
+        ValueError: If the interval is longer than a reference epoch.
+    """
+
+    def __init__(self, trainer: Trainer, plan: RegimePlan) -> None:
+        self._trainer = cast(Any, trainer)
+        self._plan = plan
+        self._interval: Any = trainer.val_check_interval
+        self._epochs: Any = trainer.check_val_every_n_epoch
+        per_epoch = cast(int, plan.reference_updates_per_epoch)
+        whole = isinstance(self._interval, int)
+        self.every: int = int(self._interval) if whole else max(1, int(per_epoch * self._interval))
+        if self.every > per_epoch and self._epochs is not None:
+            raise ValueError(
+                f"val_check_interval={self._interval} is more than the {per_epoch} updates of an epoch of the "
+                "reference run. Lower it, or pass check_val_every_n_epoch=None to count updates over epochs."
+            )
+        self._checkpoints = [
+            (callback, callback._every_n_epochs)
+            for callback in self._trainer.callbacks
+            if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not _saves_by_epoch(callback)
+        ]
+
+    def lift(self) -> None:
+        """Keep Lightning from comparing the interval with the batches of this run, until :meth:`begin`."""
+        self._trainer.val_check_interval = 1.0
+
+    def begin(self, update: int) -> None:
+        """Give the user's interval back, and go on after an update.
+
+        Args:
+            update: Updates made.
+        """
+        self._trainer.val_check_interval = self._interval
+        self.after(update)
+
+    def after(self, update: int | None) -> None:
+        """Say whether a validation follows now.
+
+        Args:
+            update: Updates made, if the batch that is over made one.
+        """
+        due = bool(update) and self._made(cast(int, update)) > self._made(cast(int, update) - 1)
+        self._trainer.val_check_batch = 1 if due else NEVER
+        if self._epochs is not None:
+            self._trainer.check_val_every_n_epoch = 1 if due else self._epochs
+        if due:
+            epoch = (self._reference(cast(int, update)) - 1) // cast(int, self._plan.reference_updates_per_epoch) + 1
+            for callback, every in self._checkpoints:
+                callback._every_n_epochs = NEVER if epoch % every else 1
+
+    def _reference(self, update: int) -> int:
+        passed: int = math.floor(self._plan.pace * update)
+        last = self._plan.reference_updates
+        return passed if last is None else min(passed, last)
+
+    def _made(self, update: int) -> int:
+        """Return how many validations the reference run has made."""
+        passed = self._reference(update)
+        if self._epochs is None:
+            return passed // self.every
+        per_epoch = cast(int, self._plan.reference_updates_per_epoch)
+        epochs, within = divmod(passed, per_epoch)
+        validated: int = epochs // self._epochs * (per_epoch // self.every)
+        return validated + (within // self.every if (epochs + 1) % self._epochs == 0 else 0)
+
+    def give_back(self) -> None:
+        """Give the user's values back."""
+        self._trainer.val_check_interval, self._trainer.check_val_every_n_epoch = self._interval, self._epochs
+        for callback, every in self._checkpoints:
+            callback._every_n_epochs = every
+
+    @property
+    def fate(self) -> str:
+        """The clock's line in the table."""
+        epochs = "" if self._epochs in (None, 1) else f" of every {self._epochs} reference epochs"
+        here = float(self.every / self._plan.pace)
+        return f"validation: every {self.every} reference updates{epochs}, {here:.4g} of this run"
+
+
+def _saves_by_epoch(callback: Any) -> bool:
+    return bool(getattr(callback, "_save_on_train_epoch_end", None))
+
+
+def validates_within_epochs(trainer: Trainer) -> bool:
+    """Return whether a trainer validates by batches, neither by epochs nor by time.
+
+    Args:
+        trainer: The trainer.
+    """
+    return not _by_epochs(trainer) and cast(Any, trainer)._val_check_time_interval is None
+
+
+def _by_epochs(trainer: Trainer) -> bool:
+    interval = trainer.val_check_interval
+    return isinstance(interval, float) and interval == 1.0
 
 
 def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
@@ -91,8 +204,7 @@ def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
         plan: The plan of the run.
     """
     for callback in cast(Any, trainer).callbacks:
-        early = isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end
-        if isinstance(callback, BaseFinetuning) or (early and trainer.val_check_interval != 1.0):
+        if isinstance(callback, BaseFinetuning):
             rank_zero_warn(
                 f"LargeBatchRegime: {type(callback).__name__} counts epochs of this run, not of the reference run: "
                 f"multiply its epochs by {float(plan.stretch):.4g}."

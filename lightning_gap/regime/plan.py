@@ -1,11 +1,20 @@
 """The plan of a large-batch regime: what the reference run does, and what this run has to do to match it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
+
+from lightning_gap.regime.scaling import LRRule, default_train_longer, rule_name
+from lightning_gap.regime.scaling import lr_factor as factor_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightning_gap.regime.clock import RegimeClock
 
 __all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime", "updates_in_epoch"]
 
@@ -26,9 +35,10 @@ class RegimePlan:
         lr_rule: The name of the learning-rate rule.
         lr_factor: What every learning rate is multiplied by.
         train_longer: How far this run goes from its own number of updates, 0, to the reference run's, 1.
-        reference_updates_per_epoch: Updates in one epoch of the reference run; ``None`` unless ``train_longer``, or
-            where the loader has no length.
-        updates_per_epoch: Updates in one epoch of this run; ``None`` in the same cases.
+        reference_updates_per_epoch: Updates in one epoch of the reference run; ``None`` where the loader has no length.
+        updates_per_epoch: Updates in one epoch of this run; ``None`` in the same case.
+        samples: Samples in one pass over the data; ``None`` in the same case.
+        drop_last: Whether an incomplete last batch is dropped.
         reference_epochs: The reference run's limit of epochs; ``None`` where it has none.
         epochs: This run's limit of epochs; ``None`` where it has none.
         min_epochs: This run's least number of epochs.
@@ -42,6 +52,8 @@ class RegimePlan:
         learning_rates: The first learning rate of every group, of the reference run and of this run.
         schedulers: One line a scheduler: its class and what becomes of it.
         companions: One line for all else that counts epochs: what it is and what becomes of it.
+        curve: Five points of the first group's learning rate from the first update to the last: an update of the
+            reference run and its rate, the update of this run and its rate.
     """
 
     reference_batch_size: int
@@ -51,6 +63,8 @@ class RegimePlan:
     train_longer: float = 0.0
     reference_updates_per_epoch: int | None = None
     updates_per_epoch: int | None = None
+    samples: int | None = None
+    drop_last: bool = False
     reference_epochs: int | None = None
     epochs: int | None = None
     min_epochs: int = 0
@@ -63,6 +77,7 @@ class RegimePlan:
     learning_rates: tuple[tuple[float, float], ...] = ()
     schedulers: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    curve: tuple[tuple[int, float, int, float], ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -80,22 +95,22 @@ class RegimePlan:
         if self.updates_per_epoch is None or self.reference_updates_per_epoch is None:
             return None
         here = self.updates_per_epoch
-        return here + Fraction(self.train_longer) * (self.reference_updates_per_epoch - here)
+        return here + share_of(self.train_longer) * (self.reference_updates_per_epoch - here)
 
     @property
     def pace(self) -> Fraction:
-        """How many updates of the reference run pass in one of this run; 1 if ``train_longer`` is 0 or 1."""
+        """How many updates of the reference run pass in one of this run; 1 if ``train_longer`` is 1."""
         epoch, there = self.stretched_epoch, self.reference_updates_per_epoch
-        return Fraction(1) if epoch is None or there is None or not self.train_longer else there / epoch
+        return Fraction(1) if epoch is None or there is None else there / epoch
 
     @property
     def reclocked(self) -> bool:
         """Whether epochs of this run and of the reference run hold different numbers of updates."""
-        return bool(self.train_longer) and self.reference_updates_per_epoch != self.updates_per_epoch
+        return self.reference_updates_per_epoch != self.updates_per_epoch
 
     @property
     def stretch(self) -> Fraction:
-        """How many epochs of this run a reference epoch takes; 1 unless ``train_longer``."""
+        """How many epochs of this run a reference epoch takes; 1 if ``train_longer`` is 0."""
         epoch = self.stretched_epoch
         return Fraction(1) if epoch is None or self.updates_per_epoch is None else epoch / self.updates_per_epoch
 
@@ -125,6 +140,31 @@ class RegimePlan:
         """
         return math.floor(updates / (self.stretched_epoch or math.inf))
 
+    @property
+    def reference_samples_seen(self) -> int | None:
+        """Samples that the reference run sees; ``None`` where nothing tells."""
+        return self._samples_seen(self.reference_updates, self.reference_updates_per_epoch, self.reference_batch_size)
+
+    @property
+    def samples_seen(self) -> int | None:
+        """Samples that this run sees; ``None`` where nothing tells."""
+        return self._samples_seen(self.updates, self.updates_per_epoch, self.batch_size)
+
+    def _samples_seen(self, updates: int | None, per_epoch: int | None, batch: int) -> int | None:
+        if updates is None or per_epoch is None or self.samples is None:
+            return None if updates is None else updates * batch
+        epochs, within = divmod(updates, per_epoch)
+        whole = per_epoch * batch if self.drop_last else self.samples
+        return epochs * whole + min(within * batch, whole)
+
+    def small_last_batch(self, batch: int) -> int:
+        """Return the samples of an epoch's last update where they are fewer than a batch, else 0.
+
+        Args:
+            batch: Samples of the other updates.
+        """
+        return 0 if self.samples is None or self.drop_last else self.samples % batch
+
     def epochs_from(self, epoch: int, update: int) -> int:
         """Return how many epochs this run needs in all if, after some, it has made some of its updates.
 
@@ -137,7 +177,8 @@ class RegimePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain Python, for a checkpoint or ``logger.log_hyperparams``."""
         facts = asdict(self)
-        facts["learning_rates"] = [list(pair) for pair in self.learning_rates]
+        for name in ("learning_rates", "curve"):
+            facts[name] = [list(values) for values in facts[name]]
         for name in ("schedulers", "companions"):
             facts[name] = list(facts[name])
         return {**facts, "ratio": self.ratio}
@@ -168,11 +209,11 @@ class RegimePlan:
         for index, (reference, now) in enumerate(self.learning_rates):
             label = f"learning rate, group {index} ({self.lr_rule}, x{self.lr_factor:.4g})"
             rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
-        if self.train_longer:
-            rows.append(("updates", _limit(self.reference_updates), _limit(self.updates)))
-            if self.updates_per_epoch is not None:
-                rows.append(("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}"))
-                rows.append(("epochs", _limit(self.reference_epochs), _limit(self.epochs)))
+        rows += [
+            (f"learning rate, {share} % of the way", f"update {then}: {rate:.4g}", f"update {update}: {now:.4g}")
+            for share, (then, rate, update, now) in zip((0, 25, 50, 75, 100), self.curve, strict=False)
+        ]
+        rows += self._length_rows()
         for line in (*self.schedulers, *self.companions):
             name, _, fate = line.partition(": ")
             rows.append((name, "", fate))
@@ -185,6 +226,72 @@ class RegimePlan:
             rows.append(("gradient noise", "", f"sample weights of variance {self.noise_variance:g}"))
         return rows
 
+    def _length_rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        if self.updates is not None or self.updates_per_epoch is not None:
+            rows.append(("updates", _limit(self.reference_updates), _limit(self.updates)))
+        if self.updates_per_epoch is not None:
+            rows.append(("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}"))
+            rows.append(("epochs", _limit(self.reference_epochs), _limit(self.epochs)))
+            last = [self._last_batch(batch) for batch in (self.reference_batch_size, self.batch_size)]
+            if any(last):
+                rows.append(("smaller last batch", last[0] or "none", last[1] or "none"))
+        there, here = self.reference_samples_seen, self.samples_seen
+        if there and here:
+            rows.append(("samples, and so the cost", f"{there}", f"{here}: {here / there:.3g} times"))
+        return rows
+
+    def _last_batch(self, batch: int) -> str:
+        samples = self.small_last_batch(batch)
+        updates = math.ceil((self.samples or 0) / batch)
+        return f"{samples} samples, {100 / updates:.2g} % of the updates" if samples else ""
+
+    def apply(
+        self,
+        optimizers: "Optimizer | Iterable[Optimizer]",
+        schedulers: Any = (),
+        *,
+        interval: Literal["epoch", "step"] = "epoch",
+        stretch_schedulers: Literal["auto", True] = "auto",
+    ) -> "RegimeClock":
+        """Turn the reference run's optimizers and schedulers into this run's, and return the clock that steps them.
+
+        For loops without a ``Trainer``: make the optimizer and its schedulers as for the reference run, with its
+        ``reference_updates`` and ``reference_epochs``; call the clock's ``step`` once after every update of the
+        optimizer, and the schedulers' never; stop when it is ``over``. Checkpoints need the clock's state beside those
+        of the optimizers and schedulers, which are to be loaded after this call.
+
+        Args:
+            optimizers: An optimizer of the reference run, or several that are stepped together.
+            schedulers: A scheduler, or several. ``ReduceLROnPlateau`` is scaled, and stepped by you.
+            interval: Whether the reference run steps its schedulers after every epoch or after every update.
+            stretch_schedulers: ``"auto"`` refuses lengths that look like this run's own; ``True`` takes all for the
+                reference run's.
+
+        Returns:
+            The clock.
+
+        Raises:
+            ValueError: If the rule is not for an optimizer, if an optimizer or scheduler is scaled already, if a
+                scheduler's length or learning rates cannot be the reference run's, or if the plan has no lengths that
+                a scheduler of epochs needs. Nothing has been changed then.
+
+        Example:
+            >>> import torch
+            >>> plan = plan_regime(reference_batch_size=8, batch_size=32, samples=64, max_epochs=2)
+            >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+            >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=plan.reference_epochs)
+            >>> clock = plan.apply(sgd, cosine)
+            >>> while not clock.over:
+            ...     sgd.step()
+            ...     clock.step()
+            >>> clock.updates, clock.reference_epoch, round(cosine.get_last_lr()[0], 6)
+            (16, 2.0, 0.0)
+        """
+        from lightning_gap.regime.applied import apply_plan
+
+        return apply_plan(self, optimizers, schedulers, interval=interval, stretch_schedulers=stretch_schedulers)
+
     def table(self) -> Table:
         """Return the plan as a table, the reference run beside this run."""
         table = Table(*PLAN_COLUMNS, title="Large-batch regime", title_justify="left")
@@ -195,6 +302,19 @@ class RegimePlan:
 
 def _limit(count: int | None) -> str:
     return "no limit" if count is None else str(count)
+
+
+def share_of(train_longer: float) -> Fraction:
+    """Return the share that was written: 1/10 for 0.1, which no binary number is.
+
+    Args:
+        train_longer: How far to go.
+
+    Example:
+        >>> share_of(0.1), share_of(1.0)
+        (Fraction(1, 10), Fraction(1, 1))
+    """
+    return Fraction(repr(float(train_longer)))
 
 
 def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
@@ -216,14 +336,16 @@ def plan_regime(
     *,
     reference_batch_size: int,
     batch_size: int,
-    lr_rule: str,
-    lr_factor: float,
-    reference_updates_per_epoch: int,
-    updates_per_epoch: int,
-    max_epochs: int | None,
+    lr_rule: LRRule = "sqrt",
+    lr_factor: float | None = None,
+    reference_updates_per_epoch: int | None = None,
+    updates_per_epoch: int | None = None,
+    samples: int | None = None,
+    drop_last: bool = False,
+    max_epochs: int | None = None,
     max_steps: int | None = None,
     min_epochs: int = 0,
-    train_longer: float = 1.0,
+    train_longer: float | None = None,
 ) -> RegimePlan:
     r"""Plan a run at one batch size that makes as many updates as the reference run at another, or a part of them.
 
@@ -237,32 +359,39 @@ def plan_regime(
     Args:
         reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
         batch_size: Samples per update of this run, :math:`|B_L|`; it may be the smaller one too.
-        lr_rule: The name of the learning-rate rule.
-        lr_factor: What every learning rate is multiplied by.
-        reference_updates_per_epoch: Updates in one epoch of the reference run, :math:`U_S`.
-        updates_per_epoch: Updates in one epoch of this run, :math:`U_L`.
+        lr_rule: The learning-rate rule, see :func:`lr_factor`.
+        lr_factor: What every learning rate is multiplied by. Default: what the rule says.
+        reference_updates_per_epoch: Updates in one epoch of the reference run, :math:`U_S`. Default: from ``samples``.
+        updates_per_epoch: Updates in one epoch of this run, :math:`U_L`. Default: from ``samples``.
+        samples: Samples in one pass over the data, N.
+        drop_last: Whether an incomplete last batch is dropped.
         max_epochs: The reference run's epochs, E; ``None`` for no limit.
         max_steps: The reference run's limit of updates; ``None`` for no limit.
         min_epochs: The reference run's least number of epochs.
-        train_longer: How far to go from the reference run's epochs to its updates, :math:`\lambda` in (0, 1].
+        train_longer: How far to go from the reference run's epochs to its updates, :math:`\lambda` in [0, 1].
+            Default: 1, and 0 for the rules that are derived for equal samples, ``"linear"`` and ``"adam"``.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If an epoch of either run has no update.
+        ValueError: If an epoch of either run has no update, or its length is not given.
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", section 5 (regime adaptation).
 
     Example:
-        >>> plan = plan_regime(
-        ...     reference_batch_size=128, batch_size=4096, lr_rule="sqrt", lr_factor=32**0.5,
-        ...     reference_updates_per_epoch=391, updates_per_epoch=13, max_epochs=50,
-        ... )
-        >>> plan.updates, plan.epochs, plan.stops_within_epoch
-        (19550, 1504, True)
+        >>> plan = plan_regime(reference_batch_size=128, batch_size=4096, samples=50_000, max_epochs=50)
+        >>> plan.updates, plan.epochs, plan.stops_within_epoch, round(plan.lr_factor, 4)
+        (19550, 1504, True, 5.6569)
     """
+    if samples is not None:
+        sizes = (reference_batch_size, batch_size)
+        there, here = (updates_in_epoch(samples, size, drop_last=drop_last) for size in sizes)
+        reference_updates_per_epoch = there if reference_updates_per_epoch is None else reference_updates_per_epoch
+        updates_per_epoch = here if updates_per_epoch is None else updates_per_epoch
+    if reference_updates_per_epoch is None or updates_per_epoch is None:
+        raise ValueError("the length of an epoch is unknown: pass samples=, or both runs' updates per epoch.")
     if reference_updates_per_epoch < 1 or updates_per_epoch < 1:
         raise ValueError(
             f"an epoch has {reference_updates_per_epoch} updates at reference_batch_size={reference_batch_size} and "
@@ -272,18 +401,22 @@ def plan_regime(
     limits = [] if max_epochs is None else [max_epochs * reference_updates_per_epoch]
     limits += [] if max_steps is None else [max_steps]
     reference_updates = min(limits, default=None)
-    epoch = updates_per_epoch + Fraction(train_longer) * (reference_updates_per_epoch - updates_per_epoch)
+    rule = rule_name(lr_rule)
+    train_longer = default_train_longer(lr_rule) if train_longer is None else float(train_longer)
+    epoch = updates_per_epoch + share_of(train_longer) * (reference_updates_per_epoch - updates_per_epoch)
     share = epoch / reference_updates_per_epoch
     updates = None if reference_updates is None else math.ceil(reference_updates * share)
 
     return RegimePlan(
         reference_batch_size=reference_batch_size,
         batch_size=batch_size,
-        lr_rule=lr_rule,
-        lr_factor=lr_factor,
-        train_longer=float(train_longer),
+        lr_rule=rule,
+        lr_factor=factor_of(lr_rule, batch_size / reference_batch_size) if lr_factor is None else lr_factor,
+        train_longer=train_longer,
         reference_updates_per_epoch=reference_updates_per_epoch,
         updates_per_epoch=updates_per_epoch,
+        samples=samples,
+        drop_last=drop_last,
         reference_epochs=max_epochs,
         epochs=None if max_epochs is None or updates is None else math.ceil(updates / updates_per_epoch),
         min_epochs=math.floor(min_epochs * epoch / updates_per_epoch),

@@ -6,9 +6,19 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import Optimizer
 
-__all__ = ["LR_RULES", "LRRule", "check_moments", "lr_factor", "rule_name", "scale_moments", "scale_optimizer"]
+__all__ = [
+    "LR_RULES",
+    "LRRule",
+    "check_moments",
+    "check_rule",
+    "default_train_longer",
+    "lr_factor",
+    "rule_name",
+    "scale_moments",
+    "scale_optimizer",
+]
 
 LRRule = str | Callable[[float], float]
 
@@ -21,12 +31,18 @@ LR_RULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
     }
 )
 
-# Which optimizers a rule of the table is derived for.
-RULED_OPTIMIZERS: Mapping[str, tuple[type[Optimizer], ...]] = MappingProxyType(
-    {"sqrt": (SGD,), "linear": (SGD,), "none": (Optimizer,), "adam": (Adam, AdamW, RMSprop)}
+# Which optimizers a rule of the table is derived for, by the names of their classes: most are other libraries'.
+RULED_OPTIMIZERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sqrt": ("SGD", "SGDW", "SGDP", "Lamb", "LAMB"),  # Hoffer et al. 2017; LAMB: You et al. 2020, with a warm-up
+        "linear": ("SGD", "SGDW", "SGDP", "Lars", "LARS"),  # Goyal et al. 2017; LARS: You et al. 2017
+        "adam": ("Adam", "AdamW", "RMSprop"),
+    }
 )
-# The square root is the learning-rate part of the adaptive optimizers' rule as well.
-ADAPTIVE_OPTIMIZERS = (Adam, AdamW, RMSprop, NAdam, RAdam, Adamax)
+# The square root is the learning-rate part of these optimizers' rule as well, at equal samples.
+ADAPTIVE_OPTIMIZERS = ("Adam", "AdamW", "RMSprop", "NAdam", "NAdamW", "RAdam", "Adamax", "AdamP", "Adopt")
+# Rules that keep the learning rate times the samples: with them a run makes fewer updates, on the same samples.
+EQUAL_SAMPLES = ("linear", "adam")
 
 # Malladi et al. 2022 derive their rule for 1 - beta small after it is scaled.
 MOST_FORGOTTEN = 0.5
@@ -86,6 +102,67 @@ def rule_name(rule: LRRule) -> str:
         ('sqrt', 'cbrt()')
     """
     return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"
+
+
+def default_train_longer(rule: LRRule) -> float:
+    """Return how far a rule goes from the reference run's epochs, 0, to its updates, 1, where nothing else is asked.
+
+    Args:
+        rule: A key of :data:`LR_RULES` or a callable.
+
+    Example:
+        >>> default_train_longer("sqrt"), default_train_longer("linear"), default_train_longer("adam")
+        (1.0, 0.0, 0.0)
+    """
+    return 0.0 if rule in EQUAL_SAMPLES else 1.0
+
+
+def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: float) -> str | None:
+    """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes.
+
+    Args:
+        optimizer: An optimizer of the reference run.
+        rule: The name of the rule; one that is not in the table is the user's own and takes all.
+        ratio: The batch that runs over the reference batch.
+        train_longer: How far the run goes from the reference run's epochs to its updates.
+
+    Raises:
+        ValueError: If the rule is not for it.
+
+    Example:
+        >>> import torch
+        >>> check_rule(torch.optim.Rprop([torch.zeros(1, requires_grad=True)]), "linear", 4.0, 0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: lr_rule="linear" is a rule for SGD, SGDW, SGDP, Lars, LARS, and the optimizer is Rprop. Pass \
+lr_rule="none", which leaves its learning rate as it is, or a callable ratio -> factor to decide the factor yourself.
+    """
+    if ratio == 1.0 or rule not in RULED_OPTIMIZERS:
+        return None
+    name, kinds = type(optimizer).__name__, {kind.__name__ for kind in type(optimizer).__mro__}
+    if kinds & set(RULED_OPTIMIZERS[rule]):
+        if rule == "adam":
+            check_moments(optimizer, ratio)
+        return None
+    if rule == "sqrt" and kinds & set(ADAPTIVE_OPTIMIZERS):
+        decays = any(group.get("weight_decay") for group in optimizer.param_groups) and "W" in name
+        longer = (
+            f" At train_longer={train_longer:g} it is nobody's rule: it is derived for {name} at equal samples, "
+            'train_longer=False; lr_rule="none" leaves the rate as it is.'
+            if train_longer
+            else ""
+        )
+        return (
+            f'lr_rule="sqrt" scales the learning rate of {name}{", and its weight decay with it," if decays else ""} '
+            f'and leaves its betas and eps as they are. lr_rule="adam" scales these too, for ratio * (1 - beta) < '
+            f"{MOST_FORGOTTEN}.{longer}"
+        )
+    ruled = ", ".join(RULED_OPTIMIZERS[rule])
+    taken = f", takes {', '.join(ADAPTIVE_OPTIMIZERS)} with a warning" if rule == "sqrt" else ""
+    raise ValueError(
+        f'lr_rule="{rule}" is a rule for {ruled}{taken}, and the optimizer is {name}. Pass lr_rule="none", which '
+        "leaves its learning rate as it is, or a callable ratio -> factor to decide the factor yourself."
+    )
 
 
 def scaled(value: Any, factor: float) -> Any:

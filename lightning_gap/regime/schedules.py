@@ -6,32 +6,27 @@ every scheduler class, and ``scheduler.state_dict()`` counts what it always coun
 """
 
 from collections.abc import Iterator
-from fractions import Fraction
-from math import floor
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    LambdaLR,
-    LRScheduler,
-    MultiplicativeLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
+from torch import Tensor
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from lightning_gap.regime.scaling import remembered, scaled
 
-__all__ = ["ReferenceClock", "horizons", "scale_momentums", "scale_scheduler", "unread_parts"]
+__all__ = ["horizons", "scale_momentums", "scale_scheduler"]
 
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
 _LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
+# The words by which other schedulers name theirs, and two names of timm's: rates, and what is added to one in a step.
+_LR_WORDS = {"lr", "lrs", "eta"}
+_TIMM_ATTRIBUTES = ("base_values", "warmup_steps")
 # Every attribute that is a momentum, of those that also move it. OneCycleLR keeps its own in the groups.
 _MOMENTUM_ATTRIBUTES = ("base_momentums", "max_momentums")
 # Every attribute that says after how many steps a schedule ends or turns.
 _HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps", "step_size", "milestones", "_milestones")
 
 
-def flattened(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+def flattened(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and, depth first, those it is composed of."""
     yield scheduler
     if isinstance(scheduler, (SequentialLR, ChainedScheduler)):
@@ -39,14 +34,36 @@ def flattened(scheduler: LRScheduler) -> Iterator[LRScheduler]:
             yield from flattened(child)
 
 
-def scale_scheduler(scheduler: LRScheduler, factor: float) -> None:
+def _rate_attributes(part: Any) -> list[str]:
+    """Return the names of the attributes that are learning rates, of another scheduler than torch's by their names."""
+    names = [name for name in _LR_ATTRIBUTES if hasattr(part, name)]
+    if is_of_torch(part):
+        return names
+    names += [name for name in _TIMM_ATTRIBUTES if hasattr(part, "base_values") and hasattr(part, name)]
+    names += [name for name in vars(part) if _LR_WORDS & set(name.split("_")) and _is_rate(vars(part)[name])]
+    return list(dict.fromkeys(names))
+
+
+def _is_rate(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_is_rate, value))
+    return isinstance(value, Tensor) or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def is_of_torch(scheduler: Any) -> bool:
+    """Return whether a scheduler's class is torch's own, whose learning rates are known by name."""
+    return type(scheduler).__module__.startswith("torch.optim.")
+
+
+def scale_scheduler(scheduler: Any, factor: float) -> None:
     """Multiply every learning rate that a scheduler holds, in place, in its parts too.
 
     Together with :func:`~lightning_gap.regime.scaling.scale_optimizer` this multiplies the whole remaining schedule by
-    the factor.
+    the factor. Of other schedulers than torch's, learning rates are known by their names; whether these were all, only
+    a roll-out shows.
 
     Args:
-        scheduler: Any torch scheduler.
+        scheduler: Any torch scheduler, or one of timm's.
         factor: What to multiply by.
 
     Example:
@@ -58,9 +75,8 @@ def scale_scheduler(scheduler: LRScheduler, factor: float) -> None:
         ([4.0], 1.0)
     """
     for part in flattened(scheduler):
-        for name in _LR_ATTRIBUTES:
-            if hasattr(part, name):
-                setattr(part, name, scaled(getattr(part, name), factor))
+        for name in _rate_attributes(part):
+            setattr(part, name, scaled(getattr(part, name), factor))
         if isinstance(part, ReduceLROnPlateau):
             part.eps *= factor  # the least decay of the learning rate that counts
 
@@ -107,73 +123,3 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
         if getattr(part, name, None)
     }
     return {name: int(steps if isinstance(steps, (int, float)) else max(steps)) for name, steps in found.items()}
-
-
-def unread_parts(scheduler: LRScheduler) -> list[str]:
-    """Return the classes of a scheduler and its parts whose length, if they have one, :func:`horizons` cannot see.
-
-    Those are the ones that call a function, and other classes than torch's without an attribute that it knows.
-
-    Args:
-        scheduler: Any torch scheduler.
-
-    Example:
-        >>> import torch
-        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> unread_parts(torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: max(0.0, 1 - epoch / 30)))
-        ['LambdaLR']
-    """
-    return [
-        type(part).__name__
-        for part in flattened(scheduler)
-        if isinstance(part, (LambdaLR, MultiplicativeLR))
-        or not (type(part).__module__.startswith("torch.optim.") or horizons(part))
-    ]
-
-
-class ReferenceClock(NamedTuple):
-    """When the reference run steps a scheduler, in this run's updates.
-
-    Attributes:
-        scheduler: The scheduler.
-        interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
-        frequency: Every how many epochs, or every how many updates within an epoch.
-        updates_per_epoch: The updates of one reference epoch.
-        pace: Reference updates that pass in one update of this run; 1 where it makes as many.
-        last: The last reference update; ``None`` where nothing limits them.
-
-    Example:
-        >>> clock = ReferenceClock(None, "epoch", 2, 5)
-        >>> [update for update in range(1, 31) if clock.steps(update)]
-        [10, 20, 30]
-        >>> clock = ReferenceClock(None, "step", 2, 5)
-        >>> [update for update in range(1, 11) if clock.steps(update)]
-        [2, 4, 7, 9]
-        >>> clock = ReferenceClock(None, "step", 1, 5, pace=Fraction(5, 2))  # two updates for five of the reference run
-        >>> [clock.steps(update) for update in range(1, 5)]
-        [2, 3, 2, 3]
-    """
-
-    scheduler: Any
-    interval: Literal["epoch", "step"]
-    frequency: int
-    updates_per_epoch: int
-    pace: Fraction = Fraction(1)
-    last: int | None = None
-
-    def steps(self, update: int) -> int:
-        """Return how many times the reference run steps the scheduler between the update before and this one.
-
-        Args:
-            update: The number of the update, from 1.
-        """
-        return self._steps_until(update) - self._steps_until(update - 1)
-
-    def _steps_until(self, update: int) -> int:
-        reference_update = floor(self.pace * update)
-        if self.last is not None:
-            reference_update = min(reference_update, self.last)
-        epochs, within = divmod(reference_update, self.updates_per_epoch)
-        if self.interval == "epoch":
-            return epochs // self.frequency
-        return epochs * (self.updates_per_epoch // self.frequency) + within // self.frequency

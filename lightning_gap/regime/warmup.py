@@ -72,6 +72,11 @@ class Warmup:
         )
 
     @property
+    def known(self) -> bool:
+        """Whether the latest update had a learning rate that the optimizer's groups tell."""
+        return isinstance(self.rate, Tensor) or not math.isnan(self.rate)
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the first group, as used for the latest update."""
         return float(self.rate)
@@ -83,7 +88,8 @@ class Warmup:
             self._full = [group["lr"] for group in groups]
             for group, rate in zip(groups, self._full, strict=True):
                 group["lr"] = scaled(rate, share)
-        rate = groups[0]["lr"] if groups else math.nan  # Lightning's stand-in for no optimizer has none
+        rate = groups[0].get("lr") if groups else math.nan  # Lightning's stand-in for no optimizer has none
+        rate = math.nan if rate is None else rate  # of an optimizer that finds its own
         self.rate = rate.clone() if isinstance(rate, Tensor) else rate  # schedulers change a tensor in place
 
     def _end(self) -> None:

@@ -63,10 +63,22 @@ def test_tensor_learning_rates_match(name):
 
 
 @pytest.mark.parametrize(
-    ("rule", "factor"), [("linear", 7.5), ("none", 1.0), (lambda ratio: ratio**0.25, 7.5**0.25), ("sqrt", 7.5**0.5)]
+    ("rule", "factor"), [(float, 7.5), ("none", 1.0), (lambda ratio: ratio**0.25, 7.5**0.25), ("sqrt", 7.5**0.5)]
 )
 def test_rules(rule, factor):
     assert_matches(lambda: Regression(EPOCH_SCHEDULES["StepLR"]), batch=30, rule=rule, factor=factor)
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("linear", 7.5), ("adam", math.sqrt(7.5))])
+def test_rules_for_equal_samples_keep_the_epochs(rule, factor):
+    kind = partial(torch.optim.Adam, betas=(0.95, 0.999)) if rule == "adam" else torch.optim.SGD
+    module = partial(Regression, EPOCH_SCHEDULES["StepLR"], optimizer=kind)
+    _, reference = run(module(), loader(4))
+    trainer, trace = run(module(), loader(30), regime := LargeBatchRegime(4, lr_rule=rule))
+    assert (trainer.global_step, regime.plan.train_longer) == (12, 0.0)
+    torch.testing.assert_close(trace.tensor[::2], factor * reference.tensor[::15], rtol=1e-9, atol=0)
+    with pytest.warns(UserWarning, match=f'lr_rule="{rule}" is derived for the same samples'):
+        LargeBatchRegime(4, lr_rule=rule, train_longer=True)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 7])
@@ -243,6 +255,7 @@ def test_a_second_fit_is_planned_anew_and_the_limits_are_given_back():
     assert trace.rates[0] == pytest.approx([1e-3 * 7.5**0.5, 5e-4 * 7.5**0.5])
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps its optimizer.*")
 def test_an_optimizer_that_is_kept_is_not_scaled_again():
     class Keeps(Regression):
         kept = None
@@ -253,7 +266,7 @@ def test_an_optimizer_that_is_kept_is_not_scaled_again():
 
     model = Keeps()
     run(model, loader(30), LargeBatchRegime(4), max_epochs=1)
-    with pytest.raises(MisconfigurationException, match="the optimizer of an earlier fit"):
+    with pytest.raises(MisconfigurationException, match="an optimizer of an earlier fit"):
         run(model, loader(30), LargeBatchRegime(4), max_epochs=1)
     assert model.kept.param_groups[0]["lr"] == pytest.approx(1e-3 * 7.5**0.5)
     run(model, loader(30), LargeBatchRegime(30), max_epochs=1)  # nothing to scale
@@ -503,16 +516,20 @@ class TwoChildren(Regression):
 
 REFUSALS = {
     "manual": (Manual, {}, "manual optimization"),
-    "adagrad": (partial(Regression, optimizer=torch.optim.Adagrad), {}, "rule for SGD, and the optimizer is Adagrad"),
+    "adagrad": (
+        partial(Regression, optimizer=torch.optim.Adagrad),
+        {},
+        "rule for SGD, .* and the optimizer is Adagrad",
+    ),
     "linear for adam": (
         partial(Regression, optimizer=torch.optim.AdamW),
         {"regime": LargeBatchRegime(4, lr_rule="linear")},
-        "rule for SGD, and the optimizer is AdamW",
+        "rule for SGD, .* and the optimizer is AdamW",
     ),
     "adam for sgd": (
         Regression,
         {"regime": LargeBatchRegime(4, lr_rule="adam")},
-        "rule for Adam or AdamW or RMSprop, and the optimizer is SGD",
+        "rule for Adam, AdamW, RMSprop, and the optimizer is SGD",
     ),
     "adam's moments": (
         partial(Regression, optimizer=torch.optim.AdamW),
@@ -528,7 +545,6 @@ REFUSALS = {
         {"regime": LargeBatchRegime(10, lr_rule="adam")},
         "base_momentum=0.8 into 0.4",
     ),
-    "own step": (partial(OwnStep, EPOCH_SCHEDULES["StepLR"]), {}, "lr_scheduler_step is overridden"),
     "stream of epochs": (
         partial(Regression, EPOCH_SCHEDULES["StepLR"]),
         {"data": DataLoader(Stream(), batch_size=30), "max_epochs": -1, "max_steps": 10},
@@ -541,7 +557,6 @@ REFUSALS = {
     "accumulation schedule": (Regression, {"extra": GradientAccumulationScheduler({0: 2})}, "accumulate_grad_batches"),
     "batch finder": (Tunable, {"data": None, "extra": BatchSizeFinder()}, "Tuner.scale_batch_size"),
     "averaging": (Regression, {"extra": StochasticWeightAveraging(1e-3)}, "StochasticWeightAveraging"),
-    "late setup": (Late, {"data": None}, "LightningDataModule"),
     "stream": (Regression, {"data": DataLoader(Stream(), batch_size=30)}, "map-style"),
     "ragged": (
         Regression,
@@ -608,9 +623,9 @@ def test_what_a_refusal_names_as_remedy_works():
     several = LargeBatchRegime(4, batch_size=40, train_longer=False)
     run(_Listed(), [loader(30), loader(10)], several, limit_train_batches=2)
     assert several.plan.ratio == 10
-    for module, data in ((Late(), None), (_Listed(), [loader(30), loader(10)])):
+    for module, data in ((_Listed(), [loader(30), loader(10)]),):
         limited = LargeBatchRegime(4, batch_size=30)
-        with pytest.raises(MisconfigurationException, match="or pass batch_size=, and with it max_steps"):
+        with pytest.raises(MisconfigurationException, match="or pass batch_size=, and with it samples=, max_steps"):
             run(module, data, LargeBatchRegime(4), max_epochs=-1, max_steps=3)
         trainer, _ = run(module, data, limited, max_epochs=-1, max_steps=3)
         assert (trainer.global_step, limited.plan.ratio) == (3, 7.5)
@@ -664,12 +679,25 @@ def test_warnings_say_what_is_done_instead():
         trainer, _ = run(Regression(), loader(30), LargeBatchRegime(4), fast_dev_run=True)
     assert trainer.global_step == 1
 
-    class Peak(schedulers.LRScheduler):
-        def get_lr(self):
-            return self.base_lrs
 
-    with pytest.warns(UserWarning, match="Peak"):
-        run(Regression(Peak), loader(30), LargeBatchRegime(4))
+class Falls(schedulers.LRScheduler):
+    """A scheduler of one's own, down to a rate that it keeps by a name."""
+
+    def __init__(self, optimizer, name):
+        vars(self)[name], self.name = 4e-4, name
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [max(vars(self)[self.name], base / (1 + self.last_epoch)) for base in self.base_lrs]
+
+
+def test_a_scheduler_of_ones_own_is_scaled_or_refused():
+    _, reference = run(Regression(partial(Falls, name="lr_floor")), loader(4))
+    _, trace = run(Regression(partial(Falls, name="lr_floor")), loader(30), LargeBatchRegime(4))
+    torch.testing.assert_close(trace.tensor, math.sqrt(7.5) * reference.tensor, rtol=1e-9, atol=0)
+    with pytest.raises(MisconfigurationException, match='Falls keeps a learning rate by a name .* lr_rule="none"'):
+        run(Regression(partial(Falls, name="floor")), loader(30), LargeBatchRegime(4))
+    run(Regression(partial(Falls, name="floor")), loader(30), LargeBatchRegime(4, lr_rule="none"))
 
 
 def test_a_loader_that_changes_after_setup_is_refused():

@@ -1,8 +1,14 @@
 """Validation, early stopping, checkpoints and weight averaging beside LargeBatchRegime."""
 
+import csv
+import math
+from pathlib import Path
+
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, SaveAt, loader, run
 
 from lightning_gap.regime import LargeBatchRegime
@@ -35,7 +41,7 @@ class Scored(Regression):
         self.log("training_score", self.score())
 
 
-@pytest.mark.parametrize(("batch", "here"), [(8, 8), (30, 2), (64, 1)])
+@pytest.mark.parametrize(("batch", "here"), [(8, 8), (30, 2), (60, 1)])
 @pytest.mark.parametrize("every", [1, 2])
 def test_validations_fall_on_reference_epochs(batch, here, every):
     trainer, trace = run(Scored(batch), None, LargeBatchRegime(4), check_val_every_n_epoch=every)
@@ -44,11 +50,70 @@ def test_validations_fall_on_reference_epochs(batch, here, every):
     assert trainer.check_val_every_n_epoch == every
 
 
-def test_validations_by_batches_are_left_alone():
-    _, trace = run(Scored(8), None, LargeBatchRegime(4), val_check_interval=0.5, max_epochs=1)
-    assert trace.validated == [4, 8, 12, 15]
-    _, trace = run(Scored(8), None, LargeBatchRegime(4), val_check_interval=5, check_val_every_n_epoch=None)
-    assert trace.validated[:3] == [5, 10, 15]
+WITHIN = [
+    {"val_check_interval": 0.5},
+    {"val_check_interval": 0.25, "check_val_every_n_epoch": 2},
+    {"val_check_interval": 6},
+    {"val_check_interval": 15},
+    {"val_check_interval": 12, "check_val_every_n_epoch": None},
+    {"val_check_interval": 20, "check_val_every_n_epoch": None},
+]
+
+
+@pytest.mark.parametrize("options", WITHIN, ids=str)
+@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (30, 1), (60, 1), (10, 3)])
+def test_validations_within_epochs_count_updates_of_the_reference_run(options, batch, accumulate):
+    _, reference = run(Scored(4), None, **options)
+    assert reference.validated
+    trainer, trace = run(Scored(batch), None, LargeBatchRegime(4), accumulate_grad_batches=accumulate, **options)
+    assert trace.validated == reference.validated
+    for name, value in options.items():
+        assert getattr(trainer, name) == value
+    share = LargeBatchRegime(4, train_longer=0.25)
+    _, trace = run(Scored(batch), None, share, accumulate_grad_batches=accumulate, **options)
+    due = [math.ceil(update / share.plan.pace) for update in reference.validated]
+    assert trace.validated == sorted(set(due))
+
+
+def test_an_interval_of_validations_that_no_reference_epoch_has_is_refused():
+    with pytest.raises(MisconfigurationException, match="val_check_interval=16 is more than the 15 updates"):
+        run(Scored(30), None, LargeBatchRegime(4), val_check_interval=16)
+
+
+@pytest.mark.parametrize("batch", [8, 30, 60])
+def test_early_stopping_and_checkpoints_follow_validations_within_epochs(batch, tmp_path):
+    def stopped(batch, *callbacks):
+        save = ModelCheckpoint(tmp_path / str(batch), "{step}", save_top_k=-1, every_n_epochs=2)
+        stop = EarlyStopping("score", patience=4)
+        options = {"val_check_interval": 0.2, "max_epochs": 12, "enable_checkpointing": True}
+        trainer, _ = run(Scored(batch), None, stop, save, *callbacks, **options)
+        return trainer.global_step, sorted(path.name for path in (tmp_path / str(batch)).glob("*.ckpt"))
+
+    assert stopped(batch, LargeBatchRegime(4)) == stopped(4)
+
+
+def test_the_reference_epoch_is_told(tmp_path):
+    seen = {}
+
+    class Reads(Regression):
+        def training_step(self, batch, batch_idx):
+            seen.setdefault(int(self.regime.reference_epoch), self.trainer.global_step)
+            return super().training_step(batch, batch_idx)
+
+    for options, here in (({}, 15), ({"train_longer": 0.2}, 5), ({"train_longer": False}, 2)):
+        seen.clear()
+        module = Reads()
+        module.regime = LargeBatchRegime(4, **options)
+        assert module.regime.reference_epoch == 0
+        logger = CSVLogger(tmp_path, name=str(here))
+        trainer, _ = run(module, loader(30), module.regime, logger=logger, log_every_n_steps=1)
+        epoch = float(module.regime.plan.stretched_epoch)
+        assert seen == {number: math.ceil(number * epoch) for number in range(6)}
+        assert module.regime.reference_epoch == trainer.global_step / epoch
+        rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+        key = "lightning_gap/regime/reference_epoch"
+        told = [float(row[key]) for row in rows if row.get(key)]
+        assert told == pytest.approx([update / epoch for update in range(1, trainer.global_step + 1)])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +124,7 @@ def test_patience_counts_reference_epochs(monitor, at_epoch_end):
     stop = EarlyStopping(monitor, patience=3, check_on_train_epoch_end=at_epoch_end)
     trainer, _ = run(Scored(4), None, stop, max_epochs=12)
     assert trainer.global_step == 7 * 15  # best at the fourth epoch, and three more
-    for batch, end in ((8, 112), (30, 106), (64, 105)):
+    for batch, end in ((8, 112), (30, 106), (60, 105)):
         for order in (0, 1):
             stop = EarlyStopping(monitor, patience=3, check_on_train_epoch_end=at_epoch_end)
             callbacks = [LargeBatchRegime(4), stop] if order else [stop, LargeBatchRegime(4)]

@@ -62,21 +62,25 @@ def test_the_learning_rate_alone_waits_for_the_data():
     assert given.tensor[0, 0] == trace.tensor[0, 0]
 
 
-def test_a_length_that_is_not_known_before_setup_is_refused_with_a_remedy():
-    module = InSetup()
-    with pytest.raises(MisconfigurationException, match=r"LightningDataModule.*train_longer=False"):
-        run(module, None, LargeBatchRegime(4))
-    for data in (Data(), loader(30)):  # the remedies
-        trainer, _ = run(Regression(), data, LargeBatchRegime(4))
-        assert trainer.global_step == 90
-    assert run(InPrepareData(), None, LargeBatchRegime(4))[0].global_step == 90  # it comes first
-    _, trace = run(module, None, LargeBatchRegime(4, batch_size=30), max_steps=5, max_epochs=-1)
+def test_a_length_is_planned_once_the_data_are_there():
+    for module, data in (
+        (InSetup(), None),
+        (InPrepareData(), None),
+        (Regression(), Data()),
+        (Regression(), loader(30)),
+    ):
+        trainer, _ = run(module, data, LargeBatchRegime(4))
+        assert (trainer.global_step, trainer.max_epochs) == (90, 6)
+    _, trace = run(InSetup(), None, LargeBatchRegime(4, batch_size=30), max_steps=5, max_epochs=-1)
     assert len(trace.rates) == 5
+    with pytest.raises(MisconfigurationException, match=r"LightningDataModule.*train_longer=False"):
+        run(InSetup(), None, LargeBatchRegime(4, stretch_schedulers=False))  # the limits are to be there before setup
 
 
-def test_it_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("longer", [False, 0.5, True])
+def test_it_resumes_bit_for_bit(longer, tmp_path):
     def regime(reference=4):
-        return LargeBatchRegime(reference, train_longer=False, warmup_updates=5, clip_norm=0.5)
+        return LargeBatchRegime(reference, train_longer=longer, warmup_updates=5, clip_norm=0.5)
 
     save = SaveAt(tmp_path)
     _, whole = run(straight := InSetup(), None, regime(), save, max_epochs=4)

@@ -1,0 +1,176 @@
+"""What a trainer answers about lengths while the user's code writes the reference run: the reference run's numbers."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+__all__ = ["ReferenceAnswers"]
+
+# What a trainer is asked for, and what it answers only while one of the two is on.
+_LENGTHS = ("max_epochs", "max_steps", "num_training_batches", "accumulate_grad_batches", "estimated_stepping_batches")
+_ONE_DEVICE = ("world_size", "num_devices", "num_nodes")
+_PLACES = ("current_epoch", "global_step")
+# Whose questions are answered with the truth: the loops that really run, and what plans them.
+_TRUTH_FOR = (
+    "lightning.pytorch.",
+    "lightning.fabric.",
+    "torch.",
+    "lightning_gap.regime.",
+    "lightning_gap.ghost.",
+    "lightning_gap.parallel",
+)
+
+
+class ReferenceAnswers:
+    """Lets a trainer, and the length of its training loader, answer as in the reference run.
+
+    What the user writes in ``configure_optimizers`` and in the setup hooks before it is the reference run: one device,
+    its own batch, no accumulation. So whatever it asks of lengths there is answered with the reference run's, and what
+    comes of it is the reference run's schedule. The trainer's own loops are told the truth.
+
+    Args:
+        trainer: The trainer.
+        lengths: Returns the answers by the name of the trainer's attribute; asked when they are needed.
+        is_training_loader: Whether a loader is that of the training data.
+        updates_per_epoch: Returns the updates in a reference epoch: the length of the loader there.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        lengths: Callable[[], dict[str, Any]],
+        is_training_loader: Callable[[Any], bool],
+        updates_per_epoch: Callable[[], int],
+    ) -> None:
+        self._trainer, self._lengths = trainer, lengths
+        self._is_training_loader, self._updates_per_epoch = is_training_loader, updates_per_epoch
+        self._kind = type(trainer)
+        self._answers: dict[str, Any] = {}
+        self._lengths_on = False
+        self._asking = False
+        self._reference = type(
+            self._kind.__name__,
+            (self._kind,),
+            {"__module__": self._kind.__module__, "__qualname__": self._kind.__qualname__}
+            | {name: self._property(name) for name in (*_LENGTHS, *_ONE_DEVICE, *_PLACES)},
+        )
+        self._module: LightningModule | None = None
+        self._users: Callable[..., Any] | None = None  # a configure_optimizers that is the instance's own
+        self._length: tuple[type, Any] | None = None  # the class whose __len__ is ours, and its own one
+
+    def _property(self, name: str) -> property:
+        inherited = getattr(self._kind, name, None)
+
+        def get(trainer: Any) -> Any:
+            if name in self._answers:
+                return self._answers[name]
+            if self._lengths_on and name in _LENGTHS and not self._asks_for_truth():
+                answers = self._ask()
+                if name in answers:
+                    return answers[name]
+            return inherited.__get__(trainer) if isinstance(inherited, property) else vars(trainer)[name]
+
+        def put(trainer: Any, value: Any) -> None:
+            if isinstance(inherited, property):
+                inherited.__set__(trainer, value)
+            else:
+                vars(trainer)[name] = value
+
+        return property(get, put)
+
+    def _asks_for_truth(self) -> bool:
+        return self._asking or sys._getframe(2).f_globals.get("__name__", "").startswith(_TRUTH_FOR)
+
+    def _ask(self) -> dict[str, Any]:
+        self._asking = True  # planning asks the trainer itself
+        try:
+            return self._lengths()
+        finally:
+            self._asking = False
+
+    def begin(
+        self, pl_module: LightningModule, loader: type, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        """Answer with the reference run's lengths, until ``configure_optimizers`` has returned.
+
+        Args:
+            pl_module: The module, in whose ``configure_optimizers`` the run has one device too.
+            loader: The class of the training loader.
+            before: Called when ``configure_optimizers`` is.
+            after: Called when it has returned.
+        """
+        cast_trainer: Any = self._trainer
+        cast_trainer.__class__, self._lengths_on = self._reference, True
+        self._module, self._users = pl_module, vars(pl_module).get("configure_optimizers")
+        configure = pl_module.configure_optimizers
+
+        def configure_optimizers() -> Any:
+            before()
+            self._answers.update(dict.fromkeys(_ONE_DEVICE, 1))
+            try:
+                return configure()
+            finally:
+                self.end()
+                after()
+
+        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        self._answer_length(loader)
+
+    def _answer_length(self, loader: type) -> None:
+        own = getattr(loader, "__len__", None)
+        if own is None:
+            return
+        self._length = (loader, vars(loader).get("__len__"))
+
+        def length(this: Any) -> int:
+            if self._asks_for_truth():
+                return int(own(this))
+            self._ask()
+            return self._updates_per_epoch() if self._is_training_loader(this) else int(own(this))
+
+        loader.__len__ = length  # type: ignore[attr-defined]
+
+    def end(self) -> None:
+        """Answer with the truth again."""
+        cast_trainer: Any = self._trainer
+        cast_trainer.__class__, self._lengths_on = self._kind, False
+        self._answers.clear()
+        if self._module is not None:
+            if self._users is None:
+                vars(self._module).pop("configure_optimizers", None)
+            else:
+                self._module.configure_optimizers = self._users  # type: ignore[method-assign]
+            self._module = self._users = None
+        if self._length is not None:
+            loader, own = self._length
+            if own is None:
+                del loader.__len__  # type: ignore[attr-defined]
+            else:
+                loader.__len__ = own  # type: ignore[attr-defined]
+            self._length = None
+
+    @contextmanager
+    def at(self, epoch: int, update: int) -> Iterator[None]:
+        """Answer as the reference run does at one of its updates, its place included.
+
+        Args:
+            epoch: What its ``current_epoch`` is.
+            update: What its ``global_step`` is.
+        """
+        cast_trainer: Any = self._trainer
+        before = type(self._trainer), self._answers
+        self._answers = {**self._ask(), "current_epoch": epoch, "global_step": update}
+        cast_trainer.__class__ = self._reference
+        try:
+            yield
+        finally:
+            cast_trainer.__class__, self._answers = before
+
+
+def length_holder(loader: Any) -> type:
+    """Return the class whose length is asked for where a training loader's is; a ``DataLoader`` if there is none."""
+    return DataLoader if loader is None else type(loader)

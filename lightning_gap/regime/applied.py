@@ -1,0 +1,119 @@
+"""A plan applied to optimizers and schedulers, with or without a Trainer."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+from warnings import warn
+from weakref import WeakSet
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.lengths import check_lengths
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.rollout import follows_its_factor
+from lightning_gap.regime.scaling import check_rule, scale_moments, scale_optimizer
+from lightning_gap.regime.schedules import is_of_torch, scale_momentums, scale_scheduler
+from lightning_gap.regime.warmup import Warmup
+
+__all__ = ["apply_plan", "check_unscaled", "scale"]
+
+# What has been scaled: who keeps an optimizer must not have it scaled again.
+_scaled: WeakSet[Optimizer] = WeakSet()
+
+
+def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers whose learning rates are scaled already.
+
+    Args:
+        optimizers: The optimizers.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if any(optimizer in _scaled for optimizer in optimizers):
+        raise ValueError(
+            "an optimizer of an earlier fit has come again, whose learning rates are scaled already. Make a new "
+            "optimizer and new schedulers for each run, in configure_optimizers under a Trainer."
+        )
+
+
+def scale(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float, moment_ratio: float) -> None:
+    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments.
+
+    Args:
+        optimizers: The optimizers.
+        schedulers: Their schedulers.
+        factor: What to multiply learning rates by.
+        moment_ratio: What to multiply 1 - beta by.
+    """
+    optimizers, schedulers = list(optimizers), list(schedulers)
+    if factor != 1.0:
+        _scaled.update(optimizers)
+        for optimizer in optimizers:
+            scale_optimizer(optimizer, factor)
+        for scheduler in schedulers:
+            scale_scheduler(scheduler, factor)
+    if moment_ratio != 1.0:
+        for optimizer in optimizers:
+            scale_moments(optimizer, moment_ratio)
+        for scheduler in schedulers:
+            scale_momentums(scheduler, moment_ratio)
+
+
+def apply_plan(
+    plan: RegimePlan,
+    optimizers: Optimizer | Iterable[Optimizer],
+    schedulers: Any = (),
+    *,
+    interval: Literal["epoch", "step"] = "epoch",
+    stretch_schedulers: Literal["auto", True] = "auto",
+) -> RegimeClock:
+    """Do what :meth:`RegimePlan.apply` says."""
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    schedulers = list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
+    if interval not in ("epoch", "step"):
+        raise ValueError(f'interval={interval!r} must be "epoch" or "step": when the reference run steps schedulers.')
+    ticked = [scheduler for scheduler in schedulers if not isinstance(scheduler, ReduceLROnPlateau)]
+    if ticked and plan.reference_updates_per_epoch is None:
+        raise ValueError("the plan has no lengths to step schedulers by: pass samples= to plan_regime.")
+    check_unscaled(optimizers)
+    for optimizer in optimizers:
+        if doubt := check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer):
+            warn(doubt, stacklevel=3)
+    clocks = [clock_of(plan, scheduler, interval) for scheduler in ticked]
+    for clock in clocks:
+        check_lengths(clock, plan, trust=stretch_schedulers is True)
+        if not is_of_torch(clock.scheduler) and not follows_its_factor(clock, plan, plan.lr_factor):
+            raise ValueError(unscalable(clock.scheduler))
+    scale(optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
+    warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in optimizers]
+    return RegimeClock(plan, clocks, warmups)
+
+
+def clock_of(
+    plan: RegimePlan, scheduler: Any, interval: Literal["epoch", "step"], frequency: int = 1
+) -> ReferenceClock:
+    """Return when the reference run steps a scheduler.
+
+    Args:
+        plan: The plan of the run, with lengths.
+        scheduler: The scheduler.
+        interval: Whether it counts epochs or updates.
+        frequency: Every how many of these.
+    """
+    per_epoch = plan.reference_updates_per_epoch
+    assert per_epoch is not None
+    return ReferenceClock(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates)
+
+
+def unscalable(scheduler: Any) -> str:
+    """Return why a scheduler is refused whose learning rates are not all known.
+
+    Args:
+        scheduler: The scheduler.
+    """
+    return (
+        f"{type(scheduler).__name__} keeps a learning rate by a name that does not say so, and cannot be scaled. Use "
+        'a scheduler of torch or timm, name its rates with "lr", or pass lr_rule="none".'
+    )

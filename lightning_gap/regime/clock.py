@@ -1,0 +1,173 @@
+"""When the reference run steps its schedulers, in the updates of this run, and a clock that steps them then."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from math import floor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from lightning_gap.regime.plan import RegimePlan
+    from lightning_gap.regime.warmup import Warmup
+
+__all__ = ["ReferenceClock", "RegimeClock"]
+
+
+class ReferenceClock(NamedTuple):
+    """When the reference run steps a scheduler, in this run's updates.
+
+    Attributes:
+        scheduler: The scheduler.
+        interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
+        frequency: Every how many epochs, or every how many updates within an epoch.
+        updates_per_epoch: The updates of one reference epoch.
+        pace: Reference updates that pass in one update of this run; 1 where it makes as many.
+        last: The last reference update; ``None`` where nothing limits them.
+
+    Example:
+        >>> clock = ReferenceClock(None, "epoch", 2, 5)
+        >>> [update for update in range(1, 31) if clock.steps(update)]
+        [10, 20, 30]
+        >>> clock = ReferenceClock(None, "step", 2, 5)
+        >>> [update for update in range(1, 11) if clock.steps(update)]
+        [2, 4, 7, 9]
+        >>> clock = ReferenceClock(None, "step", 1, 5, pace=Fraction(5, 2))  # two updates for five of the reference run
+        >>> [clock.steps(update) for update in range(1, 5)]
+        [2, 3, 2, 3]
+    """
+
+    scheduler: Any
+    interval: Literal["epoch", "step"]
+    frequency: int
+    updates_per_epoch: int
+    pace: Fraction = Fraction(1)
+    last: int | None = None
+
+    def steps(self, update: int) -> int:
+        """Return how many times the reference run steps the scheduler between the update before and this one.
+
+        Args:
+            update: The number of the update, from 1.
+        """
+        before, after = (self.reference_update(each) for each in (update - 1, update))
+        return self.steps_until(after) - self.steps_until(before)
+
+    def reference_update(self, update: int) -> int:
+        """Return how many updates the reference run has made after some of this run's.
+
+        Args:
+            update: Updates of this run.
+        """
+        passed = floor(self.pace * update)
+        return passed if self.last is None else min(passed, self.last)
+
+    def steps_until(self, reference_update: int) -> int:
+        """Return how many times the reference run has stepped the scheduler after some of its updates.
+
+        Args:
+            reference_update: Updates of the reference run.
+        """
+        epochs, within = divmod(reference_update, self.updates_per_epoch)
+        if self.interval == "epoch":
+            return epochs // self.frequency
+        return epochs * (self.updates_per_epoch // self.frequency) + within // self.frequency
+
+    def reference_update_of(self, step: int) -> int:
+        """Return after which update of its own the reference run steps the scheduler for the n-th time.
+
+        Args:
+            step: Which time, n, from 1.
+        """
+        if self.interval == "epoch":
+            return step * self.frequency * self.updates_per_epoch
+        epochs, within = divmod(step - 1, self.updates_per_epoch // self.frequency)
+        return epochs * self.updates_per_epoch + (within + 1) * self.frequency
+
+
+class RegimeClock:
+    """Steps the reference run's schedulers in this run, and says how far the run is: one :meth:`step` an update.
+
+    :meth:`RegimePlan.apply` returns one.
+
+    Args:
+        plan: The plan of the run.
+        clocks: When each scheduler is stepped. Those of updates are stepped before those of epochs.
+        warmups: Of each optimizer, what warms it up.
+        step_scheduler: Steps a scheduler once. Default: ``scheduler.step()``.
+        reference: A context in which a scheduler is stepped, of the reference run's ``current_epoch`` and
+            ``global_step``.
+
+    Attributes:
+        updates: Updates made, ``None`` before the first is known of.
+    """
+
+    def __init__(
+        self,
+        plan: "RegimePlan",
+        clocks: Iterable[ReferenceClock] = (),
+        warmups: "Iterable[Warmup]" = (),
+        step_scheduler: Callable[[Any], Any] | None = None,
+        reference: Callable[[int, int], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.plan, self.warmups = plan, list(warmups)
+        # Within one update, Lightning steps the schedulers of every update before those of every epoch.
+        self.clocks = sorted(clocks, key=lambda clock: clock.interval == "epoch")
+        self._step_scheduler = step_scheduler or (lambda scheduler: scheduler.step())
+        self._reference = reference or (lambda epoch, update: nullcontext())
+        self.updates: int | None = None
+
+    def step(self) -> None:
+        """Count an update, and step the schedulers that the reference run steps after it."""
+        self.advance((self.updates or 0) + 1)
+
+    def advance(self, update: int) -> None:
+        """Step the schedulers that the reference run steps up to an update; the updates must not go back.
+
+        Args:
+            update: Updates made.
+        """
+        for passed in range((self.updates or 0) + 1, update + 1):
+            for clock in self.clocks:
+                if clock.steps(passed):
+                    self._step(clock, passed)
+        self.updates = update
+
+    def _step(self, clock: ReferenceClock, update: int) -> None:
+        first, last = (clock.steps_until(clock.reference_update(each)) for each in (update - 1, update))
+        for step in range(first + 1, last + 1):
+            self.step_once(clock, clock.reference_update_of(step))
+
+    def step_once(self, clock: ReferenceClock, reference_update: int) -> None:
+        """Step a scheduler as the reference run does after one of its updates.
+
+        Args:
+            clock: The scheduler's clock.
+            reference_update: The number of that update, from 1.
+        """
+        with self._reference((reference_update - 1) // clock.updates_per_epoch, reference_update):
+            self._step_scheduler(clock.scheduler)
+
+    @property
+    def reference_epoch(self) -> float:
+        """How many epochs of the reference run are over, a part of one included."""
+        epoch = self.plan.stretched_epoch
+        return float("nan") if epoch is None else float((self.updates or 0) / epoch)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has made all its updates."""
+        return self.plan.updates is not None and (self.updates or 0) >= self.plan.updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run is, for a checkpoint; the optimizers and schedulers have states of their own."""
+        return {"updates": self.updates or 0, "warmed": [warmup.made for warmup in self.warmups]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint was written.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned then.
+        """
+        self.updates = state_dict["updates"]
+        for warmup, made in zip(self.warmups, state_dict["warmed"], strict=True):
+            warmup.made = made

@@ -1,0 +1,158 @@
+"""Lengths of this run in a schedule of the reference run: told by their numbers, and refused."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lightning_gap.regime.clock import ReferenceClock
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out, turns
+
+__all__ = ["check_lengths", "curve"]
+
+# The parts of a run at which schedules are wont to turn.
+_SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9)
+# A schedule of zeros for more than this share of the run is nobody's wish.
+_IDLE = 0.1
+
+
+def check_lengths(
+    clock: ReferenceClock,
+    plan: RegimePlan,
+    *,
+    trust: bool,
+    batches: Iterable[int] = (),
+    step: Callable[[Any], Any] | None = None,
+    reference: Callable[[int, int], Any] | None = None,
+) -> Rollout | None:
+    """Roll a schedule out over the reference run, and refuse it if it has the length of another run.
+
+    Args:
+        clock: The scheduler's clock.
+        plan: The plan of the run, with lengths.
+        trust: Whether all its lengths are declared to be the reference run's.
+        batches: Further numbers of batches in an epoch of this run, as a loader may tell them.
+        step: Steps a scheduler once.
+        reference: The context of a step, see :class:`RegimeClock`.
+
+    Returns:
+        The roll-out; ``None`` where nothing limits the reference run.
+
+    Raises:
+        ValueError: If it fails before the reference run ends, or has a length that is this run's.
+    """
+    name = type(clock.scheduler).__name__
+    if plan.reference_updates is None:
+        return None
+    seen = roll_out(clock, plan, step, reference)
+    if not trust and plan.reclocked and (found := _of_this_run(clock, plan, seen, batches)):
+        raise ValueError(found)
+    if seen.error is not None:
+        at = clock.reference_update_of(len(seen.rates)) if seen.rates else 0
+        raise ValueError(
+            f"{name} fails at update {at} of the reference run's {plan.reference_updates}: {seen.error} "
+            f"{_remedy(clock, plan)}"
+        )
+    idle = _idle(seen.rates)
+    if not trust and plan.reclocked and idle > _IDLE * len(seen.rates) and clock.interval == "step":
+        raise ValueError(
+            f"{name} has the learning rate 0 in {idle} of the reference run's {len(seen.rates) - 1} "
+            f"steps. {_remedy(clock, plan)}"
+        )
+    return seen
+
+
+def _idle(rates: list[float]) -> int:
+    """Return in how many steps up to the end the learning rate is 0; in none if there is no other."""
+    return next((count for count, rate in enumerate(reversed(rates)) if rate), 0)
+
+
+def _of_this_run(clock: ReferenceClock, plan: RegimePlan, seen: Rollout, batches: Iterable[int]) -> str | None:
+    """Return what is wrong with a schedule that has a length of this run, or ``None``."""
+    ours = _lengths(clock, plan, batches)
+    held, name = hidden_lengths(clock.scheduler), type(clock.scheduler).__name__
+    bends = {f"{name}: {what}": at for what, at in turns(seen.rates).items()} if seen.whole else {}
+    for what, length in held.items():
+        if length in ours:
+            return _told(clock, plan, what, length, ours[length])
+    for what, at in bends.items():
+        for number in (at, at - 1, at + 1):  # a schedule may count from 0 or from 1
+            if ours.get(number) == number and at not in (plan.reference_updates, plan.reference_epochs):
+                return _told(clock, plan, what, at, number)
+    here = (plan.reference_epochs or 0) * (plan.updates_per_epoch or 0)
+    lowest = bends.get(f"{name}: lowest")
+    if lowest is not None and clock.interval == "step" and abs(lowest - here) <= 1:
+        return _told(clock, plan, f"{name}: lowest", lowest, here)
+    return None
+
+
+def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> dict[int, int]:
+    """Return the lengths that are this run's and not the reference run's, in the steps of a clock.
+
+    Of each it is told what whole it is a part or a multiple of.
+    """
+    epochs, there = plan.reference_epochs or 1, plan.reference_updates_per_epoch or 1
+    if clock.interval == "epoch":
+        if plan.reference_epochs is None:
+            return {}
+        by_hand = round(epochs * plan.ratio)  # as one who multiplies the epochs
+        return {each: each for each in (plan.epochs, by_hand) if each and each > 1 and each != epochs}
+    here = {plan.updates_per_epoch or 1, *batches}
+    if plan.samples is not None:
+        here.add(plan.samples // plan.batch_size)
+    total = plan.reference_updates or 0
+    whole_epochs = {there * count for count in range(1, epochs + 1)}
+    theirs = _parts(there) | _parts(total) | whole_epochs | {total}
+    ours = {count * each: each for each in here if each > 9 for count in range(2, 11)}
+    ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
+    # A round number was rather written than computed.
+    ours = {number: whole for number, whole in ours.items() if number % 50 and number not in theirs}
+    wholes = {each * count for each in here for count in (epochs, plan.epochs or epochs)} | {plan.updates}
+    wholes |= {each for each in here if each > 9}
+    return ours | {each: each for each in wholes if each and each > 1 and each not in whole_epochs | {total}}
+
+
+def _parts(whole: int) -> set[int]:
+    parts = {round_to(share * whole) for share in _SHARES for round_to in (int, round)}
+    return {part for part in parts if part > 9}
+
+
+def _told(clock: ReferenceClock, plan: RegimePlan, what: str, number: int, whole: int) -> str:
+    part = f"{number}" if number == whole else f"{number}, a part or a multiple of {whole},"
+    return f"{what} = {part} looks like a length of this run. {_remedy(clock, plan)}"
+
+
+def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
+    if clock.interval == "epoch":
+        length = f"{plan.reference_epochs} epochs, and this run {plan.epochs}"
+    else:
+        length = f"{plan.reference_updates} updates, {plan.reference_updates_per_epoch} an epoch"
+    return (
+        f"The reference run has {length}. Ask for lengths in configure_optimizers, where trainer.max_epochs, "
+        "trainer.estimated_stepping_batches and len(loader) are the reference run's, or write the reference run's "
+        "number. If all lengths are the reference run's as they are, pass stretch_schedulers=True; if they are this "
+        "run's, stretch_schedulers=False."
+    )
+
+
+def curve(
+    plan: RegimePlan, rate: float, rollouts: Sequence[tuple[ReferenceClock, Rollout]]
+) -> tuple[tuple[int, float, int, float], ...]:
+    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run.
+
+    Args:
+        plan: The plan of the run.
+        rate: The reference run's first learning rate.
+        rollouts: The schedules of the first optimizer that were rolled out.
+    """
+    points = []
+    for quarter in range(5 if plan.updates else 0):
+        before = quarter * ((plan.updates or 1) - 1) // 4
+        reference_update, now = math.floor(plan.pace * before), rate
+        for clock, seen in rollouts:
+            steps = clock.steps_until(reference_update)
+            if len(rollouts) > 1 or steps >= len(seen.rates):
+                return ()  # not told by one schedule, or not looked at so far
+            now = seen.rates[steps]
+        points.append((reference_update + 1, now, before + 1, now * plan.lr_factor))
+    return tuple(points)

@@ -1,0 +1,249 @@
+"""A schedule rolled out before the run: its learning rates over the reference run, and the lengths that it hides."""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.scaling import scale_optimizer
+from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
+
+__all__ = [
+    "Rollout",
+    "can_be_copied",
+    "follows_its_factor",
+    "hidden_lengths",
+    "optimizer_of",
+    "roll_out",
+    "turns",
+]
+
+# No look ahead takes longer, in seconds: half a million updates of a schedule by updates.
+_PATIENCE = 10.0
+# Two rates are the same to this share of the highest.
+_SAME = 1e-9
+
+
+class Rollout(NamedTuple):
+    """What the first parameter group's learning rate does over the reference run.
+
+    Attributes:
+        rates: After each step of the scheduler, the first before any.
+        error: What it raised instead of a further step.
+        whole: Whether all the reference run was looked at.
+    """
+
+    rates: list[float]
+    error: Exception | None
+    whole: bool
+
+
+Step = Callable[[Any], Any]
+Reference = Callable[[int, int], Any]
+
+
+def roll_out(clock: ReferenceClock, plan: Any, step: Step | None = None, reference: Reference | None = None) -> Rollout:
+    """Step a copy of a scheduler through the reference run; the scheduler and its optimizer are left as they are.
+
+    Args:
+        clock: The scheduler's clock; its ``last`` is the length of the reference run.
+        plan: The plan of the run.
+        step: Steps a scheduler once. Default: ``scheduler.step()``.
+        reference: The context of a step, see :class:`RegimeClock`.
+
+    Example:
+        >>> from lightning_gap.regime.plan import RegimePlan
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> linear = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / 4)
+        >>> roll_out(ReferenceClock(linear, "step", 1, 2, last=4), RegimePlan(1, 1, "none", 1.0)).rates
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+        >>> sgd.param_groups[0]["lr"]
+        1.0
+    """
+    rates: list[float] = []
+    if optimizer_of(clock.scheduler) is None or not can_be_copied(clock.scheduler):
+        return Rollout(rates, None, whole=False)
+    try:
+        for groups in _rates(clock, plan, 1.0, step, reference):
+            rates.append(groups[0])
+    except TimeoutError:
+        return Rollout(rates, None, whole=False)
+    except Exception as error:  # whatever a scheduler, or a user's lr_scheduler_step, raises
+        return Rollout(rates, error, whole=True)
+    return Rollout(rates, None, whole=True)
+
+
+def follows_its_factor(
+    clock: ReferenceClock, plan: Any, factor: float, step: Step | None = None, reference: Reference | None = None
+) -> bool:
+    """Return whether all learning rates of a scheduler are known by name, so that scaling these scales its schedule.
+
+    Args:
+        clock: The scheduler's clock.
+        plan: The plan of the run.
+        factor: What the learning rates are to be multiplied by.
+        step: Steps a scheduler once.
+        reference: The context of a step.
+    """
+    highest = 0.0
+    ways = (_rates(clock, plan, each, step, reference) for each in (1.0, factor))
+    try:
+        for plain, scaled in zip(*ways, strict=True):
+            highest = max(highest, *map(abs, plain), 1e-300)
+            if any(abs(factor * a - b) > 1e-7 * factor * highest for a, b in zip(plain, scaled, strict=True)):
+                return False
+    except TimeoutError:
+        pass
+    return True
+
+
+def _rates(
+    clock: ReferenceClock, plan: Any, factor: float, step: Step | None, reference: Reference | None
+) -> Iterator[list[float]]:
+    scheduler, optimizer = _copies(clock.scheduler)
+    if factor != 1.0:
+        scale_optimizer(optimizer, factor)
+        scale_scheduler(scheduler, factor)
+    runner = RegimeClock(plan, (), (), step, reference)
+    copied = clock._replace(scheduler=scheduler)
+    yield _of_groups(optimizer)
+    began = time.monotonic()
+    for number in range(1, copied.steps_until(clock.last or 0) + 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a step without an update
+            runner.step_once(copied, copied.reference_update_of(number))
+        yield _of_groups(optimizer)
+        if time.monotonic() - began > _PATIENCE:
+            raise TimeoutError
+
+
+def _of_groups(optimizer: Any) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None] or [0.0]
+
+
+def _copies(scheduler: Any) -> tuple[Any, Any]:
+    """Return a copy of a scheduler, and of its optimizer without its state, which the copy steps."""
+    optimizer: Any = scheduler.optimizer
+    stand_in = copy.copy(optimizer)
+    stand_in.defaults = dict(optimizer.defaults)
+    stand_in.param_groups = [{key: _own(value) for key, value in group.items()} for group in optimizer.param_groups]
+    return copy.deepcopy(scheduler, {id(optimizer): stand_in}), stand_in
+
+
+def _own(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def can_be_copied(scheduler: Any) -> bool:
+    """Return whether a scheduler can be rolled out beside itself.
+
+    Args:
+        scheduler: Any scheduler.
+    """
+    try:
+        _copies(scheduler)
+    except Exception:  # whatever the parts of a scheduler raise that cannot be copied
+        return False
+    return True
+
+
+def turns(rates: list[float]) -> dict[str, int]:
+    """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still.
+
+    Args:
+        rates: After each step of the scheduler, the first before any.
+
+    Example:
+        >>> turns([1.0, 0.5, 0.0, 0.0])
+        {'end': 2}
+        >>> turns([1.0, 0.5, 0.0, 0.5, 1.0])
+        {'lowest': 2}
+        >>> turns([0.5, 1.0, 1.0])
+        {}
+    """
+    top = max(map(abs, rates), default=0.0)
+    if len(rates) < 2 or top == 0:
+        return {}
+    lowest = min(range(len(rates)), key=rates.__getitem__)
+    low = rates[lowest]
+    last = next((at for at in range(len(rates) - 1, 0, -1) if abs(rates[at] - rates[at - 1]) > _SAME * top), 0)
+    found = {}
+    if 0 < last < len(rates) - 1 and rates[last] < rates[last - 1]:
+        found["end"] = last
+    elif 0 < lowest < len(rates) - 1 and max(rates[:lowest]) > 0.5 * top and max(rates[lowest:]) > 0.01 * top + low:
+        found["lowest"] = lowest
+    return found
+
+
+def hidden_lengths(scheduler: Any) -> dict[str, int]:
+    """Return the whole numbers that a scheduler, its parts and its functions hold, by where they are.
+
+    Args:
+        scheduler: Any scheduler.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> def schedule(total):
+        ...     return torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / total)
+        >>> hidden_lengths(schedule(48))
+        {'LambdaLR: total': 48}
+    """
+    found: dict[str, int] = dict(horizons(scheduler)) if isinstance(scheduler, LRScheduler) else {}
+    for part in flattened(scheduler):
+        name = type(part).__name__
+        for function in getattr(part, "lr_lambdas", ()):
+            found |= {f"{name}: {key}": value for key, value in _whole_numbers(_held_by(function))}
+        if not isinstance(part, LRScheduler) or not type(part).__module__.startswith("torch.optim."):
+            found |= {
+                f"{name}.{key}": value for key, value in _whole_numbers(vars(part).items()) if not key.startswith("_")
+            }
+    return found
+
+
+def _held_by(function: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(function, partial):
+        return [
+            *((str(at), value) for at, value in enumerate(function.args)),
+            *function.keywords.items(),
+            *_held_by(function.func),
+        ]
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None:
+        return list(getattr(function, "__dict__", {}).items())
+    held = [
+        (name, cell.cell_contents) for name, cell in zip(code.co_freevars, cells or (), strict=False) if _full(cell)
+    ]
+    names = code.co_varnames[: code.co_argcount]
+    held += list(zip(reversed(names), reversed(function.__defaults__ or ()), strict=False))
+    held += [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
+    return held
+
+
+def _full(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # not yet set
+        return False
+    return True
+
+
+def _whole_numbers(held: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
+    for key, value in held:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            yield str(key), value
+
+
+def optimizer_of(scheduler: Any) -> Optimizer | None:
+    """Return the optimizer whose rates a scheduler sets; ``None`` where it has none."""
+    optimizer = getattr(scheduler, "optimizer", None)
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
