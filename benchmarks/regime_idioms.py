@@ -5,6 +5,7 @@ if it is not refused there, its lengths must be the reference run's. Prints ever
 
 Run: python benchmarks/regime_idioms.py            (each script at one share and batch, three minutes)
      python benchmarks/regime_idioms.py --all      (at every share and batch, an hour)
+     python benchmarks/regime_idioms.py --write    (as either, and writes docs/schedules.md)
      python benchmarks/regime_idioms.py --resume   (cut at twenty updates and resumed, bit for bit)
      python benchmarks/regime_idioms.py StepLR     (the schedulers or idioms with this in their names)
 
@@ -21,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "regime"))
+from idiom_page import PAGE, page
 from idiom_resumes import cells_to_resume, different_resumes
 from idiom_schedules import schedulers
-from regime_idioms import IDIOMS, REAL, SMALL, Cell, Outcome, balanced_cells, every_cell, outcome, start
+from idiom_scripts import Outcome, outcome, start
+from regime_idioms import IDIOMS, REAL, SMALL, Cell, balanced_cells, every_cell
 
 
 def resume(only: str, points: int = 20) -> None:
@@ -48,6 +51,7 @@ def said(cell: Cell) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every share and batch")
+    parser.add_argument("--write", action="store_true", help="write docs/schedules.md")
     parser.add_argument("--resume", action="store_true", help="resume, instead of comparing with the reference run")
     parser.add_argument("only", nargs="?", default="", help="part of the name of a scheduler or idiom")
     options = parser.parse_args()
@@ -56,18 +60,24 @@ def main() -> None:
         resume(options.only)
         return
     some = every_cell if options.all else balanced_cells
-    for title, run, cells in (
-        ("run to the end", outcome, some(SMALL)),
-        ("at real sizes, up to the first batch", start, some(REAL, asking=False)),
-    ):
+    found = [
         compare(title, run, [cell for cell in cells if options.only in cell.name or options.only in cell.idiom])
+        for title, run, cells in (
+            ("run to the end", outcome, some(SMALL)),
+            ("at real sizes, up to the first batch", start, some(REAL, asking=False)),
+        )
+    ]
+    if options.write:
+        PAGE.write_text(page(*found), encoding="utf-8")
 
 
-def compare(title: str, run: Callable[..., Outcome], cells: list[Cell]) -> None:
+def compare(title: str, run: Callable[..., Outcome], cells: list[Cell]) -> list[tuple[Cell, Outcome]]:
     rows: dict[tuple[str, str], Counter[str]] = {}
+    all_found = []
     began = time.perf_counter()
     for cell in cells:
         found = run(*cell)
+        all_found.append((cell, found))
         rows.setdefault((cell.idiom, cell.interval), Counter())[found.word] += 1
         if found.word == "WRONG" or (found.word == "refused" and IDIOMS[cell.idiom].asks):
             print(*said(cell), found.word, found.detail, flush=True)
@@ -77,6 +87,7 @@ def compare(title: str, run: Callable[..., Outcome], cells: list[Cell]) -> None:
         print(f"  {idiom:78} {interval:6}", *(f"{counts[word]:5} {word}" for word in words))
     total = sum(rows.values(), Counter())
     print(f"  {'all':85}", *(f"{total[word]:5} {word}" for word in words), f"in {time.perf_counter() - began:.0f} s")
+    return all_found
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from idiom_scripts import Script, quiet, script
 from lightning.pytorch.callbacks import ModelCheckpoint
-from regime_idioms import INTERVALS, SHARES, Batches, Cell, Script, quiet, script
+from regime_idioms import INTERVALS, SHARES, Batches, Cell
 from regime_runs import Trace
 from torch.utils.data import DataLoader
 

@@ -163,7 +163,6 @@ OWN: dict[str, Callable[[Optimizer, Length], Any]] = {
     "LambdaLR of settings": lambda o, n: of_settings(o, {"schedule": {"warmup": n.warmup, "total": n.total}}),
     "a subclass of LRScheduler": lambda o, n: WarmupCosine(o, n.warmup, n.total),
     "CosineAnnealingLR, lr_scheduler_step overridden": TORCH["CosineAnnealingLR"],
-    "warm-up in optimizer_step": lambda o, n: torch_schedulers.StepLR(o, step_size=n.total // 3, gamma=0.3),
     "told the epoch or update": lambda o, n: Numbered(o, n.total, by_epochs=n.epochs is None and n.per_epoch == 0),
 }
 

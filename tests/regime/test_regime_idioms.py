@@ -1,39 +1,62 @@
-"""Lengths from wherever scripts take them, under LargeBatchRegime: equal to the reference run's rates, or refused."""
-
-from importlib.util import find_spec
+"""Lengths from wherever scripts take them, under LargeBatchRegime: the reference run's rates, or refused."""
 
 import pytest
-from idiom_schedules import schedulers
-from regime_idioms import BATCHES, IDIOMS, SHARES, balanced_cells, outcome
+from idiom_page import PAGE, family, read
+from idiom_resumes import cells_to_resume, different_resumes
+from idiom_schedules import LAZY, schedulers
+from idiom_scripts import outcome, start
+from regime_idioms import IDIOMS, REAL, SHARES, SMALL, balanced_cells
 
-CELLS = balanced_cells()
+ASKING = [idiom for idiom, its in IDIOMS.items() if its.asks]
+TOLD = [idiom for idiom, its in IDIOMS.items() if not its.asks]
+SAID = read(PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("idiom", ASKING)
+def test_a_length_that_is_asked_for_is_the_reference_runs(idiom):
+    cells = [cell for cell in balanced_cells(SMALL) if cell.idiom == idiom]
+    different = {cell: found for cell in cells if (found := outcome(*cell)).word != "equal"}
+    assert cells
+    assert not different
 
 
 @pytest.mark.parametrize("idiom", IDIOMS)
-def test_a_schedule_is_the_reference_runs_or_refused(idiom):
-    wrong = {cell: found for cell in CELLS if cell.idiom == idiom and (found := outcome(*cell)).word == "WRONG"}
-    assert not wrong
+def test_at_real_sizes_lengths_of_this_run_are_told_and_others_left(idiom):
+    cells = [cell for cell in balanced_cells(REAL, asking=False) if cell.idiom == idiom]
+    usual = "equal" if IDIOMS[idiom].asks else "refused"
+    words = {cell: start(*cell).word for cell in cells}
+    # What cannot be told is named by the page.
+    different = [cell for cell, word in words.items() if word != usual]
+    assert cells
+    assert [cell for cell in different if not named(cell)] == []
 
 
-def test_every_idiom_and_every_scheduler_meets_every_share_and_batch():
-    for part in ("name", "idiom"):
-        met = {}
-        for cell in CELLS:
-            shares, batches = met.setdefault(getattr(cell, part), (set(), set()))
-            shares.add(cell.share)
-            batches.add(cell.batches)
-        for of, (shares, batches) in met.items():
-            if part == "name" or len([cell for cell in CELLS if cell.idiom == of]) > 10:
-                assert (shares, batches) == (set(SHARES), set(BATCHES)), of
+def named(cell):
+    return cell.name in SAID[cell.idiom, cell.interval][family(cell.name)].partition("not told: ")[2].split(", ")
 
 
-@pytest.mark.parametrize("library", ["transformers", "timm"])
-def test_the_schedules_of_a_library_are_among_them(library):
-    if find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
-    assert any(build.__module__ == "idiom_schedules" for build in schedulers().values())
+def test_the_page_has_every_idiom():
+    assert list(SAID) == [(idiom, interval) for idiom, its in IDIOMS.items() for interval in its.intervals()]
+    for (idiom, _), of in SAID.items():
+        usual = "equal" if IDIOMS[idiom].asks else "refused"
+        assert {words.partition(";")[0] for words in of.values()} <= {usual, "–"}
 
 
-@pytest.mark.parametrize("name", ["SequentialLR"])
-def test_a_run_resumes_from_any_update(name, tmp_path):
-    pass
+def test_every_scheduler_and_idiom_meets_every_share_and_batch():
+    for batches in (SMALL, REAL):
+        cells = balanced_cells(batches, asking=False)
+        for part, each in (("name", schedulers()), ("idiom", set(IDIOMS) - {c.idiom for c in cells if c.name in LAZY})):
+            for name in each:
+                met = [cell for cell in cells if getattr(cell, part) == name]
+                assert {cell.share for cell in met} == set(SHARES)
+                assert {cell.batches for cell in met} == set(batches)
+
+
+RESUMED = ("LambdaLR of a partial", "SequentialLR", "OneCycleLR", "told the epoch or update")
+
+
+@pytest.mark.parametrize("cell", cells_to_resume(RESUMED), ids=lambda cell: "-".join(map(str, cell[:2])))
+def test_a_run_resumes_from_any_update_bit_for_bit(cell, tmp_path):
+    different, updates = different_resumes(cell, tmp_path, points=3, seed=len(cell.name) + int(10 * cell.share))
+    assert updates > 3
+    assert different == []

@@ -1,0 +1,96 @@
+"""The large-batch regime in a loop of your own, without a Trainer: in plain torch, Lightning Fabric or accelerate.
+
+    python examples/own_loop.py
+    python examples/own_loop.py fabric
+    python examples/own_loop.py accelerate
+
+The images are scikit-learn's 1797 handwritten digits; the extra `data` brings them.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gap.regime import NoiseScaleEstimate, gradient_moments, plan_regime
+
+Prepare = Callable[..., tuple[Any, Any, Any]]
+Backward = Callable[[Tensor], Any]
+
+
+def train(model: nn.Module, loader: DataLoader[Any], epochs: int, prepare: Prepare, backward: Backward) -> nn.Module:
+    """Train at the loader's batch by the regime of a reference run at the batch 16."""
+    batch, samples = loader.batch_size, len(loader.dataset)
+    plan = plan_regime(reference_batch_size=16, batch_size=batch, samples=samples, max_epochs=epochs)
+    # The reference run, as you would write it: its learning rate, and a schedule as long as it is.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    schedule = CosineAnnealingLR(optimizer, T_max=plan.reference_updates)
+    # This run: the rates are scaled, and the clock steps the schedule.
+    clock = plan.apply(optimizer, schedule, interval="step")
+    model, optimizer, loader = prepare(model, optimizer, loader)
+    while not clock.over:
+        for images, labels in loader:
+            optimizer.zero_grad()
+            backward(nn.functional.cross_entropy(model(images), labels))
+            optimizer.step()
+            clock.step()
+            if clock.over:
+                break
+    return model
+
+
+def noise_scale(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pieces: int = 4) -> float:
+    """Return the batch at which more samples stop paying, from the gradients of batches and of their pieces."""
+    estimate = NoiseScaleEstimate(decay=0.9)
+    for images, labels in batches:
+        gradients = []
+        for x, y in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
+            loss = nn.functional.cross_entropy(model(x), y)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+        small, big = torch.stack(gradients).square().sum(1).mean(), torch.stack(gradients).mean(0).square().sum()
+        estimate.update(*gradient_moments(float(small), float(big), len(images) / pieces, len(images)))
+    return estimate.critical_batch_size
+
+
+def tools(name: str) -> tuple[Prepare, Backward]:
+    """Return what prepares a model, an optimizer and a loader, and what runs the backward pass."""
+    if name == "fabric":
+        from lightning.fabric import Fabric
+
+        fabric = Fabric(accelerator="cpu", devices=1)
+        return lambda model, optimizer, loader: (
+            *fabric.setup(model, optimizer),
+            fabric.setup_dataloaders(loader),
+        ), fabric.backward
+    if name == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        return accelerator.prepare, accelerator.backward
+    return lambda *parts: parts, Tensor.backward
+
+
+def main(name: str = "torch") -> None:
+    """Train at sixteen times the reference batch, and print what came of it."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images).float() / 16, torch.from_numpy(labels)
+    held_out = torch.arange(len(x)) % 5 == 0
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    data = TensorDataset(x[~held_out], y[~held_out])
+    critical = noise_scale(model, DataLoader(data, 256, shuffle=True, drop_last=True))
+    trained = train(model, DataLoader(data, 256, shuffle=True), 10, *tools(name))
+    with torch.no_grad():
+        right = (trained(x[held_out]).argmax(1) == y[held_out]).float().mean()
+    print(f"critical batch at the start: {critical:.0f}")
+    print(f"accuracy after 10 epochs of the batch 16, at the batch 256: {float(right):.3f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
