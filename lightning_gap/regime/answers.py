@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 __all__ = ["ReferenceAnswers"]
@@ -134,11 +135,34 @@ class ReferenceAnswers:
 
         loader.__len__ = length  # type: ignore[attr-defined]
 
+    def configured_otherwise(self, pl_module: LightningModule, loader: type, lengths: dict[str, Any]) -> Any:
+        """Return what ``configure_optimizers`` returns to other answers, and leave the module as it was.
+
+        Args:
+            pl_module: The module.
+            loader: The class of the training loader.
+            lengths: Other lengths by the name of the trainer's attribute.
+        """
+        trainer: Any = self._trainer
+        module_has = dict(vars(pl_module))
+        updates_per_epoch, self._updates_per_epoch = self._updates_per_epoch, lambda: lengths["num_training_batches"]
+        self._answers = lengths | dict.fromkeys(_ONE_DEVICE, 1)
+        trainer.__class__ = self._reference
+        self._answer_length(loader)
+        try:
+            with isolate_rng(include_cuda=False):
+                return pl_module.configure_optimizers()
+        finally:
+            self.end()
+            self._updates_per_epoch = updates_per_epoch
+            vars(pl_module).clear()
+            vars(pl_module).update(module_has)
+
     def end(self) -> None:
         """Answer with the truth again."""
         cast_trainer: Any = self._trainer
         cast_trainer.__class__, self._lengths_on = self._kind, False
-        self._answers.clear()
+        self._answers = {}
         if self._module is not None:
             if self._users is None:
                 vars(self._module).pop("configure_optimizers", None)

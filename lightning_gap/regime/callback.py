@@ -1,6 +1,7 @@
 """The callback that turns the regime of a small-batch reference run into the regime of the batch that really runs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -456,7 +457,13 @@ class LargeBatchRegime(Callback):
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
         batches = () if self._pass is None else (self._pass.batches,)
         rollouts = check_schedulers(
-            trainer, plan, self.stretch_schedulers, step=step, reference=reference, batches=batches
+            trainer,
+            plan,
+            self.stretch_schedulers,
+            step=step,
+            reference=reference,
+            batches=batches,
+            otherwise=self._otherwise(trainer, pl_module),
         )
         if plan.reclocked and validates_within_epochs(trainer):
             try:
@@ -501,6 +508,22 @@ class LargeBatchRegime(Callback):
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self._report(trainer, self.plan)
+
+    def _otherwise(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any] | None:
+        """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths."""
+        answers = self._answers
+        if answers is None or not self._reference_lengths(trainer):
+            return None
+        epochs, per_epoch = self._lengths["max_epochs"], self._lengths["num_training_batches"] + 7
+        limited = self._lengths["max_steps"] != -1
+        steps = self._lengths["max_steps"] + 11 if limited else -1
+        others = {
+            "max_epochs": epochs + 1 if epochs and epochs > 0 else epochs,
+            "max_steps": steps,
+            "num_training_batches": per_epoch,
+            "estimated_stepping_batches": steps if limited else per_epoch * ((epochs or 0) + 1),
+        }
+        return lambda: answers.configured_otherwise(pl_module, length_holder(self._loader), self._lengths | others)
 
     def _lift_epochs(self, trainer: Trainer) -> None:
         """Let a checkpoint be restored that has more epochs behind it, of a larger batch, than this run has in all."""

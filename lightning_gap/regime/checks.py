@@ -2,7 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +20,14 @@ from lightning_gap.regime.applied import clock_of, unscalable
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.rollout import Rollout, can_be_copied, follows_its_factor, optimizer_of
+from lightning_gap.regime.rollout import (
+    Rollout,
+    can_be_copied,
+    follows_its_factor,
+    hidden_lengths,
+    optimizer_of,
+    roll_out,
+)
 from lightning_gap.regime.scaling import check_rule
 from lightning_gap.regime.schedules import horizons, is_of_torch
 
@@ -191,6 +200,7 @@ def check_schedulers(
     step: Callable[[Any], Any] | None,
     reference: Callable[[int, int], Any] | None,
     batches: Iterable[int],
+    otherwise: Callable[[], Any] | None = None,
 ) -> list[tuple[ReferenceClock, Rollout]]:
     """Refuse the schedulers that cannot be matched, and warn of the doubtful ones.
 
@@ -201,12 +211,14 @@ def check_schedulers(
         step: Steps a scheduler once.
         reference: The context of a step, of the reference run's place.
         batches: Further numbers of batches in an epoch of this run.
+        otherwise: Returns what ``configure_optimizers`` returns to other lengths.
 
     Returns:
         The schedules of the first optimizer, rolled out.
     """
     rollouts = []
-    for config in trainer.lr_scheduler_configs:
+    asked = _Asked(trainer, otherwise, step, reference)
+    for at, config in enumerate(trainer.lr_scheduler_configs):
         scheduler, name = config.scheduler, type(config.scheduler).__name__
         if plan.train_longer and plan.updates_per_epoch is None and config.interval == "epoch":
             raise MisconfigurationException(
@@ -222,7 +234,13 @@ def check_schedulers(
                 clock = clock_of(plan, scheduler, clock.interval, config.frequency)
                 if stretch:
                     seen = check_lengths(
-                        clock, plan, trust=stretch is True, batches=batches, step=step, reference=reference
+                        clock,
+                        plan,
+                        trust=stretch is True,
+                        batches=batches,
+                        proven=partial(asked.proves, clock, plan, at),
+                        step=step,
+                        reference=reference,
                     )
                     if seen is not None and scheduler.optimizer is trainer.optimizers[0]:
                         rollouts.append((clock, seen))
@@ -232,6 +250,65 @@ def check_schedulers(
         except ValueError as error:
             raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
     return rollouts
+
+
+class _Asked:
+    """Asks ``configure_optimizers`` again, with other answers: a length that changes is one of the answers.
+
+    Args:
+        trainer: The trainer, with its schedulers.
+        otherwise: Returns what ``configure_optimizers`` returns to other lengths.
+        step: Steps a scheduler once.
+        reference: The context of a step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        otherwise: Callable[[], Any] | None,
+        step: Callable[[Any], Any] | None,
+        reference: Callable[[int, int], Any] | None,
+    ) -> None:
+        self._number, self._otherwise = len(trainer.lr_scheduler_configs), otherwise
+        self._step, self._reference = step, reference
+        self._others: list[Any] | None = None
+
+    def proves(self, clock: ReferenceClock, plan: RegimePlan, at: int, what: str, number: int) -> bool:
+        """Return whether a length, or without one the curve, of the n-th scheduler comes from the answers.
+
+        Args:
+            clock: The scheduler's clock.
+            plan: The plan of the run.
+            at: The scheduler's place among all.
+            what: Where the length is.
+            number: The length.
+        """
+        if self._otherwise is None:
+            return False
+        if self._others is None:
+            self._others = list(_schedulers_in(self._otherwise()))
+        if len(self._others) != self._number:
+            return False
+        other = self._others[at]
+        if what:
+            return hidden_lengths(other).get(what) != number
+        rates = [
+            roll_out(clock._replace(scheduler=each), plan, self._step, self._reference).rates
+            for each in (other, clock.scheduler)
+        ]
+        return rates[0] != rates[1]
+
+
+def _schedulers_in(configured: Any) -> Iterator[Any]:
+    if isinstance(configured, dict):
+        configured = [value for key, value in configured.items() if key in ("scheduler", "lr_scheduler")]
+    elif is_dataclass(configured):
+        configured = [configured.scheduler] if hasattr(configured, "scheduler") else []
+    if isinstance(configured, (list, tuple)):
+        for each in configured:
+            yield from _schedulers_in(each)
+    elif hasattr(configured, "optimizer") and hasattr(configured, "step"):
+        yield configured
 
 
 def _check_rates(

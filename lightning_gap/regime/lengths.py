@@ -12,6 +12,7 @@ __all__ = ["check_lengths", "curve"]
 
 # The parts of a run at which schedules are wont to turn.
 _SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9)
+Proven = Callable[[str, int], bool]
 # A schedule of zeros for more than this share of the run is nobody's wish.
 _IDLE = 0.1
 
@@ -22,6 +23,7 @@ def check_lengths(
     *,
     trust: bool,
     batches: Iterable[int] = (),
+    proven: Proven = lambda what, number: False,
     step: Callable[[Any], Any] | None = None,
     reference: Callable[[int, int], Any] | None = None,
 ) -> Rollout | None:
@@ -32,6 +34,7 @@ def check_lengths(
         plan: The plan of the run, with lengths.
         trust: Whether all its lengths are declared to be the reference run's.
         batches: Further numbers of batches in an epoch of this run, as a loader may tell them.
+        proven: Whether a number of a schedule, or without one its whole curve, is known to be the reference run's.
         step: Steps a scheduler once.
         reference: The context of a step, see :class:`RegimeClock`.
 
@@ -45,7 +48,7 @@ def check_lengths(
     if plan.reference_updates is None:
         return None
     seen = roll_out(clock, plan, step, reference)
-    if not trust and plan.reclocked and (found := _of_this_run(clock, plan, seen, batches)):
+    if not trust and plan.reclocked and (found := _of_this_run(clock, plan, seen, batches, proven)):
         raise ValueError(found)
     if seen.error is not None:
         at = clock.reference_update_of(len(seen.rates)) if seen.rates else 0
@@ -67,49 +70,64 @@ def _idle(rates: list[float]) -> int:
     return next((count for count, rate in enumerate(reversed(rates)) if rate), 0)
 
 
-def _of_this_run(clock: ReferenceClock, plan: RegimePlan, seen: Rollout, batches: Iterable[int]) -> str | None:
+def _of_this_run(
+    clock: ReferenceClock, plan: RegimePlan, seen: Rollout, batches: Iterable[int], proven: Proven
+) -> str | None:
     """Return what is wrong with a schedule that has a length of this run, or ``None``."""
+    name = type(clock.scheduler).__name__
     ours = _lengths(clock, plan, batches)
-    held, name = hidden_lengths(clock.scheduler), type(clock.scheduler).__name__
-    bends = {f"{name}: {what}": at for what, at in turns(seen.rates).items()} if seen.whole else {}
-    for what, length in held.items():
-        if length in ours:
+    for what, length in hidden_lengths(clock.scheduler).items():
+        if length in ours and not proven(what, length):
             return _told(clock, plan, what, length, ours[length])
-    for what, at in bends.items():
-        for number in (at, at - 1, at + 1):  # a schedule may count from 0 or from 1
-            if ours.get(number) == number and at not in (plan.reference_updates, plan.reference_epochs):
-                return _told(clock, plan, what, at, number)
+    if clock.interval == "epoch" or not seen.whole:
+        return None
     here = (plan.reference_epochs or 0) * (plan.updates_per_epoch or 0)
-    lowest = bends.get(f"{name}: lowest")
-    if lowest is not None and clock.interval == "step" and abs(lowest - here) <= 1:
-        return _told(clock, plan, f"{name}: lowest", lowest, here)
+    for what, at in turns(seen.rates).items():
+        for number in (at, at - 1, at + 1):  # a schedule may count from 0 or from 1
+            told = (what == "lowest" and number == here) or ours.get(number) == number
+            if told and at != plan.reference_updates and not proven("", 0):
+                return _told(clock, plan, f"{name}: {what}", at, number)
+    if here in ours and _falls_to_a_round_share(seen.rates, here) and not proven("", 0):
+        return _told(clock, plan, f"{name}: a round share of the first rate", here, here)
     return None
+
+
+def _falls_to_a_round_share(rates: list[float], at: int) -> bool:
+    """Return whether a decay is to a number of one digit after some steps, and not at its end."""
+    if not 0 < at < len(rates) - 1 or not rates[0]:
+        return False
+    here, end = (rates[step] / rates[0] for step in (at, -1))
+    return 0 < here < 1 and end not in (0, here) and _is_round(here) and not _is_round(end)
+
+
+def _is_round(share: float) -> bool:
+    return abs(share - float(f"{share:.0e}")) <= 1e-9 * abs(share)
 
 
 def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> dict[int, int]:
     """Return the lengths that are this run's and not the reference run's, in the steps of a clock.
 
-    Of each it is told what whole it is a part or a multiple of.
+    Of each it is told what whole it is a part or a multiple of. Numbers below ten are no evidence.
     """
     epochs, there = plan.reference_epochs or 1, plan.reference_updates_per_epoch or 1
     if clock.interval == "epoch":
         if plan.reference_epochs is None:
             return {}
         by_hand = round(epochs * plan.ratio)  # as one who multiplies the epochs
-        return {each: each for each in (plan.epochs, by_hand) if each and each > 1 and each != epochs}
+        return {each: each for each in (plan.epochs, by_hand) if each and each > 9 and each != epochs}
     here = {plan.updates_per_epoch or 1, *batches}
     if plan.samples is not None:
         here.add(plan.samples // plan.batch_size)
     total = plan.reference_updates or 0
-    whole_epochs = {there * count for count in range(1, epochs + 1)}
-    theirs = _parts(there) | _parts(total) | whole_epochs | {total}
+    theirs = _parts(there) | _parts(total) | {there * count for count in range(1, epochs + 1)} | {total}
+    theirs |= {total - part for part in _parts(total)}
     ours = {count * each: each for each in here if each > 9 for count in range(2, 11)}
     ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
     # A round number was rather written than computed.
-    ours = {number: whole for number, whole in ours.items() if number % 50 and number not in theirs}
-    wholes = {each * count for each in here for count in (epochs, plan.epochs or epochs)} | {plan.updates}
-    wholes |= {each for each in here if each > 9}
-    return ours | {each: each for each in wholes if each and each > 1 and each not in whole_epochs | {total}}
+    ours = {number: whole for number, whole in ours.items() if number % 50}
+    wholes = {each * count for each in here for count in (1, epochs, plan.epochs or epochs)} | {plan.updates}
+    ours |= {each: each for each in wholes if each and each > 9}
+    return {number: whole for number, whole in ours.items() if number not in theirs}
 
 
 def _parts(whole: int) -> set[int]:

@@ -1,6 +1,7 @@
 """A schedule rolled out before the run: its learning rates over the reference run, and the lengths that it hides."""
 
 import copy
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ __all__ = [
 
 # No look ahead takes longer, in seconds: half a million updates of a schedule by updates.
 _PATIENCE = 10.0
+# What counts something else than steps.
+_NO_LENGTHS = re.compile("seed|power|cycles|cycle_|factor|mode|epoch|count|noise|decay$|decay_rate|gamma|dim|size$|^_")
 # Two rates are the same to this share of the highest.
 _SAME = 1e-9
 
@@ -202,9 +205,7 @@ def hidden_lengths(scheduler: Any) -> dict[str, int]:
         for function in getattr(part, "lr_lambdas", ()):
             found |= {f"{name}: {key}": value for key, value in _whole_numbers(_held_by(function))}
         if not isinstance(part, LRScheduler) or not type(part).__module__.startswith("torch.optim."):
-            found |= {
-                f"{name}.{key}": value for key, value in _whole_numbers(vars(part).items()) if not key.startswith("_")
-            }
+            found |= {f"{name}.{key}": value for key, value in _whole_numbers(vars(part).items())}
     return found
 
 
@@ -237,10 +238,11 @@ def _full(cell: Any) -> bool:
 
 def _whole_numbers(held: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
     for key, value in held:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            yield str(key), value
+        if _NO_LENGTHS.search(key):
+            continue
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and number > 1 and number % 1 == 0:
+                yield key if number is value else f"{key}, {int(number)}", int(number)
 
 
 def optimizer_of(scheduler: Any) -> Optimizer | None:

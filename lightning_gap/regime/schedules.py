@@ -23,7 +23,16 @@ _TIMM_ATTRIBUTES = ("base_values", "warmup_steps")
 # Every attribute that is a momentum, of those that also move it. OneCycleLR keeps its own in the groups.
 _MOMENTUM_ATTRIBUTES = ("base_momentums", "max_momentums")
 # Every attribute that says after how many steps a schedule ends or turns.
-_HORIZON_ATTRIBUTES = ("T_max", "T_0", "total_iters", "total_steps", "step_size", "milestones", "_milestones")
+_HORIZON_ATTRIBUTES = (
+    "T_max",
+    "T_0",
+    "total_iters",
+    "total_steps",
+    "total_size",
+    "step_size",
+    "milestones",
+    "_milestones",
+)
 
 
 def flattened(scheduler: Any) -> Iterator[Any]:

@@ -695,7 +695,7 @@ def test_a_scheduler_of_ones_own_is_scaled_or_refused():
     _, reference = run(Regression(partial(Falls, name="lr_floor")), loader(4))
     _, trace = run(Regression(partial(Falls, name="lr_floor")), loader(30), LargeBatchRegime(4))
     torch.testing.assert_close(trace.tensor, math.sqrt(7.5) * reference.tensor, rtol=1e-9, atol=0)
-    with pytest.raises(MisconfigurationException, match='Falls keeps a learning rate by a name .* lr_rule="none"'):
+    with pytest.raises(MisconfigurationException, match=r'Falls keeps a learning rate by a name .* lr_rule="none"'):
         run(Regression(partial(Falls, name="floor")), loader(30), LargeBatchRegime(4))
     run(Regression(partial(Falls, name="floor")), loader(30), LargeBatchRegime(4, lr_rule="none"))
 
