@@ -1,29 +1,50 @@
 """What LargeBatchRegime and GradientNoiseScale cost beside an update of ResNet-18 on CIFAR-10-sized images.
 
 Both callbacks run in the training whose updates are timed, so each update gives a pair: the seconds inside their hooks,
-and the seconds of the whole update. A second table has the same hooks beside the smallest of models, in turns with and
-without them, so that nothing hides in the noise of a large update.
+and the seconds of the whole update. A second table has all that the regime adds to the smallest of models, in turns
+with and without it: Lightning's calls of its hooks, loggers and schedulers included.
 
-    python benchmarks/regime_overhead.py [--updates 8] [--turns 3]
+    OMP_NUM_THREADS=1 python benchmarks/regime_overhead.py [--updates 8] [--turns 3]
+
+On an emulated device (g++ is needed) it counts what the regime adds there instead: waits of the host and launches.
+
+    EMULATED_DEVICE=1 python benchmarks/regime_overhead.py
 """
+
+# ruff: noqa: E402 - the emulated device must be there before torch is imported
 
 import argparse
 import contextlib
 import io
 import logging
+import os
 import statistics
+import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+EMULATED = os.environ.get("EMULATED_DEVICE", "0") not in ("", "0")
+if EMULATED:
+    sys.path.insert(0, str(ROOT / "tests" / "device"))
+    import emulation
+
+    emulation.load(ROOT / ".pytest_cache" / "emulated_device")  # before torch is imported
+    emulation.install()
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from measurements import Row, add_json, spread, write_rows
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap import GradientNoiseScale, LargeBatchRegime
@@ -57,11 +78,11 @@ def resnet18() -> nn.Module:
 
 
 class Classifier(LightningModule):
-    """A network under cross entropy and SGD."""
+    """A network under cross entropy and SGD, with a scheduler of epochs, or of updates."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, *, by_updates: bool = False) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.by_updates = net, by_updates
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""
@@ -70,7 +91,10 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return SGD with a scheduler."""
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 30)]
+        if self.by_updates:
+            scheduler = {"scheduler": CosineAnnealingLR(optimizer, 10_000), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return [optimizer], [StepLR(optimizer, 30)]
 
 
 class Stopwatch(Callback):
@@ -106,17 +130,16 @@ def time_hooks(callback: Callback, spent: dict[int, float], trainer: Callable[[]
             setattr(callback, name, partial(timed, getattr(callback, name)))
 
 
-def trainer_of(callbacks: list[Callback], updates: int, accumulate: int = 1) -> Trainer:
+def trainer_of(callbacks: list[Callback], updates: int, accumulate: int = 1, **options: Any) -> Trainer:
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if EMULATED else "cpu",
+        devices=1,
         max_epochs=-1,
         max_steps=updates,
         callbacks=callbacks,
         accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **{"logger": False, **quiet, **options},
     )
 
 
@@ -159,30 +182,79 @@ def beside_resnet(batch: int, updates: int) -> list[Row]:
     return rows
 
 
+REGIMES: dict[str, tuple[Callable[[], Callback], bool]] = {
+    "LargeBatchRegime": (REGIME, False),
+    "… with warm-up": (CASES["… with warm-up"][0], False),
+    "… with clipping": (CASES["… with clipping"][0], False),
+    "… with a scheduler of updates": (REGIME, True),
+    "… with all three": (partial(REGIME, warmup_updates=1000, clip_norm=5.0), True),
+}
+LOGGERS: dict[str, int | None] = {"none": None, "CSV, every 50": 50, "CSV, every 1": 1}
+
+
+def fit_linear(callbacks: list[Callback], updates: int, every: int | None, *, by_updates: bool) -> None:
+    """Train a linear model with 50 batches an epoch, which costs next to nothing."""
+    torch.manual_seed(0)
+    data = DataLoader(TensorDataset(torch.randn(800, 4), torch.randint(10, (800,))), batch_size=16)
+    module = Classifier(nn.Linear(4, 10), by_updates=by_updates)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        logger = CSVLogger(folder) if every else False
+        trainer_of(callbacks, updates, logger=logger, log_every_n_steps=every).fit(module, data)
+
+
 def beside_nothing(updates: int, turns: int) -> list[Row]:
-    """The whole cost of a callback, Lightning's calls of its hooks included, with a model that costs next to none."""
+    """All that the regime adds to an update, by interleaved pairs of runs; means, for some updates are logged."""
     rows: list[Row] = []
-    print("A linear model, interleaved pairs, µs: without, with, difference")
-    data = DataLoader(TensorDataset(torch.randn(16, 4), torch.randint(10, (16,))), batch_size=16)
-    for name, (make, accumulate) in CASES.items():
-        if accumulate > 1:
-            continue
-        medians: tuple[list[float], list[float]] = ([], [])
-        for _ in range(turns):
-            for seconds, extra in zip(medians, ([], [make()]), strict=True):
-                watch = Stopwatch(1)
-                with contextlib.redirect_stdout(io.StringIO()):
-                    trainer_of([watch, *extra], updates).fit(Classifier(nn.Linear(4, 10)), data)
-                seconds.append(statistics.median(watch.updates))
-        without, with_ = (1e6 * statistics.median(seconds) for seconds in medians)
-        difference = 1e6 * statistics.median(b - a for a, b in zip(*medians, strict=True))
-        print(f"{name:34}{without:8.0f}{with_:8.0f}{difference:8.0f}", flush=True)
-        spreads = {
-            "without, µs": spread(medians[0], 1e6),
-            "with, µs": spread(medians[1], 1e6),
-            "difference, µs": spread([b - a for a, b in zip(*medians, strict=True)], 1e6),
-        }
-        rows.append({"table": "A linear model, an update", "callback": name, **spreads})
+    print("A linear model, an update, interleaved pairs, ms: without, with, difference")
+    for logger, every in LOGGERS.items():
+        for name, (make, by_updates) in REGIMES.items():
+            means: tuple[list[float], list[float]] = ([], [])
+            for _ in range(turns):
+                for seconds, extra in zip(means, ([], [make()]), strict=True):
+                    watch = Stopwatch(1)
+                    fit_linear([watch, *extra], updates, every, by_updates=by_updates)
+                    seconds.append(statistics.mean(watch.updates[10:]))
+            difference = spread([b - a for a, b in zip(*means, strict=True)], 1e3)
+            without, with_ = (spread(seconds, 1e3) for seconds in means)
+            medians = "".join(f"{found['median']:8.3f}" for found in (without, with_, difference))
+            print(f"{name:34}{logger:14}{medians}", flush=True)
+            times = {"without, ms": without, "with, ms": with_, "difference, ms": difference}
+            rows.append({"table": "A linear model, an update", "callback": name, "logger": logger, **times})
+    return rows
+
+
+class Counted(Callback):
+    """What some updates cost a device, from the start of one to the start of another, loggers included."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.scope = first, last, contextlib.ExitStack()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start to count, or end."""
+        from counts import counting
+
+        if trainer.global_step == self.first:
+            self.counts = self.scope.enter_context(counting())
+        elif trainer.global_step == self.last:
+            self.scope.close()
+
+
+def on_a_device() -> list[Row]:
+    """What the regime adds to an update on an emulated device: waits of the host, and launches."""
+    rows: list[Row] = []
+    print("An emulated device, added to an update: waits of the host, launches")
+    for logger, every in LOGGERS.items():
+        for name, (make, by_updates) in REGIMES.items():
+            found = []
+            for extra in ([], [make()]):
+                counted = Counted(10, 60)  # 50 updates, one of them logged, or all
+                fit_linear([counted, *extra], 61, every, by_updates=by_updates)
+                found.append(counted.counts)
+            before, after = ([counts.syncs.total(), counts.launches.total()] for counts in found)
+            waits, launches = ((b - a) / 50 for a, b in zip(before, after, strict=True))
+            print(f"{name:34}{logger:14}{waits:8.2f}{launches:8.2f}", flush=True)
+            row = {"callback": name, "logger": logger, "waits": waits, "launches": launches}
+            rows.append({"table": "An emulated device, added to an update", **row})
     return rows
 
 
@@ -196,8 +268,11 @@ def main() -> None:
     for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     print(f"{torch.get_num_threads()} threads")
-    rows = beside_nothing(updates=60, turns=options.turns)
-    rows += beside_resnet(batch=32, updates=options.updates)
+    if EMULATED:
+        rows = on_a_device()
+    else:
+        rows = beside_nothing(updates=300, turns=options.turns)
+        rows += beside_resnet(batch=32, updates=options.updates)
     write_rows(options.json, rows)
 
 

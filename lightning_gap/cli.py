@@ -8,6 +8,7 @@ from importlib import import_module
 from lightning_gap import __version__
 from lightning_gap.commands import COMMANDS
 from lightning_gap.commands.parsing import CommandError, Parser
+from lightning_gap.commands.plan import names_config, plan_config
 from lightning_gap.commands.trainer import TRAINER_COMMANDS, run
 
 __all__ = ["main", "parser"]
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if words and words[0] in TRAINER_COMMANDS:
             run(words)
+            return
+        if words and words[0] == "plan" and names_config(words):
+            plan_config(words[1:])
             return
         options = parser().parse_args(words)
         options.run(options)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -226,15 +227,55 @@ class RankGroup:
     Args:
         group: The process group; None for all ranks.
 
+    Attributes:
+        layer: The number of the layer that the group serves, for :meth:`check_layers`.
+        layers: The names of all layers.
+        channels: The channels of the widest, so that what layers exchange can be of one length.
+
     Raises:
         RuntimeError: If no process group has been initialized.
     """
+
+    layer: int = 0
+    layers: Sequence[str] = ()
+    channels: int = 0
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not _is_distributed():
             raise RuntimeError("a group of ranks needs torch.distributed.init_process_group() first")
         self.group = group
         self.size = dist.get_world_size(group)
+
+    def for_layer(self, number: int, layers: Mapping[str, int]) -> "RankGroup":
+        """Return the same ranks for one of several layers, whose number travels with what they exchange.
+
+        Args:
+            number: Which of the layers.
+            layers: The channels of all layers, by name.
+        """
+        own = object.__new__(type(self))  # a copy would be a pickle, of no group
+        vars(own).update(vars(self), layer=number, layers=list(layers), channels=max(layers.values(), default=0))
+        return own
+
+    def check_layers(self, numbers: Tensor) -> None:
+        """Raise if the ranks are at different layers; without waiting for a GPU, which fails by itself then.
+
+        Args:
+            numbers: The number of each rank's layer.
+
+        Raises:
+            RuntimeError: If they differ.
+        """
+        same = (numbers == self.layer).all()
+        why = "ranks that share ghosts must reach their layers in the same order"
+        if numbers.device.type == "cpu":
+            if not same:
+                at = [self.layers[int(n)] if int(n) < len(self.layers) else f"layer {int(n)}" for n in numbers]
+                each = ", ".join(f"rank {rank} at {name!r}" for rank, name in enumerate(at))
+                raise RuntimeError(f"{why}, and here is {each}: use ranks_per_ghost=1, or add these layers to skip")
+        elif self.layers and numbers.device.type == "cuda":
+            name = self.layers[self.layer]
+            torch._assert_async(same, f"{why}: this one is at {name!r}, and another is not")
 
     def gather(self, value: Tensor) -> Tensor:
         """Return ``value`` of every rank, (ranks, ...), in the order of the ranks; detached.
@@ -360,7 +401,8 @@ def data_parallel_group(trainer: Trainer) -> RankGroup | None:
 def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False) -> RankGroup:
     """Return this rank's part of the ranks that see different samples, split into parts of ``size``. Collective.
 
-    Every rank creates all groups in the same order, once: a second call finds them.
+    Every rank creates all groups in the same order, once: a second call finds them. They wait as long as the group of
+    all ranks does, and that one serves where it is the part.
 
     Args:
         trainer: The trainer that runs.
@@ -369,6 +411,8 @@ def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False
     """
     whole = data_parallel_group(trainer)
     assert whole is not None
+    if size == whole.size:
+        return whole
     here = dist.get_process_group_ranks(dist.group.WORLD if whole.group is None else whole.group)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, here)
@@ -381,8 +425,14 @@ def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False
 
 @cache
 def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks)) for ranks in layout]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=_timeout(world)) for ranks in layout]
     return next(group for group, ranks in zip(groups, layout, strict=True) if dist.get_rank() in ranks)
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Return how long a group waits, None where its backends do not say so."""
+    options = (getattr(group._get_backend(device), "options", None) for device in group._device_types)
+    return max((known for each in options if (known := getattr(each, "_timeout", None))), default=None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

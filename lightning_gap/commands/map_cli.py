@@ -32,7 +32,7 @@ from lightning_gap.monge.checkpoints import read_checkpoint
 from lightning_gap.monge.transport_files import load_map
 from lightning_gap.terminal import say
 
-__all__ = ["MapCLI", "run_trainer", "trainer_parsers"]
+__all__ = ["MapCLI", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
 
 DEFAULT_UPDATES = 5000
 # At most this many validations of a run whose length is a number of updates.
@@ -50,8 +50,21 @@ def run_trainer(words: Sequence[str]) -> None:
     Raises:
         CommandError: Something is wrong with them, or with what they name.
     """
+    run_cli(MapCLI, words)
+
+
+def run_cli(cli: "type[MapCLI]", words: Sequence[str]) -> None:
+    """Run a LightningCLI, and say in one line what its user did wrong.
+
+    Args:
+        cli: Its class.
+        words: The command and its options.
+
+    Raises:
+        CommandError: Something is wrong with them, or with what they name.
+    """
     try:
-        MapCLI(words)
+        cli(words)
     except _USERS as error:
         if not _expected(error):
             raise
@@ -100,14 +113,12 @@ class MapCLI(LightningCLI):
 
     Args:
         words: The command and its options.
+        options: Arguments of ``LightningCLI`` that are to be others than here.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], **options: Any) -> None:
         commands = {name: {"description": f"{what[0].upper()}{what[1:]}."} for name, what in TRAINER_COMMANDS.items()}
         super().__init__(
-            MongeMap,
-            SamplesDataModule,
-            save_config_callback=_SaveConfig,
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "lightning-gap",
@@ -116,12 +127,18 @@ class MapCLI(LightningCLI):
                 **commands,
             },
             parser_class=_Parser,
-            subclass_mode_model=_names_a_class(words, "model"),
-            subclass_mode_data=_names_a_class(words, "data"),
+            subclass_mode_model=names_a_class(words, "model"),
+            subclass_mode_data=names_a_class(words, "data"),
             args=list(words),
-            auto_configure_optimizers=False,
             # A MongeMap's own hyper-parameters make it again.
             load_from_checkpoint_support=False,
+            **{
+                "model_class": MongeMap,
+                "datamodule_class": SamplesDataModule,
+                "save_config_callback": _SaveConfig,
+                "auto_configure_optimizers": False,
+                **options,
+            },
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -271,7 +288,7 @@ def _set_length(trainer: Any) -> bool:
     return without
 
 
-def _names_a_class(words: Sequence[str], part: str) -> bool:
+def names_a_class(words: Sequence[str], part: str) -> bool:
     """Return whether words or the configuration files among them give a part by its class."""
     found = False
     for i, word in enumerate(words):
@@ -291,8 +308,8 @@ def _names_a_class(words: Sequence[str], part: str) -> bool:
 def _loaded(value: str) -> Any:
     """Return what a file of YAML holds, or the words themselves do; None where it cannot be read."""
     try:
-        path = Path(value)
-        return yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
+        is_file = not value.startswith("{") and Path(value).is_file()
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None  # said by the parser, which knows the option
 

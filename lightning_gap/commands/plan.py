@@ -2,13 +2,15 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError, at_least, between, numbers, positive
+from lightning_gap.commands.trainer import require_jsonargparse
 
-__all__ = ["add"]
+__all__ = ["add", "names_config", "plan_config"]
 
 _RULES = ("sqrt", "linear", "adam", "none")
 
@@ -24,8 +26,10 @@ def add(commands: Any) -> None:
         help="print what a small-batch regime becomes at another batch, without training",
         description="Print the plan that LargeBatchRegime would make: learning rate, updates, epochs and where the "
         "schedule falls, the reference run beside the run at the other batch. Give --samples to know the epochs, "
-        "and --epochs or --updates to know the length.",
+        "and --epochs or --updates to know the length. Or give --config FILE, a configuration of LightningCLI with a "
+        "LargeBatchRegime, and what overrides it: then its own module and data are planned, all but trained.",
     )
+    plan.add_argument("-c", "--config", metavar="FILE", help="plan a configuration; no option below goes with it")
     needed = plan.add_argument_group("the two runs")
     needed.add_argument(
         "--batch-size", type=at_least(1), required=True, metavar="N",
@@ -49,15 +53,37 @@ def add(commands: Any) -> None:
     regime.add_argument(
         "--gamma", type=positive, default=0.1, metavar="FACTOR", help="by what it falls there (default: 0.1)"
     )
+    regime.add_argument("--validate-every", type=at_least(1), metavar="N", help="epochs between its validations")
+    regime.add_argument("--patience", type=at_least(1), metavar="N", help="validations without progress that end it")
     change = plan.add_argument_group("the change")
     change.add_argument("--rule", choices=_RULES, default="sqrt", help="how the rate follows the batch (default: sqrt)")
     change.add_argument(
-        "--train-longer", type=between(0, 1), default=1.0, metavar="SHARE",
-        help="from 0, the reference run's epochs, to 1, its updates (default: 1)",
+        "--train-longer", type=between(0, 1), metavar="SHARE",
+        help="from 0, the reference run's epochs, to 1, its updates (default: 1; 0 for linear and adam)",
     )  # fmt: skip
     change.add_argument("--warmup-updates", type=at_least(0), default=0, metavar="N", help="updates of the warm-up")
     change.add_argument("--clip-norm", type=positive, metavar="NORM", help="the gradient norm that is not exceeded")
     plan.set_defaults(run=_plan)
+
+
+def names_config(words: Sequence[str]) -> bool:
+    """Return whether words name a configuration to plan."""
+    return any(word.partition("=")[0] in ("-c", "--config") for word in words)
+
+
+def plan_config(words: Sequence[str]) -> None:
+    """Print the plan of a configuration.
+
+    Args:
+        words: ``--config FILE`` and what overrides it.
+
+    Raises:
+        CommandError: Something is wrong with them, or with what they name.
+    """
+    require_jsonargparse("plan --config")
+    from lightning_gap.commands.plan_config import run
+
+    run(words)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -79,74 +105,76 @@ def _check(options: argparse.Namespace) -> None:
         raise CommandError(
             f"--milestones {options.milestones[-1]} is not before the end of --epochs {options.epochs}: leave it out"
         )
+    if options.samples is None and (options.validate_every or options.patience):
+        raise CommandError("--validate-every and --patience count epochs and need --samples")
     options.scheduler = scheduler
 
 
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
-    from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
-    from lightning_gap.regime.scaling import lr_factor
+    from lightning_gap.regime.plan import RegimePlan, plan_regime, share_of
+    from lightning_gap.regime.scaling import default_train_longer, lr_factor
     from lightning_gap.terminal import say
 
+    longer = default_train_longer(options.rule) if options.train_longer is None else options.train_longer
+    sizes = {"reference_batch_size": options.reference_batch_size, "batch_size": options.batch_size}
     factor = lr_factor(options.rule, options.batch_size / options.reference_batch_size)
-    plan = RegimePlan(options.reference_batch_size, options.batch_size, options.rule, factor)
-    try:
-        if options.samples is not None:
-            sizes = (options.reference_batch_size, options.batch_size)
-            reference, here = (updates_in_epoch(options.samples, b, drop_last=options.drop_last) for b in sizes)
-            if not options.train_longer:
-                plan = _same_epochs(plan, options, reference, here)
-            else:
-                plan = plan_regime(
-                    reference_batch_size=options.reference_batch_size,
-                    batch_size=options.batch_size,
-                    lr_rule=options.rule,
-                    lr_factor=factor,
-                    reference_updates_per_epoch=reference,
-                    updates_per_epoch=here,
-                    max_epochs=options.epochs,
-                    max_steps=options.updates,
-                    train_longer=options.train_longer,
-                )
-        elif options.updates is not None:
-            if options.train_longer not in (0, 1):
-                raise CommandError(f"--train-longer {options.train_longer:g} needs --samples, to know the epochs")
-            share = {"reference_updates": options.updates, "updates": options.updates}
-            plan = replace(plan, train_longer=options.train_longer, **share)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    plan = RegimePlan(**sizes, lr_rule=options.rule, lr_factor=factor, train_longer=longer)
+    if options.samples is not None:
+        try:
+            plan = plan_regime(
+                **sizes,
+                lr_rule=options.rule,
+                samples=options.samples,
+                drop_last=options.drop_last,
+                max_epochs=options.epochs,
+                max_steps=options.updates,
+                train_longer=longer,
+            )
+        except ValueError as error:
+            raise CommandError(
+                str(error).replace("drop_last=False in the DataLoader", "leave out --drop-last")
+            ) from None
+    elif options.updates is not None:  # in epochs so long that the last batch does not count
+        equal_samples = Fraction(options.reference_batch_size, options.batch_size)
+        share = equal_samples + share_of(longer) * (1 - equal_samples)
+        plan = replace(plan, reference_updates=options.updates, updates=math.ceil(options.updates * share))
     plan = replace(
         plan,
         warmup_updates=0 if factor == 1 else options.warmup_updates,
         clip_norm=options.clip_norm,
         learning_rates=() if options.lr is None else ((options.lr, options.lr * factor),),
     )
+    plan = replace(plan, curve=_curve(plan, options))
     table = plan.table()
-    if not plan.train_longer and plan.updates is not None:
-        table.add_row("updates", f"{plan.reference_updates}", f"{plan.updates}")
     if plan.moment_ratio != 1:
         table.add_row("Adam's 1 - beta and epsilon", "", f"x{plan.ratio:g} and x{plan.ratio**-0.5:.4g}")
-    for row in _schedule(plan, options):
+    for row in (*_schedule(plan, options), *_validations(plan, options)):
         table.add_row(*row)
     say(table, *_notes(plan, options))
 
 
-def _same_epochs(plan: Any, options: argparse.Namespace, reference: int, here: int) -> Any:
-    """Return the plan of a run that is not trained longer: epochs and limits stay as they are."""
-    if reference < 1 or here < 1:
-        raise CommandError(f"--samples {options.samples} with --drop-last leave an epoch without an update")
+def _curve(plan: Any, options: argparse.Namespace) -> Any:
+    """Return five points of the learning rate, by the scheduler that the options mean."""
+    if options.lr is None or (options.samples is None and plan.updates != plan.reference_updates):
+        return ()  # of another length, and nothing tells where an epoch ends
+    import torch
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-    def updates(each: int) -> int | None:
-        limits = [options.epochs and options.epochs * each, options.updates]
-        return min((limit for limit in limits if limit), default=None)
+    from lightning_gap.regime.applied import clock_of
+    from lightning_gap.regime.lengths import check_lengths, curve
 
-    return replace(
-        plan,
-        reference_updates_per_epoch=reference,
-        updates_per_epoch=here,
-        reference_updates=updates(reference),
-        updates=updates(here),
-    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
+    scheduler: LRScheduler
+    if options.scheduler == "constant" or plan.updates is None:
+        return curve(plan, options.lr, [])
+    if options.scheduler == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, plan.reference_updates)
+    else:
+        scheduler = MultiStepLR(optimizer, list(options.milestones), options.gamma)
+    clock = clock_of(plan, scheduler, "step" if options.scheduler == "cosine" else "epoch", 1)
+    rollout = check_lengths(clock, plan, trust=True)
+    return curve(plan, options.lr, [] if rollout is None else [(clock, rollout)])
 
 
 def _schedule(plan: Any, options: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -167,15 +195,29 @@ def _schedule(plan: Any, options: argparse.Namespace) -> list[tuple[str, str, st
     return rows
 
 
-def _notes(plan: Any, options: argparse.Namespace) -> Iterator[str]:
-    from lightning_gap.regime.scaling import MOST_FORGOTTEN
+def _validations(plan: Any, options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Yield how many updates lie between validations, and how many an early stopping waits."""
+    if options.validate_every is None and options.patience is None:
+        return
+    every = options.validate_every or 1
+    there, here = every * plan.reference_updates_per_epoch, every * plan.stretched_epoch
+    epochs = f"{every} epoch{'s' if every > 1 else ''}"
+    wait = f", when an epoch of {plan.updates_per_epoch} ends" if plan.stretch != 1 else ""
+    yield "validation", f"every {epochs}: {there} updates", f"every {float(here):.6g} updates{wait}"
+    if options.patience is not None:
+        count, now = options.patience, float(options.patience * here)
+        yield "patience", f"{count} validations: {count * there} updates", f"{count} validations: {now:.6g} updates"
 
-    if plan.epochs is not None and plan.reference_epochs:
-        cost = plan.epochs / plan.reference_epochs
-        yield (
-            f"{plan.epochs} epochs instead of {plan.reference_epochs}: {cost:.3g} times the samples of the reference "
-            "run, in updates that one device or many can share."
-        )
+
+def _notes(plan: Any, options: argparse.Namespace) -> Iterator[str]:
+    from lightning_gap.regime.scaling import EQUAL_SAMPLES, MOST_FORGOTTEN
+
+    there, here = plan.reference_samples_seen, plan.samples_seen
+    if there and here and abs(here / there - 1) > 0.005:
+        epochs = f"{plan.epochs} epochs instead of {plan.reference_epochs}: " if plan.epochs else ""
+        yield f"{epochs}{here / there:.3g} times the samples, and the computation, of the reference run."
+    if plan.train_longer and plan.lr_rule in EQUAL_SAMPLES:
+        yield f"The rule {plan.lr_rule} is derived for the same samples: leave out --train-longer to keep to them."
     if plan.moment_ratio > 1:
         least = 1 - MOST_FORGOTTEN / plan.moment_ratio
         yield f"Training refuses a beta of {least:.6g} or less: ratio * (1 - beta) must be under {MOST_FORGOTTEN}."

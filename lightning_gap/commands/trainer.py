@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_gap.commands.parsing import CommandError
 
-__all__ = ["TRAINER_COMMANDS", "add", "parsers", "run"]
+__all__ = ["TRAINER_COMMANDS", "add", "parsers", "require_jsonargparse", "run"]
 
 TRAINER_COMMANDS = {
     "fit": "train a transport map on files of samples",
@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> None:
     Raises:
         CommandError: Something is wrong with them, or with what they name.
     """
-    _require_jsonargparse(words[0])
+    require_jsonargparse(words[0])
     from lightning_gap.commands.map_cli import run_trainer
 
     run_trainer(list(words))
@@ -47,13 +47,14 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     Raises:
         CommandError: jsonargparse is missing.
     """
-    _require_jsonargparse("completion")
+    require_jsonargparse("completion")
     from lightning_gap.commands.map_cli import trainer_parsers
 
     return trainer_parsers()
 
 
-def _require_jsonargparse(command: str) -> None:
+def require_jsonargparse(command: str) -> None:
+    """Raise ``CommandError`` where jsonargparse is missing."""
     try:
         import jsonargparse  # noqa: F401
     except ImportError:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,10 +22,11 @@ from lightning_gap.diffusion.distance import (
     check_filter,
     check_same_tensors,
     displacement_from_squares,
+    holds_values,
     layer_of,
     matches,
+    present_parameters,
     square_sums,
-    tracked_parameters,
 )
 from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, forecast_updates, next_log_update
 from lightning_gap.diffusion.plot import plot_diffusion
@@ -64,7 +66,8 @@ class UltraSlowDiffusion(Callback):
     r"""Record ‖w_t − w_0‖ while a model trains, say which law of diffusion it follows, and how much longer to train.
 
     The anchor w_0 is copied once, in ``on_train_start``: after conversions, ``configure_model`` and loading of
-    pretrained weights, before the first update. It is never taken anew on resume: a checkpoint holds it, or, where
+    pretrained weights, before the first update. Where modules are lazy it is copied when the first batch has given
+    their weights shapes and values. It is never taken anew on resume: a checkpoint holds it, or, where
     weights are sharded, names the folder beside it to which each rank wrote its shards once. The anchor is the only
     memory the callback holds: one copy of the tracked parameters, which are those with ``requires_grad=True`` at that
     moment, tied ones once. Parameters frozen later stay in; those unfrozen or added later have no w_0 and are left
@@ -170,6 +173,8 @@ class UltraSlowDiffusion(Callback):
         self._forecast: Forecast | None = None
         self._forecast_due = 0
         self._recording = False
+        self._waiting = False  # for the first batch of lazy modules
+        self._told_not_finite = False
         self._sharded = False
         self._step = 0
         self._due = 0
@@ -195,10 +200,10 @@ class UltraSlowDiffusion(Callback):
     @property
     def advice(self) -> str | None:
         """Where this run stands beside its reference, and how much longer to train; None without a reference."""
-        if self._reference_run is None or not self._trace["updates"]:
+        updates, distances, _ = self._finite_points()
+        if self._reference_run is None or not updates:
             return None
-        forecast = self._forecast_updates(resamples=999)
-        return advice(self._reference_run, self._trace["updates"][-1], self._trace["distance"][-1], forecast)
+        return advice(self._reference_run, updates[-1], distances[-1], self._forecast_updates(resamples=999))
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the distances against log t with both laws, the drops of the learning rate, and the reference.
@@ -234,11 +239,16 @@ class UltraSlowDiffusion(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._recording = False
+        self._recording = self._waiting = False
+        self._told_not_finite = False
         self._step = trainer.global_step
         self._due = self._next_due(self._step)
         self._forecast, self._forecast_due = None, self._step
         self._folder = None if trainer.fast_dev_run else _folder_of(trainer)  # type: ignore[attr-defined]
+        if self._step == 0 and any(p.requires_grad and is_lazy(p) for p in pl_module.parameters()):
+            self._anchor, self._loaded, self._trace = None, None, {column: [] for column in _COLUMNS}
+            self._waiting = True
+            return
         if self._step == 0:
             self._take_anchor(trainer, pl_module)
         elif self._loaded is not None:
@@ -252,12 +262,19 @@ class UltraSlowDiffusion(Callback):
             return
         else:
             self._check_model(pl_module, self._shapes)
+        self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
         self._recording = True
         self._compare_with_reference()
         log_facts(trainer.loggers, _PREFIX, {"parameters": self._parameters, "reference": self.reference or "none"})
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._waiting:  # the first forward pass has been made, no update yet
+            self._waiting = False
+            self._take_anchor(trainer, pl_module)
+            self._start(trainer)
         # Lightning's stand-in for no optimizer has no groups.
         if self._recording and optimizer is trainer.optimizers[0] and optimizer.param_groups:
             rate = optimizer.param_groups[0]["lr"]
@@ -337,7 +354,7 @@ class UltraSlowDiffusion(Callback):
         return (step // self.every_n_updates + 1) * self.every_n_updates
 
     def _take_anchor(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = tracked_parameters(pl_module, exclude=self.exclude)
+        weights = present_parameters(pl_module, exclude=self.exclude)
         if not weights:
             raise MisconfigurationException(
                 "UltraSlowDiffusion found no parameter with requires_grad=True that is not excluded: unfreeze some "
@@ -378,7 +395,7 @@ class UltraSlowDiffusion(Callback):
 
     def _check_model(self, pl_module: LightningModule, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Return the weights that belong to the anchor, or refuse a model or an ``exclude`` that do not."""
-        named = {name: p.detach() for name, p in pl_module.named_parameters()}
+        named = {name: p.detach() for name, p in pl_module.named_parameters() if holds_values(p)}
         gone = [name for name in shapes if name not in named]
         reshaped = [name for name in shapes if name in named and list(named[name].shape) != list(shapes[name])]
         out = [name for name in shapes if self.exclude and name in named and matches(self.exclude, name, named[name])]
@@ -441,6 +458,8 @@ class UltraSlowDiffusion(Callback):
             return
         squares = self._square_sums(weights)
         now = self._displacement(squares)
+        if not (math.isfinite(now.distance) or self._told_not_finite):
+            self._warn_of_no_number(squares)
         point = {"updates": float(self._step), "learning_rate": float(self._learning_rate), **now._asdict()}
         for group, rows in self._rows.items():
             moved = self._displacement(squares, rows)._asdict()
@@ -451,8 +470,9 @@ class UltraSlowDiffusion(Callback):
         seen[_PREFIX + "log_updates"] = math.log(self._step)
         beside = self._beside_reference(now.distance)
         beside = {_PREFIX + name: value for name, value in beside.items() if math.isfinite(value)}
-        define_axes(trainer.loggers, f"{_PREFIX}log_updates", seen | beside)
-        _log(trainer, seen | beside)
+        numbers = {name: value for name, value in (seen | beside).items() if math.isfinite(value)}
+        define_axes(trainer.loggers, f"{_PREFIX}log_updates", numbers)
+        _log(trainer, numbers)
         # For `trainer.callback_metrics`, and the reference for the progress bar.
         for numbers, prog_bar in ((seen, False), (beside, True)):
             tensors = {name: filled(number, pl_module.device) for name, number in numbers.items()}
@@ -483,13 +503,27 @@ class UltraSlowDiffusion(Callback):
         assert self._anchor is not None
         if self._told_late:
             return
-        late = [name for name in tracked_parameters(pl_module, exclude=self.exclude) if name not in self._anchor]
+        late = [name for name in present_parameters(pl_module, exclude=self.exclude) if name not in self._anchor]
         if late:
             self._told_late = True
             rank_zero_warn(
                 f"UltraSlowDiffusion leaves out {len(late)} parameters that were added or unfrozen after training "
                 f"started ({late[0]}, ...): they have no initial weights to be compared with."
             )
+
+    def _warn_of_no_number(self, squares: Tensor) -> None:
+        assert self._anchor is not None
+        self._told_not_finite = True
+        names = [
+            name for name, finite in zip(self._anchor, squares.isfinite().all(1).tolist(), strict=True) if not finite
+        ]
+        updates = self._finite_points()[0]
+        before = f", and was a number at update {updates[-1]:.0f}" if updates else ""
+        rank_zero_warn(
+            f"UltraSlowDiffusion: the distance is NaN or infinite at update {self._step}{before}: {len(names)} of "
+            f"{len(self._anchor)} parameters are no finite numbers ({names[0]}, ...). Such points stay in the trace "
+            "and out of loggers, laws and advice. Lower the learning rate, or clip the gradients."
+        )
 
     def _compare_with_reference(self) -> None:
         if self._reference_run is None:
@@ -518,23 +552,24 @@ class UltraSlowDiffusion(Callback):
     def _forecast_updates(self, resamples: int) -> Forecast | None:
         """Return when this run will be where the reference was; None where that is already so or too early to say."""
         assert self._reference_run is not None
-        trace, goal = self._trace, self._reference_run.target[1]
-        if trace["distance"][-1] >= goal:
+        (updates, distances, rates), goal = self._finite_points(), self._reference_run.target[1]
+        if not distances or distances[-1] >= goal:
             return None
         try:
-            return forecast_updates(
-                trace["updates"],
-                trace["distance"],
-                goal,
-                learning_rates=trace["learning_rate"],
-                resamples=resamples,
-            )
+            return forecast_updates(updates, distances, goal, learning_rates=rates, resamples=resamples)
         except ValueError:
             return None
 
+    def _finite_points(self) -> tuple[list[float], list[float], list[float]]:
+        """Return updates, distances and learning rates of the points whose distance is a number."""
+        columns = (self._trace[name] for name in ("updates", "distance", "learning_rate"))
+        points = [point for point in zip(*columns, strict=True) if math.isfinite(point[1])]
+        updates, distances, rates = ([point[i] for point in points] for i in range(3))
+        return updates, distances, rates
+
     def _fit(self) -> tuple[DiffusionFit, bool]:
         """Return the fit, and whether it is one of the whole trace in spite of a learning rate that varied."""
-        updates, distances, rates = (self._trace[name] for name in ("updates", "distance", "learning_rate"))
+        updates, distances, rates = self._finite_points()
         try:
             return fit_diffusion(updates, distances, learning_rates=rates), False
         except ValueError:

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "ParameterFilter",
     "WeightDisplacement",
     "check_filter",
+    "holds_values",
     "layer_of",
     "matches",
     "norms_and_biases",
+    "present_parameters",
     "tracked_parameters",
     "weight_displacement",
     "weight_norm",
@@ -65,13 +68,37 @@ def tracked_parameters(module: nn.Module, *, exclude: ParameterFilter | None = N
     Returns:
         Name -> the parameter itself, detached (no copy).
 
+    Raises:
+        ValueError: A parameter has no values yet: a lazy module's before its first batch, or one on the meta device.
+
     Example:
         >>> layer = torch.nn.Linear(2, 3)
         >>> list(tracked_parameters(layer, exclude="bias$"))
         ['weight']
     """
-    named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad and not holds_values(p)]
+    if empty := [name for name, _ in trained if not (isinstance(exclude, str) and re.search(exclude, name))]:
+        raise ValueError(
+            f"parameters have no values yet: {_shortened(empty)}. Run a batch through the module if it is lazy, "
+            "materialize it if it is on the meta device, or exclude them by name."
+        )
+    return present_parameters(module, exclude=exclude)
+
+
+def present_parameters(module: nn.Module, *, exclude: ParameterFilter | None = None) -> dict[str, Tensor]:
+    """Return what :func:`tracked_parameters` does, without the parameters that have no values yet."""
+    named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and holds_values(p)}
     return {name: p for name, p in named.items() if exclude is None or not matches(exclude, name, p)}
+
+
+def holds_values(parameter: Tensor) -> bool:
+    """Return whether a parameter can be read: not of a lazy module before its first batch, nor on the meta device.
+
+    Example:
+        >>> holds_values(torch.nn.Linear(2, 3).weight), holds_values(torch.nn.LazyLinear(3).weight)
+        (True, False)
+    """
+    return not is_lazy(parameter) and not parameter.is_meta
 
 
 def norms_and_biases(name: str, parameter: Tensor) -> bool:

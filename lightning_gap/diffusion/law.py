@@ -370,7 +370,7 @@ def _check_span(t: Vector, d: Vector, minimum_decades: float) -> None:
     if decades < minimum_decades - 1e-12:
         raise ValueError(
             f"updates {t[0]:g} to {t[-1]:g} span {decades:.2f} decades, at least {minimum_decades:g} are "
-            "needed to tell a logarithm from a power: train longer, or lower minimum_decades"
+            "needed to tell a logarithm from a power: train longer, or call fit_diffusion with lower minimum_decades"
         )
     if len(t) < _MINIMUM_POINTS:
         raise ValueError(f"updates: at least {_MINIMUM_POINTS} points at one learning rate are needed, got {len(t)}")

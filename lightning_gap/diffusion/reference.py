@@ -93,8 +93,13 @@ def read_reference(path: str) -> ReferenceRun:
             f"reference={place!r} is not a diffusion.csv with points: it lacks {', '.join(missing) or 'rows'}"
         )
     updates, rates, distances = (tuple(float(row[name]) for row in rows) for name in _NEEDED)
-    if not (all(map(math.isfinite, distances)) and updates[0] > 0 and all(np.diff(updates) > 0)):
-        raise ValueError(f"reference={place!r} has distances that are not finite, or updates that do not increase")
+    if not (updates[0] > 0 and all(np.diff(updates) > 0)):
+        raise ValueError(f"reference={place!r} has updates that do not increase: name the diffusion.csv of one run")
+    if lost := [update for update, distance in zip(updates, distances, strict=True) if not math.isfinite(distance)]:
+        raise ValueError(
+            f"reference={place!r} has distances that are not finite, from update {lost[0]:g} on: that run went astray, "
+            "name another"
+        )
     return ReferenceRun(str(place), updates, distances, rates, int(float(rows[0].get("parameters") or 0)))
 
 

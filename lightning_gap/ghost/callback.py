@@ -1,23 +1,34 @@
 """The callback that trains any model with ghost batch normalization and hands it back as it was."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from rich.table import Table
-from torch import Tensor
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.arguments import check_count
-from lightning_gap.ghost.convert import GhostConversion, Skip, plan_ghost_batchnorm
-from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings
+from lightning_gap.ghost.convert import (
+    GhostConversion,
+    NoBatchNormError,
+    Skip,
+    plan_ghost_batchnorm,
+    revert_ghost_batchnorm,
+)
+from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
 from lightning_gap.ghost.layers import GhostNorm
+from lightning_gap.ghost.layout import describe, ranks_that_fill_a_ghost
+from lightning_gap.ghost.recalibrate import recalibrate_in_training
+from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.synchronize import RunningStatisticsSync
+from lightning_gap.ghost.training_step import own_loader
 from lightning_gap.loggers import log_facts
 from lightning_gap.parallel import (
+    RankGroup,
     data_parallel_group,
     data_parallel_size,
     data_parallel_subgroup,
@@ -53,7 +64,9 @@ class GhostBatchNorm(Callback):
     * Otherwise a smaller micro-batch is one ghost of its size, which is plain batch normalization, and the callback
       warns. Accumulation cannot help: a forward pass knows no other micro-batch.
 
-    The first batch decides. Learning-rate and batch-size finders run before ``fit`` does, hence with plain layers.
+    The first batch decides. A layer whose input has k rows for each sample of the batch, tokens or frames say, gets
+    ghosts of k times as many rows. Layers that are added during training become ghost layers at the next epoch.
+    Learning-rate and batch-size finders run before ``fit`` does, hence with plain layers.
 
     Under ``DDPStrategy`` the running statistics are those of rank 0, as with plain BatchNorm: DDP sends its buffers to
     all. Under ``ModelParallelStrategy`` nothing does, so after each batch the ranks' statistics are joined as if one
@@ -69,17 +82,27 @@ class GhostBatchNorm(Callback):
         grouping: Which samples form a ghost: ``"contiguous"`` runs of the batch, the paper's, or ``"strided"``.
         skip: Layers to leave as they are: names (of the layer or of a module around it; ``*`` as in file names),
             module classes, functions of name and layer that return a bool, or several of these.
+        rows_per_sample: Rows of a layer's input that are one sample. ``"auto"``: k for a layer whose input has k times
+            as many rows as the batch has samples, at each call; or a number for all layers; or numbers by layer names
+            (patterns as in ``skip``), ``"auto"`` for the rest.
         ranks_per_ghost: Ranks that share a ghost: ``"auto"`` as above; 1 for never more than one; or a number that
             divides the ranks, whose micro-batches together are then one ghost.
         sync_running_stats: Whether to join the running statistics of all ranks after each batch, one collective. None
             for where nothing else keeps them equal.
+        recalibrate: Before each validation, and at the end of epochs without one, take the running statistics anew, as
+            plain averages over so many training batches at the present weights
+            (:func:`~lightning_gap.ghost.recalibrate_batchnorm`); None for running averages. Validation, and
+            checkpoints after it, have them. Training is the same to the last bit: the batches come from a copy of the
+            loader with random numbers of its own, and what the training step does to the module beside is undone.
+        missing: What to do with a model that has no BatchNorm layer to convert: ``"error"``, or ``"warn"`` and train it
+            as it is, for one configuration of many models.
 
     Raises:
-        TypeError: If ``ghost_batch_size`` or ``ranks_per_ghost`` is not an int.
+        TypeError: If ``ghost_batch_size``, ``ranks_per_ghost`` or a number of rows is not an int.
         ValueError: If another argument is out of range.
         MisconfigurationException: When ``fit`` starts, before anything is changed: if the strategy is none of those
             above, if ``sync_batchnorm=True`` would replace the layers, if ``ranks_per_ghost`` does not divide the
-            ranks, or if the model has no BatchNorm layer to convert.
+            ranks, if a name fits no layer, or if the model has no BatchNorm layer to convert.
 
     References:
         Hoffer, Hubara, Soudry, "Train longer, generalize better: closing the generalization gap in large batch
@@ -108,23 +131,45 @@ class GhostBatchNorm(Callback):
         running_stats: RunningStats = "sequential",
         grouping: Grouping = "contiguous",
         skip: Skip | Iterable[Skip] = (),
+        rows_per_sample: int | Mapping[str, int] | Literal["auto"] = "auto",
         ranks_per_ghost: int | Literal["auto"] = "auto",
         sync_running_stats: bool | None = None,
+        recalibrate: int | None = None,
+        missing: Literal["error", "warn"] = "error",
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
+        if recalibrate is not None:
+            check_count("recalibrate", recalibrate, what="the training batches to average statistics over, or None")
+        check_choice("missing", missing, ("error", "warn"))
+        for rows in rows_per_sample.values() if isinstance(rows_per_sample, Mapping) else [rows_per_sample]:
+            if rows != "auto":
+                check_rows_per_sample(rows)
         if ranks_per_ghost != "auto":
             check_count("ranks_per_ghost", ranks_per_ghost, what="the ranks that share a ghost, or 'auto'")
         self.ghost_batch_size = ghost_batch_size
         self.running_stats: RunningStats = running_stats
         self.grouping: Grouping = grouping
         self.skip = skip if isinstance(skip, str) or callable(skip) else tuple(skip)
+        self.rows_per_sample = dict(rows_per_sample) if isinstance(rows_per_sample, Mapping) else rows_per_sample
         self.ranks_per_ghost = ranks_per_ghost
         self.sync_running_stats = sync_running_stats
-        self._undo: Callable[[], None] | None = None
+        self.recalibrate = recalibrate
+        self.missing = missing
         self._plan: GhostConversion | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._plan = None
+        self._rows: list[BatchRows] = []  # of our layers, and of no others: copies of layers share them
+        self._left: set[nn.Module] = set()  # BatchNorm layers that stay what they are
+        self._ranks: RankGroup | None = None
         self._sync: RunningStatisticsSync | None = None
         self._largest: int | None = None  # samples of this rank in a ghost over ranks
-        self._seen_a_batch = False
+        self._facts: tuple[int, str] | None = None  # of the table, until the first batch has passed
+        self._told: set[nn.Module] = set()  # layers that have been warned of
+        self._batches = 0
+        self._trained: list[GhostNorm] = []  # layers whose statistics the last batch has changed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
@@ -147,54 +192,135 @@ class GhostBatchNorm(Callback):
                 "see different samples; use a divisor of their number, or 'auto'"
             )
 
+        if self.recalibrate is not None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "GhostBatchNorm(recalibrate=...) runs training_step for its statistics alone, and with manual "
+                "optimization that would train: use recalibrate=None, and call recalibrate_batchnorm(module, loader, "
+                "forward=...) after the fit"
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert the layers; by now every strategy has built, moved and wrapped the model."""
-        self._restore()
-        self._seen_a_batch = False
+        self._restore(pl_module)
         try:
             plan = plan_ghost_batchnorm(pl_module, self.skip)
+        except NoBatchNormError as error:
+            if self.missing == "error":
+                raise MisconfigurationException(f"GhostBatchNorm: {error}; or set missing='warn'") from error
+            rank_zero_warn(f"GhostBatchNorm: {error}. The model trains as it is.")
+            return
         except ValueError as error:
             raise MisconfigurationException(f"GhostBatchNorm: {error}") from error
-        self._undo = plan.apply(self.ghost_batch_size, self.running_stats, self.grouping)
+        try:
+            self._apply(plan)
+        except ValueError as error:
+            raise MisconfigurationException(f"GhostBatchNorm: {error}") from error
         self._plan = plan
+        self._left = {layer for layer in pl_module.modules() if _is_plain(layer)}
         for name, reason in plan.unable.items():
             rank_zero_warn(
                 f"GhostBatchNorm leaves layer {name!r} as it is: it {reason}; add it to skip to silence this warning"
             )
 
+    def _apply(self, plan: GhostConversion) -> None:
+        auto, given = BatchRows(), self.rows_per_sample
+        names = given if isinstance(given, dict) else {} if given == "auto" else {"*": given}
+        rows = plan.rows_of_layers({name: BatchRows(number) for name, number in names.items()}, otherwise=auto)
+        self._undo.append(plan.apply(self.ghost_batch_size, self.running_stats, self.grouping, rows_per_sample=rows))
+        self._rows += {id(each): each for each in rows.values() if isinstance(each, BatchRows)}.values()
+
+    def _layers(self, module: nn.Module) -> dict[str, GhostNorm]:
+        """Return our layers, those among them that training has copied or added too."""
+        ours = {id(rows) for rows in self._rows}
+        named = {name: layer for name, layer in module.named_modules() if isinstance(layer, GhostNorm)}
+        return {name: layer for name, layer in named.items() if id(layer.rows_per_sample) in ours}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a loader that cannot be copied to recalibrate with."""
+        if self._plan is not None and self.recalibrate is not None:
+            try:
+                own_loader(trainer)
+            except (TypeError, RuntimeError, ValueError) as error:
+                raise MisconfigurationException(
+                    f"GhostBatchNorm(recalibrate={self.recalibrate}) reads a copy of the training loader, and this one "
+                    f"cannot be copied ({error}): use a map-style data set, or recalibrate=None"
+                ) from error
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Convert the layers that have been added since the last epoch."""
+        if self._plan is None or not any(_is_plain(layer) and layer not in self._left for layer in pl_module.modules()):
+            return
+        try:
+            found = plan_ghost_batchnorm(pl_module, self.skip)
+            layers = {n: layer for n, layer in found.layers.items() if _is_plain(layer) and layer not in self._left}
+            if layers:
+                self._apply(GhostConversion(layers, (), {}))
+                rank_zero_info(f"GhostBatchNorm converts what has been added during training: {', '.join(layers)}")
+        except ValueError as error:
+            rank_zero_warn(f"GhostBatchNorm leaves what has been added during training as it is: {error}")
+        self._left = {layer for layer in pl_module.modules() if _is_plain(layer)}
+        if self._batches:
+            self._join_ranks(pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See at the first batch how the ghosts lie over the ranks, and say so."""
-        if not self._seen_a_batch:
-            self._seen_a_batch = True
-            self._lay_out(trainer, _samples(batch))
-        elif self._largest is not None and (_samples(batch) or 0) > self._largest:
+        """Count the batch's samples, and see at the first batch how the ghosts lie over the ranks."""
+        if self._plan is None:
+            return
+        samples = samples_in(batch)
+        if not self._batches:
+            self._lay_out(trainer, pl_module, samples)
+        elif self._largest is not None and (samples or 0) > self._largest:
             rank_zero_warn(
                 f"GhostBatchNorm: a micro-batch has more than the first one, {self._largest} samples, so that "
                 f"ghosts over ranks have more than ghost_batch_size={self.ghost_batch_size}; keep the batch size"
             )
             self._largest = None
+        for rows in self._rows:
+            rows.samples, rows.watching = samples, not self._batches
         if self._sync is not None:
             self._sync.remember()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Join the ranks' running statistics, where asked or needed."""
+        """Join the ranks' running statistics, where asked or needed; say once what was done."""
+        if self._plan is None:
+            return
         if self._sync is not None:
             self._sync.join()
+        for rows in self._rows:
+            self._warn_of_rows(pl_module, rows)
+            rows.samples, rows.watching = None, False
+        if not self._batches:
+            self._report(trainer, pl_module, self._plan)
+        self._batches += 1
+        if self.recalibrate is not None:  # frozen ones are in evaluation mode
+            self._trained = [
+                layer for layer in self._layers(pl_module).values() if layer.training and layer.track_running_stats
+            ]
 
-    def _lay_out(self, trainer: Trainer, micro_batch: int | None) -> None:
-        assert self._plan is not None
-        layers = [layer for layer in self._plan.layers.values() if isinstance(layer, GhostNorm)]
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked."""
+        self._recalibrate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked and no validation has done so."""
+        self._recalibrate(trainer, pl_module)
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = [layer for layer in self._trained if layer.running_mean is not None]
+        self._trained = []
+        if self.recalibrate is not None and layers:
+            recalibrate_in_training(trainer, layers, self.recalibrate)
+
+    def _lay_out(self, trainer: Trainer, pl_module: LightningModule, micro_batch: int | None) -> None:
         ranks, sizes = data_parallel_group(trainer), [micro_batch or 0]
         if ranks is not None:
             sizes = ranks.gather(torch.tensor(sizes[0], device=trainer.strategy.root_device)).tolist()
         strided = self.grouping == "strided"
         together = self.ranks_per_ghost
         if together == "auto":
-            together = _ranks_per_ghost(sizes, self.ghost_batch_size, strided)
+            together = ranks_that_fill_a_ghost(sizes, self.ghost_batch_size, strided=strided)
         if together > 1:
-            group = data_parallel_subgroup(trainer, together, strided=strided)
-            for layer in layers:
-                layer.process_group = group
+            self._ranks = data_parallel_subgroup(trainer, together, strided=strided)
             self._largest = micro_batch
             self._warn_of_other_sizes(sizes, together)
         elif all(sizes) and min(sizes) < self.ghost_batch_size:
@@ -203,8 +329,38 @@ class GhostBatchNorm(Callback):
         if ranks is not None and wanted:
             parts = len(sizes) // together
             one_of_each = range(parts) if strided else range(0, len(sizes), together)
-            self._sync = RunningStatisticsSync(layers, ranks, one_of_each)
-        self._report(trainer, self._plan, together, _describe(sizes, self.ghost_batch_size, together))
+            self._sync = RunningStatisticsSync([], ranks, one_of_each)
+        self._join_ranks(pl_module)
+        if micro_batch is None and any(rows.fixed is None for rows in self._rows):
+            rank_zero_warn(
+                "GhostBatchNorm: the batch's samples cannot be told, since its tensors share no first dimension, "
+                f"so each row of a layer's input counts as one of ghost_batch_size={self.ghost_batch_size}; set "
+                "rows_per_sample to the rows that a sample has, 1 if this is right"
+            )
+        self._facts = together, describe(sizes, self.ghost_batch_size, together)
+
+    def _join_ranks(self, pl_module: LightningModule) -> None:
+        layers = self._layers(pl_module)
+        if self._ranks is not None:
+            channels = {name: layer.num_features for name, layer in layers.items()}
+            for number, layer in enumerate(layers.values()):
+                layer.process_group = self._ranks.for_layer(number, channels)
+        if self._sync is not None:
+            self._sync = RunningStatisticsSync(layers.values(), self._sync.ranks, self._sync.representatives)
+
+    def _warn_of_rows(self, pl_module: LightningModule, rows: BatchRows) -> None:
+        new = {layer: unfit for layer, unfit in rows.unfit.items() if layer not in self._told}
+        if not new:
+            return
+        self._told.update(new)
+        names = {layer: name for name, layer in pl_module.named_modules()}
+        each = ", ".join(
+            f"{names.get(layer)!r} ({n} rows for {samples} samples)" for layer, (n, samples) in new.items()
+        )
+        rank_zero_warn(
+            f"GhostBatchNorm cannot tell how many rows a sample has in the input of layer {each}: each row counts as "
+            f"one of ghost_batch_size={self.ghost_batch_size}; set rows_per_sample={{name: rows}}, 1 if this is right"
+        )
 
     def _warn_of_other_sizes(self, sizes: list[int], together: int) -> None:
         total, share = sum(sizes), len(sizes) // together
@@ -227,65 +383,56 @@ class GhostBatchNorm(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the layers back after a failed fit; Lightning calls no teardown then."""
-        self._restore()
+        self._restore(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the layers back."""
-        self._restore()
+        self._restore(pl_module)
 
-    def _restore(self) -> None:
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
-        self._plan = self._sync = self._largest = None
+    def _restore(self, pl_module: LightningModule) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        for layer in self._layers(pl_module).values():  # a copy that training has made
+            revert_ghost_batchnorm(layer)
+        self._forget()
 
     @rank_zero_only
-    def _report(self, trainer: Trainer, plan: GhostConversion, ranks_per_ghost: int, lie: str) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule, plan: GhostConversion) -> None:
+        assert self._facts is not None
         facts: dict[str, int | str] = {
             "ghost_batch_size": self.ghost_batch_size,
             "running_stats": self.running_stats,
             "grouping": self.grouping,
             "converted_layers": len(plan.layers),
             "skipped_layers": len(plan.asked_to_skip) + len(plan.unable),
-            "ranks_per_ghost": ranks_per_ghost,
-            "ghosts": lie,
+            "ranks_per_ghost": self._facts[0],
+            "ghosts": self._facts[1],
         }
         table = Table(title="Ghost batch normalization", title_justify="left", show_header=False)
         for name, value in facts.items():
             table.add_row(name, str(value))
+        for name, layer in self._layers(pl_module).items():
+            seen = sorted(set().union(*(rows.seen.get(layer, ()) for rows in self._rows)) - {1})
+            if seen:
+                table.add_row(name, f"{' or '.join(map(str, seen))} rows a sample")
         for name in plan.asked_to_skip:
             table.add_row(name, "left as it is: in skip")
         for name, reason in plan.unable.items():
             table.add_row(name, f"left as it is: {reason}")
+        for reference in _other_references(trainer, self.ghost_batch_size):
+            table.add_row("note", f"the reference run of LargeBatchRegime has {reference} samples a batch, a ghost "
+                          f"{self.ghost_batch_size}")  # fmt: skip
         say(table)
         log_facts(trainer.loggers, "lightning_gap/ghost/", facts)
 
 
-def _samples(batch: Any) -> int | None:
-    """Return the length of the first dimension, if all tensors of a batch agree on it."""
-    sizes: set[int] = set()
-    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.dim() else None)
-    return sizes.pop() if len(sizes) == 1 else None
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and not isinstance(layer, GhostNorm)
 
 
-def _ranks_per_ghost(sizes: list[int], ghost_batch_size: int, strided: bool) -> int:
-    """Return into how many ranks a ghost must reach, 1 if none needs to or no equal share of the ranks fills it."""
-    if min(sizes) >= ghost_batch_size or not all(sizes):
-        return 1
-    for size in range(2, len(sizes) + 1):
-        parts, left_over = divmod(len(sizes), size)
-        groups = [sizes[i::parts] if strided else sizes[i * size : (i + 1) * size] for i in range(parts)]
-        if not left_over and all(sum(group) == ghost_batch_size for group in groups):
-            return size
-    return 1
+def _other_references(trainer: Trainer, ghost_batch_size: int) -> list[int]:
+    """Return the batch sizes of reference runs that are not the ghosts'."""
+    from lightning_gap.regime import LargeBatchRegime  # here: most runs with ghosts have it, and others need not pay
 
-
-def _describe(sizes: list[int], ghost_batch_size: int, ranks_per_ghost: int) -> str:
-    if ranks_per_ghost > 1:
-        return f"{len(sizes) // ranks_per_ghost}, each over {ranks_per_ghost} ranks"
-    if not all(sizes):
-        return "within each rank's batch, whose size is not known: its tensors differ in their first dimension"
-    full, rest = divmod(min(sizes), ghost_batch_size)
-    if full == 0:
-        return f"1 of {rest} samples on each of {len(sizes)} ranks"
-    return f"{full} on each of {len(sizes)} ranks" + (f", and one of {rest} samples" if rest else "")
+    regimes = [callback for callback in trainer.callbacks if isinstance(callback, LargeBatchRegime)]  # type: ignore[attr-defined]
+    return [r.reference_batch_size for r in regimes if r.reference_batch_size != ghost_batch_size]

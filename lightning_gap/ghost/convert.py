@@ -5,7 +5,7 @@ averaged copies, tied layers, wrappers such as ``DistributedDataParallel``) are 
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
@@ -15,14 +15,28 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings
+from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_per_sample, check_settings
+from lightning_gap.ghost.hidden import calls_batch_norm, frozen_layers, scripted_layers
 from lightning_gap.ghost.layers import GhostNorm, ghost_class, is_made, keeps_forward, rank_group
+from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.parallel import RankGroup
 
-__all__ = ["GhostConversion", "Skip", "convert_ghost_batchnorm", "plan_ghost_batchnorm", "revert_ghost_batchnorm"]
+__all__ = [
+    "GhostConversion",
+    "NoBatchNormError",
+    "Skip",
+    "convert_ghost_batchnorm",
+    "plan_ghost_batchnorm",
+    "revert_ghost_batchnorm",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+RowsPerSample = int | BatchRows | Mapping[str, int | BatchRows]
+
+
+class NoBatchNormError(ValueError):
+    """Raised where a module has no BatchNorm layer that can be converted."""
 
 
 class _Settings(NamedTuple):
@@ -31,6 +45,7 @@ class _Settings(NamedTuple):
     ghost_batch_size: int
     running_stats: RunningStats
     grouping: Grouping
+    rows_per_sample: int | BatchRows
     process_group: RankGroup | None
 
 
@@ -54,6 +69,7 @@ class GhostConversion:
         running_stats: RunningStats,
         grouping: Grouping,
         process_group: ProcessGroup | RankGroup | None = None,
+        rows_per_sample: RowsPerSample = 1,
     ) -> Callable[[], None]:
         """Convert the layers, and return a function that puts each back to what it was.
 
@@ -62,16 +78,20 @@ class GhostConversion:
             running_stats: ``"sequential"`` or ``"per_step"``.
             grouping: ``"contiguous"`` or ``"strided"``.
             process_group: Ranks whose batches together are one ghost.
+            rows_per_sample: As for :func:`convert_ghost_batchnorm`.
 
         Raises:
-            TypeError: If ``ghost_batch_size`` is not an int.
-            ValueError: If an argument is out of range.
+            TypeError: If ``ghost_batch_size`` or a number of rows is not an int.
+            ValueError: If an argument is out of range, or if a name in ``rows_per_sample`` fits no layer.
         """
         check_settings(ghost_batch_size, running_stats, grouping)
-        settings = _Settings(ghost_batch_size, running_stats, grouping, rank_group(process_group))
+        rows = self.rows_of_layers(rows_per_sample)
+        ranks = rank_group(process_group)
+        channels = {name: layer.num_features for name, layer in self.layers.items()}
         before = [(layer, _settings(layer)) for layer in self.layers.values()]
-        for layer in self.layers.values():
-            _set(layer, settings)
+        for number, (name, layer) in enumerate(self.layers.items()):
+            group = ranks and ranks.for_layer(number, channels)
+            _set(layer, _Settings(ghost_batch_size, running_stats, grouping, rows[name], group))
 
         def undo() -> None:
             for layer, settings in before:
@@ -81,6 +101,33 @@ class GhostConversion:
                     _set(layer, settings)
 
         return undo
+
+    def rows_of_layers(
+        self, rows_per_sample: RowsPerSample, otherwise: int | BatchRows = 1
+    ) -> dict[str, int | BatchRows]:
+        """Return the rows per sample of each layer.
+
+        Args:
+            rows_per_sample: As for :func:`convert_ghost_batchnorm`.
+            otherwise: What layers get that a mapping does not name.
+
+        Raises:
+            TypeError: If a number of rows is not an int.
+            ValueError: If a number is below 1, or if a name in ``rows_per_sample`` fits no layer.
+        """
+        if not isinstance(rows_per_sample, Mapping):
+            rows_per_sample = {"*": rows_per_sample}
+        for pattern, rows in rows_per_sample.items():
+            if not isinstance(rows, BatchRows):
+                check_rows_per_sample(rows)
+            if not any(_matches(pattern, name, layer) for name, layer in self.layers.items()):
+                raise ValueError(
+                    f"rows_per_sample names {pattern!r}, which fits none of the layers {list(self.layers)}"
+                )
+        return {
+            name: next((rows for p, rows in rows_per_sample.items() if _matches(p, name, layer)), otherwise)
+            for name, layer in self.layers.items()
+        }
 
 
 def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) -> GhostConversion:
@@ -95,8 +142,8 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
 
     Raises:
         TypeError: If an entry of ``skip`` is neither a string, nor a module class, nor a callable.
-        ValueError: If there is nothing to convert, if a layer is a ``SyncBatchNorm``, or if a name in ``skip`` fits no
-            BatchNorm layer.
+        NoBatchNormError: If there is nothing to convert, a ValueError.
+        ValueError: If a layer is a ``SyncBatchNorm``, or if a name in ``skip`` fits no BatchNorm layer.
 
     Example:
         >>> plan = plan_ghost_batchnorm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
@@ -105,9 +152,14 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
     """
     rules = _rules(skip)
     names: dict[_BatchNorm, list[str]] = {}  # a tied layer has several
+    hidden: dict[nn.Module, list[str]] = {}  # modules that normalize without a BatchNorm layer to be seen
+    reasons = scripted_layers(module)
+    calling = {cls for cls in {type(layer) for layer in module.modules()} if calls_batch_norm(cls)}
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, _BatchNorm):
             names.setdefault(layer, []).append(name.replace("_orig_mod.", ""))
+        elif layer in reasons or type(layer) in calling:
+            hidden.setdefault(layer, []).append(name.replace("_orig_mod.", ""))
 
     used: set[str] = set()
     layers: dict[str, _BatchNorm] = {}
@@ -128,15 +180,24 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
             unable[name] = reason
         else:
             layers[name] = layer
+    for inner, aliases in hidden.items():
+        hits = [rule for rule in rules if not _is_predicate(rule) and any(_matches(rule, n, inner) for n in aliases)]
+        used.update(rule for rule in hits if isinstance(rule, str))
+        if hits:
+            skipped.append(aliases[0])
+        else:
+            unable[aliases[0]] = reasons.get(inner, f"is a {type(inner).__name__}, which calls batch_norm itself")
 
     for rule in rules:
-        if isinstance(rule, str) and rule not in used:
+        if names and isinstance(rule, str) and rule not in used:
             raise ValueError(f"skip={rule!r} fits none of the BatchNorm layers: {[a[0] for a in names.values()]}")
     if not layers:
         found = f"it has {len(skipped)} that skip holds back" if skipped else "it has none at all"
         if unable:
             found = "; ".join(f"{name!r} {reason}" for name, reason in unable.items())
-        raise ValueError(
+        elif frozen := frozen_layers(module):
+            found = f"its {frozen} have fixed statistics, whatever the batch"
+        raise NoBatchNormError(
             f"module {type(module).__name__} holds no BatchNorm layer to convert ({found}); convert a model with "
             f"BatchNorm1d, BatchNorm2d or BatchNorm3d layers, after they have been built"
         )
@@ -150,6 +211,7 @@ def convert_ghost_batchnorm(
     running_stats: RunningStats = "sequential",
     grouping: Grouping = "contiguous",
     skip: Skip | Iterable[Skip] = (),
+    rows_per_sample: int | Mapping[str, int] = 1,
     process_group: ProcessGroup | RankGroup | None = None,
 ) -> Module:
     """Turn the BatchNorm layers of ``module`` into ghost batch normalization, in place.
@@ -169,6 +231,9 @@ def convert_ghost_batchnorm(
         grouping: ``"contiguous"`` or ``"strided"``.
         skip: Layers to leave as they are: names (of the layer or of a module around it; ``*`` as in file names),
             module classes, functions of name and layer that return a bool, or several of these.
+        rows_per_sample: Rows of a layer's input that are one sample: k where a sample's k tokens, nodes or frames come
+            as rows, one after another. A number for all layers, or numbers by names (patterns as in ``skip``), the
+            first that fits; the others have 1.
         process_group: Ranks whose batches together are one ghost, for batches below ``ghost_batch_size``; see
             :func:`~lightning_gap.ghost.ghost_batch_norm`.
 
@@ -176,9 +241,11 @@ def convert_ghost_batchnorm(
         ``module`` itself.
 
     Raises:
-        TypeError: If ``ghost_batch_size`` is not an int, or an entry of ``skip`` is of another type.
-        ValueError: If there is nothing to convert, if a layer is a ``SyncBatchNorm``, if a name in ``skip`` fits no
-            BatchNorm layer, or if another argument is out of range. Nothing has been changed then.
+        TypeError: If ``ghost_batch_size`` or ``rows_per_sample`` is not an int, or an entry of ``skip`` is of another
+            type.
+        ValueError: If there is nothing to convert, if a layer is a ``SyncBatchNorm``, if a name in ``skip`` or
+            ``rows_per_sample`` fits no BatchNorm layer, or if another argument is out of range. Nothing has been
+            changed then.
 
     References:
         Hoffer, Hubara, Soudry, "Train longer, generalize better", 2017, Algorithm 1.
@@ -190,9 +257,10 @@ def convert_ghost_batchnorm(
     """
     check_settings(ghost_batch_size, running_stats, grouping)
     plan = plan_ghost_batchnorm(module, skip)
+    plan.rows_of_layers(rows_per_sample)
     for name, reason in plan.unable.items():
         warn(f"layer {name!r} is left as it is: it {reason}; add it to skip to silence this warning", stacklevel=2)
-    plan.apply(ghost_batch_size, running_stats, grouping, process_group)
+    plan.apply(ghost_batch_size, running_stats, grouping, process_group, rows_per_sample)
     return module
 
 
@@ -223,6 +291,10 @@ def _rules(skip: Skip | Iterable[Skip]) -> list[Skip]:
         if not known or isinstance(rule, nn.Module):  # a module is callable, but no predicate
             raise TypeError(f"skip takes names, module classes and functions of (name, layer), got {rule!r}")
     return rules
+
+
+def _is_predicate(rule: Skip) -> bool:
+    return not isinstance(rule, str | type)
 
 
 def _matches(rule: Skip, name: str, layer: nn.Module) -> bool:

@@ -61,6 +61,19 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
     check_choice("grouping", grouping, _GROUPINGS)
 
 
+def check_rows_per_sample(rows_per_sample: object) -> None:
+    """Raise unless ``rows_per_sample`` is a positive int.
+
+    Args:
+        rows_per_sample: Rows of a layer's input that are one sample.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is below 1.
+    """
+    check_count("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
+
+
 def ghost_slices(
     batch_size: int, ghost_batch_size: int, *, grouping: Grouping = "contiguous", values_per_sample: int = 1
 ) -> list[slice]:
@@ -128,6 +141,7 @@ def ghost_batch_norm(
     eps: float = 1e-5,
     running_stats: RunningStats = "sequential",
     grouping: Grouping = "contiguous",
+    rows_per_sample: int = 1,
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroup | RankGroup | None = None,
 ) -> Tensor:
@@ -162,6 +176,8 @@ def ghost_batch_norm(
             with :math:`\eta' = 1-(1-\eta)^{1/G}` for η: the old statistics keep the weight 1-η, as with plain batch
             normalization, where the sequential update keeps only :math:`(1-\eta)^G`.
         grouping: Which samples form a ghost, ``"contiguous"`` (the paper's) or ``"strided"``.
+        rows_per_sample: Rows of ``x`` that are one sample, such as its tokens where x is (B·N, C), N for each of B
+            samples: a sample's rows follow each other, and are in one ghost.
         num_batches_tracked: Scalar count of the updates so far, increased in place: by G if sequential, by 1 if per
             step. Needed by ``momentum=None``.
         process_group: Ranks whose samples, all together, are one ghost, for batches that are smaller than a ghost. The
@@ -174,7 +190,8 @@ def ghost_batch_norm(
 
     Raises:
         TypeError: If ``ghost_batch_size`` is not an int.
-        ValueError: If an argument is out of range, or if each ghost would have one value per channel.
+        ValueError: If an argument is out of range, if each ghost would have one value per channel, or if strided ghosts
+            are asked of rows that are no whole samples.
 
     References:
         Hoffer, Hubara, Soudry, "Train longer, generalize better: closing the generalization gap in large batch
@@ -186,6 +203,8 @@ def ghost_batch_norm(
         [-1.0, 1.0, -1.0, 1.0]
     """
     check_settings(ghost_batch_size, running_stats, grouping)
+    if rows_per_sample != 1:
+        check_rows_per_sample(rows_per_sample)
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     if x.dim() < 2:
@@ -206,8 +225,22 @@ def ghost_batch_norm(
             _update(running_mean, running_var, *spanning[1:], momentum, running_stats, num_batches_tracked)
             return spanning[0]
     n, values = x.shape[0], prod(x.shape[2:])
-    if n <= ghost_batch_size or x.numel() == 0:
+    if n <= ghost_batch_size * rows_per_sample or x.numel() == 0:
         return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
+    if rows_per_sample != 1 and grouping == "strided":
+        # Samples are dealt out, not rows: their rows become positions.
+        if n % rows_per_sample:
+            raise ValueError(
+                f"strided ghosts need whole samples, got {n} rows with rows_per_sample={rows_per_sample}: use "
+                "grouping='contiguous', or the rows that each sample has"
+            )
+        samples = x.unflatten(0, (n // rows_per_sample, rows_per_sample)).movedim(1, 2)
+        y = ghost_batch_norm(
+            samples, running_mean, running_var, weight, bias, ghost_batch_size=ghost_batch_size, momentum=momentum,
+            eps=eps, running_stats=running_stats, grouping=grouping, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+        return y.movedim(2, 1).flatten(0, 1)
+    ghost_batch_size = ghost_batch_size * rows_per_sample
     if ghost_batch_size == values == 1:
         raise ValueError(
             f"Expected more than 1 value per channel in each ghost batch when training, got input size "

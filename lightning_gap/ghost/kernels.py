@@ -147,7 +147,10 @@ def _formula_over_ranks(
     over, per_channel = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
     wide = x.to(_statistics_dtype(x))
     values = math.prod(x.shape[i] for i in over)
-    count = ranks.sum(torch.full((), values, dtype=wide.dtype, device=wide.device))
+    own = [torch.full((), n, dtype=wide.dtype, device=wide.device) for n in (values, ranks.layer)]  # no vmap's
+    every = ranks.gather(torch.stack(own))
+    ranks.check_layers(every[:, 1])
+    count = every[:, 0].sum()
     _refuse_one_value(count, ranks)
     mean = ranks.differentiable_sum(wide.sum(over)) / count
     centred = wide - mean.view(per_channel)
@@ -664,9 +667,13 @@ class _RankGhostNorm(torch.autograd.Function):
         mean, var = flat.new_zeros(2, channels, dtype=_statistics_dtype(x))
         if values:
             mean, var = (t.to(mean.dtype) for t in _moments(flat))
-        own = torch.cat((mean, var * values, mean.new_full((1,), values)))
+        # Which layer and how many values, then the moments, of one length: ranks that have met different layers are
+        # told, and do not read each other's numbers.
+        spare = mean.new_zeros(2 * max(0, ranks.channels - channels))
+        own = torch.cat((mean.new_full((1,), ranks.layer), mean.new_full((1,), values), mean, var * values, spare))
         every = ranks.gather(own)
-        counts, means, squares = every[:, -1:], every[:, :channels], every[:, channels:-1]
+        ranks.check_layers(every[:, 0])
+        counts, means, squares = every[:, 1:].split((1, channels, channels, len(spare)), 1)[:3]
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         squares = (squares + counts * (means - mean) ** 2).sum(0)  # Welford's, for parts of any size

@@ -6,10 +6,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_gap.ghost.functional import Grouping, RunningStats, check_settings, ghost_batch_norm
+from lightning_gap.ghost.functional import (
+    Grouping,
+    RunningStats,
+    check_rows_per_sample,
+    check_settings,
+    ghost_batch_norm,
+)
+from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.parallel import RankGroup
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class"]
@@ -29,11 +37,13 @@ class GhostNorm(_BatchNorm):
         ghost_batch_size: Samples that share statistics in training.
         running_stats: ``"sequential"`` or ``"per_step"``, see :func:`~lightning_gap.ghost.ghost_batch_norm`.
         grouping: ``"contiguous"`` or ``"strided"``, see :func:`~lightning_gap.ghost.ghost_slices`.
+        rows_per_sample: Rows of the input that are one sample, see :func:`~lightning_gap.ghost.ghost_batch_norm`; or
+            what tells them during a batch.
         process_group: Ranks whose batches together are one ghost, see :func:`~lightning_gap.ghost.ghost_batch_norm`.
         **kwargs: As for ``torch.nn.BatchNorm*d``, by name.
 
     Raises:
-        TypeError: If ``ghost_batch_size`` is not an int.
+        TypeError: If ``ghost_batch_size`` or ``rows_per_sample`` is not an int.
         ValueError: If an argument is out of range.
     """
 
@@ -41,6 +51,7 @@ class GhostNorm(_BatchNorm):
     ghost_batch_size: int
     running_stats: RunningStats
     grouping: Grouping
+    rows_per_sample: int | BatchRows
     process_group: RankGroup | None
 
     def __init__(
@@ -49,14 +60,18 @@ class GhostNorm(_BatchNorm):
         ghost_batch_size: int = 128,
         running_stats: RunningStats = "sequential",
         grouping: Grouping = "contiguous",
+        rows_per_sample: int | BatchRows = 1,
         process_group: torch.distributed.ProcessGroup | RankGroup | None = None,
         **kwargs: Any,
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
+        if not isinstance(rows_per_sample, BatchRows):
+            check_rows_per_sample(rows_per_sample)
         super().__init__(*args, **kwargs)
         self.ghost_batch_size = ghost_batch_size
         self.running_stats = running_stats
         self.grouping = grouping
+        self.rows_per_sample = rows_per_sample
         self.process_group = rank_group(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -65,6 +80,12 @@ class GhostNorm(_BatchNorm):
         Args:
             input: (N, C) or (N, C, ...), as the plain layer takes.
         """
+        given: Any = input
+        if isinstance(given, Proxy) and (self.training or keeps_forward(type(self).plain_class)):
+            # Symbolic traces take torch's own layers whole, and no others; like those we look at what comes in.
+            tracer: Any = given.tracer
+            leaf: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {})
+            return leaf
         if not self.training:
             return super().forward(input)
         if not keeps_forward(type(self).plain_class):
@@ -83,6 +104,7 @@ class GhostNorm(_BatchNorm):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
+        rows = self.rows_per_sample
         return ghost_batch_norm(
             input,
             running_mean,
@@ -94,15 +116,17 @@ class GhostNorm(_BatchNorm):
             eps=self.eps,
             running_stats=self.running_stats,
             grouping=self.grouping,
+            rows_per_sample=rows if isinstance(rows, int) else rows.of(self, len(input)),
             num_batches_tracked=self.num_batches_tracked if running_mean is not None else None,
             process_group=self.process_group,
         )
 
     def _own_forward(self, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         updates = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
-        with _OverGhosts(self, updates) as calls:
+        redirected: list[bool] = []  # no attribute of the mode: compilers lose those
+        with _OverGhosts(self, updates, redirected):
             output = forward(input)
-        if not calls.redirected:
+        if not redirected:
             name = type(self).plain_class.__name__
             raise RuntimeError(
                 f"the forward of {name} does not call torch.nn.functional.batch_norm with its own running statistics "
@@ -113,6 +137,8 @@ class GhostNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """Describe the layer as BatchNorm does, and its ghosts."""
         own = f"ghost_batch_size={self.ghost_batch_size}, running_stats={self.running_stats}, grouping={self.grouping}"
+        if self.rows_per_sample != 1:
+            own += f", rows_per_sample={self.rows_per_sample}"
         if self.process_group is not None:
             own += f", over {self.process_group.size} ranks"
         return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
@@ -128,9 +154,9 @@ class GhostNorm(_BatchNorm):
 class _OverGhosts(TorchFunctionMode):
     """Sends the call to ``batch_norm`` that a layer's own forward makes in training to the ghosts."""
 
-    def __init__(self, layer: GhostNorm, updates: Tensor | None) -> None:
+    def __init__(self, layer: GhostNorm, updates: Tensor | None, redirected: list[bool]) -> None:
         super().__init__()
-        self.layer, self.updates, self.redirected = layer, updates, False
+        self.layer, self.updates, self.redirected = layer, updates, redirected
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
@@ -150,7 +176,7 @@ class _OverGhosts(TorchFunctionMode):
     ) -> Tensor:
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        self.redirected = True
+        self.redirected.append(True)
         if self.updates is not None and self.layer.num_batches_tracked is not None:
             self.layer.num_batches_tracked.copy_(self.updates)  # the forward has counted one; the ghosts count theirs
         return self.layer._over_ghosts(input, running_mean, running_var, weight, bias)

@@ -1,18 +1,22 @@
 """Recomputation of running statistics from data, for weights that stay as they are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_gap.ghost.layers import GhostNorm
+from lightning_gap.ghost.samples import BatchRows, samples_in
+from lightning_gap.ghost.training_step import leaving_no_trace, own_batches, own_randomness, step_of
 from lightning_gap.parallel import sum_over_ranks, unwrapped
 from lightning_gap.precision import widest
 
-__all__ = ["recalibrate_batchnorm"]
+__all__ = ["average_statistics", "recalibrate_batchnorm", "recalibrate_in_training"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,7 +44,9 @@ def recalibrate_batchnorm(
     Args:
         module: The model; a ``DistributedDataParallel`` wrapper is looked through.
         loader: Batches. Tensors in them are moved to the device of the module's first parameter.
-        forward: What to do with a batch; by default ``module(batch)``, or ``module(batch[0])`` for a tuple or list.
+        forward: What to do with a batch. By default ``module(batch)``, or ``module(batch[0])`` for a tuple or list; for
+            a ``LightningModule`` without a ``forward``, or with dictionaries as batches, its ``training_step``, whose
+            logs and other traces in the module are undone.
         max_batches: How many batches to take; None for all.
 
     Returns:
@@ -48,8 +54,9 @@ def recalibrate_batchnorm(
         that no batch reaches, and layers without running statistics, are left as they are.
 
     Raises:
-        ValueError: If there is no layer with running statistics, or no batch. After an error the statistics are those
-            of before.
+        ValueError: If there is no layer with running statistics, or no batch, or if a module with manual optimization
+            has nothing else to do with a batch. After an error the statistics are those of before.
+        TypeError: If batches are dictionaries and ``forward`` does not say what to do with them.
 
     References:
         Wu, Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3 (precise statistics); Izmailov et al.,
@@ -70,24 +77,65 @@ def recalibrate_batchnorm(
         raise ValueError(f"module {type(inner).__name__} has no BatchNorm layer with running statistics to recalibrate")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches, got {max_batches}")
-    run = forward or (lambda batch: inner(batch[0] if isinstance(batch, (tuple, list)) else batch))
     device = next((p.device for p in inner.parameters()), torch.device("cpu"))
 
-    modes = {submodule: submodule.training for submodule in inner.modules()}
+    def run(batch: Any, index: int) -> None:
+        batch = apply_to_collection(batch, Tensor, lambda t: t.to(device))
+        dictionary = isinstance(batch, Mapping)
+        if forward is not None:
+            forward(batch)
+        elif isinstance(inner, LightningModule) and (dictionary or type(inner).forward is LightningModule.forward):
+            with leaving_no_trace(inner, layers):
+                step_of(inner)(batch, index)
+        elif dictionary:
+            raise TypeError(
+                f"a batch is a dictionary with {list(batch)}: say what to do with it, such as "
+                f"recalibrate_batchnorm(module, loader, forward=lambda batch: module(batch[{next(iter(batch), '')!r}]))"
+            )
+        else:
+            inner(batch[0] if isinstance(batch, tuple | list) else batch)
+
+    average_statistics(inner, layers, islice(loader, max_batches), run)
+    return module
+
+
+@torch.no_grad()
+def average_statistics(
+    module: nn.Module, layers: Sequence[_BatchNorm], batches: Iterable[Any], run: Callable[[Any, int], Any]
+) -> None:
+    """Give BatchNorm layers the plain averages of their statistics over batches; collective.
+
+    Args:
+        module: What holds the layers.
+        layers: Those with running statistics, which alone are in training mode meanwhile.
+        batches: The batches.
+        run: What to do with a batch and its number.
+
+    Raises:
+        ValueError: If there is no batch. After an error the statistics are those of before.
+    """
+    modes = {submodule: submodule.training for submodule in module.modules()}
     before = [
         (layer, layer.momentum, {k: b.clone() for k, b in layer.named_buffers(recurse=False)}) for layer in layers
     ]
+    rows = {
+        layer.rows_per_sample: layer.rows_per_sample.samples
+        for layer in layers
+        if isinstance(layer, GhostNorm) and isinstance(layer.rows_per_sample, BatchRows)
+    }
     try:
-        inner.eval()
+        module.eval()
         for layer in layers:
             layer.training = True  # and not what it may hold, such as dropout
             layer.reset_running_stats()
             layer.momentum = None
-        batches = 0
-        for batch in islice(loader, max_batches):
-            run(apply_to_collection(batch, Tensor, lambda t: t.to(device)))
-            batches += 1
-        if not batches:
+        seen = 0
+        for index, batch in enumerate(batches):
+            for each in rows:
+                each.samples = samples_in(batch)
+            run(batch, index)
+            seen += 1
+        if not seen:
             raise ValueError("loader gave no batch to recalibrate with")
         _average_over_ranks(layers)
     except BaseException:
@@ -95,6 +143,8 @@ def recalibrate_batchnorm(
             _restore(layer, buffers)
         raise
     finally:
+        for each, samples in rows.items():
+            each.samples = samples
         for submodule, training in modes.items():
             submodule.training = training
         for layer, momentum, _ in before:
@@ -102,10 +152,42 @@ def recalibrate_batchnorm(
     for layer, _, buffers in before:
         if not layer.num_batches_tracked:  # no batch came by
             _restore(layer, buffers)
-    return module
 
 
-def _average_over_ranks(layers: list[_BatchNorm]) -> None:
+def recalibrate_in_training(trainer: Trainer, layers: Sequence[_BatchNorm], batches: int) -> None:
+    """Take the statistics of layers anew from training batches, and change nothing else of the run; collective.
+
+    Args:
+        trainer: The trainer that runs.
+        layers: Layers of its module, with running statistics.
+        batches: How many batches.
+    """
+    module, stage = trainer.lightning_module, trainer.state.stage
+    step = step_of(module)
+    updates = [(layer, _updates(layer).clone()) for layer in layers if layer.momentum is not None]
+    trainer.training = True  # for the hooks that make batches ready
+    try:
+        with (
+            own_randomness(trainer.global_step),
+            leaving_no_trace(module, layers),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            average_statistics(module, layers, own_batches(trainer, batches), step)
+    except Exception as error:
+        error.add_note("This happened while GhostBatchNorm(recalibrate=...) ran training_step without gradients.")
+        raise
+    finally:
+        trainer.state.stage = stage
+    for layer, count in updates:  # of training
+        _updates(layer).copy_(count)
+
+
+def _updates(layer: _BatchNorm) -> Tensor:
+    assert layer.num_batches_tracked is not None
+    return layer.num_batches_tracked
+
+
+def _average_over_ranks(layers: Sequence[_BatchNorm]) -> None:
     for layer in layers:
         mean, var, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
         assert mean is not None

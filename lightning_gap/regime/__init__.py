@@ -2,6 +2,7 @@
 
 from lightning_gap.regime.batch import effective_batch_size
 from lightning_gap.regime.callback import LargeBatchRegime
+from lightning_gap.regime.micro_batches import MicroBatchGradients
 from lightning_gap.regime.monitor import GradientNoiseScale
 from lightning_gap.regime.noise import noise_variance, sample_weights
 from lightning_gap.regime.noise_scale import NoiseScaleEstimate, gradient_moments
@@ -12,6 +13,7 @@ __all__ = [
     "LR_RULES",
     "GradientNoiseScale",
     "LargeBatchRegime",
+    "MicroBatchGradients",
     "NoiseScaleEstimate",
     "RegimePlan",
     "effective_batch_size",

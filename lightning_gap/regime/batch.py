@@ -45,12 +45,26 @@ class Pass:
         drop_last: Whether an incomplete last batch is dropped.
         batches: Batches of one replica in one pass.
         batch_size: Samples of one batch over all replicas.
+        replicas: Replicas that share a pass.
     """
 
     samples: int
     drop_last: bool
     batches: int
     batch_size: int
+    replicas: int = 1
+
+    def numbers_of_batches(self, accumulated: int) -> tuple[int, ...]:
+        """Return what a user may take for the updates of an epoch: batches whole or not, of a replica or of all.
+
+        Args:
+            accumulated: Batches in an update.
+        """
+        replicas_batch = self.batch_size // max(1, self.replicas)
+        sizes = {self.batch_size, replicas_batch, self.batch_size * accumulated, replicas_batch * accumulated}
+        counts = {self.batches, self.batches // accumulated}
+        counts |= {count for size in sizes for count in (self.samples // size, -(-self.samples // size))}
+        return tuple(sorted(counts))
 
     def samples_until(self, batches: int) -> int:
         """Return how many samples the first batches of a pass have.
@@ -188,7 +202,13 @@ def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = N
         drawn = len(sampler.data_source) if isinstance(sampler, RandomSampler) else samples
         shard = updates_in_epoch(drawn, replicas)
     batches = updates_in_epoch(shard, batch_sampler.batch_size, drop_last=drop_last)
-    return Pass(samples=samples, drop_last=drop_last, batches=batches, batch_size=batch_sampler.batch_size * replicas)
+    return Pass(
+        samples=samples,
+        drop_last=drop_last,
+        batches=batches,
+        batch_size=batch_sampler.batch_size * replicas,
+        replicas=replicas,
+    )
 
 
 def _declared_pass(trainer: Trainer, loader: Any, samples: int) -> Pass:

@@ -455,7 +455,7 @@ class LargeBatchRegime(Callback):
                 check_unscaled(trainer.optimizers)
             except ValueError as error:
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
-        batches = () if self._pass is None else (self._pass.batches,)
+        batches = () if self._pass is None else self._pass.numbers_of_batches(trainer.accumulate_grad_batches)
         rollouts = check_schedulers(
             trainer,
             plan,
@@ -514,14 +514,13 @@ class LargeBatchRegime(Callback):
         answers = self._answers
         if answers is None or not self._reference_lengths(trainer):
             return None
-        epochs, per_epoch = self._lengths["max_epochs"], self._lengths["num_training_batches"] + 7
-        limited = self._lengths["max_steps"] != -1
-        steps = self._lengths["max_steps"] + 11 if limited else -1
+        # As many epochs, of another length: a number of this run's batches times the epochs does not change.
+        per_epoch, steps = self._lengths["num_training_batches"] + 7, self._lengths["max_steps"]
+        steps = steps if steps == -1 else steps + 11
         others = {
-            "max_epochs": epochs + 1 if epochs and epochs > 0 else epochs,
             "max_steps": steps,
             "num_training_batches": per_epoch,
-            "estimated_stepping_batches": steps if limited else per_epoch * ((epochs or 0) + 1),
+            "estimated_stepping_batches": per_epoch * (self._lengths["max_epochs"] or 0) if steps == -1 else steps,
         }
         return lambda: answers.configured_otherwise(pl_module, length_holder(self._loader), self._lengths | others)
 

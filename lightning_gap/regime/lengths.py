@@ -1,6 +1,7 @@
 """Lengths of this run in a schedule of the reference run: told by their numbers, and refused."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ __all__ = ["check_lengths", "curve"]
 
 # The parts of a run at which schedules are wont to turn.
 _SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9)
+# How a whole run's length is called, and what is a part of one.
+_WHOLE = re.compile("T_max|total_steps|training_steps|t_initial|max_steps|: total$|: T$")
+_WARM_UP = re.compile("warm")
 Proven = Callable[[str, int], bool]
 # A schedule of zeros for more than this share of the run is nobody's wish.
 _IDLE = 0.1
@@ -56,18 +60,7 @@ def check_lengths(
             f"{name} fails at update {at} of the reference run's {plan.reference_updates}: {seen.error} "
             f"{_remedy(clock, plan)}"
         )
-    idle = _idle(seen.rates)
-    if not trust and plan.reclocked and idle > _IDLE * len(seen.rates) and clock.interval == "step":
-        raise ValueError(
-            f"{name} has the learning rate 0 in {idle} of the reference run's {len(seen.rates) - 1} "
-            f"steps. {_remedy(clock, plan)}"
-        )
     return seen
-
-
-def _idle(rates: list[float]) -> int:
-    """Return in how many steps up to the end the learning rate is 0; in none if there is no other."""
-    return next((count for count, rate in enumerate(reversed(rates)) if rate), 0)
 
 
 def _of_this_run(
@@ -75,10 +68,15 @@ def _of_this_run(
 ) -> str | None:
     """Return what is wrong with a schedule that has a length of this run, or ``None``."""
     name = type(clock.scheduler).__name__
-    ours = _lengths(clock, plan, batches)
+    ours, wholes = _lengths(clock, plan, batches)
     for what, length in hidden_lengths(clock.scheduler).items():
-        if length in ours and not proven(what, length):
-            return _told(clock, plan, what, length, ours[length])
+        suspects = wholes if _WHOLE.search(what) else ours
+        if (
+            length in suspects
+            and (length != suspects[length] or not _WARM_UP.search(what))
+            and not proven(what, length)
+        ):
+            return _told(clock, plan, what, length, suspects[length])
     if clock.interval == "epoch" or not seen.whole:
         return None
     here = (plan.reference_epochs or 0) * (plan.updates_per_epoch or 0)
@@ -87,9 +85,22 @@ def _of_this_run(
             told = (what == "lowest" and number == here) or ours.get(number) == number
             if told and at != plan.reference_updates and not proven("", 0):
                 return _told(clock, plan, f"{name}: {what}", at, number)
+    if _rests(seen.rates) and not proven("", 0):
+        return (
+            f"{name} stays at its lowest rate for {_rests(seen.rates)} of the reference run's {len(seen.rates) - 1} "
+            f"steps. {_remedy(clock, plan)}"
+        )
     if here in ours and _falls_to_a_round_share(seen.rates, here) and not proven("", 0):
         return _told(clock, plan, f"{name}: a round share of the first rate", here, here)
     return None
+
+
+def _rests(rates: list[float]) -> int:
+    """Return in how many steps up to the end the learning rate stands still at next to nothing; 0 if in few."""
+    top = max(rates)
+    idle = next((count for count, rate in enumerate(reversed(rates)) if rate != rates[-1]), 0)
+    nothing = abs(rates[-1]) <= 1e-9 * top
+    return idle if idle > (_IDLE if nothing else 0.5) * len(rates) and rates[-1] <= 0.01 * top else 0
 
 
 def _falls_to_a_round_share(rates: list[float], at: int) -> bool:
@@ -104,17 +115,18 @@ def _is_round(share: float) -> bool:
     return abs(share - float(f"{share:.0e}")) <= 1e-9 * abs(share)
 
 
-def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> dict[int, int]:
-    """Return the lengths that are this run's and not the reference run's, in the steps of a clock.
+def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the lengths that are this run's and not the reference run's, in a clock's steps, and whole runs' alone.
 
     Of each it is told what whole it is a part or a multiple of. Numbers below ten are no evidence.
     """
     epochs, there = plan.reference_epochs or 1, plan.reference_updates_per_epoch or 1
     if clock.interval == "epoch":
         if plan.reference_epochs is None:
-            return {}
+            return {}, {}
         by_hand = round(epochs * plan.ratio)  # as one who multiplies the epochs
-        return {each: each for each in (plan.epochs, by_hand) if each and each > 9 and each != epochs}
+        told = {each: each for each in (plan.epochs, by_hand) if each and each > 9 and each != epochs}
+        return told, told
     here = {plan.updates_per_epoch or 1, *batches}
     if plan.samples is not None:
         here.add(plan.samples // plan.batch_size)
@@ -125,9 +137,10 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
     ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
     # A round number was rather written than computed.
     ours = {number: whole for number, whole in ours.items() if number % 50}
-    wholes = {each * count for each in here for count in (1, epochs, plan.epochs or epochs)} | {plan.updates}
-    ours |= {each: each for each in wholes if each and each > 9}
-    return {number: whole for number, whole in ours.items() if number not in theirs}
+    runs = {each * epochs for each in here} | {plan.updates}
+    wholes = {each: each for each in runs if each and each > 9 and each != total}
+    ours |= wholes | {each: each for each in here if each > 9}
+    return {number: whole for number, whole in ours.items() if number not in theirs}, wholes
 
 
 def _parts(whole: int) -> set[int]:

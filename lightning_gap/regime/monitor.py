@@ -1,17 +1,15 @@
 """The callback that measures the gradient noise scale while a model trains."""
 
-import math
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_gap.arguments import check_count
-from lightning_gap.gradients import gradient_values
 from lightning_gap.loggers import define_axes, filled
 from lightning_gap.parallel import (
     data_parallel_size,
@@ -24,12 +22,22 @@ from lightning_gap.parallel import (
 )
 from lightning_gap.regime.batch import effective_batch_size, pass_over_data
 from lightning_gap.regime.callback import LargeBatchRegime
-from lightning_gap.regime.noise_scale import NoiseScaleEstimate, batch_verdict, gradient_moments
+from lightning_gap.regime.micro_batches import MicroBatchGradients
+from lightning_gap.regime.noise import mixing_layers
+from lightning_gap.regime.noise_scale import (
+    NoiseScaleEstimate,
+    batch_verdict,
+    gradient_moments,
+    normalization_note,
+    plan_verdict,
+)
 from lightning_gap.terminal import say
 
 __all__ = ["GradientNoiseScale"]
 
 _PREFIX = "lightning_gap/regime/"
+# Measurements after which the first verdict is said; fewer are mostly noise.
+_FIRST_VERDICT = 10
 
 
 class GradientNoiseScale(Callback):
@@ -42,14 +50,20 @@ class GradientNoiseScale(Callback):
     those of single micro-batches, before they are accumulated or averaged over replicas, and their mean. What is added
     is the norms of these gradients, every few updates.
 
-    Logged under ``lightning_gap/regime/``: ``noise_scale``, of averages that forget, and ``critical_batch_size``, of
-    averages over the whole run. Numerator and denominator are averaged separately. NaN means that the noise has not
-    been averaged out yet. At the end of training one line says which side of the critical batch this run was on.
+    Logged under ``lightning_gap/regime/``: ``noise_scale``, of averages that forget, ``critical_batch_size``, of
+    averages over the whole run, and ``batch_over_critical``, the batch that runs over the latter. Numerator and
+    denominator are averaged separately. NaN means that the noise has not been averaged out yet. After ten measurements,
+    and at the end of training, a line says which side of the critical batch this run is on, and beside a
+    ``LargeBatchRegime`` how many updates its batch needs, by this measure, and how many are planned.
+
+    Where layers normalize over the batch, as BatchNorm and ghost BatchNorm do, a sample has no gradient of its own. The
+    noise scale is then that of batches made of more groups of the size that is normalized over (the micro-batch, or the
+    ghost), another number for each size, and that is warned of. With ghosts it does not depend on the micro-batch.
 
     It only observes: training is bit for bit the same without it.
 
     Args:
-        every_n_updates: Measure at every n-th update.
+        every_n_updates: Measure at every n-th update; not at one before a lazy module's first batch.
         decay: The weight that the averages of ``noise_scale`` keep from one measurement to the next, in [0, 1).
 
     Attributes:
@@ -88,9 +102,9 @@ class GradientNoiseScale(Callback):
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay
         self.estimate = NoiseScaleEstimate(decay)
-        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
-        self._fitting = self._measuring = False
-        self._norms: list[Tensor] = []  # of all gradients of the present update's micro-batches
+        self._gradients = MicroBatchGradients()
+        self._fitting = self._measuring = self._told = False
+        self._note = ""  # what the numbers mean where layers normalize over the batch
         self._micro_batches = 0
         self._full = True  # whether the last batch of an epoch is as large as the others
 
@@ -124,7 +138,7 @@ class GradientNoiseScale(Callback):
         for refused, reason in refusals:
             if refused:
                 raise MisconfigurationException(f"GradientNoiseScale: {reason}")
-        self.estimate = NoiseScaleEstimate(self.decay)
+        self.estimate, self._note, self._told = NoiseScaleEstimate(self.decay), "", False
         self._fitting = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,17 +176,12 @@ class GradientNoiseScale(Callback):
         if self._micro_batches == 0:
             self._measuring = trainer.global_step % self.every_n_updates == 0
             if self._measuring:
-                self._listen(pl_module)
-
-    def _listen(self, pl_module: LightningModule) -> None:
-        for parameter in pl_module.parameters():
-            if parameter.requires_grad and parameter not in self._hooks:
-                # A leaf's hook sees the gradient of one backward pass, on one replica.
-                self._hooks[parameter] = parameter.register_hook(self._hear)
-
-    def _hear(self, gradient: Tensor) -> None:
-        if self._measuring:
-            self._norms.append(_norm(gradient.detach()))
+                # Not the module's: what no optimizer updates, nothing sets to zero.
+                groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+                parameters = [parameter for group in groups for parameter in group]
+                self._measuring = not any(map(is_lazy, parameters))  # before a lazy module's first batch
+                if self._measuring:
+                    self._gradients.listen(parameters)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a micro-batch."""
@@ -180,20 +189,18 @@ class GradientNoiseScale(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare the gradients of the update's micro-batches with their mean."""
-        norms, micro_batches = self._norms, self._micro_batches
-        self._norms, self._micro_batches = [], 0
-        if not (self._measuring and norms) or not (self._full or not trainer.is_last_batch):
+        micro_batches, self._micro_batches = self._micro_batches, 0
+        heard = self._gradients.squares() if self._measuring else None
+        if heard is None or not (self._full or not trainer.is_last_batch):
             return
-        whole_batch = effective_batch_size(trainer)
-        micro_batch = whole_batch // trainer.accumulate_grad_batches // data_parallel_size(trainer)
         replicas = data_parallel_size(trainer)
         if micro_batches * replicas < 2:
             return
+        micro_batch = effective_batch_size(trainer) // trainer.accumulate_grad_batches // replicas
         # Lightning divides every loss by the accumulation, in an incomplete last window too.
         division = trainer.accumulate_grad_batches
-        small = mean_over_ranks(torch.stack(norms).square().sum()) * division**2 / micro_batches
-        gradients = [parameter.grad for parameter in self._hooks if parameter.grad is not None]
-        big = torch.stack([_norm(gradient) for gradient in gradients]).square().sum()
+        small, big, _ = heard
+        small = mean_over_ranks(small) * division**2 / micro_batches
         numbers = torch.stack((small, big, loss_scale(trainer).to(small.device)))
         small_square, big_square, scale = numbers.tolist()  # the only wait for the device
         moments = gradient_moments(
@@ -202,26 +209,51 @@ class GradientNoiseScale(Callback):
             micro_batch,
             micro_batch * micro_batches * replicas,
         )
-        if all(map(math.isfinite, moments)):
-            self.estimate.update(*moments)
+        self.estimate.update(*moments)
+        if not self._note:
+            self._note = normalization_note(mixing_layers(pl_module), micro_batch, replicas)
+            if self._note:
+                rank_zero_warn(f"GradientNoiseScale: {self._note}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the noise scale if it was measured in this update."""
-        if self._measuring and self._micro_batches == 0 and self.estimate.measurements:
-            facts = {
-                "updates": float(trainer.global_step),
-                "noise_scale": self.estimate.noise_scale,
-                "critical_batch_size": self.estimate.critical_batch_size,
-            }
-            define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
-            for name, value in facts.items():
-                pl_module.log(_PREFIX + name, filled(value, pl_module.device))
+        if not (self._measuring and self._micro_batches == 0 and self.estimate.measurements):
+            return
+        critical = self.estimate.critical_batch_size
+        facts = {
+            "updates": float(trainer.global_step),
+            "noise_scale": self.estimate.noise_scale,
+            "critical_batch_size": critical,
+            "batch_over_critical": self._batch(trainer) / critical if critical > 0 else float("nan"),
+        }
+        define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
+        for name, value in facts.items():
+            pl_module.log(_PREFIX + name, filled(value, pl_module.device))
+        if not self._told and self.estimate.measurements >= _FIRST_VERDICT and critical > 0:
+            self._told = True
+            self._say(trainer, f"Gradient noise scale after {trainer.global_step} updates")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which side of the critical batch this run was on."""
-        say(f"Gradient noise scale: {batch_verdict(effective_batch_size(trainer), self.estimate)}")
+        self._say(trainer, "Gradient noise scale")
+
+    def _regime(self, trainer: Trainer) -> LargeBatchRegime | None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, LargeBatchRegime)), None)
+
+    def _batch(self, trainer: Trainer) -> int:
+        regime = self._regime(trainer)
+        return effective_batch_size(trainer) if regime is None or regime.plan is None else regime.plan.batch_size
+
+    def _say(self, trainer: Trainer, when: str) -> None:
+        sentences = [batch_verdict(self._batch(trainer), self.estimate)]
+        regime = self._regime(trainer)
+        if regime is not None and (plan := regime.plan) is not None:
+            made = plan.updates / plan.reference_updates if plan.updates and plan.reference_updates else None
+            sentences.append(plan_verdict(plan.batch_size, plan.reference_batch_size, self.estimate, planned=made))
+        say(f"{when}: {' '.join(filter(None, [*sentences, self._note]))}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, as plain Python."""
@@ -245,12 +277,6 @@ class GradientNoiseScale(Callback):
         self._stop()
 
     def _stop(self) -> None:
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks, self._norms, self._micro_batches = {}, [], 0
+        self._gradients.remove()
+        self._micro_batches = 0
         self._fitting = self._measuring = False
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient_values(gradient), dtype=torch.float32)
-    return norm

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["SampleNoise", "noise_variance", "output_module", "sample_weights"]
+__all__ = ["SampleNoise", "mixing_layers", "noise_variance", "output_module", "sample_weights"]
 
 
 def noise_variance(ratio: float) -> float:
@@ -98,6 +98,33 @@ def output_module(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     return trained[0]
 
 
+def mixing_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that normalize over the batch now, by name: there a sample has no gradient of its own.
+
+    BatchNorm of every kind, ghost and synchronized too, in training mode or without running statistics. What a module
+    of your own, a call of ``torch.nn.functional.batch_norm`` or the loss mixes cannot be told.
+
+    Args:
+        model: The whole model, as it is while it trains.
+
+    Example:
+        >>> list(mixing_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.InstanceNorm1d(2))))
+        ['1']
+        >>> mixing_layers(nn.BatchNorm1d(2).eval())
+        {}
+    """
+    return {name: layer for name, layer in model.named_modules() if _mixes(layer)}
+
+
+def _mixes(layer: nn.Module) -> bool:
+    if isinstance(layer, torch.jit.ScriptModule):  # its class is gone, its name is kept
+        named = str(getattr(layer, "original_name", "")).partition("BatchNorm")
+        normalizes = bool(named[1]) and hasattr(layer, "running_mean")
+    else:
+        normalizes = isinstance(layer, _BatchNorm)
+    return normalizes and (layer.training or getattr(layer, "running_mean", None) is None)
+
+
 class SampleNoise:
     r"""Weights each sample's gradient by :math:`z_n \sim N(1, \sigma^2)`, where it enters a module's output.
 
@@ -178,10 +205,11 @@ class SampleNoise:
         if self._checked:
             return
         self._checked = True
-        if any(isinstance(part, _BatchNorm) and part.training for part in model.modules()):
+        if mixing := mixing_layers(model):
             raise ValueError(
                 "gradient_noise: BatchNorm makes a sample's gradient depend on the others in its batch, so it cannot "
-                "be weighted by itself. Use another normalization, or scale the learning rate instead."
+                f"be weighted by itself. Use another normalization for {next(iter(mixing))!r}, or scale the learning "
+                "rate instead."
             )
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         past = sorted(names.get(id(leaf), "?") for leaf in _leaves_before(loss, outputs))

@@ -1,8 +1,12 @@
 """The gradient noise scale: how large a batch may be before it stops paying."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["NoiseScaleEstimate", "batch_verdict", "gradient_moments"]
+from torch import nn
+
+__all__ = ["NoiseScaleEstimate", "batch_verdict", "gradient_moments", "normalization_note", "plan_verdict"]
 
 
 def gradient_moments(
@@ -68,12 +72,14 @@ class NoiseScaleEstimate:
     total_square: float = 0.0
 
     def update(self, variance: float, square: float) -> None:
-        r"""Take in one measurement, as :func:`gradient_moments` returns it.
+        r"""Take in one measurement, as :func:`gradient_moments` returns it; one that is not finite is left out.
 
         Args:
             variance: Of :math:`\operatorname{tr}\Sigma`.
             square: Of :math:`|G|^2`.
         """
+        if not (math.isfinite(variance) and math.isfinite(square)):
+            return  # an overflow in half precision
         self.measurements += 1
         self.variance += (1 - self.decay) * (variance - self.variance)
         self.square += (1 - self.decay) * (square - self.square)
@@ -117,10 +123,84 @@ def batch_verdict(batch_size: int, estimate: NoiseScaleEstimate) -> str:
     """
     critical = estimate.critical_batch_size
     if not critical > 0:
-        return f"not known after {estimate.measurements} measurements; train longer, or measure at more updates."
+        return (
+            f"not known after {estimate.measurements} measurements; train longer, or measure at more updates "
+            "(every_n_updates=1)."
+        )
     side = "past it" if batch_size > critical else "not past it"
     updates, samples = 1 + critical / batch_size, 1 + batch_size / critical
     return (
         f"critical batch about {critical:.0f}; this run's {batch_size} is {side}, at {updates:.2g} times the fewest "
         f"updates and {samples:.2g} times the fewest samples."
     )
+
+
+def plan_verdict(
+    batch_size: int, reference_batch_size: int, estimate: NoiseScaleEstimate, *, planned: float | None = None
+) -> str:
+    r"""Say what the noise scale makes of a plan for another batch than the reference run's.
+
+    To the same training loss the batch B takes :math:`(1 + B_c / B) / (1 + B_c / B_S)` times the updates of
+    :math:`B_S`. It says nothing of generalization, for which Hoffer et al. train as many updates.
+
+    Args:
+        batch_size: The batch that runs, B.
+        reference_batch_size: The reference run's, :math:`B_S`.
+        estimate: What was measured.
+        planned: Updates of the plan over the reference run's, where both are known.
+
+    Returns:
+        The sentence; an empty one while the critical batch is not known.
+
+    References:
+        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2.
+
+    Example:
+        >>> estimate = NoiseScaleEstimate(decay=0.9)
+        >>> estimate.update(1000.0, 1.0)
+        >>> plan_verdict(4000, 250, estimate, planned=1.0)
+        "To the reference run's training loss this batch needs 0.25 times its updates, 4 times its samples; the plan makes 1 times its updates."
+    """  # noqa: E501
+    critical = estimate.critical_batch_size
+    if not critical > 0:
+        return ""
+    updates = (1 + critical / batch_size) / (1 + critical / reference_batch_size)
+    plan = "" if planned is None else f"; the plan makes {planned:.2g} times its updates"
+    return (
+        f"To the reference run's training loss this batch needs {updates:.2g} times its updates, "
+        f"{updates * batch_size / reference_batch_size:.2g} times its samples{plan}."
+    )
+
+
+def normalization_note(layers: Mapping[str, nn.Module], micro_batch: int, replicas: int = 1) -> str:
+    """Say what the noise scale means where layers normalize over the batch.
+
+    A micro-batch's gradient is then one sample of its own, so averages over more of them obey the same two equations,
+    with the variance of a sample's gradient replaced by the samples of a group times the variance of a group's.
+
+    Args:
+        layers: What :func:`~lightning_gap.regime.noise.mixing_layers` found; empty where no layer does.
+        micro_batch: Samples of a micro-batch.
+        replicas: Data-parallel processes, over which layers may join their statistics.
+
+    Example:
+        >>> normalization_note({"net.1": nn.BatchNorm1d(2)}, 16)
+        'net.1 normalizes over 16 samples, so the noise scale is that of batches made of such groups, and another number for groups of another size.'
+    """  # noqa: E501
+    if not layers:
+        return ""
+    more = f" and {len(layers) - 1} more normalize" if len(layers) > 1 else " normalizes"
+    over = sorted({min(getattr(layer, "ghost_batch_size", micro_batch), micro_batch) for layer in layers.values()})
+    if replicas > 1 and any(_spans_ranks(layer) for layer in layers.values()):
+        return (
+            f"{next(iter(layers))}{more} over samples of several replicas, whose gradients are not independent then: "
+            "the noise scale is not that of the data, and may be far off."
+        )
+    return (
+        f"{next(iter(layers))}{more} over {' or '.join(map(str, over))} samples, so the noise scale is that of batches "
+        "made of such groups, and another number for groups of another size."
+    )
+
+
+def _spans_ranks(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "process_group", None) is not None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from lightning_gap.regime.scaling import remembered, scaled
 
@@ -30,6 +30,7 @@ _HORIZON_ATTRIBUTES = (
     "total_steps",
     "total_size",
     "step_size",
+    "anneal_epochs",
     "milestones",
     "_milestones",
 )
@@ -131,4 +132,7 @@ def horizons(scheduler: LRScheduler) -> dict[str, int]:
         for name in _HORIZON_ATTRIBUTES
         if getattr(part, name, None)
     }
+    for part in flattened(scheduler):
+        if isinstance(part, CyclicLR):
+            found["CyclicLR.step_size_up"] = round(part.total_size * part.step_ratio)
     return {name: int(steps if isinstance(steps, (int, float)) else max(steps)) for name, steps in found.items()}

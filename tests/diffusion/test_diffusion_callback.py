@@ -1,6 +1,8 @@
 import csv
 import math
+import warnings
 
+import matplotlib.figure
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -10,12 +12,16 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_gap import GhostBatchNorm, GradientNoiseScale, LargeBatchRegime
 from lightning_gap.diffusion import (
     UltraSlowDiffusion,
+    WeightDistance,
+    estimate_alpha,
     fit_diffusion,
     forecast_updates,
     norms_and_biases,
     read_reference,
+    tracked_parameters,
     weight_displacement,
 )
 
@@ -749,3 +755,126 @@ def test_compiled_model(tmp_path):
     fit(tmp_path, diffusion, reference, model=torch.compile(Silent(), backend="eager"), max_epochs=2)
     trace = diffusion.trace
     assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ parameters of a kind
+
+
+class Odd(Net):
+    """A network whose parameters are of a kind that is made, changed or added in the course of training."""
+
+    kind = "plain"
+
+    def __init__(self):
+        super().__init__()
+        if self.kind == "lazy":
+            self.net = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+        elif self.kind == "lazy head never reached":
+            self.head = nn.LazyLinear(3)
+        elif self.kind == "frozen":
+            self.net[0].requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def on_train_epoch_start(self):
+        if self.kind == "another dtype" and self.current_epoch == 1:
+            self.double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = (tensor.to(self.net[-1].bias.dtype) for tensor in batch)
+        return nn.functional.mse_loss(self.net(x), y)
+
+
+class LateReference(Reference):
+    """Copies the weights before the first update, when lazy ones have been made."""
+
+    @staticmethod
+    def vector(module):
+        return torch.cat([p.detach().double().flatten() for p in module.net.parameters() if p.requires_grad])
+
+    def on_train_start(self, trainer, pl_module):
+        pass
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.start is None:
+            self.start = self.vector(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if self.start is not None:
+            super().on_train_batch_end(trainer, pl_module)
+
+
+@pytest.mark.parametrize("regime", [False, True], ids=["alone", "with the others"])
+@pytest.mark.parametrize("kind", ["plain", "lazy", "lazy head never reached", "frozen", "another dtype"])
+def test_parameters_of_every_kind_are_measured_from_where_they_started(tmp_path, monkeypatch, kind, regime):
+    monkeypatch.setattr(Odd, "kind", kind)
+    diffusion, reference = UltraSlowDiffusion(points_per_decade=5, per_layer=True), LateReference()
+    others = [LargeBatchRegime(8), GradientNoiseScale(every_n_updates=1), GhostBatchNorm(4)] if regime else []
+    options = {"accumulate_grad_batches": 2, "max_epochs": 3} if regime else {"max_epochs": 3}
+    fit(tmp_path, diffusion, reference, *others, model=Odd(), logger=CSVLogger(tmp_path), **options)
+    trace = diffusion.trace
+    assert trace["updates"][:4] == [1, 2, 3, 4]
+    assert trace["distance"] == pytest.approx([reference.distances[t] for t in trace["updates"]], rel=1e-5)
+    assert ("distance/net.0" in trace) == (kind != "frozen")
+    assert not any(name.endswith("head") for name in trace)
+
+
+def test_a_lazy_run_resumes_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Odd, "kind", "lazy")
+    whole, part, resumed = (UltraSlowDiffusion(points_per_decade=5) for _ in range(3))
+    data = loader(shuffle=False)
+    fit(tmp_path, whole, model=Odd(), data=data, max_epochs=4)
+    run, _ = fit(tmp_path, part, model=Odd(), data=data, max_epochs=2)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    fit(tmp_path, resumed, model=Odd(), data=data, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.trace == whole.trace
+
+
+@pytest.mark.parametrize("module", [nn.LazyLinear(2), nn.Linear(2, 2, device="meta")])
+def test_parameters_without_values_are_refused_with_a_remedy(module):
+    for read in (tracked_parameters, WeightDistance, lambda module: estimate_alpha(module, lambda m: 0, radius=1.0)):
+        with pytest.raises(ValueError, match=r"no values yet: weight.*Run a batch .*materialize .*exclude"):
+            read(module)
+    assert tracked_parameters(module, exclude="") == {}
+
+
+# ------------------------------------------------------------------------------------------------------- not a number
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("from_update", [1, 105])
+def test_distances_that_are_not_finite_are_said_once_and_kept_out_of_all_else(tmp_path, value, from_update):
+    class Astray(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step + 1 == from_update:
+                pl_module.net[4].weight.data[0, 0] = value
+
+    write = UltraSlowDiffusion()
+    fit(tmp_path / "reference", write, logger=CSVLogger(tmp_path / "reference"))
+    diffusion, logger = UltraSlowDiffusion(reference=str(tmp_path / "reference")), CSVLogger(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, diffusion, Astray(), logger=logger, max_epochs=14)
+    said = [str(warning.message) for warning in caught if "NaN or infinite" in str(warning.message)]
+    assert len(said) == 1
+    assert ("at update 1:" if from_update == 1 else "at update 112, and was a number at update 100:") in said[0]
+    assert f"({'net.0' if from_update > 1 else 'net.4'}.weight" in said[0]  # what is astray spreads to the others
+    trace = diffusion.trace
+    kept = [t for t, d in zip(trace["updates"], trace["distance"], strict=True) if math.isfinite(d)]
+    assert kept == [t for t in trace["updates"] if t < from_update]
+    assert trace["updates"][-1] > 100
+    fitted = diffusion.diffusion_fit
+    assert (fitted and fitted.last_update) == (None if from_update == 1 else 100)
+    assert (diffusion.advice is None) == (from_update == 1)
+    diffusion.plot(matplotlib.figure.Figure().add_subplot())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [float(row[KEY + "distance"]) for row in csv.DictReader(file) if row.get(KEY + "distance")]
+    assert len(logged) == len(kept)
+    assert all(map(math.isfinite, logged))
+
+
+def test_a_trace_too_short_says_what_its_owner_can_do(tmp_path, capsys):
+    fit(tmp_path, UltraSlowDiffusion(), max_epochs=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train longer, or call fit_diffusion with lower minimum_decades" in said

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_gap import LargeBatchRegime
 from lightning_gap.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostNorm
 
 
@@ -247,7 +248,7 @@ def test_a_micro_batch_below_the_ghost_size_warns_once(accumulated):
         assert torch.equal(value, models[1].state_dict()[name])
 
 
-def test_a_batch_whose_size_is_not_known_does_not_warn():
+def test_a_batch_whose_size_is_not_known_warns_once_unless_rows_are_given():
     class Odd(Net):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["pair"], batch_idx)
@@ -257,7 +258,12 @@ def test_a_batch_whose_size_is_not_known_does_not_warn():
         return {"pair": (x, y), "other": torch.zeros(3)}
 
     loader = DataLoader(data().dataset, batch_size=16, collate_fn=collate)
-    trainer(GhostBatchNorm(32)).fit(net(Odd), loader)
+    with pytest.warns(UserWarning, match="samples cannot be told.*each row.*rows_per_sample") as caught:
+        trainer(GhostBatchNorm(4), max_epochs=2).fit(net(Odd), loader)
+    assert len([w for w in caught if "cannot be told" in str(w.message)]) == 1
+    model = net(Odd)
+    trainer(GhostBatchNorm(4, rows_per_sample=1)).fit(model, loader)
+    assert int(model.net[1].num_batches_tracked) == 16
 
 
 def test_stochastic_weight_averaging_updates_statistics_over_ghosts():
@@ -359,3 +365,89 @@ def test_a_compiled_model_trains():
     for compiled, eager in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
     assert int(models[0].net._orig_mod[1].num_batches_tracked) == 16
+
+
+class WithoutNorms(Validated):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+
+def test_a_model_without_batchnorm_trains_as_it_is_where_asked():
+    models = [net(WithoutNorms), net(WithoutNorms)]
+    with pytest.warns(UserWarning, match=r"WithoutNorms holds no BatchNorm layer.*trains as it is") as caught:
+        trainer(GhostBatchNorm(4, missing="warn", skip="stem"), max_epochs=2).fit(models[0], data(), data())
+    assert len([w for w in caught if "trains as it is" in str(w.message)]) == 1
+    trainer(max_epochs=2).fit(models[1], data(), data())
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(MisconfigurationException, match="or set missing='warn'"):
+        trainer(GhostBatchNorm(4)).fit(net(WithoutNorms), data(), data())
+    with pytest.raises(ValueError, match="missing must be 'error' or 'warn', got 'ignore'"):
+        GhostBatchNorm(4, missing="ignore")
+    model = net()
+    model.net[1] = nn.SyncBatchNorm(8)  # something is wrong, not missing
+    with pytest.raises(MisconfigurationException, match="SyncBatchNorm"):
+        trainer(GhostBatchNorm(4, missing="warn")).fit(model, data())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_copy_made_in_training_is_handed_back_too(error):
+    class MeanTeacher(Net):
+        def on_train_start(self):
+            self.teacher = copy.deepcopy(self.net)
+
+        def training_step(self, batch, batch_idx):
+            self.seen = [type(layer) for layer in self.teacher if isinstance(layer, GhostNorm)]
+            self.rows = {layer.rows_per_sample for layer in (*self.teacher, *self.net) if isinstance(layer, GhostNorm)}
+            if error and batch_idx == 2:
+                raise error
+            return super().training_step(batch, batch_idx) + self.teacher(batch[0]).mean()
+
+    model = net(MeanTeacher)
+    model.own = GhostBatchNorm1d(3, ghost_batch_size=8)  # of the user's own, and a copy of it
+    model.own_copy = copy.deepcopy(model.own)
+    if error:
+        with pytest.raises(error):
+            trainer(GhostBatchNorm(4)).fit(model, data())
+    else:
+        trainer(GhostBatchNorm(4)).fit(model, data())
+        assert int(model.teacher[1].num_batches_tracked) == 16
+    assert model.seen == [GhostBatchNorm1d] * 2
+    assert len(model.rows) == 1  # it counts the samples of the same batch
+    assert ghosts(model) == [model.own, model.own_copy]
+    assert [type(model.teacher[i]) for i in (1, 4)] == [nn.BatchNorm1d] * 2
+
+
+def test_layers_added_in_training_become_ghosts_at_the_next_epoch():
+    class Growing(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net.append(nn.BatchNorm1d(4))
+                self.other = nn.BatchNorm1d(4)
+
+    model = net(Growing)
+    trainer(GhostBatchNorm(4, skip="net.4"), max_epochs=3).fit(model, data())
+    assert ghosts(model) == []
+    assert int(model.net[5].num_batches_tracked) == 4 + 16  # plain for an epoch
+    assert int(model.net[4].num_batches_tracked) == 3 * 4  # held back
+
+    class Unfit(Growing):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.other = nn.SyncBatchNorm(4)
+
+    with pytest.warns(UserWarning, match="added during training as it is: layer 'other' is a SyncBatchNorm") as caught:
+        trainer(GhostBatchNorm(4), max_epochs=4).fit(net(Unfit), data())
+    assert len([w for w in caught if "added during training" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(("reference", "said"), [(4, False), (8, True)])
+def test_a_reference_run_of_another_batch_is_said(reference, said, capsys):
+    class Decaying(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    trainer(LargeBatchRegime(reference, train_longer=False), GhostBatchNorm(4)).fit(net(Decaying), data())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("reference run of LargeBatchRegime has 8 samples a batch, a ghost 4" in printed) == said

@@ -7,6 +7,7 @@ import torch
 from ghost_reference import one_after_another
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -368,3 +369,32 @@ def test_export_in_evaluation_and_script_after_revert():
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     torch.testing.assert_close(exported.module()(x[:5]), layer(x[:5]))
     torch.testing.assert_close(torch.jit.script(revert_ghost_batchnorm(layer))(x), layer(x))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("kind", [ActivatedNorm, FusedNorm])
+def test_compiled_own_forwards_are_one_graph(kind):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = convert_ghost_batchnorm(nn.Sequential(*(kind(3) for _ in range(12))).double(), 4)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for n in (8, 11):
+        x = torch.randn(n, 3, 2, 2, dtype=torch.float64).requires_grad_()
+        outputs = [net(x) for net in (compiled, twin)]
+        gradients = [torch.autograd.grad(y.pow(2).sum(), x)[0] for y in outputs]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*gradients)
+    for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert counter.frame_count <= 3  # for the first size, and for others
+
+
+@pytest.mark.compiler
+def test_compiled_layers_share_their_code():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [convert_ghost_batchnorm(FusedNorm(3), 4) for _ in range(12)]
+    for layer in layers:  # each by itself: torch compiles one function eight times at most
+        torch.compile(layer, backend=counter, fullgraph=True)(torch.randn(8, 3, 2, 2))
+    assert counter.frame_count == 1

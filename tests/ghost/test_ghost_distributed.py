@@ -74,6 +74,7 @@ def worker(rank, port, folder):
     results = {
         grouping: fit(shard(rank, grouping), BATCH, grouping=grouping, **ddp) for grouping in ("contiguous", "strided")
     }
+    results["recalibrated"] = fit(shard(rank, "contiguous"), BATCH, recalibrate=STEPS, **ddp)
     try:
         fit(shard(rank, "contiguous"), BATCH, sync_batchnorm=True, **ddp)
     except MisconfigurationException as error:
@@ -97,4 +98,9 @@ def test_two_processes_equal_one_on_the_same_batches(tmp_path):
                     torch.testing.assert_close(value, one[name], rtol=1e-10, atol=1e-12)
         # Buffers are those of rank 0, as with plain BatchNorm: its two ghosts of every batch.
         assert int(ranks[0][grouping]["net.1.num_batches_tracked"]) == 2 * STEPS * BATCH // GHOST
+    one = fit(samples().flatten(0, 1), RANKS * BATCH, recalibrate=STEPS)
+    for rank in ranks:  # each had its part of the data, and all have the average over all
+        for name, value in rank["recalibrated"].items():
+            if "num_batches" not in name:
+                torch.testing.assert_close(value, one[name], rtol=1e-10, atol=1e-12)
     assert all("sync_batchnorm=True would replace" in rank["sync_batchnorm"] for rank in ranks)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap import GhostBatchNorm, convert_ghost_batchnorm, recalibrate_batchnorm, revert_ghost_batchnorm
 from lightning_gap.ghost import GhostBatchNorm1d, GhostNorm, RunningStatisticsSync, ghost_batch_norm
+from lightning_gap.ghost.layout import ranks_that_fill_a_ghost
 from lightning_gap.parallel import RankGroup
 
 RANKS = 4
@@ -245,6 +246,7 @@ def fits_with_spanning_ghosts(rank):
     compare_fits(rank, ghost=32, accumulate=2)
     compare_fits(rank, ghost=4, sync_running_stats=True)
     compare_fits(rank, ghost=16, ranks_per_ghost=2, running_stats="sequential")
+    compare_fits(rank, ghost=16, sync_running_stats=True, recalibrate=2)
 
 
 def fits_that_fall_short(rank):
@@ -261,8 +263,9 @@ def fits_that_fall_short(rank):
 def sharded_fits(rank, folder):
     # None: nothing else keeps these ranks equal, so they are joined, and validation sees what one process would
     for ghost in (4, 16):
-        strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
-        compare_fits(rank, ghost=ghost, strategy=strategy, sync_running_stats=None)
+        for recalibrate in (None, 2):
+            strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+            compare_fits(rank, ghost=ghost, strategy=strategy, sync_running_stats=None, recalibrate=recalibrate)
 
 
 def worker(rank, port, folder):
@@ -286,14 +289,13 @@ def test_four_processes_equal_one(tmp_path):
 
 
 def test_groups_of_ranks_that_fill_a_ghost():
-    from lightning_gap.ghost.callback import _ranks_per_ghost as ranks
-
-    assert ranks([32] * 8, 128, False) == 4
-    assert ranks([32] * 8, 32, False) == 1  # no rank needs another
-    assert ranks([64] * 8, 32, False) == 1
-    assert ranks([32] * 6, 128, False) == 1  # four does not divide six
-    assert ranks([20, 12, 8, 24], 32, False) == 2
-    assert ranks([20, 8, 12, 24], 32, True) == 2
-    assert ranks([20, 8, 12, 24], 32, False) == 1
-    assert ranks([0, 0], 32, False) == 1  # not known
-    assert all(b % a == 0 for a, b in pairwise([ranks([16] * 16, 16 * k, False) for k in (1, 2, 4, 8, 16)]))
+    assert ranks_that_fill_a_ghost([32] * 8, 128) == 4
+    assert ranks_that_fill_a_ghost([32] * 8, 32) == 1  # no rank needs another
+    assert ranks_that_fill_a_ghost([64] * 8, 32) == 1
+    assert ranks_that_fill_a_ghost([32] * 6, 128) == 1  # four does not divide six
+    assert ranks_that_fill_a_ghost([20, 12, 8, 24], 32) == 2
+    assert ranks_that_fill_a_ghost([20, 8, 12, 24], 32, strided=True) == 2
+    assert ranks_that_fill_a_ghost([20, 8, 12, 24], 32) == 1
+    assert ranks_that_fill_a_ghost([0, 0], 32) == 1  # not known
+    found = [ranks_that_fill_a_ghost([16] * 16, 16 * k) for k in (1, 2, 4, 8, 16)]
+    assert all(b % a == 0 for a, b in pairwise(found))

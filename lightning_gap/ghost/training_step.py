@@ -1,0 +1,144 @@
+"""Training steps that leave nothing behind but running statistics, on batches of their own."""
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "step_of"]
+
+# What belongs to wrappers and to torch: parameters stay as they are, and sharded ones change places by themselves.
+_NOT_STATE = ("_parameters", "_modules")
+
+
+def step_of(module: LightningModule) -> Callable[[Any, int], Any]:
+    """Return a module's training step as a function of a batch and its number.
+
+    Args:
+        module: The module.
+
+    Raises:
+        ValueError: If the step is none: with manual optimization it would train.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"the training_step of {type(module).__name__} makes updates itself (manual optimization), so statistics "
+            "cannot be taken by it; call recalibrate_batchnorm(module, loader, forward=...)"
+        )
+    step = module.training_step
+    takes_number = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return lambda batch, index: step(batch, index) if takes_number else step(batch)
+
+
+@contextmanager
+def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> Iterator[None]:
+    """Undo what happens to a module meanwhile, but to some layers: logs, attributes and buffers of all submodules.
+
+    Args:
+        module: The module; nothing that it logs arrives.
+        layers: Layers whose buffers may change.
+    """
+    changing = set(layers)
+    kept = [
+        (submodule, {name: (v, _content(v)) for name, v in vars(submodule).items() if name not in _NOT_STATE})
+        for submodule in module.modules()
+    ]
+    buffers = [
+        (buffer, buffer.clone()) for m in module.modules() if m not in changing for buffer in m.buffers(recurse=False)
+    ]
+    vars(module).update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for submodule, attributes in kept:
+                for name in vars(submodule).keys() - attributes.keys() - set(_NOT_STATE):
+                    del vars(submodule)[name]
+                for name, (value, content) in attributes.items():
+                    _refill(value, content)
+                    vars(submodule)[name] = value
+            for buffer, content in buffers:
+                buffer.copy_(content)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, list | dict | set | deque) else None
+
+
+def _refill(value: Any, content: Any) -> None:
+    if isinstance(value, Tensor):
+        value.detach().copy_(content)
+    elif isinstance(value, list | deque):
+        value.clear()
+        value.extend(content)
+    elif isinstance(value, dict | set):
+        value.clear()
+        value.update(content)
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed, and go on with those of before.
+
+    Args:
+        seed: The seed.
+    """
+    with isolate_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (what data sets draw from)
+        yield
+
+
+def own_loader(trainer: Trainer) -> CombinedLoader:
+    """Return a copy of the training loader that shares data sets, and no position or random state, with it.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    return CombinedLoader(tree_map(_own, combined.iterables), combined._mode)
+
+
+def _own(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return copy.deepcopy(loader)
+    dataset = loader.dataset
+    shared = {} if isinstance(dataset, IterableDataset) else {id(dataset): dataset}
+    parts = {name: getattr(loader, name) for name in ("dataset", "sampler", "batch_sampler", "generator")}
+    own = copy.copy(loader)
+    vars(own).update(copy.deepcopy(parts, shared), _iterator=None, persistent_workers=False)
+    return own
+
+
+def own_batches(trainer: Trainer, count: int) -> Iterator[Any]:
+    """Yield batches of a copy of the training loader, as the training step gets them.
+
+    Args:
+        trainer: The trainer that runs.
+        count: How many, or fewer if there are fewer.
+    """
+    module = trainer.lightning_module
+    for batch, _, _ in islice(iter(own_loader(trainer)), count):
+        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
