@@ -26,7 +26,7 @@ from idiom_page import PAGE, page
 from idiom_resumes import cells_to_resume, different_resumes
 from idiom_schedules import schedulers
 from idiom_scripts import Outcome, outcome, start
-from regime_idioms import IDIOMS, REAL, SMALL, Cell, balanced_cells, every_cell
+from regime_idioms import IDIOMS, REAL, SMALL, Cell, balanced_cells, every_cell, told_cells
 
 
 def resume(only: str, points: int = 20) -> None:
@@ -59,12 +59,12 @@ def main() -> None:
     if options.resume:
         resume(options.only)
         return
-    some = every_cell if options.all else balanced_cells
+    asking = every_cell(SMALL) if options.all else balanced_cells(SMALL)
     found = [
         compare(title, run, [cell for cell in cells if options.only in cell.name or options.only in cell.idiom])
         for title, run, cells in (
-            ("run to the end", outcome, some(SMALL)),
-            ("at real sizes, up to the first batch", start, some(REAL, asking=False)),
+            ("run to the end", outcome, asking),
+            ("at real sizes, up to the first batch", start, [*balanced_cells(REAL), *told_cells()]),
         )
     ]
     if options.write:

@@ -8,7 +8,7 @@ The images are scikit-learn's 1797 handwritten digits; the extra `data` brings t
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gap.regime import NoiseScaleEstimate, gradient_moments, plan_regime
+from lightning_gap.regime import plan_regime
 
 Prepare = Callable[..., tuple[Any, Any, Any]]
 Backward = Callable[[Tensor], Any]
@@ -41,19 +41,6 @@ def train(model: nn.Module, loader: DataLoader[Any], epochs: int, prepare: Prepa
             if clock.over:
                 break
     return model
-
-
-def noise_scale(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pieces: int = 4) -> float:
-    """Return the batch at which more samples stop paying, from the gradients of batches and of their pieces."""
-    estimate = NoiseScaleEstimate(decay=0.9)
-    for images, labels in batches:
-        gradients = []
-        for x, y in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
-            loss = nn.functional.cross_entropy(model(x), y)
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
-        small, big = torch.stack(gradients).square().sum(1).mean(), torch.stack(gradients).mean(0).square().sum()
-        estimate.update(*gradient_moments(float(small), float(big), len(images) / pieces, len(images)))
-    return estimate.critical_batch_size
 
 
 def tools(name: str) -> tuple[Prepare, Backward]:
@@ -84,11 +71,9 @@ def main(name: str = "torch") -> None:
     held_out = torch.arange(len(x)) % 5 == 0
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     data = TensorDataset(x[~held_out], y[~held_out])
-    critical = noise_scale(model, DataLoader(data, 256, shuffle=True, drop_last=True))
     trained = train(model, DataLoader(data, 256, shuffle=True), 10, *tools(name))
     with torch.no_grad():
         right = (trained(x[held_out]).argmax(1) == y[held_out]).float().mean()
-    print(f"critical batch at the start: {critical:.0f}")
     print(f"accuracy after 10 epochs of the batch 16, at the batch 256: {float(right):.3f}")
 
 

@@ -20,19 +20,21 @@ def family(name: str) -> str:
 
 
 def words(found: Iterable[tuple[Cell, Outcome]]) -> dict[Row, dict[str, str]]:
-    """Return what a row of the table says of each family: one word for all of it, and which schedulers differ."""
-    rows: dict[Row, dict[str, dict[str, set[str]]]] = {}
+    """Return what a row of the table says of each family: a word, of how many cells, and which schedulers differ."""
+    rows: dict[Row, dict[str, list[tuple[str, str]]]] = {}
     for cell, outcome in found:
-        of = rows.setdefault((cell.idiom, cell.interval), {}).setdefault(family(cell.name), {})
-        of.setdefault(outcome.word, set()).add(cell.name)
+        rows.setdefault((cell.idiom, cell.interval), {}).setdefault(family(cell.name), []).append(
+            (outcome.word, cell.name)
+        )
     return {row: {name: _words(row[0], of) for name, of in families.items()} for row, families in rows.items()}
 
 
-def _words(idiom: str, of: dict[str, set[str]]) -> str:
+def _words(idiom: str, of: list[tuple[str, str]]) -> str:
     usual = "equal" if IDIOMS[idiom].asks else "refused"
-    others = [f"{word}: {', '.join(sorted(of[word]))}" for word in ("equal", "refused", "WRONG") if word in of]
-    others = [each.replace("WRONG", "not told") for each in others if not each.startswith(usual)]
-    return "; ".join([usual, *others] if usual in of else others)
+    others = sorted({name for word, name in of if word != usual})
+    if not others:
+        return usual
+    return f"{usual} {sum(word == usual for word, _ in of)} of {len(of)}; not {', '.join(others)}"
 
 
 def table(found: Iterable[tuple[Cell, Outcome]], *, asks: bool) -> str:
@@ -93,7 +95,7 @@ the first batch:
 
 {told}
 
-"not told": taken for the reference run's. A decay per step, γ = 0.01 ** (1 / updates), holds no length, and a part of
+The others are taken for the reference run's. A decay per step, γ = 0.01 ** (1 / updates), holds no length, and a part of
 a part may be any number. Ask within `configure_optimizers`, and there is nothing to guess:
 
 ```python

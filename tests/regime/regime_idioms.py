@@ -208,22 +208,27 @@ def scripts() -> Iterator[tuple[str, str, str]]:
                 yield name, interval, idiom
 
 
-def every_cell(batches: Sequence[Batches] = SMALL[:3], *, asking: bool = True) -> list[Cell]:
-    """Every script at every share and batch; of ``asking``, only those that ask for lengths, or write constants."""
+def every_cell(batches: Sequence[Batches] = SMALL[:3]) -> list[Cell]:
+    """Every script that asks for its lengths, or writes constants, at every share and batch."""
     return [
-        Cell(*each, share, batch)
-        for each in scripts()
-        if IDIOMS[each[2]].asks or not asking
-        for share in SHARES
-        for batch in batches
+        Cell(*each, share, batch) for each in scripts() if IDIOMS[each[2]].asks for share in SHARES for batch in batches
     ]
 
 
-def balanced_cells(batches: Sequence[Batches] = SMALL, *, asking: bool = True) -> list[Cell]:
+def balanced_cells(batches: Sequence[Batches] = SMALL, *, asks: bool = True) -> list[Cell]:
     """Every script once, so that each scheduler and each idiom meets every share, and every batch."""
     names, idioms, found = list(schedulers()), list(IDIOMS), []
     for name, interval, idiom in scripts():
-        if IDIOMS[idiom].asks or not asking:
+        if IDIOMS[idiom].asks == asks:
             at = 3 * names.index(name) + 5 * idioms.index(idiom)  # 4 shares and 7 batches: coprime
             found.append(Cell(name, interval, idiom, SHARES[at % len(SHARES)], batches[at % len(batches)]))
     return found
+
+
+def told_cells() -> list[Cell]:
+    """Every script whose lengths only their numbers tell, at every real size."""
+    return [
+        cell._replace(batches=batches, share=SHARES[(at + of) % len(SHARES)])
+        for of, cell in enumerate(balanced_cells(REAL, asks=False))
+        for at, batches in enumerate(REAL)
+    ]
