@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-__all__ = ["define_axes", "filled", "log_facts", "log_figure", "log_table", "markdown", "takes_figures"]
+__all__ = ["define_axes", "filled", "log_facts", "log_figure", "log_now", "log_table", "markdown", "takes_figures"]
 
 _KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
@@ -60,6 +60,24 @@ def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
             for name in new:
                 logger.experiment.define_metric(name, step_metric=x)
                 known.add((x, name))
+
+
+def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str, float | Tensor]) -> None:
+    """Log metrics of an update at once, each against this package's own ``updates``, and keep them for callbacks.
+
+    ``pl_module.log`` would take longer than all else that a callback does in an update, and repeat old values.
+
+    Args:
+        trainer: The trainer, in ``on_train_batch_end`` of a batch that made an update.
+        device: The module's device.
+        prefix: What keys begin with, as ``"lightning_gap/regime/"``.
+        facts: Numbers by name, ``updates`` among them.
+    """
+    keyed = {f"{prefix}{name}": value for name, value in facts.items()}
+    define_axes(trainer.loggers, f"{prefix}updates", keyed)
+    for logger in trainer.loggers:
+        logger.log_metrics(keyed, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    trainer.callback_metrics.update({key: filled(value, device) for key, value in keyed.items()})
 
 
 @rank_zero_only

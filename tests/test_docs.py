@@ -21,8 +21,9 @@ COMMANDS = [
     for name, text in PAGES.items()
     for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
-    # The demo takes minutes, and has its own tests; commands of maps need each other: test_examples.py.
-    if re.match(r"lightning-gap (?!demo|fit|validate|test|predict|transport)", line)
+    # The demo takes minutes, and has its own tests; commands of maps need each other: test_examples.py; and plans of a
+    # configuration an example: test_cli_plan.py.
+    if re.match(r"lightning-gap (?!demo|fit|validate|test|predict|transport|plan --config)", line)
 ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.arguments import check_count
-from lightning_gap.loggers import define_axes, filled, log_facts, log_table
+from lightning_gap.loggers import log_facts, log_now, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.applied import check_unscaled, clock_of, scale
@@ -387,7 +387,7 @@ class LargeBatchRegime(Callback):
             if size > self._pass.samples and self.samples is None:
                 raise ValueError(
                     f"{name}={size} is more than the {self._pass.samples} samples of an epoch, so no update sees as "
-                    f"many. {remedy}"
+                    f"many. {remedy} If the items of the data set are whole batches, pass batch_size= and samples=."
                 )
         return plan
 
@@ -782,12 +782,7 @@ class LargeBatchRegime(Callback):
             facts["lr_over_batch"] = self._warmups[0].rate / plan.batch_size
         if self._clippable:
             facts["clipped_fraction"] = self._clipped / self._clippable
-        keyed = {_PREFIX + name: value for name, value in facts.items()}
-        define_axes(trainer.loggers, f"{_PREFIX}updates", keyed)
-        for logger in trainer.loggers:
-            # Not by pl_module.log, which takes longer than all else here together.
-            logger.log_metrics(keyed, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics.update({key: filled(value, pl_module.device) for key, value in keyed.items()})
+        log_now(trainer, pl_module.device, _PREFIX, facts)
 
     @property
     def reference_epoch(self) -> float:

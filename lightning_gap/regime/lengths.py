@@ -108,6 +108,9 @@ def _falls_to_a_round_share(rates: list[float], at: int) -> bool:
     if not 0 < at < len(rates) - 1 or not rates[0]:
         return False
     here, end = (rates[step] / rates[0] for step in (at, -1))
+    before, now, after = rates[at - 1 : at + 2]
+    if not before > now > after > 0 or abs(now / before - after / now) > 1e-9:
+        return False  # no decay by one factor a step
     return 0 < here < 1 and end not in (0, here) and _is_round(here) and not _is_round(end)
 
 
@@ -132,7 +135,7 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
         here.add(plan.samples // plan.batch_size)
     total = plan.reference_updates or 0
     theirs = _parts(there) | _parts(total) | {there * count for count in range(1, epochs + 1)} | {total}
-    theirs |= {total - part for part in _parts(total)}
+    theirs |= {total - part for part in _parts(total)} | {epochs}
     ours = {count * each: each for each in here if each > 9 for count in range(2, 11)}
     ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
     # A round number was rather written than computed.

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_gap.arguments import check_count
-from lightning_gap.loggers import define_axes, filled
+from lightning_gap.loggers import log_now
 from lightning_gap.parallel import (
     data_parallel_size,
     gradients_stay_scaled,
@@ -228,9 +228,7 @@ class GradientNoiseScale(Callback):
             "critical_batch_size": critical,
             "batch_over_critical": self._batch(trainer) / critical if critical > 0 else float("nan"),
         }
-        define_axes(trainer.loggers, f"{_PREFIX}updates", [_PREFIX + name for name in facts])
-        for name, value in facts.items():
-            pl_module.log(_PREFIX + name, filled(value, pl_module.device))
+        log_now(trainer, pl_module.device, _PREFIX, facts)
         if not self._told and self.estimate.measurements >= _FIRST_VERDICT and critical > 0:
             self._told = True
             self._say(trainer, f"Gradient noise scale after {trainer.global_step} updates")

@@ -137,7 +137,14 @@ def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: floa
         ValueError: lr_rule="linear" is a rule for SGD, SGDW, SGDP, Lars, LARS, and the optimizer is Rprop. Pass \
 lr_rule="none", which leaves its learning rate as it is, or a callable ratio -> factor to decide the factor yourself.
     """
-    if ratio == 1.0 or rule not in RULED_OPTIMIZERS:
+    if ratio == 1.0 or rule in ("none", "found"):
+        return None
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} finds its own learning rate, which lr_rule={rule!r} cannot scale. Pass "
+            'lr_rule="none".'
+        )
+    if rule not in RULED_OPTIMIZERS:
         return None
     name, kinds = type(optimizer).__name__, {kind.__name__ for kind in type(optimizer).__mro__}
     if kinds & set(RULED_OPTIMIZERS[rule]):
