@@ -95,8 +95,9 @@ the first batch:
 
 {told}
 
-The others are taken for the reference run's. A decay per step, γ = 0.01 ** (1 / updates), holds no length, and a part of
-a part may be any number. Ask within `configure_optimizers`, and there is nothing to guess:
+The others are taken for the reference run's: a part of a part may be any number, a warm-up alone has no end, and at
+the ratio 10 this run's updates are a tenth of the reference run's. Ask within `configure_optimizers`, and there is
+nothing to guess:
 
 ```python
 def configure_optimizers(self):
