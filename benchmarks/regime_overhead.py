@@ -2,7 +2,7 @@
 
 Both callbacks run in the training whose updates are timed, so each update gives a pair: the seconds inside their hooks,
 and the seconds of the whole update. A second table has all that the regime adds to the smallest of models, in turns
-with and without it: Lightning's calls of its hooks, loggers and schedulers included.
+with and without it, in seconds of the processor: Lightning's calls of its hooks, loggers and schedulers included.
 
     OMP_NUM_THREADS=1 python benchmarks/regime_overhead.py [--updates 8] [--turns 3]
 
@@ -100,14 +100,14 @@ class Classifier(LightningModule):
 class Stopwatch(Callback):
     """The seconds of every update, from the start of its first batch to the start of the next's."""
 
-    def __init__(self, accumulate: int) -> None:
+    def __init__(self, accumulate: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.starts: list[float] = []
-        self.accumulate = accumulate
+        self.accumulate, self.clock = accumulate, clock
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the time at the first batch of an update."""
         if batch_idx % self.accumulate == 0:
-            self.starts.append(time.perf_counter())
+            self.starts.append(self.clock())
 
     @property
     def updates(self) -> list[float]:
@@ -211,7 +211,7 @@ def beside_nothing(updates: int, turns: int) -> list[Row]:
             means: tuple[list[float], list[float]] = ([], [])
             for _ in range(turns):
                 for seconds, extra in zip(means, ([], [make()]), strict=True):
-                    watch = Stopwatch(1)
+                    watch = Stopwatch(1, time.thread_time)  # of the processor: other processes do not count
                     fit_linear([watch, *extra], updates, every, by_updates=by_updates)
                     seconds.append(statistics.mean(watch.updates[10:]))
             difference = spread([b - a for a, b in zip(*means, strict=True)], 1e3)

@@ -181,6 +181,22 @@ def test_the_pages_plans_of_an_example(capsys, place, line):
     assert _rows(out)["batch (samples per update)"] == ["32", "1024" if "256" in line else "512"]
 
 
+class WithData(Model):
+    """A model with loaders of its own, and no data module."""
+
+    def train_dataloader(self):
+        return Data(10).train_dataloader()
+
+
+@pytest.mark.parametrize("rest", [{}, {"data": None, "ckpt_path": "lost.ckpt"}])
+def test_a_module_with_data_of_its_own_is_planned(capsys, place, rest):
+    config = {"model": {"class_path": "test_cli_plan.WithData"}, "trainer": settings()["trainer"], **rest}
+    rows, _ = planned(capsys, place, config)
+    assert rows["batch (samples per update)"] == ["4", "10"]
+    rows, _ = planned(capsys, place, {**config, "model": {}}, "--model", "test_cli_plan.WithData")
+    assert rows["batch (samples per update)"] == ["4", "10"]
+
+
 class Bare(Model):
     """A model that leaves its optimizer to the configuration."""
 

@@ -32,7 +32,7 @@ from lightning_gap.monge.checkpoints import read_checkpoint
 from lightning_gap.monge.transport_files import load_map
 from lightning_gap.terminal import say
 
-__all__ = ["MapCLI", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
+__all__ = ["MapCLI", "loaded", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
 
 DEFAULT_UPDATES = 5000
 # At most this many validations of a run whose length is a number of updates.
@@ -296,16 +296,16 @@ def names_a_class(words: Sequence[str], part: str) -> bool:
         if not equals:
             value = words[i + 1] if i + 1 < len(words) else ""
         if option in ("-c", "--config", f"--{part}"):
-            loaded = _loaded(value)
-            given = loaded.get(part) if option in ("-c", "--config") and isinstance(loaded, dict) else loaded
+            settings = loaded(value)
+            given = settings.get(part) if option in ("-c", "--config") and isinstance(settings, dict) else settings
             if isinstance(given, str) and Path(given).is_file():
-                given = _loaded(given)
+                given = loaded(given)
             found |= isinstance(given, str) or (isinstance(given, dict) and "class_path" in given)
         found |= option == f"--{part}.class_path"
     return found
 
 
-def _loaded(value: str) -> Any:
+def loaded(value: str) -> Any:
     """Return what a file of YAML holds, or the words themselves do; None where it cannot be read."""
     try:
         is_file = not value.startswith("{") and Path(value).is_file()

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from lightning_gap import LargeBatchRegime
-from lightning_gap.commands.map_cli import MapCLI, names_a_class, run_cli
+from lightning_gap.commands.map_cli import MapCLI, loaded, names_a_class, run_cli
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.terminal import say
 
@@ -43,13 +43,14 @@ def run(words: Sequence[str]) -> None:
     Raises:
         CommandError: Something is wrong with them, or with what they name, or there is no regime to plan.
     """
+    before = list(sys.path)
     sys.path.insert(0, os.getcwd())  # for modules beside the configuration, as `python script.py` finds them
     try:
         run_cli(PlanCLI, ["fit", *_with_classes(list(words))])
     except CommandError as error:
         raise CommandError(f"{error}{_HINT if 'does not accept' in str(error) else ''}") from None
     finally:
-        sys.path.pop(0)
+        sys.path[:] = before
 
 
 class PlanCLI(MapCLI):
@@ -60,9 +61,16 @@ class PlanCLI(MapCLI):
         if names_a_class(words, "model"):
             # As LightningCLI itself: any module, and an optimizer from the configuration for one that makes none.
             options |= {"model_class": LightningModule, "auto_configure_optimizers": True}
+            if not _gives_data(words):
+                options["datamodule_class"] = None  # the module has its own
         if names_a_class(words, "data"):
             options["datamodule_class"] = LightningDataModule
         super().__init__(words, **options)
+
+    def _parse_ckpt_path(self) -> None:
+        """A plan is of the whole run, so no checkpoint is read."""
+        self._checkpoint = None
+        self.config[self.config.subcommand]["ckpt_path"] = None
 
     def before_instantiate_classes(self) -> None:
         """Take one CPU for all devices, and no logger."""
@@ -115,6 +123,12 @@ def _replicas(trainer: Any) -> int:
     tensor_parallel = sharded.get("tensor_parallel_size", 1)
     count *= int(trainer.get("num_nodes") or 1)
     return max(count // tensor_parallel, 1) if isinstance(tensor_parallel, int) else 1
+
+
+def _gives_data(words: Sequence[str]) -> bool:
+    files = [loaded(words[at + 1]) for at, word in enumerate(words[:-1]) if word in ("--config", "-c")]
+    given = any(isinstance(settings, dict) and settings.get("data") for settings in files)
+    return given or any(word.startswith("--data") for word in words)
 
 
 def _with_classes(words: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
@@ -136,7 +137,7 @@ class UltraSlowDiffusionFit(_WideMetric):
     r"""The laws a + b·log t and c·t^p fitted to all distances it was given; see :func:`fit_diffusion`.
 
     Points may come in any order, one or many at a time, and from several processes; where one update is given more than
-    once, as under DDP, its first distance counts.
+    once, as under DDP, its first distance counts. Distances that are NaN or infinite are left out, with a warning.
 
     Args:
         minimum_decades: :meth:`compute` refuses data that span less.
@@ -234,4 +235,11 @@ class UltraSlowDiffusionFit(_WideMetric):
         order = t.argsort(stable=True)
         t, d = t[order], d[order]
         first = torch.cat([t.new_ones(1, dtype=torch.bool), t.diff() != 0])
-        return t[first], d[first]
+        t, d = t[first], d[first]
+        finite = d.isfinite()
+        if not finite.all():
+            rank_zero_warn(
+                f"UltraSlowDiffusionFit leaves out {int((~finite).sum())} distances that are NaN or infinite, from the "
+                f"one at update {float(t[~finite][0]):g} on."
+            )
+        return t[finite], d[finite]

@@ -89,9 +89,9 @@ class GhostBatchNorm(Callback):
             divides the ranks, whose micro-batches together are then one ghost.
         sync_running_stats: Whether to join the running statistics of all ranks after each batch, one collective. None
             for where nothing else keeps them equal.
-        recalibrate: Before each validation, and at the end of epochs without one, take the running statistics anew, as
-            plain averages over so many training batches at the present weights
-            (:func:`~lightning_gap.ghost.recalibrate_batchnorm`); None for running averages. Validation, and
+        recalibrate: Before each validation, and when ``fit`` ends, take the running statistics anew, as plain averages
+            over so many training batches at the present weights (:func:`~lightning_gap.ghost.recalibrate_batchnorm`);
+            in a run without validation at the end of each epoch. None for running averages. Validation, and
             checkpoints after it, have them. Training is the same to the last bit: the batches come from a copy of the
             loader with random numbers of its own, and what the training step does to the module beside is undone.
         missing: What to do with a model that has no BatchNorm layer to convert: ``"error"``, or ``"warn"`` and train it
@@ -169,7 +169,8 @@ class GhostBatchNorm(Callback):
         self._facts: tuple[int, str] | None = None  # of the table, until the first batch has passed
         self._told: set[nn.Module] = set()  # layers that have been warned of
         self._batches = 0
-        self._trained: list[GhostNorm] = []  # layers whose statistics the last batch has changed
+        self._known: list[GhostNorm] = []
+        self._trained: list[GhostNorm] = []  # those whose statistics the last batch has changed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
@@ -293,16 +294,19 @@ class GhostBatchNorm(Callback):
             self._report(trainer, pl_module, self._plan)
         self._batches += 1
         if self.recalibrate is not None:  # frozen ones are in evaluation mode
-            self._trained = [
-                layer for layer in self._layers(pl_module).values() if layer.training and layer.track_running_stats
-            ]
+            self._trained = [layer for layer in self._known if layer.training and layer.track_running_stats]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked."""
         self._recalibrate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the running statistics anew, where asked and no validation has done so."""
+        """Take the running statistics anew, where asked and no validation ever does so."""
+        if not trainer.enable_validation:
+            self._recalibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the running statistics anew, where asked and no validation has done so since the last update."""
         self._recalibrate(trainer, pl_module)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -341,6 +345,7 @@ class GhostBatchNorm(Callback):
 
     def _join_ranks(self, pl_module: LightningModule) -> None:
         layers = self._layers(pl_module)
+        self._known = list(layers.values())
         if self._ranks is not None:
             channels = {name: layer.num_features for name, layer in layers.items()}
             for number, layer in enumerate(layers.values()):
@@ -408,6 +413,8 @@ class GhostBatchNorm(Callback):
             "ranks_per_ghost": self._facts[0],
             "ghosts": self._facts[1],
         }
+        if self.recalibrate is not None:
+            facts["recalibrate"] = self.recalibrate
         table = Table(title="Ghost batch normalization", title_justify="left", show_header=False)
         for name, value in facts.items():
             table.add_row(name, str(value))

@@ -56,9 +56,7 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
         (submodule, {name: (v, _content(v)) for name, v in vars(submodule).items() if name not in _NOT_STATE})
         for submodule in module.modules()
     ]
-    buffers = [
-        (buffer, buffer.clone()) for m in module.modules() if m not in changing for buffer in m.buffers(recurse=False)
-    ]
+    buffers = [(b, _content(b)) for m in module.modules() if m not in changing for b in m.buffers(recurse=False)]
     vars(module).update(log=_nothing, log_dict=_nothing)
     try:
         yield
@@ -71,7 +69,7 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
                     _refill(value, content)
                     vars(submodule)[name] = value
             for buffer, content in buffers:
-                buffer.copy_(content)
+                _refill(buffer, content)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -80,19 +78,26 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return None if value.is_inference() else (value._version, value.detach().clone())
     return copy.copy(value) if isinstance(value, list | dict | set | deque) else None
 
 
 def _refill(value: Any, content: Any) -> None:
+    """Put back what has been changed in place, and touch nothing else."""
+    if content is None:
+        return
     if isinstance(value, Tensor):
-        value.detach().copy_(content)
+        if value._version != content[0]:
+            value.detach().copy_(content[1])
     elif isinstance(value, list | deque):
-        value.clear()
-        value.extend(content)
-    elif isinstance(value, dict | set):
+        if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+            value.clear()
+            value.extend(content)
+    elif list(value) != list(content) if isinstance(value, dict) else value != content:
         value.clear()
         value.update(content)
+    elif isinstance(value, dict):
+        value.update({key: kept for key, kept in content.items() if value[key] is not kept})
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_gap.arguments import check_count
 from lightning_gap.loggers import log_facts, log_now, log_table
 from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
+from lightning_gap.regime.advice import advice
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.applied import check_unscaled, clock_of, scale
 from lightning_gap.regime.batch import (
@@ -43,6 +44,7 @@ from lightning_gap.regime.companions import (
     EpochCounter,
     ValidationClock,
     epoch_counters,
+    patience,
     validates_within_epochs,
     warn_of_other_counters,
 )
@@ -497,9 +499,10 @@ class LargeBatchRegime(Callback):
                 warn_of_other_counters(trainer, plan)
             if self._validations is not None:
                 self._validations.lift()
-        companions = [counter.fate for counter in self._counters]
+        companions = [counter.fate(plan) for counter in self._counters]
         if self._validations is not None:
             companions.append(self._validations.fate)
+        companions += patience(trainer, plan, self._validations)
         self.plan = replace(
             plan,
             learning_rates=tuple(zip(before, _learning_rates(trainer), strict=True)),
@@ -507,7 +510,7 @@ class LargeBatchRegime(Callback):
             companions=tuple(companions),
             curve=curve(plan, before[0], rollouts) if before else (),
         )
-        self._report(trainer, self.plan)
+        self._report(trainer, pl_module, self.plan)
 
     def _otherwise(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any] | None:
         """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths."""
@@ -650,8 +653,11 @@ class LargeBatchRegime(Callback):
         return True
 
     @rank_zero_only
-    def _report(self, trainer: Trainer, plan: RegimePlan) -> None:
-        say(plan.table())
+    def _report(self, trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+        layers = {kind.__name__ for layer in pl_module.modules() for kind in type(layer).__mro__}
+        beside = {type(callback).__name__ for callback in cast(Any, trainer).callbacks}
+        ghosts = "GhostNorm" in layers or "GhostBatchNorm" in beside
+        say(plan.table(), *advice(plan, batchnorm="_BatchNorm" in layers, ghosts=ghosts))
         log_facts(trainer.loggers, _PREFIX, plan.to_dict())
         log_table(trainer.loggers, f"{_PREFIX}plan", PLAN_COLUMNS, plan.rows())
 

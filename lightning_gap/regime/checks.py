@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_gap.parallel import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
 from lightning_gap.regime.applied import clock_of, unscalable
 from lightning_gap.regime.clock import ReferenceClock
-from lightning_gap.regime.lengths import check_lengths
+from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import (
     Rollout,
@@ -35,7 +35,9 @@ __all__ = ["check_hand_set_rates", "check_optimizers", "check_schedulers", "chec
 
 
 # A learning rate that is set, and one that is read.
-_SETS_RATE = re.compile(r"""\[["']lr["']\]\s*=(?!=)(?P<value>.*)""")
+_SETS_RATE = re.compile(
+    r"""^[^#]*?(param_groups\[[^\]]*\]|\b\w*(group|pg)\w*|\b[gp])\[["']lr["']\]\s*=(?!=)(?P<value>.*)"""
+)
 _READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
 _NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
 
@@ -60,7 +62,8 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
         (
             not pl_module.automatic_optimization and train_longer,
             "manual optimization steps its own optimizers and schedulers, so the trainer cannot count them as the "
-            f"reference run would. Multiply max_epochs and your schedules yourself, and {shorter}",
+            "reference run would. Apply a plan of your own, plan_regime(...).apply(optimizer, schedulers), and step its "
+            f"clock; or {shorter}",
         ),
         (
             not pl_module.automatic_optimization and gradient_noise,
@@ -233,6 +236,8 @@ def check_schedulers(
             if plan.reference_updates_per_epoch is not None:
                 clock = clock_of(plan, scheduler, clock.interval, config.frequency)
                 if stretch:
+                    if stretch is not True:
+                        check_frequency(clock, plan, batches)
                     seen = check_lengths(
                         clock,
                         plan,

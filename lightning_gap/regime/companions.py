@@ -16,6 +16,7 @@ __all__ = [
     "EpochCounter",
     "ValidationClock",
     "epoch_counters",
+    "patience",
     "validates_within_epochs",
     "warn_of_other_counters",
 ]
@@ -65,10 +66,15 @@ class EpochCounter:
         """Give the user's value back."""
         setattr(self.holder, self.attribute, self._users)
 
-    @property
-    def fate(self) -> str:
-        """The counter's line in the table."""
-        return f"{self.name}: every {self.every} reference epoch(s), at the end of an epoch of this run"
+    def fate(self, plan: RegimePlan) -> str:
+        """Return the counter's line in the table.
+
+        Args:
+            plan: The plan of the run.
+        """
+        updates = float(self.every * cast(Any, plan.stretched_epoch))
+        every = f"every {self.every} reference epoch(s)"
+        return f"{self.name}: {every}, at the end of this run's epoch after {updates:g} updates"
 
 
 def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
@@ -89,6 +95,24 @@ def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
             yield EpochCounter(name, callback, "_every_n_epochs", callback._every_n_epochs)
         elif isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
             yield EpochCounter(name, callback, "_check_on_train_epoch_end", yes=True, no=False)
+
+
+def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
+    """Yield how many updates of this run the patience of early stopping is, a line a callback.
+
+    Args:
+        trainer: The trainer, whose callbacks have been set up.
+        plan: The plan of the run, with lengths.
+        validations: The clock of validations within epochs, if there is one.
+    """
+    if plan.stretched_epoch is None:
+        return
+    within = None if validations is None else validations.every / plan.pace
+    each = float(within or (trainer.check_val_every_n_epoch or 1) * plan.stretched_epoch)
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, EarlyStopping):
+            times = callback.patience
+            yield f"{type(callback).__name__}: patience of {times} checks, about {times * each:g} updates"
 
 
 class ValidationClock:

@@ -9,7 +9,7 @@ from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out, turns
 
-__all__ = ["check_lengths", "curve"]
+__all__ = ["check_frequency", "check_lengths", "curve"]
 
 # The parts of a run at which schedules are wont to turn.
 _SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9)
@@ -61,6 +61,22 @@ def check_lengths(
             f"{_remedy(clock, plan)}"
         )
     return seen
+
+
+def check_frequency(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> None:
+    """Refuse a scheduler that is stepped every so many updates as an epoch of this run has.
+
+    Args:
+        clock: The scheduler's clock.
+        plan: The plan of the run, with lengths.
+        batches: Further numbers of batches in an epoch of this run.
+
+    Raises:
+        ValueError: If it is.
+    """
+    every = clock.frequency
+    if clock.interval == "step" and plan.reclocked and every in _lengths(clock, plan, batches)[0]:
+        raise ValueError(_told(clock, plan, f"{type(clock.scheduler).__name__}'s frequency", every, every))
 
 
 def _of_this_run(

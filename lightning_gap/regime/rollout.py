@@ -30,7 +30,9 @@ __all__ = [
 # No look ahead takes longer, in seconds: half a million updates of a schedule by updates.
 _PATIENCE = 10.0
 # What counts something else than steps.
-_NO_LENGTHS = re.compile("seed|power|cycles|cycle_|factor|mode|epoch|count|noise|decay$|decay_rate|gamma|dim|size$|^_")
+_NO_LENGTHS = re.compile(
+    "seed|power|cycles|cycle_|factor|mode|last_epoch|count|noise|decay$|decay_rate|gamma|dim|(?<!step_)size$|^_"
+)
 # Two rates are the same to this share of the highest.
 _SAME = 1e-9
 

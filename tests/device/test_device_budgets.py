@@ -51,6 +51,7 @@ def test_ghosts_with_cumulative_averages(n, shape):
 def test_ghosts_over_ranks():
     x = torch.rand(4, 3, 5, 5, device="cuda", requires_grad=True)
     ranks = RecordedRanks(2)
+    ranks.layers, ranks.channels = ["norm", "wider"], 4
 
     def of_rank(rank):
         with counting() as counts:

@@ -19,7 +19,7 @@ PRECISIONS = ["32-true", "16-mixed", "bf16-mixed"]
 
 
 def regime():
-    return LargeBatchRegime(8, batch_size=32, clip_norm=1.0, warmup_updates=2, train_longer=False)
+    return LargeBatchRegime(8, clip_norm=1.0, warmup_updates=2, train_longer=False)
 
 
 CALLBACKS = {

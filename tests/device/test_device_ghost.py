@@ -133,3 +133,16 @@ def test_conversion_keeps_the_device(device):
     recalibrate_batchnorm(model, [torch.rand(8, 3, 6, 6, device=device) for _ in range(2)])
     revert_ghost_batchnorm(model)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
+
+
+@pytest.mark.emulated  # a real GPU fails for good
+def test_ranks_at_other_layers_fail(device):
+    ranks = RecordedRanks(2)
+    ranks.layers = ["first", "second"]
+
+    def of_rank(rank):
+        ranks.layer = rank
+        return run(*data(4, "features"), torch.float32, device, ghost_batch_size=8, process_group=ranks)
+
+    with pytest.raises(RuntimeError, match="must reach their layers in the same order: this one is at 'second'"):
+        ranks.each(of_rank, calls=2)

@@ -138,3 +138,14 @@ def test_states_are_double_elsewhere():
     metric = WeightDistance(nn.Linear(3, 4)).to("meta")
     assert metric.displacement.dtype == torch.float64
     assert WeightDistance(nn.Linear(3, 4)).float().displacement.dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_distances_that_are_no_numbers_are_left_out_of_the_fit(value):
+    clean, astray = UltraSlowDiffusionFit(), UltraSlowDiffusionFit()
+    for t in (1, 3, 10, 30, 100, 300, 1000):
+        clean.update(t, 0.5 + 2.0 * math.log(t))
+        astray.update(t, 0.5 + 2.0 * math.log(t))
+    astray.update(2000, value)
+    with pytest.warns(UserWarning, match="leaves out 1 distances .* the one at update 2000"):
+        assert astray.compute() == clean.compute()

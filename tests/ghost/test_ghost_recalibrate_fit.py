@@ -194,6 +194,7 @@ class Averages(Callback):
 
 
 def test_validation_and_checkpoints_have_the_averages(tmp_path):
+    STAGES.clear()
     model, averages = build(Staged), Averages()
     saved = ModelCheckpoint(tmp_path, save_last=True)
     fit(model, plain_loader(), GhostBatchNorm(4, recalibrate=3), averages, saved, num_sanity_val_steps=0)
@@ -219,6 +220,30 @@ def test_without_validation_the_end_of_an_epoch_has_them(tmp_path):
     for name, value in twin.state_dict().items():
         if "running" in name:
             torch.testing.assert_close(state[f"net.{name}"], value, **TIGHT)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_how_often(validated):
+    """With validation every second epoch: there, and when the fit ends; without, in each epoch."""
+
+    class Counting(Staged):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    model = build(Counting)
+    if not validated:
+        model.validation_step = None
+    STAGES.clear()
+    fit(
+        model, plain_loader(), GhostBatchNorm(4, recalibrate=3), validated=validated, max_epochs=3,
+        check_val_every_n_epoch=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    assert sum(STAGES) == 3 * 4 + (2 * 3 if validated else 3 * 3)
+    twin = convert_ghost_batchnorm(copy.deepcopy(model.net), 4)
+    recalibrate_batchnorm(twin, plain_loader(), max_batches=3)
+    for name, value in twin.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(model.net.state_dict()[name], value, **TIGHT)
 
 
 class Still(Quiet):

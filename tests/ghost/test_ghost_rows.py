@@ -172,6 +172,17 @@ def test_copies_and_representation():
     assert copy.deepcopy(layer).rows_per_sample == 2
 
 
+@pytest.mark.parametrize("views", [2, 3])
+def test_joined_views_by_strided_rows(views):
+    """As the page says: ghosts with all views of some samples, where views are joined one after another."""
+    g, n = 4, 12
+    x = torch.randn(views * n, 3, dtype=torch.float64)
+    y = GhostBatchNorm1d(3, ghost_batch_size=views * g, grouping="strided", dtype=torch.float64)(x)
+    for ghost in range(n // g):
+        of_ghost = [view * n + sample for view in range(views) for sample in range(ghost, n, n // g)]
+        torch.testing.assert_close(y[of_ghost], nn.BatchNorm1d(3, dtype=torch.float64)(x[of_ghost]))
+
+
 @dataclass
 class Batch:
     image: torch.Tensor

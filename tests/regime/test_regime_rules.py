@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, loader, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
+from lightning_gap.regime.checks import _READS_RATE, _SETS_RATE
 from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
@@ -128,3 +129,24 @@ def test_weight_decay_and_rate_of_adamw_are_told_at_run_time():
     adamw = partial(torch.optim.AdamW, weight_decay=0.1)
     with pytest.warns(UserWarning, match=r"weight decay with it.*nobody's rule"):
         run(Regression(optimizer=adamw), loader(30), LargeBatchRegime(4), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ('group["lr"] = 0.1', True),
+        ("pg['lr'] = self.rate * 2", True),
+        ('optimizer.param_groups[0]["lr"] = rate', True),
+        ('for g in groups: g["lr"] = 1e-3', True),
+        ('group["lr"] *= 0.1', False),
+        ('group["lr"] = group["lr"] * 0.1', False),
+        ('group["lr"] = group["initial_lr"] / 2', False),
+        ('if group["lr"] == 0.1:', False),
+        ('# group["lr"] = 0.1', False),
+        ('self.hparams["lr"] = 0.1', False),
+        ('config["lr"] = 0.1', False),
+    ],
+)
+def test_which_lines_set_a_rate(line, refused):
+    found = _SETS_RATE.search(line)
+    assert bool(found and not _READS_RATE.search(found["value"])) == refused
