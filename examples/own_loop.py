@@ -18,11 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.regime import plan_regime
 
-Prepare = Callable[..., tuple[Any, Any, Any]]
-Backward = Callable[[Tensor], Any]
 
-
-def train(model: nn.Module, loader: DataLoader[Any], epochs: int, prepare: Prepare, backward: Backward) -> nn.Module:
+def train(model, loader, epochs, prepare, backward):
     """Train at the loader's batch by the regime of a reference run at the batch 16."""
     batch, samples = loader.batch_size, len(loader.dataset)
     plan = plan_regime(reference_batch_size=16, batch_size=batch, samples=samples, max_epochs=epochs)
@@ -43,7 +40,7 @@ def train(model: nn.Module, loader: DataLoader[Any], epochs: int, prepare: Prepa
     return model
 
 
-def tools(name: str) -> tuple[Prepare, Backward]:
+def tools(name: str) -> tuple[Callable[..., Any], Callable[[Tensor], Any]]:
     """Return what prepares a model, an optimizer and a loader, and what runs the backward pass."""
     if name == "fabric":
         from lightning.fabric import Fabric

@@ -7,6 +7,16 @@ from idiom_scripts import outcome, start
 from regime_idioms import IDIOMS, REAL, SHARES, SMALL, balanced_cells
 
 ASKING = [idiom for idiom, its in IDIOMS.items() if its.asks]
+# Of those that ask, one of each kind.
+AT_REAL_SIZES = (
+    "the epochs, a constant",
+    "the updates, a constant",
+    "epochs= and steps_per_epoch=, constants",
+    "trainer.max_epochs",
+    "estimated_stepping_batches",
+    "max_epochs * len(loader held by the module)",
+    "max_epochs * num_training_batches",
+)
 TOLD = [idiom for idiom, its in IDIOMS.items() if not its.asks]
 SAID = read(PAGE.read_text(encoding="utf-8"))
 
@@ -19,7 +29,7 @@ def test_a_length_that_is_asked_for_is_the_reference_runs(idiom):
     assert not different
 
 
-@pytest.mark.parametrize("idiom", ASKING)
+@pytest.mark.parametrize("idiom", AT_REAL_SIZES)
 def test_at_real_sizes_a_length_that_is_asked_for_is_not_refused(idiom):
     cells = [cell for cell in balanced_cells(REAL) if cell.idiom == idiom]
     different = {cell: found for cell in cells if (found := start(*cell)).word != "equal"}
@@ -65,6 +75,6 @@ RESUMED = ("LambdaLR of a partial", "SequentialLR", "OneCycleLR", "told the epoc
 
 @pytest.mark.parametrize("cell", cells_to_resume(RESUMED), ids=lambda cell: "-".join(map(str, cell[:2])))
 def test_a_run_resumes_from_any_update_bit_for_bit(cell, tmp_path):
-    different, updates = different_resumes(cell, tmp_path, points=3, seed=len(cell.name) + int(10 * cell.share))
-    assert updates > 3
+    different, updates = different_resumes(cell, tmp_path, points=2, seed=len(cell.name) + int(10 * cell.share))
+    assert updates > 2
     assert different == []

@@ -104,9 +104,9 @@ def by_loop(plan, schedule, interval, data, prepare, backward):
     return rates, net, clock
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("share", [0.1, 1.0])
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("name", ["StepLR", "LambdaLR", "OneCycleLR", "SequentialLR", "ChainedScheduler"])
+@pytest.mark.parametrize("name", ["LambdaLR", "OneCycleLR", "SequentialLR"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_trains_as_the_callback_does(loop, name, interval, share):
     schedule = partial(SCHEDULES[name], unit=1 if interval == "epoch" else UNIT)
