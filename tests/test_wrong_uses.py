@@ -54,7 +54,7 @@ COMMANDS = [
     ("a rate that is no number", PLAN + "--lr nan", "'nan' is not a finite number"),
     ("a negative rate", PLAN + "--lr=-0.1", "-0.1 is too small: give a number greater than 0"),
     ("more than the reference run's updates", PLAN + "--train-longer 1.5", "give a number from 0 to 1"),
-    ("a batch over the data", PLAN + "--samples 50 --epochs 2 --drop-last", "Use a smaller batch, or drop_last=False"),
+    ("a batch over the data", PLAN + "--samples 50 --epochs 2 --drop-last", "or leave out --drop-last"),
     ("a run that is not there", "report {}/nowhere", "nowhere does not exist: give the folder of a run"),
     ("a folder without runs", "report {}/empty", "empty holds no run: expected a metrics.csv"),
     ("another program's metrics.csv", "report {}/foreign", "has no column 'step'"),

@@ -21,7 +21,7 @@ from lightning_gap.ghost.convert import (
 )
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
 from lightning_gap.ghost.layers import GhostNorm
-from lightning_gap.ghost.layout import describe, ranks_that_fill_a_ghost
+from lightning_gap.ghost.layout import describe, falls_short, ranks_that_fill_a_ghost
 from lightning_gap.ghost.recalibrate import recalibrate_in_training
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.synchronize import RunningStatisticsSync
@@ -326,9 +326,8 @@ class GhostBatchNorm(Callback):
         if together > 1:
             self._ranks = data_parallel_subgroup(trainer, together, strided=strided)
             self._largest = micro_batch
-            self._warn_of_other_sizes(sizes, together)
-        elif all(sizes) and min(sizes) < self.ghost_batch_size:
-            self._warn_of_small_batches(trainer, min(sizes), len(sizes))
+        if short := falls_short(sizes, self.ghost_batch_size, together, trainer.accumulate_grad_batches):
+            rank_zero_warn(f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}): {short}")
         wanted = shards_by_dtensor(trainer) if self.sync_running_stats is None else self.sync_running_stats
         if ranks is not None and wanted:
             parts = len(sizes) // together
@@ -365,25 +364,6 @@ class GhostBatchNorm(Callback):
         rank_zero_warn(
             f"GhostBatchNorm cannot tell how many rows a sample has in the input of layer {each}: each row counts as "
             f"one of ghost_batch_size={self.ghost_batch_size}; set rows_per_sample={{name: rows}}, 1 if this is right"
-        )
-
-    def _warn_of_other_sizes(self, sizes: list[int], together: int) -> None:
-        total, share = sum(sizes), len(sizes) // together
-        if all(sizes) and total != share * self.ghost_batch_size:
-            rank_zero_warn(
-                f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}, ranks_per_ghost={together}): ghosts have "
-                f"{total / share:g} samples. Use micro-batches of {self.ghost_batch_size / together:g}, or "
-                "ranks_per_ghost='auto'."
-            )
-
-    def _warn_of_small_batches(self, trainer: Trainer, micro_batch: int, ranks: int) -> None:
-        wanted = self.ghost_batch_size
-        rank_zero_warn(
-            f"GhostBatchNorm(ghost_batch_size={wanted}): a forward pass sees {micro_batch} samples ({ranks} ranks, "
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}), so each layer is plain batch normalization "
-            f"over these {micro_batch}: accumulation does not join micro-batches, and no equal share of the ranks sees "
-            f"{wanted} in all. Raise the loader's batch size to a multiple of {wanted}, or set "
-            f"ghost_batch_size={micro_batch}."
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

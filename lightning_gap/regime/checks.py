@@ -62,8 +62,8 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
         (
             not pl_module.automatic_optimization and train_longer,
             "manual optimization steps its own optimizers and schedulers, so the trainer cannot count them as the "
-            "reference run would. Apply a plan of your own, plan_regime(...).apply(optimizer, schedulers), and step its "
-            f"clock; or {shorter}",
+            "reference run would. Apply a plan of your own, plan_regime(...).apply(optimizer, schedulers), and step "
+            f"its clock; or {shorter}",
         ),
         (
             not pl_module.automatic_optimization and gradient_noise,
@@ -137,6 +137,8 @@ def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
         plan: The plan of the run.
     """
     for optimizer in trainer.optimizers:
+        if not optimizer.param_groups:
+            continue  # Lightning's stand-in for none
         try:
             doubt = check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer)
         except ValueError as error:
