@@ -216,7 +216,8 @@ SCIENCE = {
         "gap_gradient.py gradient", "How exact the gap's gradient is", 1, page="../transport.md", rows=False
     ),
     "schedules": Benchmark(
-        "regime_schedules.py", "Every scheduler under the regime, update by update", 5, page="../regime.md", rows=False
+        "regime_idioms.py",
+        "Where a schedule's length comes from, under the regime", 8, page="../schedules.md", rows=False,
     ),
     "laws": Benchmark(
         "diffusion_laws.py", "How often the right law of diffusion is found", 15, page="../diffusion.md", rows=False
