@@ -102,8 +102,8 @@ class ReferenceAnswers:
             before: Called when ``configure_optimizers`` is.
             after: Called when it has returned.
         """
-        cast_trainer: Any = self._trainer
-        cast_trainer.__class__, self._lengths_on = self._reference, True
+        trainer: Any = self._trainer
+        trainer.__class__, self._lengths_on = self._reference, True
         self._module, self._users = pl_module, vars(pl_module).get("configure_optimizers")
         configure = pl_module.configure_optimizers
 
@@ -156,8 +156,8 @@ class ReferenceAnswers:
 
     def end(self) -> None:
         """Answer with the truth again."""
-        cast_trainer: Any = self._trainer
-        cast_trainer.__class__, self._lengths_on = self._kind, False
+        trainer: Any = self._trainer
+        trainer.__class__, self._lengths_on = self._kind, False
         self._answers = {}
         if self._module is not None:
             if self._users is None:
@@ -181,14 +181,14 @@ class ReferenceAnswers:
             epoch: What its ``current_epoch`` is.
             update: What its ``global_step`` is.
         """
-        cast_trainer: Any = self._trainer
+        trainer: Any = self._trainer
         before = type(self._trainer), self._answers
         self._answers = {**self._ask(), "current_epoch": epoch, "global_step": update}
-        cast_trainer.__class__ = self._reference
+        trainer.__class__ = self._reference
         try:
             yield
         finally:
-            cast_trainer.__class__, self._answers = before
+            trainer.__class__, self._answers = before
 
 
 def length_holder(loader: Any) -> type:

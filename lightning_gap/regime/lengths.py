@@ -106,8 +106,9 @@ def _of_this_run(
             f"{name} stays at its lowest rate for {_rests(seen.rates)} of the reference run's {len(seen.rates) - 1} "
             f"steps. {_remedy(clock, plan)}"
         )
-    if here in ours and _falls_to_a_round_share(seen.rates, here) and not proven("", 0):
-        return _told(clock, plan, f"{name}: a round share of the first rate", here, here)
+    for whole in wholes:
+        if whole in ours and _falls_to_a_round_share(seen.rates, whole) and not proven("", 0):
+            return _told(clock, plan, f"{name}: a round share of the first rate", whole, whole)
     return None
 
 
@@ -150,7 +151,7 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
     if plan.samples is not None:
         here.add(plan.samples // plan.batch_size)
     total = plan.reference_updates or 0
-    theirs = _parts(there) | _parts(total) | {there * count for count in range(1, epochs + 1)} | {total}
+    theirs = _parts(total) | {there * count for count in range(1, epochs + 1)} | {total}
     theirs |= {total - part for part in _parts(total)} | {epochs}
     ours = {count * each: each for each in here if each > 9 for count in range(2, 11)}
     ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
