@@ -4,7 +4,8 @@ Each script is run to its end at a small size, and every rate compared. At real 
 if it is not refused there, its lengths must be the reference run's. Prints every cell that is neither, and counts.
 
 Run: python benchmarks/regime_idioms.py            (each script at one share and batch, three minutes)
-     python benchmarks/regime_idioms.py --all      (at every share and batch, an hour)
+     python benchmarks/regime_idioms.py --all      (to the end at every share and batch, an hour and a half)
+     python benchmarks/regime_idioms.py --all --batches 3 --processes 2    (at the ratios 1.5, 4 and 32)
      python benchmarks/regime_idioms.py --write    (as either, and writes docs/schedules.md)
      python benchmarks/regime_idioms.py --resume   (cut at twenty updates and resumed, bit for bit)
      python benchmarks/regime_idioms.py StepLR     (the schedulers or idioms with this in their names)
@@ -19,6 +20,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "regime"))
@@ -52,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every share and batch")
     parser.add_argument("--write", action="store_true", help="write docs/schedules.md")
+    parser.add_argument("--batches", type=int, help="the first so many of the small batches")
+    parser.add_argument("--processes", type=int, default=1, help="of --all")
     parser.add_argument("--resume", action="store_true", help="resume, instead of comparing with the reference run")
     parser.add_argument("only", nargs="?", default="", help="part of the name of a scheduler or idiom")
     options = parser.parse_args()
@@ -59,7 +64,12 @@ def main() -> None:
     if options.resume:
         resume(options.only)
         return
-    asking = every_cell(SMALL) if options.all else balanced_cells(SMALL)
+    small = SMALL[: options.batches]
+    asking = every_cell(small) if options.all else balanced_cells(small)
+    if options.all:
+        chosen = [cell for cell in asking if options.only in cell.name or options.only in cell.idiom]
+        compare("run to the end", outcome, chosen, options.processes)
+        return
     found = [
         compare(title, run, [cell for cell in cells if options.only in cell.name or options.only in cell.idiom])
         for title, run, cells in (
@@ -71,12 +81,21 @@ def main() -> None:
         PAGE.write_text(page(*found), encoding="utf-8")
 
 
-def compare(title: str, run: Callable[..., Outcome], cells: list[Cell]) -> list[tuple[Cell, Outcome]]:
+def quietly(run: Callable[..., Outcome], cell: Cell) -> Outcome:
+    warnings.simplefilter("ignore")
+    return run(*cell)
+
+
+def compare(
+    title: str, run: Callable[..., Outcome], cells: list[Cell], processes: int = 1
+) -> list[tuple[Cell, Outcome]]:
     rows: dict[tuple[str, str], Counter[str]] = {}
     all_found = []
     began = time.perf_counter()
-    for cell in cells:
-        found = run(*cell)
+    each = partial(quietly, run)
+    pool = ProcessPoolExecutor(processes) if processes > 1 else None
+    outcomes = map(each, cells) if pool is None else pool.map(each, cells, chunksize=16)
+    for cell, found in zip(cells, outcomes, strict=True):
         all_found.append((cell, found))
         rows.setdefault((cell.idiom, cell.interval), Counter())[found.word] += 1
         if found.word == "WRONG" or (found.word == "refused" and IDIOMS[cell.idiom].asks):
