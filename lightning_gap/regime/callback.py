@@ -395,8 +395,9 @@ class LargeBatchRegime(Callback):
 
     def _told_by(self, trainer: Trainer) -> int:
         """Return what an update sees by the trainer's account, or as it is given where the loader does not tell."""
+        loaded = trainer.train_dataloader
         try:
-            return batch_of_update(trainer, trainer.train_dataloader or self._loader)
+            return batch_of_update(trainer, self._loader if loaded is None else loaded)
         except MisconfigurationException:
             if self.batch_size is None:
                 raise
@@ -583,7 +584,7 @@ class LargeBatchRegime(Callback):
         plan = _planned(self.plan)
         if self._pass is not None:
             found = (trainer.num_training_batches, self._told_by(trainer))
-            if found != (self._pass.batches, self._effective):
+            if found not in ((self._pass.batches, self._effective), (math.inf, self._effective)):
                 raise MisconfigurationException(
                     f"LargeBatchRegime planned for {self._pass.batches} training batches an epoch and "
                     f"{self._effective} samples an update, but there are {found[0]} and {found[1]}. The loader or "

@@ -35,9 +35,13 @@ __all__ = ["check_hand_set_rates", "check_optimizers", "check_schedulers", "chec
 
 
 # A learning rate that is set, and one that is read.
-_SETS_RATE = re.compile(
-    r"""^[^#]*?(param_groups\[[^\]]*\]|\b\w*(group|pg)\w*|\b[gp])\[["']lr["']\]\s*=(?!=)(?P<value>.*)"""
+_GROUP = r"param_groups\[[^\]]*\]|\b\w*(?:group|pg)\w*|\b[gp]"
+_TO = (
+    r"""(?:\[["']lr["']\](?:\s*=(?!=)|\.(?:fill_|copy_)\()|\.update\(\s*(?:\{\s*["']lr["']\s*:|lr\s*=))"""
+    r"(?P<value>.*)"
 )
+_SETS_RATE = re.compile(rf"^[^#]*?(?:{_GROUP}){_TO}")
+_NAMES_GROUP = re.compile(r"\bfor\s+(\w+)\s+in\s+[^:]*param_groups")
 _READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
 _NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
 
@@ -169,8 +173,10 @@ def check_hand_set_rates(trainer: Any, pl_module: LightningModule) -> None:
             for name, method in vars(kind).items():
                 if name == "configure_optimizers" or not inspect.isfunction(method):
                     continue
-                for line in _source(method).splitlines():
-                    found = _SETS_RATE.search(line)
+                source = _source(method)
+                named = "|".join([_GROUP, *(rf"\b{group}" for group in _NAMES_GROUP.findall(source))])
+                for line in source.splitlines():
+                    found = re.search(rf"^[^#]*?(?:{named}){_TO}", line)
                     if found and not _READS_RATE.search(found["value"]):
                         raise MisconfigurationException(
                             f"LargeBatchRegime: {kind.__name__}.{name} sets a learning rate to a number of its own "
