@@ -189,3 +189,10 @@ def test_the_table_shows_both_runs():
     for said in ("30", "7.5", "0.27", "StepLR", "as it was"):
         assert said in text
     assert "updates per epoch" not in text
+
+
+@pytest.mark.parametrize(("reference", "batch"), [(4, 51), (51, 4)])
+def test_a_batch_has_no_more_samples_than_there_are(reference, batch):
+    with pytest.raises(ValueError, match=r"batch_size=51 is more than the 50 samples"):
+        plan_regime(reference_batch_size=reference, batch_size=batch, samples=50, max_epochs=2)
+    plan_regime(reference_batch_size=4, batch_size=50, samples=50, max_epochs=2)
