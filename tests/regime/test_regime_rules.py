@@ -1,5 +1,6 @@
 """Which optimizers a rule is for, what is doubtful of those it takes, and code that sets rates by hand."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -119,6 +120,21 @@ class LoopOfAnyName(Regression):
     def on_train_batch_start(self, batch, batch_idx):
         for each in self.optimizers().param_groups:
             each["lr"] = 0.1
+
+
+class FallsInAnEpoch(Regression):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 3:
+            for group in self.optimizers().param_groups:
+                group["lr"] *= 0.1
+
+
+def test_a_rate_that_is_changed_in_an_epoch_of_this_run_is_warned_of():
+    with pytest.warns(UserWarning, match=r"FallsInAnEpoch.on_train_epoch_start changes .* reference_epoch"):
+        run(FallsInAnEpoch(), loader(30), LargeBatchRegime(4), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*current_epoch.*")
+        run(FallsInAnEpoch(), loader(30), LargeBatchRegime(4, train_longer=False), max_epochs=1)
 
 
 def test_a_group_is_known_by_what_it_is_taken_from():
