@@ -84,11 +84,14 @@ def samples_in(batch: Any) -> int | None:
     """
     lengths = {len(tensor) for tensor in _tensors(batch)}
     if len(lengths) > 1:
-        lengths = {
+        members = {
             len(member)
             for member in _members(batch)
             if isinstance(member, list | tuple) or (isinstance(member, Tensor) and member.dim())
         }
+        # Lists that are shorter than their tensors, which agree in each, are batches: of several loaders.
+        agree = all(len({len(tensor) for tensor in _tensors(member)}) < 2 for member in _members(batch))
+        lengths = set() if agree and max(members, default=0) < min(lengths) else members
     return lengths.pop() if len(lengths) == 1 else None
 
 

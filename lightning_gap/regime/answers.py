@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -116,7 +117,7 @@ class ReferenceAnswers:
                 self.end()
                 after()
 
-        pl_module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        pl_module.configure_optimizers = _Ours(pl_module, configure_optimizers)  # type: ignore[method-assign]
         self._answer_length(loader)
 
     def _answer_length(self, loader: type) -> None:
@@ -189,6 +190,25 @@ class ReferenceAnswers:
             yield
         finally:
             trainer.__class__, self._answers = before
+
+
+class _Ours:
+    """A module's ``configure_optimizers`` while a fit plans: a copy of the module, such as an average, has its own.
+
+    Args:
+        pl_module: The module.
+        configure: What is called in its place.
+    """
+
+    def __init__(self, pl_module: LightningModule, configure: Callable[[], Any]) -> None:
+        self._module, self._configure = pl_module, configure
+
+    def __call__(self) -> Any:
+        return self._configure()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self._module)]
+        return MethodType(type(copied).configure_optimizers, copied)
 
 
 def length_holder(loader: Any) -> type:

@@ -70,15 +70,25 @@ def apply_plan(
     stretch_schedulers: Literal["auto", True] = "auto",
 ) -> RegimeClock:
     """Do what :meth:`RegimePlan.apply` says."""
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    optimizers = [_inner(optimizer, "optimizer") for optimizer in optimizers]
-    schedulers = list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
+    # Each once: what comes twice would be scaled, and stepped, twice.
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(dict.fromkeys(optimizers))
+    schedulers = () if schedulers is None else schedulers
+    schedulers = list(dict.fromkeys(schedulers)) if isinstance(schedulers, Iterable) else [schedulers]
+    optimizers = list(dict.fromkeys(_inner(optimizer, "optimizer") for optimizer in optimizers))
     schedulers = [_inner(scheduler, "scheduler") for scheduler in schedulers]
     if interval not in ("epoch", "step"):
         raise ValueError(f'interval={interval!r} must be "epoch" or "step": when the reference run steps schedulers.')
     ticked = [scheduler for scheduler in schedulers if not isinstance(scheduler, ReduceLROnPlateau)]
     if ticked and plan.reference_updates_per_epoch is None:
         raise ValueError("the plan has no lengths to step schedulers by: pass samples= to plan_regime.")
+    groups = {id(optimizer.param_groups) for optimizer in optimizers}  # which Fabric's optimizers share with theirs
+    for scheduler in schedulers:
+        steps = getattr(scheduler, "optimizer", None)
+        if steps is not None and id(steps.param_groups) not in groups:
+            raise ValueError(
+                f"{type(scheduler).__name__} is of another optimizer than those that are scaled: pass that one too, or "
+                "make the scheduler of one of these."
+            )
     check_unscaled(optimizers)
     for optimizer in optimizers:
         if doubt := check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer):

@@ -31,14 +31,27 @@ from lightning_gap.regime.rollout import (
 from lightning_gap.regime.scaling import check_rule
 from lightning_gap.regime.schedules import horizons, is_of_torch
 
-__all__ = ["check_hand_set_rates", "check_optimizers", "check_schedulers", "check_trainer", "keeps_lengths", "stepper"]
+__all__ = [
+    "changes_by_epoch",
+    "check_hand_set_rates",
+    "check_optimizers",
+    "check_schedulers",
+    "check_trainer",
+    "keeps_lengths",
+    "stepper",
+]
 
 
 # A learning rate that is set, and one that is read.
-_SETS_RATE = re.compile(
-    r"""^[^#]*?(param_groups\[[^\]]*\]|\b\w*(group|pg)\w*|\b[gp])\[["']lr["']\]\s*=(?!=)(?P<value>.*)"""
+_GROUP = r"param_groups\[[^\]]*\]|\b\w*(?:group|pg)\w*|\b[gp]"
+_TO = (
+    r"""(?:\[["']lr["']\](?:\s*=(?!=)|\.(?:fill_|copy_)\()|\.update\(\s*(?:\{\s*["']lr["']\s*:|lr\s*=))"""
+    r"(?P<value>.*)"
 )
+_SETS_RATE = re.compile(rf"^[^#]*?(?:{_GROUP}){_TO}")
+_NAMES_GROUP = re.compile(r"\bfor\s+(\w+)\s+in\s+[^:]*param_groups")
 _READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
+_CHANGES_RATE = re.compile(r"""\[["']lr["']\]\s*[*/]?=(?!=)""")
 _NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
 
 
@@ -162,21 +175,36 @@ def check_hand_set_rates(trainer: Any, pl_module: LightningModule) -> None:
         trainer: The trainer.
         pl_module: Its module.
     """
+    for place, source in _methods_of_users(trainer, pl_module):
+        named = "|".join([_GROUP, *(rf"\b{group}" for group in _NAMES_GROUP.findall(source))])
+        for line in source.splitlines():
+            found = re.search(rf"^[^#]*?(?:{named}){_TO}", line)
+            if found and not _READS_RATE.search(found["value"]):
+                raise MisconfigurationException(
+                    f"LargeBatchRegime: {place} sets a learning rate to a number of its own "
+                    f"({line.strip()}), which is not scaled. Use a scheduler, such as LinearLR for a warm-up, "
+                    'change the rate by a factor, or pass lr_rule="none".'
+                )
+
+
+def changes_by_epoch(trainer: Any) -> list[str]:
+    """Return the methods that change a learning rate in an epoch of their choice, which is one of this run.
+
+    Args:
+        trainer: The trainer.
+    """
+    methods = _methods_of_users(trainer, trainer.lightning_module)
+    return [place for place, source in methods if "current_epoch" in source and _CHANGES_RATE.search(source)]
+
+
+def _methods_of_users(trainer: Any, pl_module: LightningModule) -> Iterator[tuple[str, str]]:
     for owner in (pl_module, *trainer.callbacks):
         for kind in type(owner).__mro__:
             if kind.__module__.startswith(_NOT_THE_USERS) or kind is object:
                 continue
             for name, method in vars(kind).items():
-                if name == "configure_optimizers" or not inspect.isfunction(method):
-                    continue
-                for line in _source(method).splitlines():
-                    found = _SETS_RATE.search(line)
-                    if found and not _READS_RATE.search(found["value"]):
-                        raise MisconfigurationException(
-                            f"LargeBatchRegime: {kind.__name__}.{name} sets a learning rate to a number of its own "
-                            f"({line.strip()}), which is not scaled. Use a scheduler, such as LinearLR for a warm-up, "
-                            'change the rate by a factor, or pass lr_rule="none".'
-                        )
+                if name != "configure_optimizers" and inspect.isfunction(method):
+                    yield f"{kind.__name__}.{name}", _source(method)
 
 
 def _source(method: Any) -> str:
@@ -330,11 +358,11 @@ def _check_rates(
             'rates are unknown. Use a scheduler of torch or timm, or pass lr_rule="none".'
         )
     if not can_be_copied(clock.scheduler):
-        rank_zero_warn(
-            f"LargeBatchRegime scales what {type(clock.scheduler).__name__} names as learning rates, and cannot roll "
-            "it out to see whether these are all: it cannot be copied."
+        raise ValueError(
+            f"{type(clock.scheduler).__name__} cannot be copied (copy.deepcopy), so it cannot be rolled out to see "
+            'whether the learning rates that its names tell are all. Make it so, or pass lr_rule="none".'
         )
-    elif not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
+    if not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
         raise ValueError(unscalable(clock.scheduler))
 
 

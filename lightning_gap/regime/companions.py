@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_gap.regime.checks import changes_by_epoch
 from lightning_gap.regime.plan import RegimePlan
 
 __all__ = [
@@ -227,6 +228,11 @@ def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
         trainer: The trainer, whose callbacks have been set up.
         plan: The plan of the run.
     """
+    for place in changes_by_epoch(trainer):
+        rank_zero_warn(
+            f"LargeBatchRegime: {place} changes a learning rate by current_epoch, which counts epochs of this run. "
+            "Read the callback's reference_epoch there, or use a scheduler."
+        )
     for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, BaseFinetuning):
             rank_zero_warn(

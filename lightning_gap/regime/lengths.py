@@ -16,6 +16,8 @@ _SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 
 # How a whole run's length is called, and what is a part of one.
 _WHOLE = re.compile("T_max|total_steps|training_steps|t_initial|max_steps|: total$|: T$")
 _WARM_UP = re.compile("warm")
+# What ends before a run does, of whatever length.
+_WITHIN = re.compile(r"StepLR\.(step_size|milestones)$")
 Proven = Callable[[str, int], bool]
 # A schedule of zeros for more than this share of the run is nobody's wish.
 _IDLE = 0.1
@@ -90,6 +92,7 @@ def _of_this_run(
         if (
             length in suspects
             and (length != suspects[length] or not _WARM_UP.search(what))
+            and not (length in wholes and _WITHIN.search(what))
             and not proven(what, length)
         ):
             return _told(clock, plan, what, length, suspects[length])
@@ -97,7 +100,8 @@ def _of_this_run(
         return None
     here = (plan.reference_epochs or 0) * (plan.updates_per_epoch or 0)
     for what, at in turns(seen.rates).items():
-        for number in (at, at - 1, at + 1):  # a schedule may count from 0 or from 1
+        # A schedule may count from 0 or from 1, but for one that is known to be of reference epochs.
+        for number in (at,) if _whole_epochs(at, plan) else (at, at - 1, at + 1):
             told = (what == "lowest" and number == here) or ours.get(number) == number
             if told and at != plan.reference_updates and not proven("", 0):
                 return _told(clock, plan, f"{name}: {what}", at, number)
@@ -150,8 +154,10 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
     here = {plan.updates_per_epoch or 1, *batches}
     if plan.samples is not None:
         here.add(plan.samples // plan.batch_size)
+    # Batches of the reference run's size, of a replica or before accumulation, are as many as its own, or one fewer.
+    here -= _epochs_rounded(plan)
     total = plan.reference_updates or 0
-    theirs = _parts(total) | {there * count for count in range(1, epochs + 1)} | {total}
+    theirs = _parts(total) | {total}
     theirs |= {total - part for part in _parts(total)} | {epochs}
     ours = {count * each: each for each in here if each > 9 for count in range(2, 11)}
     ours |= {part: each * epochs for each in here for part in _parts(each * epochs)}
@@ -160,7 +166,18 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
     runs = {each * epochs for each in here} | {plan.updates}
     wholes = {each: each for each in runs if each and each > 9 and each != total}
     ours |= wholes | {each: each for each in here if each > 9}
+    theirs |= {each for each in ours if _whole_epochs(each, plan) and (each <= total or each not in wholes)}
     return {number: whole for number, whole in ours.items() if number not in theirs}, wholes
+
+
+def _epochs_rounded(plan: RegimePlan) -> set[int]:
+    """Return the updates of a reference epoch, as they are and as one counts who leaves an incomplete batch out."""
+    there = plan.reference_updates_per_epoch or 1
+    return {there} if plan.samples is None else {there, plan.samples // plan.reference_batch_size or 1}
+
+
+def _whole_epochs(updates: int, plan: RegimePlan) -> bool:
+    return any(updates % epoch == 0 for epoch in _epochs_rounded(plan))
 
 
 def _parts(whole: int) -> set[int]:
@@ -180,8 +197,8 @@ def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
         length = f"{plan.reference_updates} updates, {plan.reference_updates_per_epoch} an epoch"
     return (
         f"The reference run has {length}. Ask for lengths in configure_optimizers, where trainer.max_epochs, "
-        "trainer.estimated_stepping_batches and len(loader) are the reference run's, or write the reference run's "
-        "number. If all lengths are the reference run's as they are, pass stretch_schedulers=True; if they are this "
+        "trainer.estimated_stepping_batches and len(loader) are the reference run's (a loader's batch_size is this run's), or "
+        "write the reference run's number. If all lengths are the reference run's as they are, pass stretch_schedulers=True; if they are this "
         "run's, stretch_schedulers=False."
     )
 

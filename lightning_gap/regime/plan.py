@@ -375,7 +375,8 @@ def plan_regime(
         The plan.
 
     Raises:
-        ValueError: If an epoch of either run has no update, or its length is not given.
+        ValueError: If an epoch of either run has no update, or its length is not given, or a batch is more than the
+            samples that tell it.
 
     References:
         Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", section 5 (regime adaptation).
@@ -385,8 +386,9 @@ def plan_regime(
         >>> plan.updates, plan.epochs, plan.stops_within_epoch, round(plan.lr_factor, 4)
         (19550, 1504, True, 5.6569)
     """
+    told = updates_per_epoch is None
+    sizes = (reference_batch_size, batch_size)
     if samples is not None:
-        sizes = (reference_batch_size, batch_size)
         there, here = (updates_in_epoch(samples, size, drop_last=drop_last) for size in sizes)
         reference_updates_per_epoch = there if reference_updates_per_epoch is None else reference_updates_per_epoch
         updates_per_epoch = here if updates_per_epoch is None else updates_per_epoch
@@ -397,6 +399,12 @@ def plan_regime(
             f"an epoch has {reference_updates_per_epoch} updates at reference_batch_size={reference_batch_size} and "
             f"{updates_per_epoch} at the batch size {batch_size}: both must be at least 1. Use a smaller batch, or "
             "drop_last=False in the DataLoader."
+        )
+    if told and samples is not None and max(sizes) > samples:
+        name = "reference_batch_size" if reference_batch_size > samples else "batch_size"
+        raise ValueError(
+            f"{name}={max(sizes)} is more than the {samples} samples of an epoch, so no update sees as many. Use "
+            f"{samples} or less."
         )
     limits = [] if max_epochs is None else [max_epochs * reference_updates_per_epoch]
     limits += [] if max_steps is None else [max_steps]

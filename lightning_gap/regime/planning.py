@@ -148,8 +148,9 @@ class RunPlanner:
 
     def _batch_of_update(self, trainer: Trainer) -> int:
         """Return what an update sees by the trainer's account, or as it is given where the loader does not tell."""
+        loaded = trainer.train_dataloader
         try:
-            return batch_of_update(trainer, trainer.train_dataloader or self.loader)
+            return batch_of_update(trainer, self.loader if loaded is None else loaded)
         except MisconfigurationException:
             if self._regime.batch_size is None:
                 raise
@@ -167,7 +168,7 @@ class RunPlanner:
         if self.data is None:
             return
         found = (trainer.num_training_batches, self._batch_of_update(trainer))
-        if found != (self.data.batches, self._effective):
+        if found not in ((self.data.batches, self._effective), (math.inf, self._effective)):
             raise MisconfigurationException(
                 f"LargeBatchRegime planned for {self.data.batches} training batches an epoch and "
                 f"{self._effective} samples an update, but there are {found[0]} and {found[1]}. The loader or "

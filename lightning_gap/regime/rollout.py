@@ -27,8 +27,9 @@ __all__ = [
     "turns",
 ]
 
-# No look ahead takes longer, in seconds: half a million updates of a schedule by updates.
-_PATIENCE = 10.0
+# No look ahead takes longer, in seconds: some hundred thousand updates of a schedule by updates.
+_PATIENCE = 4.0
+_BLOCK = 256  # steps between two looks at the time
 # What counts something else than steps.
 _NO_LENGTHS = re.compile(
     "seed|power|cycles|cycle_|factor|mode|last_epoch|count|noise|decay$|decay_rate|gamma|dim|(?<!step_)size$|^_"
@@ -121,11 +122,19 @@ def _rates(
     copied = clock._replace(scheduler=scheduler)
     yield _of_groups(optimizer)
     began = time.monotonic()
-    for number in range(1, copied.steps_until(clock.last or 0) + 1):
+    last = copied.steps_until(clock.last or 0)
+    for start in range(1, last + 1, _BLOCK):
+        block = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a step without an update
-            runner.step_once(copied, copied.reference_update_of(number))
-        yield _of_groups(optimizer)
+            for number in range(start, min(start + _BLOCK, last + 1)):
+                try:
+                    runner.step_once(copied, copied.reference_update_of(number))
+                except Exception:
+                    yield from block
+                    raise
+                block.append(_of_groups(optimizer))
+        yield from block
         if time.monotonic() - began > _PATIENCE:
             raise TimeoutError
 

@@ -198,6 +198,10 @@ class Batch:
         (Batch(torch.zeros(8, 3), [{"box": torch.zeros(n, 4)} for n in range(8)]), 8),
         ((torch.zeros(16, 3), torch.zeros(8)), None),  # two views, and labels
         ({"a": torch.zeros(8, 1), "b": torch.zeros(4, 1)}, None),
+        ([[torch.zeros(8, 3), torch.zeros(8)], [torch.zeros(56, 3), torch.zeros(56)]], None),  # of two loaders
+        ({"known": (torch.zeros(8, 3), torch.zeros(8)), "new": ((torch.zeros(56, 3),) * 2, torch.zeros(56))}, None),
+        (([torch.zeros(n, 3) for n in (20, 30)], [torch.zeros(n) for n in (20, 30)]), 2),
+        (([torch.zeros(3, 9, 9)] * 8, [{"boxes": torch.zeros(n + 1, 4)} for n in range(8)]), 8),
         ("nothing", None),
         ([], None),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from regime_runs import Regression, dataset, loader, run
+from regime_runs import EPOCH_SCHEDULES, Regression, dataset, loader, run
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gap.regime import LargeBatchRegime
@@ -103,6 +103,28 @@ def test_samples_tell_the_length_where_the_loader_does_not(data, batch_size):
     trainer, _ = run(Regression(), data, regime)
     assert trainer.global_step == 6 * samples // 4
     assert regime.plan.samples_seen == regime.plan.updates * regime.plan.batch_size
+
+
+class Endless(IterableDataset):
+    """A stream that does not tell its length."""
+
+    def __iter__(self):
+        yield from dataset()
+
+
+def test_samples_tell_the_length_of_a_stream_without_one():
+    def stream(batch_size):
+        return DataLoader(Endless(), batch_size=batch_size)
+
+    with pytest.raises(MisconfigurationException, match="samples="):
+        run(Regression(), stream(30), LargeBatchRegime(4))
+    for options, updates in (({}, 90), ({"max_epochs": -1, "max_steps": 77}, 77)):
+        trainer, trace = run(
+            Regression(EPOCH_SCHEDULES["StepLR"]), stream(30), LargeBatchRegime(4, samples=60), **options
+        )
+        assert trainer.global_step == updates
+        _, reference = run(Regression(EPOCH_SCHEDULES["StepLR"]), stream(4), **options)
+        torch.testing.assert_close(trace.tensor, 7.5**0.5 * reference.tensor, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(

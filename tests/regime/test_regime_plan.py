@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
 from rich.console import Console
 from torch.optim import SGD, lr_scheduler
 
@@ -189,3 +190,44 @@ def test_the_table_shows_both_runs():
     for said in ("30", "7.5", "0.27", "StepLR", "as it was"):
         assert said in text
     assert "updates per epoch" not in text
+
+
+@pytest.mark.parametrize(("reference", "batch"), [(4, 51), (51, 4)])
+def test_a_batch_has_no_more_samples_than_there_are(reference, batch):
+    with pytest.raises(ValueError, match=r"batch_size=51 is more than the 50 samples"):
+        plan_regime(reference_batch_size=reference, batch_size=batch, samples=50, max_epochs=2)
+    plan_regime(reference_batch_size=4, batch_size=50, samples=50, max_epochs=2)
+
+
+def one():
+    return SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
+@pytest.mark.parametrize("several", [list, tuple, iter])
+def test_a_plan_is_applied_once_to_what_comes_twice(several):
+    plan = plan_regime(reference_batch_size=4, batch_size=16, samples=96, max_epochs=2)
+    optimizer = one()
+    steps = lr_scheduler.StepLR(optimizer, 1)
+    clock = plan.apply(several([optimizer, optimizer]), several([steps, steps]))
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert len(clock.clocks) == 1
+    plan.apply(bare := one(), None)
+    assert bare.param_groups[0]["lr"] == 0.2
+
+
+def test_a_scheduler_of_an_optimizer_that_is_not_scaled_is_refused():
+    plan = plan_regime(reference_batch_size=4, batch_size=16, samples=96, max_epochs=2)
+    optimizer, other = one(), one()
+    with pytest.raises(ValueError, match="StepLR is of another optimizer"):
+        plan.apply(optimizer, lr_scheduler.StepLR(other, 1))
+    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] == 0.1
+
+
+def test_a_scheduler_of_the_optimizer_that_fabric_wraps_is_taken():
+    plan = plan_regime(reference_batch_size=4, batch_size=16, samples=96, max_epochs=2)
+    optimizer = one()
+    steps = lr_scheduler.StepLR(optimizer, 1)
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer)
+    clock = plan.apply(wrapped, steps)
+    assert wrapped.param_groups[0]["lr"] == 0.2
+    assert [each.scheduler for each in clock.clocks] == [steps]

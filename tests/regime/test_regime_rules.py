@@ -1,5 +1,6 @@
 """Which optimizers a rule is for, what is doubtful of those it takes, and code that sets rates by hand."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -115,6 +116,32 @@ def test_a_rate_that_is_set_by_hand_is_refused_where_it_would_not_be_scaled():
     assert trace.rates[-1][0] == pytest.approx(1e-3 * 7.5**0.5 * 0.5**7)
 
 
+class LoopOfAnyName(Regression):
+    def on_train_batch_start(self, batch, batch_idx):
+        for each in self.optimizers().param_groups:
+            each["lr"] = 0.1
+
+
+class FallsInAnEpoch(Regression):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 3:
+            for group in self.optimizers().param_groups:
+                group["lr"] *= 0.1
+
+
+def test_a_rate_that_is_changed_in_an_epoch_of_this_run_is_warned_of():
+    with pytest.warns(UserWarning, match=r"FallsInAnEpoch.on_train_epoch_start changes .* reference_epoch"):
+        run(FallsInAnEpoch(), loader(30), LargeBatchRegime(4), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*current_epoch.*")
+        run(FallsInAnEpoch(), loader(30), LargeBatchRegime(4, train_longer=False), max_epochs=1)
+
+
+def test_a_group_is_known_by_what_it_is_taken_from():
+    with pytest.raises(MisconfigurationException, match=r"LoopOfAnyName.on_train_batch_start sets a learning rate"):
+        run(LoopOfAnyName(), loader(30), LargeBatchRegime(4))
+
+
 def test_a_module_that_keeps_its_optimizer_is_warned_of():
     class Keeps(Regression):
         def configure_optimizers(self):
@@ -138,6 +165,11 @@ def test_weight_decay_and_rate_of_adamw_are_told_at_run_time():
         ("pg['lr'] = self.rate * 2", True),
         ('optimizer.param_groups[0]["lr"] = rate', True),
         ('for g in groups: g["lr"] = 1e-3', True),
+        ('param_group.update({"lr": 0.1})', True),
+        ("optimizer.param_groups[0].update(lr=rate)", True),
+        ('group["lr"].fill_(0.1)', True),
+        ('self.hparams.update({"lr": 0.1})', False),
+        ("config.update(lr=0.1)", False),
         ('group["lr"] *= 0.1', False),
         ('group["lr"] = group["lr"] * 0.1', False),
         ('group["lr"] = group["initial_lr"] / 2', False),

@@ -1,10 +1,11 @@
 """Modules and data modules that make their data in ``setup`` or ``prepare_data``."""
 
+import copy
 import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, SaveAt, dataset, loader, run
 from torch.utils.data import DataLoader
@@ -117,3 +118,20 @@ def test_the_other_callbacks_wait_for_the_data_too():
     assert scale.estimate.measurements == 6
     assert len(diffusion.trace["updates"]) == 6
     assert int(module.layer[0].num_batches_tracked) == 24
+
+
+class Copies(Callback):
+    """Keeps a copy of the module, as an average of its weights is one."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.copy = copy.deepcopy(pl_module)
+
+
+def test_a_copy_of_the_module_trains_its_own_weights():
+    copies = Copies()
+    run(module := Regression(), loader(30), LargeBatchRegime(4), copies)
+    weights = module.layer.weight.detach().clone()
+    assert torch.equal(copies.copy.configure_optimizers().param_groups[0]["params"][0], copies.copy.layer.weight)
+    trainer, trace = run(copies.copy, loader(30))
+    assert (trainer.global_step, trace.rates[0]) == (12, [1e-3, 5e-4])
+    assert torch.equal(module.layer.weight, weights)
