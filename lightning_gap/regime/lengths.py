@@ -144,7 +144,7 @@ def _lengths(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) ->
 
     Of each it is told what whole it is a part or a multiple of. Numbers below ten are no evidence.
     """
-    epochs, there = plan.reference_epochs or 1, plan.reference_updates_per_epoch or 1
+    epochs = plan.reference_epochs or 1
     if clock.interval == "epoch":
         if plan.reference_epochs is None:
             return {}, {}
@@ -197,9 +197,9 @@ def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
         length = f"{plan.reference_updates} updates, {plan.reference_updates_per_epoch} an epoch"
     return (
         f"The reference run has {length}. Ask for lengths in configure_optimizers, where trainer.max_epochs, "
-        "trainer.estimated_stepping_batches and len(loader) are the reference run's (a loader's batch_size is this run's), or "
-        "write the reference run's number. If all lengths are the reference run's as they are, pass stretch_schedulers=True; if they are this "
-        "run's, stretch_schedulers=False."
+        "trainer.estimated_stepping_batches and len(loader) are the reference run's (a loader's batch_size is not), or "
+        "write the reference run's number. If all lengths are the reference run's as they are, pass "
+        "stretch_schedulers=True; if they are this run's, stretch_schedulers=False."
     )
 
 

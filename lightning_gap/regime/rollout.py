@@ -124,7 +124,7 @@ def _rates(
     began = time.monotonic()
     last = copied.steps_until(clock.last or 0)
     for start in range(1, last + 1, _BLOCK):
-        block = []
+        block: list[list[float]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a step without an update
             for number in range(start, min(start + _BLOCK, last + 1)):
