@@ -26,6 +26,7 @@ from lightning_gap.regime.batch import (
 )
 from lightning_gap.regime.checks import (
     check_hand_set_rates,
+    check_hand_stepped,
     check_optimizers,
     check_schedulers,
     check_trainer,
@@ -360,6 +361,8 @@ class LargeBatchRegime(Callback):
                 self._validations = ValidationClock(trainer, plan)
             except ValueError as error:
                 raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
+        if plan.reclocked and self.stretch_schedulers:
+            check_hand_stepped(trainer, pl_module)
         self._warn_of_kept_optimizers(trainer, pl_module, plan)
         if not self._planner.keeps_lengths:
             self._set_limits(trainer, plan)

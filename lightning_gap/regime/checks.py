@@ -34,6 +34,7 @@ from lightning_gap.regime.schedules import horizons, is_of_torch
 __all__ = [
     "changes_by_epoch",
     "check_hand_set_rates",
+    "check_hand_stepped",
     "check_optimizers",
     "check_schedulers",
     "check_trainer",
@@ -195,6 +196,21 @@ def changes_by_epoch(trainer: Any) -> list[str]:
     """
     methods = _methods_of_users(trainer, trainer.lightning_module)
     return [place for place, source in methods if "current_epoch" in source and _CHANGES_RATE.search(source)]
+
+
+def check_hand_stepped(trainer: Any, pl_module: LightningModule) -> None:
+    """Refuse code that steps schedulers beside Lightning, which does so by itself under automatic optimization.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+    """
+    for place, source in _methods_of_users(trainer, pl_module):
+        if pl_module.automatic_optimization and "lr_schedulers(" in source and ".step(" in source:
+            raise MisconfigurationException(
+                f"LargeBatchRegime: {place} steps schedulers by itself, at epochs and updates of this run. Return them "
+                'from configure_optimizers with their interval, "epoch" or "step", and leave the stepping to Lightning.'
+            )
 
 
 def _methods_of_users(trainer: Any, pl_module: LightningModule) -> Iterator[tuple[str, str]]:

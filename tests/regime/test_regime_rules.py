@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from regime_runs import Regression, loader, run, trainer_of
+from regime_runs import EPOCH_SCHEDULES, Regression, loader, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
 from lightning_gap.regime.checks import _READS_RATE, _SETS_RATE
@@ -140,6 +140,24 @@ def test_a_rate_that_is_changed_in_an_epoch_of_this_run_is_warned_of():
 def test_a_group_is_known_by_what_it_is_taken_from():
     with pytest.raises(MisconfigurationException, match=r"LoopOfAnyName.on_train_batch_start sets a learning rate"):
         run(LoopOfAnyName(), loader(30), LargeBatchRegime(4))
+
+
+class StepsByItself(Regression):
+    def on_train_epoch_end(self):
+        self.lr_schedulers().step()
+
+
+class ReadsSchedulers(Regression):
+    def on_train_epoch_end(self):
+        assert self.lr_schedulers().get_last_lr()
+
+
+def test_schedulers_that_are_stepped_by_hand_are_refused():
+    schedule = EPOCH_SCHEDULES["StepLR"]
+    with pytest.raises(MisconfigurationException, match=r"StepsByItself.on_train_epoch_end steps schedulers by itself"):
+        run(StepsByItself(schedule), loader(30), LargeBatchRegime(4))
+    run(StepsByItself(schedule), loader(4), LargeBatchRegime(4))  # the reference run itself
+    run(ReadsSchedulers(schedule), loader(30), LargeBatchRegime(4))
 
 
 def test_a_module_that_keeps_its_optimizer_is_warned_of():
