@@ -100,6 +100,8 @@ def compare(
         rows.setdefault((cell.idiom, cell.interval), Counter())[found.word] += 1
         if found.word == "WRONG" or (found.word == "refused" and IDIOMS[cell.idiom].asks):
             print(*said(cell), found.word, found.detail, flush=True)
+    if pool is not None:
+        pool.shutdown()
     print(title)
     words = ("equal", "refused", "WRONG")
     for (idiom, interval), counts in rows.items():
