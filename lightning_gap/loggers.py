@@ -14,7 +14,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-__all__ = ["define_axes", "filled", "log_facts", "log_figure", "log_now", "log_table", "markdown", "takes_figures"]
+__all__ = [
+    "define_axes",
+    "filled",
+    "log_at_update",
+    "log_facts",
+    "log_figure",
+    "log_now",
+    "log_table",
+    "markdown",
+    "takes_figures",
+]
 
 _KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
@@ -62,6 +72,17 @@ def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
                 known.add((x, name))
 
 
+def log_at_update(trainer: Any, metrics: Mapping[str, float | Tensor]) -> None:
+    """Log metrics at the step that ``pl_module.log`` would give them, and not one in ``log_every_n_steps`` of them.
+
+    Args:
+        trainer: The trainer, in ``on_train_batch_end`` of a batch that made an update.
+        metrics: Numbers by their whole key.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str, float | Tensor]) -> None:
     """Log metrics of an update at once, each against this package's own ``updates``, and keep them for callbacks.
 
@@ -75,8 +96,7 @@ def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str,
     """
     keyed = {f"{prefix}{name}": value for name, value in facts.items()}
     define_axes(trainer.loggers, f"{prefix}updates", keyed)
-    for logger in trainer.loggers:
-        logger.log_metrics(keyed, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    log_at_update(trainer, keyed)
     trainer.callback_metrics.update({key: filled(value, device) for key, value in keyed.items()})
 
 

@@ -32,7 +32,7 @@ from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, f
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun, advice, read_reference, write_trace
 from lightning_gap.diffusion.results import publish, summary
-from lightning_gap.loggers import define_axes, filled, log_facts
+from lightning_gap.loggers import define_axes, filled, log_at_update, log_facts
 from lightning_gap.parallel import (
     from_rank_zero,
     holds_whole_weights,
@@ -307,7 +307,7 @@ class UltraSlowDiffusion(Callback):
             numbers["log_updates"] = math.log(self._step)
             numbers = {_PREFIX + name: x for name, x in numbers.items() if math.isfinite(x)}
             define_axes(trainer.loggers, f"{_PREFIX}log_updates", numbers)
-            _log(trainer, numbers)
+            log_at_update(trainer, numbers)
             say(summary(fit, varied=whole))
         if said := self.advice:
             say(f"UltraSlowDiffusion: {said}")
@@ -472,7 +472,7 @@ class UltraSlowDiffusion(Callback):
         beside = {_PREFIX + name: value for name, value in beside.items() if math.isfinite(value)}
         numbers = {name: value for name, value in (seen | beside).items() if math.isfinite(value)}
         define_axes(trainer.loggers, f"{_PREFIX}log_updates", numbers)
-        _log(trainer, numbers)
+        log_at_update(trainer, numbers)
         # For `trainer.callback_metrics`, and the reference for the progress bar.
         for numbers, prog_bar in ((seen, False), (beside, True)):
             tensors = {name: filled(number, pl_module.device) for name, number in numbers.items()}
@@ -616,10 +616,3 @@ def _existing(folder: str, ckpt_path: Any) -> str:
         f"UltraSlowDiffusion: the initial weights are neither in {folder} nor in {beside}: put the folder beside the "
         "checkpoint, or remove the callback."
     )
-
-
-def _log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    # As Lightning's own monitors do: `pl_module.log` would keep one point in `log_every_n_steps`.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=step)

@@ -1,6 +1,6 @@
 """A plan applied to optimizers and schedulers, with or without a Trainer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 from warnings import warn
 from weakref import WeakSet
@@ -11,12 +11,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_gap.regime.clock import ReferenceClock, RegimeClock
 from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.rollout import follows_its_factor
+from lightning_gap.regime.rollout import can_be_copied, follows_its_factor, optimizer_of
 from lightning_gap.regime.scaling import check_rule, scale_moments, scale_optimizer
 from lightning_gap.regime.schedules import is_of_torch, scale_momentums, scale_scheduler
 from lightning_gap.regime.warmup import Warmup
 
-__all__ = ["apply_plan", "check_unscaled", "scale"]
+__all__ = ["apply_plan", "check_rates", "check_unscaled", "clock_of", "scale"]
 
 # What has been scaled: who keeps an optimizer must not have it scaled again.
 _scaled: WeakSet[Optimizer] = WeakSet()
@@ -96,8 +96,7 @@ def apply_plan(
     clocks = [clock_of(plan, scheduler, interval) for scheduler in ticked]
     for clock in clocks:
         check_lengths(clock, plan, trust=stretch_schedulers is True)
-        if not is_of_torch(clock.scheduler) and not follows_its_factor(clock, plan, plan.lr_factor):
-            raise ValueError(unscalable(clock.scheduler))
+        check_rates(clock, plan)
     scale(optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
     warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in optimizers]
     return RegimeClock(plan, clocks, warmups)
@@ -126,13 +125,38 @@ def clock_of(
     return ReferenceClock(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates)
 
 
-def unscalable(scheduler: Any) -> str:
-    """Return why a scheduler is refused whose learning rates are not all known.
+def check_rates(
+    clock: ReferenceClock,
+    plan: RegimePlan,
+    step: Callable[[Any], Any] | None = None,
+    reference: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Refuse a scheduler, of another library than torch, whose learning rates are not all known by their names.
 
     Args:
-        scheduler: The scheduler.
+        clock: The scheduler's clock.
+        plan: The plan of the run.
+        step: Steps a scheduler once.
+        reference: The context of a step.
+
+    Raises:
+        ValueError: If one is not, or if that cannot be seen.
     """
-    return (
-        f"{type(scheduler).__name__} keeps a learning rate by a name that does not say so, and cannot be scaled. Use "
-        'a scheduler of torch or timm, name its rates with "lr", or pass lr_rule="none".'
-    )
+    if plan.lr_factor == 1.0 or is_of_torch(clock.scheduler):
+        return
+    name = type(clock.scheduler).__name__
+    if optimizer_of(clock.scheduler) is None:
+        raise ValueError(
+            f"{name} has no torch optimizer as its attribute optimizer, so its learning rates are unknown. Use a "
+            'scheduler of torch or timm, or pass lr_rule="none".'
+        )
+    if not can_be_copied(clock.scheduler):
+        raise ValueError(
+            f"{name} cannot be copied (copy.deepcopy), so it cannot be rolled out to see whether the learning rates "
+            'that its names tell are all. Make it so, or pass lr_rule="none".'
+        )
+    if not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
+        raise ValueError(
+            f"{name} keeps a learning rate by a name that does not say so, and cannot be scaled. Use a scheduler of "
+            'torch or timm, name its rates with "lr", or pass lr_rule="none".'
+        )

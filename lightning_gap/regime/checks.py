@@ -16,20 +16,17 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.parallel import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
-from lightning_gap.regime.applied import clock_of, unscalable
+from lightning_gap.regime.applied import check_rates, clock_of
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import (
     Rollout,
-    can_be_copied,
-    follows_its_factor,
     hidden_lengths,
-    optimizer_of,
     roll_out,
 )
 from lightning_gap.regime.scaling import check_rule
-from lightning_gap.regime.schedules import horizons, is_of_torch
+from lightning_gap.regime.schedules import horizons
 
 __all__ = [
     "changes_by_epoch",
@@ -296,8 +293,7 @@ def check_schedulers(
                     if seen is not None and scheduler.optimizer is trainer.optimizers[0]:
                         rollouts.append((clock, seen))
                     _warn_of_epochs_past_the_end(config, plan, stretch)
-            if plan.lr_factor != 1.0 and not is_of_torch(scheduler):
-                _check_rates(clock, plan, step, reference)
+            check_rates(clock, plan, step, reference)
         except ValueError as error:
             raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
     return rollouts
@@ -360,26 +356,6 @@ def _schedulers_in(configured: Any) -> Iterator[Any]:
             yield from _schedulers_in(each)
     elif hasattr(configured, "optimizer") and hasattr(configured, "step"):
         yield configured
-
-
-def _check_rates(
-    clock: ReferenceClock,
-    plan: RegimePlan,
-    step: Callable[[Any], Any] | None,
-    reference: Callable[[int, int], Any] | None,
-) -> None:
-    if optimizer_of(clock.scheduler) is None:
-        raise ValueError(
-            f"{type(clock.scheduler).__name__} has no torch optimizer as its attribute optimizer, so its learning "
-            'rates are unknown. Use a scheduler of torch or timm, or pass lr_rule="none".'
-        )
-    if not can_be_copied(clock.scheduler):
-        raise ValueError(
-            f"{type(clock.scheduler).__name__} cannot be copied (copy.deepcopy), so it cannot be rolled out to see "
-            'whether the learning rates that its names tell are all. Make it so, or pass lr_rule="none".'
-        )
-    if not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
-        raise ValueError(unscalable(clock.scheduler))
 
 
 def _check_plateau(config: LRSchedulerConfig, plan: RegimePlan, stretch: str | bool) -> None:

@@ -1,6 +1,5 @@
 """Everything beside schedulers that counts epochs, and how it comes to count those of the reference run."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -170,18 +169,15 @@ class ValidationClock:
         if self._epochs is not None:
             self._trainer.check_val_every_n_epoch = 1 if due else self._epochs
         if due:
-            epoch = (self._reference(cast(int, update)) - 1) // cast(int, self._plan.reference_updates_per_epoch) + 1
+            epoch = (self._plan.reference_update(cast(int, update)) - 1) // cast(
+                int, self._plan.reference_updates_per_epoch
+            ) + 1
             for callback, every in self._checkpoints:
                 callback._every_n_epochs = NEVER if epoch % every else 1
 
-    def _reference(self, update: int) -> int:
-        passed: int = math.floor(self._plan.pace * update)
-        last = self._plan.reference_updates
-        return passed if last is None else min(passed, last)
-
     def _made(self, update: int) -> int:
         """Return how many validations the reference run has made."""
-        passed = self._reference(update)
+        passed = self._plan.reference_update(update)
         if self._epochs is None:
             return passed // self.every
         per_epoch = cast(int, self._plan.reference_updates_per_epoch)

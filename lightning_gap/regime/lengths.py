@@ -1,6 +1,5 @@
 """Lengths of this run in a schedule of the reference run: told by their numbers, and refused."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -216,7 +215,7 @@ def curve(
     points = []
     for quarter in range(5 if plan.updates else 0):
         before = quarter * ((plan.updates or 1) - 1) // 4
-        reference_update, now = math.floor(plan.pace * before), rate
+        reference_update, now = plan.reference_update(before), rate
         for clock, seen in rollouts:
             steps = clock.steps_until(reference_update)
             if len(rollouts) > 1 or steps >= len(seen.rates):

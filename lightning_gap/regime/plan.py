@@ -132,6 +132,15 @@ class RegimePlan:
             return False
         return self.epochs is None or self.updates < self.epochs * (self.updates_per_epoch or 0)
 
+    def reference_update(self, update: int) -> int:
+        """Return how many updates the reference run has made after some of this run's.
+
+        Args:
+            update: Updates behind it.
+        """
+        passed = math.floor(self.pace * update)
+        return passed if self.reference_updates is None else min(passed, self.reference_updates)
+
     def reference_epochs_in(self, updates: int) -> int:
         """Return how many epochs of the reference run are over after some updates of this run.
 
