@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.monge import ResidualMLP, UnpairedBatch, divergence_and_gap
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.sinkhorn import share_of_mean_cost
+from lightning_gap.monge.ot.sinkhorn import share_of_mean_cost
 
 HIDDEN = (128, 128, 128)
 TURN = 10

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import divergence_and_gap
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.sinkhorn import share_of_mean_cost
+from lightning_gap.monge.ot.sinkhorn import share_of_mean_cost
 
 HIDDEN = (32, 64, 32)
 # Name of the gap: its cost and its weight.

@@ -9,68 +9,26 @@
 Each name is imported when it is first used, so that ``import lightning_gap`` costs next to nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_gap.faces import lazy
 
 __version__ = "0.1.0"
 
-# One line a public name: where it lives. `__all__` and `__dir__` follow from this table.
-_HOME = {
-    "GhostBatchNorm": "lightning_gap.ghost",
-    "GradientNoiseScale": "lightning_gap.regime",
-    "LargeBatchRegime": "lightning_gap.regime",
-    "MapFigure": "lightning_gap.monge",
-    "MongeMap": "lightning_gap.monge",
-    "SamplesDataModule": "lightning_gap.monge",
-    "UltraSlowDiffusion": "lightning_gap.diffusion",
-    "convert_ghost_batchnorm": "lightning_gap.ghost",
-    "effective_batch_size": "lightning_gap.regime",
-    "monge_gap": "lightning_gap.monge",
-    "recalibrate_batchnorm": "lightning_gap.ghost",
-    "revert_ghost_batchnorm": "lightning_gap.ghost",
-    "sinkhorn_divergence": "lightning_gap.monge",
-}
-_MODULES = {"costs": "lightning_gap.monge.costs"}
-
-__all__ = [
-    "GhostBatchNorm",
-    "GradientNoiseScale",
-    "LargeBatchRegime",
-    "MapFigure",
-    "MongeMap",
-    "SamplesDataModule",
-    "UltraSlowDiffusion",
-    "convert_ghost_batchnorm",
-    "costs",
-    "effective_batch_size",
-    "monge_gap",
-    "recalibrate_batchnorm",
-    "revert_ghost_batchnorm",
-    "sinkhorn_divergence",
-]
-
 if TYPE_CHECKING:
-    from lightning_gap.diffusion import UltraSlowDiffusion
-    from lightning_gap.ghost import (
-        GhostBatchNorm,
-        convert_ghost_batchnorm,
-        recalibrate_batchnorm,
-        revert_ghost_batchnorm,
-    )
-    from lightning_gap.monge import MapFigure, MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
-    from lightning_gap.regime import GradientNoiseScale, LargeBatchRegime, effective_batch_size
+    from lightning_gap.diffusion.callback import UltraSlowDiffusion as UltraSlowDiffusion
+    from lightning_gap.ghost.callback import GhostBatchNorm as GhostBatchNorm
+    from lightning_gap.ghost.convert import convert_ghost_batchnorm as convert_ghost_batchnorm
+    from lightning_gap.ghost.convert import revert_ghost_batchnorm as revert_ghost_batchnorm
+    from lightning_gap.ghost.recalibrate import recalibrate_batchnorm as recalibrate_batchnorm
+    from lightning_gap.monge import costs as costs
+    from lightning_gap.monge.figure import MapFigure as MapFigure
+    from lightning_gap.monge.module import MongeMap as MongeMap
+    from lightning_gap.monge.ot.gap import monge_gap as monge_gap
+    from lightning_gap.monge.ot.gap import sinkhorn_divergence as sinkhorn_divergence
+    from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
+    from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
+    from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
+    from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = import_module(_MODULES[name])
-    elif name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-    else:
-        raise AttributeError(f"module 'lightning_gap' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -13,7 +13,7 @@ import torch
 
 from lightning_gap import costs
 from lightning_gap.monge import StructuredMap
-from lightning_gap.monge import sinkhorn as solvers
+from lightning_gap.monge.ot import sinkhorn as solvers
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "compatibility.md"

@@ -11,10 +11,10 @@ from lightning_gap import UltraSlowDiffusion
 from lightning_gap.cli import main
 from lightning_gap.diffusion import UltraSlowDiffusionFit, WeightDistance, estimate_alpha
 from lightning_gap.extras import library
-from lightning_gap.loggers import log_figure
 from lightning_gap.monge import MapScores, MongeGap
 from lightning_gap.monge.figure import MapFigure
 from lightning_gap.monge.plot import plot_map
+from lightning_gap.trainer.loggers import log_figure
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lightning_gap.terminal import say
+from lightning_gap.trainer.terminal import say
 
 
 def _table():
@@ -50,7 +50,7 @@ def test_a_notebook_shows_html(monkeypatch, capsys):
 
 def test_a_window_has_its_own_width(monkeypatch):
     window = Console(file=io.StringIO(), force_terminal=True, width=40)
-    monkeypatch.setattr("lightning_gap.terminal.Console", lambda **options: window)
+    monkeypatch.setattr("lightning_gap.trainer.terminal.Console", lambda **options: window)
     say(_table())
     assert max(len(line) for line in window.file.getvalue().splitlines()) <= 80  # colours count
 

@@ -28,9 +28,9 @@ from lightning_gap import (
 )
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.commands.trainer import TRAINER_COMMANDS
-from lightning_gap.monge.checkpoints import read_checkpoint
+from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.transport_files import load_map
-from lightning_gap.terminal import say
+from lightning_gap.trainer.terminal import say
 
 __all__ = ["MapCLI", "loaded", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
 

@@ -114,7 +114,7 @@ def _plan(options: argparse.Namespace) -> None:
     _check(options)
     from lightning_gap.regime.plan import RegimePlan, plan_regime, share_of
     from lightning_gap.regime.scaling import default_train_longer, lr_factor
-    from lightning_gap.terminal import say
+    from lightning_gap.trainer.terminal import say
 
     longer = default_train_longer(options.rule) if options.train_longer is None else options.train_longer
     sizes = {"reference_batch_size": options.reference_batch_size, "batch_size": options.batch_size}

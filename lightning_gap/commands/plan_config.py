@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning_gap import LargeBatchRegime
 from lightning_gap.commands.map_cli import MapCLI, loaded, names_a_class, run_cli
 from lightning_gap.commands.parsing import CommandError
-from lightning_gap.terminal import say
+from lightning_gap.trainer.terminal import say
 
 __all__ = ["run"]
 

@@ -43,7 +43,7 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_gap.dashboards.comparison import compare, result_metrics, results_table
     from lightning_gap.dashboards.report import render_html
     from lightning_gap.dashboards.runs import RunError, read_runs
-    from lightning_gap.terminal import say
+    from lightning_gap.trainer.terminal import say
 
     if options.output.is_dir():
         raise CommandError(f"--output {options.output} is a folder: name a file, as {options.output / 'report.html'}")

@@ -1,44 +1,28 @@
 """Ultra-slow diffusion (Hoffer, Hubara, Soudry 2017, section 3): how far the weights travel, and by which law."""
 
-from lightning_gap.diffusion.callback import UltraSlowDiffusion
-from lightning_gap.diffusion.distance import (
-    WeightDisplacement,
-    norms_and_biases,
-    tracked_parameters,
-    weight_displacement,
-    weight_norm,
-)
-from lightning_gap.diffusion.landscape import LandscapeFit, estimate_alpha
-from lightning_gap.diffusion.law import (
-    DiffusionFit,
-    Forecast,
-    constant_lr_segments,
-    fit_diffusion,
-    forecast_updates,
-    next_log_update,
-)
-from lightning_gap.diffusion.metric import UltraSlowDiffusionFit, WeightDistance
-from lightning_gap.diffusion.plot import plot_diffusion
-from lightning_gap.diffusion.reference import ReferenceRun, read_reference
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DiffusionFit",
-    "Forecast",
-    "LandscapeFit",
-    "ReferenceRun",
-    "UltraSlowDiffusion",
-    "UltraSlowDiffusionFit",
-    "WeightDisplacement",
-    "WeightDistance",
-    "constant_lr_segments",
-    "estimate_alpha",
-    "fit_diffusion",
-    "forecast_updates",
-    "next_log_update",
-    "norms_and_biases",
-    "plot_diffusion",
-    "read_reference",
-    "tracked_parameters",
-    "weight_displacement",
-    "weight_norm",
-]
+from lightning_gap.faces import lazy
+
+if TYPE_CHECKING:
+    from lightning_gap.diffusion.callback import UltraSlowDiffusion as UltraSlowDiffusion
+    from lightning_gap.diffusion.distance import WeightDisplacement as WeightDisplacement
+    from lightning_gap.diffusion.distance import norms_and_biases as norms_and_biases
+    from lightning_gap.diffusion.distance import tracked_parameters as tracked_parameters
+    from lightning_gap.diffusion.distance import weight_displacement as weight_displacement
+    from lightning_gap.diffusion.distance import weight_norm as weight_norm
+    from lightning_gap.diffusion.landscape import LandscapeFit as LandscapeFit
+    from lightning_gap.diffusion.landscape import estimate_alpha as estimate_alpha
+    from lightning_gap.diffusion.law import DiffusionFit as DiffusionFit
+    from lightning_gap.diffusion.law import Forecast as Forecast
+    from lightning_gap.diffusion.law import constant_lr_segments as constant_lr_segments
+    from lightning_gap.diffusion.law import fit_diffusion as fit_diffusion
+    from lightning_gap.diffusion.law import forecast_updates as forecast_updates
+    from lightning_gap.diffusion.law import next_log_update as next_log_update
+    from lightning_gap.diffusion.metrics import UltraSlowDiffusionFit as UltraSlowDiffusionFit
+    from lightning_gap.diffusion.metrics import WeightDistance as WeightDistance
+    from lightning_gap.diffusion.plot import plot_diffusion as plot_diffusion
+    from lightning_gap.diffusion.reference import ReferenceRun as ReferenceRun
+    from lightning_gap.diffusion.reference import read_reference as read_reference
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

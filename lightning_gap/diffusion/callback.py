@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gap.arguments import check_integer
+from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.distance import (
     ParameterFilter,
     WeightDisplacement,
@@ -31,23 +31,19 @@ from lightning_gap.diffusion.distance import (
 from lightning_gap.diffusion.law import DiffusionFit, Forecast, fit_diffusion, forecast_updates, next_log_update
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun, advice, read_reference, write_trace
-from lightning_gap.diffusion.results import publish, summary
-from lightning_gap.loggers import define_axes, filled, log_at_update, log_facts
-from lightning_gap.parallel import (
+from lightning_gap.diffusion.summary import publish, summary
+from lightning_gap.precision import widest
+from lightning_gap.ranks.group import sum_over_ranks
+from lightning_gap.ranks.shards import load_shards, local_shard, save_shards, shard_copies, shard_like
+from lightning_gap.trainer.loggers import define_axes, filled, log_at_update, log_facts
+from lightning_gap.trainer.strategy import (
     from_rank_zero,
     holds_whole_weights,
-    load_shards,
-    local_shard,
     require_lightning,
-    save_shards,
-    shard_copies,
-    shard_like,
     shards_by_dtensor,
     strategy_name,
-    sum_over_ranks,
 )
-from lightning_gap.precision import widest
-from lightning_gap.terminal import say
+from lightning_gap.trainer.terminal import say
 
 __all__ = ["UltraSlowDiffusion"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_gap.arguments import check_integer
+from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.distance import ParameterFilter, check_filter, tracked_parameters
 from lightning_gap.diffusion.plot import axes_or_new

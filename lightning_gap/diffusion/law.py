@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gap.arguments import check_integer
+from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.bootstrap import Model, Vector, autocorrelation, bootstrap, effective_points
 from lightning_gap.precision import widest
 

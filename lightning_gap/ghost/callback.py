@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_gap.arguments import check_count
+from lightning_gap.checks import check_count
 from lightning_gap.ghost.convert import (
     GhostConversion,
     NoBatchNormError,
@@ -20,15 +20,15 @@ from lightning_gap.ghost.convert import (
     revert_ghost_batchnorm,
 )
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
+from lightning_gap.ghost.joined_statistics import RunningStatisticsSync
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.layout import describe, falls_short, ranks_that_fill_a_ghost
 from lightning_gap.ghost.recalibrate import recalibrate_in_training
 from lightning_gap.ghost.samples import BatchRows, samples_in
-from lightning_gap.ghost.synchronize import RunningStatisticsSync
 from lightning_gap.ghost.training_step import own_loader
-from lightning_gap.loggers import log_facts
-from lightning_gap.parallel import (
-    RankGroup,
+from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.loggers import log_facts
+from lightning_gap.trainer.strategy import (
     data_parallel_group,
     data_parallel_size,
     data_parallel_subgroup,
@@ -38,7 +38,7 @@ from lightning_gap.parallel import (
     shards_by_dtensor,
     strategy_name,
 )
-from lightning_gap.terminal import say
+from lightning_gap.trainer.terminal import say
 
 __all__ = ["GhostBatchNorm"]
 

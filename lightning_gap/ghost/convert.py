@@ -19,7 +19,7 @@ from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_pe
 from lightning_gap.ghost.hidden import calls_batch_norm, frozen_layers, scripted_layers
 from lightning_gap.ghost.layers import GhostNorm, ghost_class, is_made, keeps_forward, rank_group
 from lightning_gap.ghost.samples import BatchRows
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 __all__ = [
     "GhostConversion",

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_gap.arguments import check_count
+from lightning_gap.checks import check_count
 from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
 from lightning_gap.ghost.transforms import looks_into_operations
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
 

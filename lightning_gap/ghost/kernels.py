@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.ghost.transforms import looks_into_operations
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["Run", "normalize", "normalize_over_ranks"]
 

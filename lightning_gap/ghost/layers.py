@@ -18,7 +18,7 @@ from lightning_gap.ghost.functional import (
     ghost_batch_norm,
 )
 from lightning_gap.ghost.samples import BatchRows
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class"]
 
@@ -232,7 +232,7 @@ _NAMED = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
 
 
 def rank_group(process_group: torch.distributed.ProcessGroup | RankGroup | None) -> RankGroup | None:
-    """Return a process group as a :class:`~lightning_gap.parallel.RankGroup`.
+    """Return a process group as a :class:`~lightning_gap.trainer.strategy.RankGroup`.
 
     Args:
         process_group: A process group, already a rank group, or None for none.

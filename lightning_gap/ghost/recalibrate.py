@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import leaving_no_trace, own_batches, own_randomness, step_of
-from lightning_gap.parallel import sum_over_ranks, unwrapped
 from lightning_gap.precision import widest
+from lightning_gap.ranks.group import sum_over_ranks, unwrapped
 
 __all__ = ["average_statistics", "recalibrate_batchnorm", "recalibrate_in_training"]
 

@@ -1,68 +1,42 @@
 """The Monge gap: optimal transport maps for any cost (Uscidda and Cuturi 2023)."""
 
-from lightning_gap.monge import costs
-from lightning_gap.monge.batches import UnpairedBatch
-from lightning_gap.monge.brenier import BrenierMap
-from lightning_gap.monge.conditional import ConditionalMap
-from lightning_gap.monge.conservativity import conservativity
-from lightning_gap.monge.data import SamplesDataModule
-from lightning_gap.monge.energy import energy_distance
-from lightning_gap.monge.figure import MapFigure
-from lightning_gap.monge.gap import divergence_and_gap, monge_gap, sinkhorn_divergence
-from lightning_gap.monge.gaussian import gaussian_map
-from lightning_gap.monge.maps import MLP, ResidualMLP
-from lightning_gap.monge.marginal import marginal_wasserstein
-from lightning_gap.monge.metrics import (
-    DisplacementCosine,
-    EnergyDistance,
-    MarginalWasserstein,
-    MongeGap,
-    SinkhornDivergence,
-    UnexplainedVariance,
-)
-from lightning_gap.monge.minibatch_energy import minibatch_energy_distance
-from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.objective import unbalanced_weights
-from lightning_gap.monge.plot import plot_map
-from lightning_gap.monge.representation import AffineRepresentation
-from lightning_gap.monge.schedules import Anneal
-from lightning_gap.monge.scores import MapScores
-from lightning_gap.monge.sinkhorn import ConvergenceWarning, OTResult, optimal_transport
-from lightning_gap.monge.sphere import SphereMap
-from lightning_gap.monge.structured import StructuredMap
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "MLP",
-    "AffineRepresentation",
-    "Anneal",
-    "BrenierMap",
-    "ConditionalMap",
-    "ConvergenceWarning",
-    "DisplacementCosine",
-    "EnergyDistance",
-    "MapFigure",
-    "MapScores",
-    "MarginalWasserstein",
-    "MongeGap",
-    "MongeMap",
-    "OTResult",
-    "ResidualMLP",
-    "SamplesDataModule",
-    "SinkhornDivergence",
-    "SphereMap",
-    "StructuredMap",
-    "UnexplainedVariance",
-    "UnpairedBatch",
-    "conservativity",
-    "costs",
-    "divergence_and_gap",
-    "energy_distance",
-    "gaussian_map",
-    "marginal_wasserstein",
-    "minibatch_energy_distance",
-    "monge_gap",
-    "optimal_transport",
-    "plot_map",
-    "sinkhorn_divergence",
-    "unbalanced_weights",
-]
+from lightning_gap.faces import lazy
+
+if TYPE_CHECKING:
+    from lightning_gap.monge import costs as costs
+    from lightning_gap.monge.figure import MapFigure as MapFigure
+    from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
+    from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
+    from lightning_gap.monge.maps.conservativity import conservativity as conservativity
+    from lightning_gap.monge.maps.residual import MLP as MLP
+    from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
+    from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
+    from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
+    from lightning_gap.monge.module import MongeMap as MongeMap
+    from lightning_gap.monge.objective import unbalanced_weights as unbalanced_weights
+    from lightning_gap.monge.ot.energy import energy_distance as energy_distance
+    from lightning_gap.monge.ot.gap import divergence_and_gap as divergence_and_gap
+    from lightning_gap.monge.ot.gap import monge_gap as monge_gap
+    from lightning_gap.monge.ot.gap import sinkhorn_divergence as sinkhorn_divergence
+    from lightning_gap.monge.ot.gaussian import gaussian_map as gaussian_map
+    from lightning_gap.monge.ot.marginal import marginal_wasserstein as marginal_wasserstein
+    from lightning_gap.monge.ot.minibatch_energy import minibatch_energy_distance as minibatch_energy_distance
+    from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning as ConvergenceWarning
+    from lightning_gap.monge.ot.sinkhorn import OTResult as OTResult
+    from lightning_gap.monge.ot.sinkhorn import optimal_transport as optimal_transport
+    from lightning_gap.monge.plot import plot_map as plot_map
+    from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
+    from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
+    from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
+    from lightning_gap.monge.schedules import Anneal as Anneal
+    from lightning_gap.monge.scores.map_scores import MapScores as MapScores
+    from lightning_gap.monge.scores.metrics import DisplacementCosine as DisplacementCosine
+    from lightning_gap.monge.scores.metrics import EnergyDistance as EnergyDistance
+    from lightning_gap.monge.scores.metrics import MarginalWasserstein as MarginalWasserstein
+    from lightning_gap.monge.scores.metrics import MongeGap as MongeGap
+    from lightning_gap.monge.scores.metrics import SinkhornDivergence as SinkhornDivergence
+    from lightning_gap.monge.scores.metrics import UnexplainedVariance as UnexplainedVariance
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.data import SamplesDataModule
-from lightning_gap.monge.decisions import Weighted, few_of, share_of_typical_cost
-from lightning_gap.monge.features import columns_like
-from lightning_gap.monge.gap import sinkhorn_divergence
+from lightning_gap.monge.epsilons import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.sinkhorn import CostLike
+from lightning_gap.monge.ot.costs import resolve
+from lightning_gap.monge.ot.gap import sinkhorn_divergence
+from lightning_gap.monge.ot.sinkhorn import CostLike
+from lightning_gap.monge.samples.datamodule import SamplesDataModule
+from lightning_gap.monge.samples.features import columns_like
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin

@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gap.arguments import check_integer
+from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
-from lightning_gap.loggers import log_figure, takes_figures
-from lightning_gap.monge.files import read_matrix
 from lightning_gap.monge.plot import Space, Theme, plot_map
-from lightning_gap.parallel import holds_whole_weights
+from lightning_gap.monge.samples.files.read import read_matrix
+from lightning_gap.trainer.loggers import log_figure, takes_figures
+from lightning_gap.trainer.strategy import holds_whole_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,40 +16,35 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_gap.arguments import check_count, check_integer, check_number
-from lightning_gap.compiling import eager
-from lightning_gap.loggers import define_axes
-from lightning_gap.monge.batches import UnpairedBatch
-from lightning_gap.monge.checkpoints import check_hyper_parameters, hyper_parameters_of
-from lightning_gap.monge.conditional import ConditionalMap
-from lightning_gap.monge.conditions import conditions_of
-from lightning_gap.monge.conservativity import conservativity
-from lightning_gap.monge.costs import Cost, resolve
-from lightning_gap.monge.data import SamplesDataModule
-from lightning_gap.monge.decisions import Decisions, Weighted, by_condition, few_of, share_of_typical_cost
-from lightning_gap.monge.features import feature_places, listed, match_features
-from lightning_gap.monge.files import open_table, read_matrix
-from lightning_gap.monge.maps import ResidualMLP, TransportMap
-from lightning_gap.monge.networks import check_labels
+from lightning_gap.checks import check_count, check_integer, check_number
+from lightning_gap.monge.checkpoint import build, describe
+from lightning_gap.monge.checkpoint_files import check_hyper_parameters, hyper_parameters_of
+from lightning_gap.monge.epsilons import Decisions, Weighted, by_condition, few_of, share_of_typical_cost
+from lightning_gap.monge.maps.conditional import ConditionalMap
+from lightning_gap.monge.maps.conservativity import conservativity
+from lightning_gap.monge.maps.networks import check_labels
+from lightning_gap.monge.maps.residual import ResidualMLP, TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective, ObjectiveTerms
-from lightning_gap.monge.populations import FiniteSamples, Turn
-from lightning_gap.monge.representation import AffineRepresentation
-from lightning_gap.monge.samples import check_all_samples, check_epsilon
+from lightning_gap.monge.ot.checks import check_all_samples, check_epsilon
+from lightning_gap.monge.ot.compiling import eager
+from lightning_gap.monge.ot.costs import Cost, resolve
+from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning, CostLike, check_solver, check_tolerance
+from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.samples.conditions import conditions_of
+from lightning_gap.monge.samples.datamodule import SamplesDataModule
+from lightning_gap.monge.samples.draws import FiniteSamples, Turn
+from lightning_gap.monge.samples.features import feature_places, listed, match_features
+from lightning_gap.monge.samples.files.read import open_table, read_matrix
+from lightning_gap.monge.samples.files.table import refuse_not_finite
+from lightning_gap.monge.samples.splits import generator
+from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Schedule
-from lightning_gap.monge.scores import MapScores
+from lightning_gap.monge.scores.map_scores import MapScores
 from lightning_gap.monge.signs import drawn_together, out_of_range
-from lightning_gap.monge.sinkhorn import ConvergenceWarning, CostLike, check_solver, check_tolerance
-from lightning_gap.monge.specification import build, describe
-from lightning_gap.monge.splits import generator
 from lightning_gap.monge.suitability import check_costs_of_map, modules_of_cost, refuse_learned_cost
-from lightning_gap.monge.tables import refuse_not_finite
-from lightning_gap.parallel import (
-    RankGroup,
-    data_parallel_group,
-    data_parallel_rank,
-    data_parallel_size,
-    from_rank_zero,
-)
+from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.loggers import define_axes
+from lightning_gap.trainer.strategy import data_parallel_group, data_parallel_rank, data_parallel_size, from_rank_zero
 
 __all__ = ["MongeMap"]
 

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.costs import Cost
-from lightning_gap.monge.energy import energy_distance
-from lightning_gap.monge.gap import divergence_problem, divergences_and_gaps, gap_problem
-from lightning_gap.monge.samples import check_weights
-from lightning_gap.monge.sinkhorn import Problem, optimal_transport
+from lightning_gap.monge.ot.checks import check_weights
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.energy import energy_distance
+from lightning_gap.monge.ot.gap import divergence_problem, divergences_and_gaps, gap_problem
+from lightning_gap.monge.ot.sinkhorn import Problem, optimal_transport
 
 __all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms", "unbalanced_weights"]
 

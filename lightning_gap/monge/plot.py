@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_gap.arguments import check_integer
-from lightning_gap.monge.features import columns_like
+from lightning_gap.checks import check_integer
+from lightning_gap.monge.samples.features import columns_like
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

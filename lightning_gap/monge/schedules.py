@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from lightning_gap.arguments import check_count
+from lightning_gap.checks import check_count
 
 __all__ = ["Anneal", "Schedule"]
 

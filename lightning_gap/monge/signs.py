@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gap.monge.scores import MapScores
+from lightning_gap.monge.scores.map_scores import MapScores
 
 __all__ = ["drawn_together", "out_of_range"]
 

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_gap.monge.costs import CallableCost, Cosine, Cost, Geodesic, SqEuclidean, TranslationInvariantCost
-from lightning_gap.monge.maps import StartedMap, TransportMap
-from lightning_gap.monge.sphere import SphereMap
+from lightning_gap.monge.maps.residual import StartedMap, TransportMap
+from lightning_gap.monge.maps.sphere import SphereMap
+from lightning_gap.monge.ot.costs import CallableCost, Cosine, Cost, Geodesic, SqEuclidean, TranslationInvariantCost
 
 __all__ = ["check_costs_of_map", "modules_of_cost", "refuse_learned_cost", "share_optimal_maps"]
 

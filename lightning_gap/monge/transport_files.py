@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.arguments import check_count
-from lightning_gap.monge.checkpoints import read_checkpoint
-from lightning_gap.monge.conditions import label_indices, place_of
+from lightning_gap.checks import check_count
+from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.row_files import Block, RowFile, open_rows
-from lightning_gap.monge.tables import as_texts
-from lightning_gap.monge.written_files import Output
+from lightning_gap.monge.samples.conditions import label_indices, place_of
+from lightning_gap.monge.samples.files.stream import Block, RowFile, open_rows
+from lightning_gap.monge.samples.files.table import as_texts
+from lightning_gap.monge.samples.files.write import Output
 
 __all__ = ["load_map", "transport_file"]
 

@@ -1,25 +1,21 @@
 """Train longer, generalize better: the regime of the small-batch reference run, for the batch that really runs."""
 
-from lightning_gap.regime.batch import effective_batch_size
-from lightning_gap.regime.callback import LargeBatchRegime
-from lightning_gap.regime.micro_batches import MicroBatchGradients
-from lightning_gap.regime.monitor import GradientNoiseScale
-from lightning_gap.regime.noise import noise_variance, sample_weights
-from lightning_gap.regime.noise_scale import NoiseScaleEstimate, gradient_moments
-from lightning_gap.regime.plan import RegimePlan, plan_regime
-from lightning_gap.regime.scaling import LR_RULES, lr_factor
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LR_RULES",
-    "GradientNoiseScale",
-    "LargeBatchRegime",
-    "MicroBatchGradients",
-    "NoiseScaleEstimate",
-    "RegimePlan",
-    "effective_batch_size",
-    "gradient_moments",
-    "lr_factor",
-    "noise_variance",
-    "plan_regime",
-    "sample_weights",
-]
+from lightning_gap.faces import lazy
+
+if TYPE_CHECKING:
+    from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
+    from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
+    from lightning_gap.regime.micro_batches import MicroBatchGradients as MicroBatchGradients
+    from lightning_gap.regime.noise_scale import NoiseScaleEstimate as NoiseScaleEstimate
+    from lightning_gap.regime.noise_scale import gradient_moments as gradient_moments
+    from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
+    from lightning_gap.regime.plan import RegimePlan as RegimePlan
+    from lightning_gap.regime.plan import plan_regime as plan_regime
+    from lightning_gap.regime.sample_noise import noise_variance as noise_variance
+    from lightning_gap.regime.sample_noise import sample_weights as sample_weights
+    from lightning_gap.regime.scaling import LR_RULES as LR_RULES
+    from lightning_gap.regime.scaling import lr_factor as lr_factor
+
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)

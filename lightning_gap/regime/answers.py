@@ -23,7 +23,7 @@ _TRUTH_FOR = (
     "torch.",
     "lightning_gap.regime.",
     "lightning_gap.ghost.",
-    "lightning_gap.parallel",
+    "lightning_gap.trainer.strategy",
 )
 
 

@@ -13,28 +13,12 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gap.arguments import check_count
-from lightning_gap.loggers import log_facts, log_now, log_table
-from lightning_gap.parallel import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
+from lightning_gap.checks import check_count
 from lightning_gap.regime.advice import advice
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.applied import check_unscaled, clock_of, scale
-from lightning_gap.regime.batch import (
-    DataNotReady,
-    check_first_batch,
-    same_data,
-)
-from lightning_gap.regime.checks import (
-    check_hand_set_rates,
-    check_hand_stepped,
-    check_optimizers,
-    check_schedulers,
-    check_trainer,
-    keeps_lengths,
-    stepper,
-)
 from lightning_gap.regime.clock import ReferenceClock, RegimeClock
-from lightning_gap.regime.companions import (
+from lightning_gap.regime.counters import (
     NEVER,
     EpochCounter,
     ValidationClock,
@@ -44,13 +28,29 @@ from lightning_gap.regime.companions import (
     warn_of_other_counters,
 )
 from lightning_gap.regime.lengths import curve
-from lightning_gap.regime.noise import SampleNoise, output_module
+from lightning_gap.regime.loader import (
+    DataNotReady,
+    check_first_batch,
+    same_data,
+)
 from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan
 from lightning_gap.regime.planning import RunPlanner
 from lightning_gap.regime.plateaus import ReferencePlateaus
+from lightning_gap.regime.refusals import (
+    check_hand_set_rates,
+    check_hand_stepped,
+    check_optimizers,
+    check_schedulers,
+    check_trainer,
+    keeps_lengths,
+    stepper,
+)
+from lightning_gap.regime.sample_noise import SampleNoise, output_module
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
 from lightning_gap.regime.warmup import Warmup
-from lightning_gap.terminal import say
+from lightning_gap.trainer.loggers import log_facts, log_now, log_table
+from lightning_gap.trainer.strategy import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
+from lightning_gap.trainer.terminal import say
 
 __all__ = ["LargeBatchRegime"]
 

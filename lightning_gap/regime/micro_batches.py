@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gap.gradients import gradient_values
-from lightning_gap.parallel import mean_over_ranks
+from lightning_gap.ranks.gradients import gradient_values
+from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.noise_scale import gradient_moments
 
 __all__ = ["MicroBatchGradients"]

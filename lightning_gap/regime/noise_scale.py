@@ -179,7 +179,7 @@ def normalization_note(layers: Mapping[str, nn.Module], micro_batch: int, replic
     with the variance of a sample's gradient replaced by the samples of a group times the variance of a group's.
 
     Args:
-        layers: What :func:`~lightning_gap.regime.noise.mixing_layers` found; empty where no layer does.
+        layers: What :func:`~lightning_gap.regime.sample_noise.mixing_layers` found; empty where no layer does.
         micro_batch: Samples of a micro-batch.
         replicas: Data-parallel processes, over which layers may join their statistics.
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
-from lightning_gap.regime.companions import NEVER
+from lightning_gap.regime.counters import NEVER
 
 __all__ = ["ReferencePlateaus"]
 

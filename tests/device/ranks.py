@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 Result = TypeVar("Result")
 

@@ -135,8 +135,8 @@ def test_launches_of_a_gap(name):
 
 def test_budgets_tell_the_places():
     counts = Counts()
-    counts.syncs["lightning_gap/monge/gap.py:1 item"] = 3
+    counts.syncs["lightning_gap/monge/ot/gap.py:1 item"] = 3
     with pytest.raises(
-        AssertionError, match=r"3 syncs are more than 2:\n3 syncs\n +3  lightning_gap/monge/gap.py:1 item"
+        AssertionError, match=r"3 syncs are more than 2:\n3 syncs\n +3  lightning_gap/monge/ot/gap.py:1 item"
     ):
         within(counts, syncs=2)

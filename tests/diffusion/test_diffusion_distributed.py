@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.diffusion import UltraSlowDiffusion, weight_displacement
-from lightning_gap.parallel import shard_copies
+from lightning_gap.ranks.shards import shard_copies
 
 WEIGHTS = ("distance", "relative_distance", "weight_norm", "cosine")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gap.parallel import load_shards, save_shards
+from lightning_gap.ranks.shards import load_shards, save_shards
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.arange(3)}
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 
 def members(n: int, g: int, grouping: str, values: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.ghost import GhostBatchNorm, convert_ghost_batchnorm
-from lightning_gap.parallel import _subgroup
+from lightning_gap.trainer.strategy import _subgroup
 
 RANKS, TIMEOUT = 2, 20
 

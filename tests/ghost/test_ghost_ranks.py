@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gap import GhostBatchNorm, convert_ghost_batchnorm, recalibrate_batchnorm, revert_ghost_batchnorm
 from lightning_gap.ghost import GhostBatchNorm1d, GhostNorm, RunningStatisticsSync, ghost_batch_norm
 from lightning_gap.ghost.layout import ranks_that_fill_a_ghost
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 RANKS = 4
 SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gap import precision
 from lightning_gap.ghost import GhostBatchNorm1d, RunningStatisticsSync
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 KINDS = [(0.1, "sequential"), (None, "sequential"), (0.3, "per_step"), (1.0, "sequential")]
 

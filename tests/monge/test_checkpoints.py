@@ -134,21 +134,21 @@ STRANGE = [
     {"class_path": "os.system", "init_args": {"command": "touch pwned"}},
     {"class_path": "evil.Make"},
     {"class_path": "lightning_gap.evil.Make"},
-    {"class_path": "lightning_gap.monge.specification.import_module", "init_args": {"name": "evil"}},
+    {"class_path": "lightning_gap.monge.checkpoint.import_module", "init_args": {"name": "evil"}},
     {"class_path": "torch.optim.lr_scheduler.types.FunctionType", "init_args": {}},
     # Of this package, and yet no part of a map: this one would make a file.
-    {"class_path": "lightning_gap.monge.written_files.Output", "init_args": WRITES},
-    {"class_path": "lightning_gap.monge.data.SamplesDataModule", "init_args": {"source": "a.npy", "target": "a.npy"}},
+    {"class_path": "lightning_gap.monge.samples.files.write.Output", "init_args": WRITES},
+    {"class_path": "lightning_gap.SamplesDataModule", "init_args": {"source": "a.npy", "target": "a.npy"}},
     {"class_path": "lightning_gap.monge.module.MongeMap", "init_args": {"dim": 2, "gap_reference": "a.npy"}},
     {"class_path": ["os", "system"]},
     {"class_path": None},
     # Within the arguments of what is allowed.
-    {"class_path": "lightning_gap.monge.maps.ResidualMLP",
+    {"class_path": "lightning_gap.monge.maps.residual.ResidualMLP",
      "init_args": {"dim": 2, "activation": {"class_path": "subprocess.Popen", "init_args": {"args": "touch pwned"}}}},
-    {"class_path": "lightning_gap.monge.maps.ResidualMLP",
+    {"class_path": "lightning_gap.monge.maps.residual.ResidualMLP",
      "init_args": {"dim": 2, "hidden": [{"_instantiator": "os.system"}]}},
     {"class_path": "torch.optim.adam.Adam", "init_args": {"lr": {"class_path": "evil.Make"}}, "partial": True},
-    {"class_path": "lightning_gap.monge.maps.ResidualMLP", "init_args": "touch pwned"},
+    {"class_path": "lightning_gap.monge.maps.residual.ResidualMLP", "init_args": "touch pwned"},
 ]  # fmt: skip
 
 

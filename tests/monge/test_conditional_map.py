@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge import ConditionalMap, SphereMap, StructuredMap
-from lightning_gap.monge.networks import Conditioning
+from lightning_gap.monge.maps.networks import Conditioning
 
 
 def fit(net: torch.nn.Module, x: Tensor, condition: Tensor, image: Tensor, steps: int = 200) -> float:

@@ -92,7 +92,7 @@ def test_costs_are_batched(cost):
 def test_pairwise_in_blocks_of_rows_is_pairwise(cost, monkeypatch):
     x, y = points(cost, 11, 3), points(cost, 6, 3, seed=1)
     whole = cost.pairwise(x, y)
-    monkeypatch.setattr("lightning_gap.monge.costs._BLOCK_ELEMENTS", 2 * y.numel())
+    monkeypatch.setattr("lightning_gap.monge.ot.costs._BLOCK_ELEMENTS", 2 * y.numel())
     torch.testing.assert_close(cost.pairwise(x, y), whole)
 
 
@@ -351,7 +351,7 @@ def test_points_of_another_dimension_than_the_factor_are_refused():
 @every_cost
 def test_std_is_that_of_all_costs(cost, monkeypatch):
     x, y = points(cost, 7, 3), points(cost, 5, 3, seed=1)
-    monkeypatch.setattr("lightning_gap.monge.costs._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr("lightning_gap.monge.ot.costs._BLOCK_ELEMENTS", 10)
     matrix = cost.pairwise(x, y)
     assert cost.std(x, y) == pytest.approx(float(matrix.std(correction=0)), rel=1e-9)
     assert cost.mean(x, y) == pytest.approx(float(matrix.mean()), rel=1e-9)

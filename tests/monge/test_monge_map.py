@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import ResidualMLP
-from lightning_gap.monge.gap import divergences_and_gaps
+from lightning_gap.monge.ot.gap import divergences_and_gaps
 
 KEYS = ("loss", "sinkhorn_divergence", "monge_gap", "displacement")
 SCORES = (*KEYS, "energy_distance", "wasserstein_1")

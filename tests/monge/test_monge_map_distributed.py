@@ -13,7 +13,7 @@ from torch import multiprocessing as mp
 from torch.optim import Adam
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.parallel import RankGroup
+from lightning_gap.ranks.group import RankGroup
 
 # At a larger rate the rounding of sums over ranks grows from step to step.
 SLOWLY = partial(Adam, lr=1e-3)

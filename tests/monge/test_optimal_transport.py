@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
-from lightning_gap.monge import sinkhorn
-from lightning_gap.monge.sinkhorn import ConvergenceWarning, optimal_transport
+from lightning_gap.monge.ot import sinkhorn
+from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning, optimal_transport
 
 TIGHT = {"tolerance": 1e-11, "max_iterations": 20_000}
 ours = pytest.mark.parametrize("solver", ["dense", "blocked"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gap.monge.samples import check_epsilon, check_pair, check_samples, check_weights
+from lightning_gap.monge.ot.checks import check_epsilon, check_pair, check_samples, check_weights
 
 GOOD = torch.ones(4, 2)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.monge.batches import UnpairedBatches
-from lightning_gap.monge.conditions import condition_names, condition_vectors_of
-from lightning_gap.monge.populations import FiniteSamples
+from lightning_gap.monge.samples.batches import UnpairedBatches
+from lightning_gap.monge.samples.conditions import condition_names, condition_vectors_of
+from lightning_gap.monge.samples.draws import FiniteSamples
 
 CODES = {"B": 0, "NK": 100, "T": 200}
 

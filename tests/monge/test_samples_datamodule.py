@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gap import SamplesDataModule
 from lightning_gap.monge import UnpairedBatch
-from lightning_gap.monge.batches import UnpairedBatches
-from lightning_gap.monge.populations import FiniteSamples
+from lightning_gap.monge.samples.batches import UnpairedBatches
+from lightning_gap.monge.samples.draws import FiniteSamples
 
 
 def numbered(n: int, start: int = 0) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_from_anndata_asks_for_columns_of_obs(tmp_path):
 @pytest.mark.parametrize("matrix", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("stored", ["file", "memory", "backed"])
 def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.h5ad._BLOCK", 9)  # three rows at once
+    monkeypatch.setattr("lightning_gap.monge.samples.files.anndata._BLOCK", 9)  # three rows at once
     given = cells(matrix(VALUES))
     if stored != "memory":
         given.write_h5ad(tmp_path / "a.h5ad")

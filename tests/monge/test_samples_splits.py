@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.monge.splits import SplitRule, generator, named_groups, split_rows
+from lightning_gap.monge.samples.splits import SplitRule, generator, named_groups, split_rows
 
 
 @settings(deadline=None, max_examples=50)
@@ -191,8 +191,8 @@ def test_weights_go_with_their_rows_and_sum_to_one(weighted):
 
 
 def test_weights_of_ranks_are_those_of_the_global_batch():
-    from lightning_gap.monge.batches import UnpairedBatches
-    from lightning_gap.monge.populations import FiniteSamples
+    from lightning_gap.monge.samples.batches import UnpairedBatches
+    from lightning_gap.monge.samples.draws import FiniteSamples
 
     x = torch.arange(1.0, 31.0)[:, None]
     pairs = [(FiniteSamples(x, x[:, 0]), FiniteSamples(x))]

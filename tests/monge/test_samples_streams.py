@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.monge.batches import UnpairedBatches
-from lightning_gap.monge.populations import SampledSamples, StreamedSamples
+from lightning_gap.monge.samples.batches import UnpairedBatches
+from lightning_gap.monge.samples.draws import SampledSamples, StreamedSamples
 
 
 def normal(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -24,8 +24,8 @@ from lightning_gap.monge import (
     marginal_wasserstein,
     scores,
 )
-from lightning_gap.monge.batches import HeldOutBatches
-from lightning_gap.monge.populations import FiniteSamples
+from lightning_gap.monge.samples.batches import HeldOutBatches
+from lightning_gap.monge.samples.draws import FiniteSamples
 
 GENERATOR = torch.Generator().manual_seed(3)
 N, M, D = 60, 45, 3
@@ -70,7 +70,7 @@ def same(got, expected, **close):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("block", [1 << 22, 200])
 def test_marginal_distances_are_those_of_scipy(weighted, block, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.marginal._BLOCK", block)
+    monkeypatch.setattr("lightning_gap.monge.ot.marginal._BLOCK", block)
     x, y = torch.cat([X, X[:5]]).double(), Y.double()  # with ties
     a = torch.cat([A, A[:5]]).double()
     a = a / a.sum()
@@ -156,7 +156,7 @@ def test_weighted_batches_count_by_their_samples(case):
 
 
 def test_weighted_energy_distance_is_that_of_all_pairs_and_has_its_gradient(monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.kernels._BLOCK", 7 * M)
+    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 7 * M)
     weights = [(w.double() / w.double().sum()) for w in (A, B)]
     samples = [X.double(), Y.double()]
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
-from lightning_gap.monge import divergence_and_gap, fixed_point, kernels
-from lightning_gap.monge.sinkhorn import ConvergenceWarning, Problem, optimal_transport, solve_all
+from lightning_gap.monge import divergence_and_gap
+from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning, Problem, optimal_transport, solve_all
+from lightning_gap.monge.ot.solvers import fixed_point, kernels
 
 MAHALANOBIS = "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))"
 COSTS = [
@@ -114,7 +115,7 @@ def test_functions_are_costs_too(cost):
     torch.testing.assert_close(optimal_transport(x, y, cost=named.elementwise, **options).value, expected)
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gap.monge.sinkhorn.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.sinkhorn.ConvergenceWarning")
 @pytest.mark.parametrize("cost", COSTS)
 def test_geomloss_schedules_come_near(cost):
     check(cost, torch.float64, "tensorized", share=0.1, weighted=False, close=2e-2)
@@ -321,7 +322,7 @@ def test_tensors_and_arrays_take_the_same_arithmetic(n, reach, solver, monkeypat
 
 @pytest.mark.parametrize("solver", ["dense", "blocked", "tensorized"])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
-@pytest.mark.filterwarnings("ignore::lightning_gap.monge.sinkhorn.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.sinkhorn.ConvergenceWarning")
 def test_epsilon_relative_to_the_standard_deviation(cost, solver):
     x, y, _, _ = problem(40, 33)
     spread = float(costs.resolve(cost).pairwise(x, y).std(correction=0))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_gap import costs
 from lightning_gap.monge import SphereMap
-from lightning_gap.monge.sphere import _circle
+from lightning_gap.monge.maps.sphere import _circle
 
 
 def sphere(n: int, d: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lightning_gap import MongeMap
-from lightning_gap.monge import row_files
-from lightning_gap.monge.conditions import condition_vectors_of
-from lightning_gap.monge.files import open_table
-from lightning_gap.monge.row_files import open_rows
+from lightning_gap.monge.samples.conditions import condition_vectors_of
+from lightning_gap.monge.samples.files import stream as row_files
+from lightning_gap.monge.samples.files.read import open_table
+from lightning_gap.monge.samples.files.stream import open_rows
 from lightning_gap.monge.transport_files import transport_file
 
 pd = pytest.importorskip("pandas")

@@ -610,7 +610,7 @@ def test_refusals_come_before_any_change(case):
 
 
 def test_an_unknown_strategy_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_gap.regime.checks.leaves_updates_to_torch", lambda trainer: False)
+    monkeypatch.setattr("lightning_gap.regime.refusals.leaves_updates_to_torch", lambda trainer: False)
     with pytest.raises(MisconfigurationException, match=r"SingleDeviceStrategy is not supported. Use one device, DDP"):
         run(Regression(), loader(30), LargeBatchRegime(4))
 

@@ -8,7 +8,7 @@ from regime_runs import EPOCH_SCHEDULES, Regression, dataset, loader, run
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gap.regime import LargeBatchRegime
-from lightning_gap.regime.batch import check_first_batch
+from lightning_gap.regime.loader import check_first_batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*have no .val_dataloader.*", "ignore:.*IterableDataset.*has .__len__.*"

@@ -7,8 +7,8 @@ import torch
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_gap.regime.applied import clock_of
-from lightning_gap.regime.batch import Pass
 from lightning_gap.regime.lengths import check_lengths
+from lightning_gap.regime.loader import Pass
 from lightning_gap.regime.plan import plan_regime
 
 REFERENCE = 16

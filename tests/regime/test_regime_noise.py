@@ -8,7 +8,7 @@ from regime_runs import Regression, SaveAt, loader, run
 from torch import nn
 
 from lightning_gap.regime import LargeBatchRegime, noise_variance, sample_weights
-from lightning_gap.regime.noise import SampleNoise
+from lightning_gap.regime.sample_noise import SampleNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
 

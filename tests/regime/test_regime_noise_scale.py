@@ -198,7 +198,7 @@ def test_refusals(monkeypatch):
     ):
         with pytest.raises(MisconfigurationException, match=message):
             run(module, None, *callbacks, **options)
-    monkeypatch.setattr("lightning_gap.regime.monitor.holds_whole_weights", lambda trainer: False)
+    monkeypatch.setattr("lightning_gap.regime.noise_scale_callback.holds_whole_weights", lambda trainer: False)
     with pytest.raises(MisconfigurationException, match="not supported"):
         run(Mean(), None, GradientNoiseScale())
     for options, error in (({"every_n_updates": 0}, ValueError), ({"every_n_updates": 1.5}, TypeError)):

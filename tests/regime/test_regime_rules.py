@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCH_SCHEDULES, Regression, loader, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
-from lightning_gap.regime.checks import _READS_RATE, _SETS_RATE
+from lightning_gap.regime.refusals import _READS_RATE, _SETS_RATE
 from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")

@@ -1,0 +1,45 @@
+"""Faces of packages: one table of names, each imported when it is first used."""
+
+import ast
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["lazy"]
+
+
+def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` for a package, from the imports that it shows type checkers.
+
+    The table is what stands under ``if TYPE_CHECKING:`` in the package's ``__init__.py``, a line ``from home import
+    name as name`` for each public name; so what readers and type checkers see is what there is.
+
+    Args:
+        package: The package's ``__name__``.
+        file: Its ``__file__``.
+
+    Example:
+        >>> import lightning_gap
+        >>> get, names, public = lazy("lightning_gap", lightning_gap.__file__)
+        >>> "MongeMap" in public, names() == public
+        (True, True)
+    """
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    homes = {
+        name.name: statement.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom) and statement.module
+        for name in statement.names
+    }
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if homes[name] == package:  # one of its own modules, which is no attribute before it is imported
+            return import_module(f"{package}.{name}")
+        return getattr(import_module(homes[name]), name)
+
+    return get, lambda: sorted(homes), sorted(homes)

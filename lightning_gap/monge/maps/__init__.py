@@ -1,0 +1,3 @@
+"""Networks that map samples to samples: torch alone, importable without Lightning."""
+
+__all__: list[str] = []

@@ -1,0 +1,62 @@
+"""One map for many conditions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gap.monge.maps.networks import Activation, network
+from lightning_gap.monge.maps.residual import ResidualMLP, Start, StartedMap
+
+__all__ = ["ConditionalMap"]
+
+
+class ConditionalMap(ResidualMLP):
+    r"""A map of sample and condition with one shared network, :math:`T(x \mid c) = x + \mathrm{net}(x, c)`.
+
+    The condition is a label (a drug, a cell type) or a vector (a dose, an embedding of a molecule), and modulates every
+    hidden layer (Perez et al. 2018, "FiLM"). The map starts at the identity, or another start, whatever the condition.
+
+    Args:
+        dim: Dimension :math:`d` of the samples.
+        hidden: Widths of the hidden layers.
+        activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
+        conditions: Number K of categories: conditions are labels 0 to K - 1. Or else
+        condition_dim: Dimension p of the vectors that are conditions.
+        embedding_dim: Width of the condition's embedding.
+        start: As in :class:`ResidualMLP`, from the samples of all conditions together.
+
+    Raises:
+        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
+        ValueError: Not just one of ``conditions`` and ``condition_dim`` is given, a number is not a positive integer,
+            or a name is not known.
+
+    Example:
+        >>> import torch
+        >>> drug, dose = ConditionalMap(2, conditions=3), ConditionalMap(2, condition_dim=1)
+        >>> x = torch.randn(5, 2)
+        >>> drug(x, torch.tensor([0, 0, 1, 2, 2])).shape, dose(x, torch.rand(5, 1)).shape
+        (torch.Size([5, 2]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = (128, 128, 128),
+        activation: Activation = "gelu",
+        *,
+        conditions: int | None = None,
+        condition_dim: int | None = None,
+        embedding_dim: int = 32,
+        start: Start = "identity",
+    ) -> None:
+        if conditions is None and condition_dim is None:
+            raise ValueError("give conditions=, the number of categories, or condition_dim=, the dimension of vectors")
+        kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
+        kinds["embedding_dim"] = embedding_dim
+        StartedMap.__init__(self, dim, hidden, activation, start, **kinds)
+        self.displacement = network(dim, hidden, activation, **kinds)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Map ``(n, d)`` samples under their ``(n,)`` labels or ``(n, p)`` vectors to ``(n, d)`` samples."""
+        return self.moved(x, condition)

@@ -1,0 +1,217 @@
+"""Checks of samples, weights and epsilons: every message names the argument, what is wrong, and the remedy."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.compiling import eager
+from lightning_gap.precision import widest
+
+__all__ = [
+    "check_all_samples",
+    "check_epsilon",
+    "check_pair",
+    "check_samples",
+    "check_transforms",
+    "check_weights",
+    "is_transformed",
+    "solver_precision",
+]
+
+
+@eager
+def check_samples(name: str, samples: Tensor) -> None:
+    """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
+
+    Args:
+        name: The caller's argument, for the message.
+        samples: What the caller was given.
+
+    Raises:
+        TypeError: It is not a tensor, or not of a floating-point type.
+        ValueError: It has another shape, is empty, or holds NaN or infinity (the rows are named).
+    """
+    check_all_samples({name: samples})
+
+
+def check_all_samples(samples: Mapping[str, Tensor]) -> None:
+    """Do :func:`check_samples` for several tensors, for whose values a device is waited for once.
+
+    Args:
+        samples: What the caller was given, by argument.
+
+    Raises:
+        TypeError: One is not a tensor, or not of a floating-point type.
+        ValueError: One has another shape, is empty, or holds NaN or infinity.
+    """
+    for name, x in samples.items():
+        _check_form(name, x)
+    _check_finite(samples)
+
+
+def _check_form(name: str, samples: Tensor) -> None:
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(samples).__name__}: use torch.as_tensor({name})")
+    if not samples.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {samples.dtype}: use {name}.float()")
+    if samples.dim() != 2:
+        remedy = "add the missing dimension, as in x[:, None]" if samples.dim() == 1 else "flatten each sample"
+        raise ValueError(f"{name} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
+    if samples.numel() == 0:
+        raise ValueError(f"{name} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
+
+
+def _check_finite(samples: Mapping[str, Tensor]) -> None:
+    # A finite sum says that all are, at a fraction of the time; one that is not may have overflowed.
+    for (name, x), total in zip(samples.items(), _numbers([x.detach().sum() for x in samples.values()]), strict=True):
+        if math.isfinite(total):
+            continue
+        finite = x.detach().isfinite()
+        if not bool(finite.all()):
+            bad = (~finite).any(dim=1).nonzero().flatten()
+            rows = ", ".join(str(int(i)) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{name} holds NaN or infinity in {len(bad)} of {len(x)} rows ({rows}): "
+                "remove them, or lower the learning rate if a network made them"
+            )
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalars, for which a device is waited for once."""
+    devices = {scalar.device for scalar in scalars}
+    if len(devices) > 1 or {device.type for device in devices} == {"cpu"}:
+        return [float(scalar) for scalar in scalars]
+    dtype = widest(scalars[0].device)
+    values: list[float] = torch.stack([scalar.to(dtype) for scalar in scalars]).tolist()
+    return values
+
+
+def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: bool = False) -> None:
+    """Raise unless both are valid samples of one dimension, dtype and device.
+
+    Args:
+        x_name: The caller's first argument.
+        x: ``(n, d)`` samples.
+        y_name: The caller's second argument.
+        y: ``(m, d)`` samples.
+        same_length: Whether the samples are paired row by row.
+
+    Raises:
+        TypeError: One is no floating-point tensor, or the dtypes differ.
+        ValueError: Shapes or devices do not fit, or a sample is not finite.
+    """
+    both = {x_name: x, y_name: y}
+    for name, samples in both.items():
+        _check_form(name, samples)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"{x_name} has dimension {x.shape[1]} but {y_name} has {y.shape[1]}: they must agree")
+    if same_length and len(x) != len(y):
+        raise ValueError(
+            f"{x_name} has {len(x)} rows but {y_name} has {len(y)}: they are paired row by row, and must agree"
+        )
+    if x.dtype != y.dtype:
+        raise TypeError(f"{x_name} is {x.dtype} but {y_name} is {y.dtype}: convert one with .to(dtype)")
+    if x.device != y.device:
+        raise ValueError(f"{x_name} is on {x.device} but {y_name} on {y.device}: move one with .to(device)")
+    _check_finite(both)
+
+
+@eager
+def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
+    """Return the weights of the samples, uniform where there are none.
+
+    Balanced weights that sum to 1 but for rounding are rescaled, so that two sets have the same mass.
+
+    Args:
+        name: The caller's argument, for the message.
+        weights: ``(n,)`` non-negative weights, summing to 1 where the problem is balanced, or ``None``.
+        samples: The ``(n, d)`` samples they belong to.
+        balanced: Whether they must sum to 1.
+
+    Raises:
+        TypeError: The weights are no tensor.
+        ValueError: Their shape, sign or sum is wrong.
+    """
+    n = len(samples)
+    if weights is None:
+        return samples.new_full((n,), 1 / n)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(weights).__name__}")
+    if weights.shape != (n,):
+        raise ValueError(f"{name} must have shape ({n},), one weight a sample, got {tuple(weights.shape)}")
+    bad = ~((weights >= 0) & weights.isfinite())
+    some_are_bad, total = _numbers([bad.any(), weights.detach().sum(dtype=samples.dtype)])
+    if some_are_bad:
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite and non-negative, got {float(weights.detach()[row])} in row {row}: "
+            f"correct it, or leave the sample out by a weight of 0"
+        )
+    if total <= 0:
+        raise ValueError(f"{name} must not all be 0: give some samples a positive weight")
+    if balanced and abs(total - 1) > 1e-3:
+        raise ValueError(f"{name} must sum to 1, got {total:.6g}: divide it by its sum")
+    weights = weights.to(dtype=samples.dtype, device=samples.device)
+    return weights / total if balanced else weights
+
+
+def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
+    """Return ``epsilon`` as a number, or ``None``.
+
+    Args:
+        name: The caller's argument, for the message.
+        epsilon: A positive finite number, or ``None``.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if epsilon is None:
+        return None
+    given: object = epsilon.item() if isinstance(epsilon, Tensor) and epsilon.numel() == 1 else epsilon
+    value = float(given) if not isinstance(given, bool) and isinstance(given, Real) else math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
+    return value
+
+
+def solver_precision(samples: Tensor) -> Tensor:
+    """Return half-precision samples as float32: exponentials of costs do not fit in sixteen bits.
+
+    Args:
+        samples: Floating-point samples.
+    """
+    return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+
+
+@eager
+def check_transforms(*inputs: Any) -> None:
+    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
+
+    Args:
+        inputs: What is about to be read.
+    """
+    for tensor in inputs:
+        if not isinstance(tensor, Tensor):
+            continue
+        # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
+        if is_transformed(tensor):
+            raise NotImplementedError(
+                "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
+                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
+                "(B, n, d) samples for B problems at once"
+            )
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent.
+
+    Args:
+        tensor: Any.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

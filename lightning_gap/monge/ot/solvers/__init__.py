@@ -1,0 +1,3 @@
+"""Solvers of entropic and exact optimal transport."""
+
+__all__: list[str] = []

@@ -1,0 +1,326 @@
+"""What a training, validation or test step of a map is given, and how it is drawn."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+
+from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, Turn
+from lightning_gap.monge.samples.splits import generator
+
+__all__ = [
+    "BatchLoader",
+    "BatchNumbers",
+    "HeldOutBatches",
+    "NumberedLoader",
+    "UnpairedBatch",
+    "UnpairedBatches",
+    "held_out_loader",
+    "own_randomness",
+    "training_loader",
+]
+
+# First entries of the keys of random draws, so that none is used for two things.
+TRAIN, CONDITIONS = 3, 4
+
+
+class UnpairedBatch(NamedTuple):
+    """Samples of a source and of a target, which have nothing to do with each other row by row.
+
+    Under data parallelism a batch is this process's part of the global batch: joined by rank, samples and weights are
+    those of one process at the same global batch size.
+
+    Attributes:
+        source: ``(n, d)`` samples, or ``(K, n, d)`` for K conditions.
+        target: ``(m, d)`` samples, or ``(K, m, d)``.
+        source_weights: ``(n,)`` or ``(K, n)`` weights, which sum to 1 in each condition of the global batch; ``None``
+            where all samples count the same.
+        target_weights: ``(m,)`` or ``(K, m)`` weights, likewise.
+        condition: ``(K,)`` labels (int64), or ``(K, p)`` vectors; ``None`` without conditions.
+        true_images: Images of ``source`` under a known map, of its shape, or ``None``.
+        target_again: Further samples of the target, from those that are trained on: their distance to ``target`` is
+            the floor of every score. Only in validation and test batches.
+
+    Example:
+        >>> import torch
+        >>> batch = UnpairedBatch(torch.zeros(4, 2), torch.ones(3, 2))
+        >>> batch.target.shape, batch.condition
+        (torch.Size([3, 2]), None)
+    """
+
+    source: Tensor
+    target: Tensor
+    source_weights: Tensor | None = None
+    target_weights: Tensor | None = None
+    condition: Tensor | None = None
+    true_images: Tensor | None = None
+    target_again: Tensor | None = None
+
+
+Pair = tuple[Population, Population]
+
+
+class UnpairedBatches(Dataset[UnpairedBatch]):
+    """Training batches by ``(epoch, step)``, each the same whenever it is asked for.
+
+    The source and the target are shuffled independently and anew in each epoch; a set that is smaller than what an
+    epoch takes is gone through again and again. The order follows from the seed alone.
+
+    Args:
+        pairs: Source and target of each condition; of the one there is, without conditions.
+        size: Samples of each side, and condition, in the global batch; divisible by ``num_replicas``.
+        steps: Batches in an epoch.
+        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` for batches without conditions.
+        per_batch: How many conditions a batch has, chosen at random; all by default.
+        seed: Seed of the shuffles.
+        num_replicas: How many processes share the global batch.
+        rank: Which of them this is.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        steps: int,
+        *,
+        conditions: Tensor | None = None,
+        per_batch: int | None = None,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.pairs = list(pairs)
+        self.size = size
+        self.steps = steps
+        self.conditions = conditions
+        self.per_batch = per_batch
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.part = slice(rank * size // num_replicas, (rank + 1) * size // num_replicas)
+
+    def __len__(self) -> int:
+        """Return how many samples of the smaller set whole batches hold, of this process: not how many batches.
+
+        Lightning's batch size finder takes it for the largest batch. It doubles what is smaller.
+
+        Raises:
+            TypeError: Both sides are endless.
+        """
+        sizes = [len(side) for pair in self.pairs for side in pair if isinstance(side, FiniteSamples)]
+        if not sizes:
+            raise TypeError("samplers and streams have no length")
+        return min(sizes) // self.size * (self.size // self.num_replicas)
+
+    def __getitem__(self, number: tuple[int, int] | int) -> UnpairedBatch:
+        """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again.
+
+        Raises:
+            TypeError: A plain number comes from a sampler that shares batches out among several processes.
+        """
+        if not isinstance(number, tuple):
+            if self.num_replicas > 1:
+                raise TypeError(
+                    "the processes share each batch, and cannot take different ones of another sampler: "
+                    "use one process with Trainer(overfit_batches=...), or give fewer samples"
+                )
+            number = 0, int(number)
+        epoch, step = number
+        if not 0 <= step < self.steps:
+            raise IndexError(f"batch {step} of {self.steps}")
+        if self.conditions is None:
+            return _joined([self._draw(0, epoch, step)], None)
+        chosen = torch.arange(len(self.pairs), device="cpu")
+        if self.per_batch is not None and self.per_batch < len(self.pairs):
+            draws = generator(self.seed, CONDITIONS, epoch, step)
+            chosen = torch.randperm(len(self.pairs), generator=draws, device="cpu")[: self.per_batch].sort().values
+        return _joined([self._draw(int(k), epoch, step) for k in chosen], self.conditions[chosen])
+
+    def _draw(self, pair: int, epoch: int, step: int) -> tuple[Part, Part]:
+        source, target = (
+            population.draw(Turn((self.seed, TRAIN, side, pair), epoch, step, self.steps, self.size, self.part))
+            for side, population in enumerate(self.pairs[pair])
+        )
+        return source, target
+
+
+class HeldOutBatches(Dataset[UnpairedBatch]):
+    """The held-out samples as one batch, or one of ``(1, n, d)`` for each condition.
+
+    Args:
+        pairs: Source and target of each condition; the first rows are taken.
+        again: Further samples of each target, ``None`` where there are none.
+        most: Largest number of samples of each side in a batch of all processes.
+        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` without conditions.
+        titles: What messages call each pair.
+        num_replicas: How many processes share each batch.
+        rank: Which of them this is.
+
+    Raises:
+        ValueError: A pair has fewer samples than there are processes.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[FiniteSamples, FiniteSamples]],
+        again: Sequence[Tensor | None],
+        most: int,
+        *,
+        conditions: Tensor | None = None,
+        titles: Sequence[str] = (),
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        def part(size: int) -> slice:
+            return slice(rank * size // num_replicas, (rank + 1) * size // num_replicas)
+
+        self.batches: list[UnpairedBatch] = []
+        self._largest = max((len(side) // num_replicas for pair in pairs for side in pair), default=0)
+        for k, ((source, target), further) in enumerate(zip(pairs, again, strict=True)):
+            smallest = min(len(source), len(target), *([] if further is None else [len(further)]))
+            if smallest < num_replicas:
+                raise ValueError(
+                    f"{titles[k] if titles else 'what is held out'} has {smallest} samples, fewer than the "
+                    f"{num_replicas} processes that share them: hold out at least {num_replicas}"
+                )
+            batch = _joined(
+                [(source.first(most, part), target.first(most, part))],
+                None if conditions is None else conditions[k : k + 1],
+            )
+            if further is not None:
+                further = further[part(len(further))]
+                batch = batch._replace(target_again=further if conditions is None else further[None])
+            self.batches.append(batch)
+
+    @property
+    def steps(self) -> int:
+        """Number of batches."""
+        return len(self.batches)
+
+    def __len__(self) -> int:
+        """Return how many samples of each side the largest batch could hold: not how many batches."""
+        return self._largest
+
+    def __getitem__(self, index: int) -> UnpairedBatch:
+        """Return the batch of a condition, or the one there is."""
+        return self.batches[index]
+
+
+class BatchNumbers(DistributedSampler[Any]):
+    """All batch numbers in turn, on every process, each of which takes its part of each batch.
+
+    In training these are ``(epoch, step)``, from where a run that resumes within an epoch had stopped.
+
+    Args:
+        batches: What the numbers point into.
+        trainer: The trainer that trains on them; ``None`` for validation and test.
+        epochs: Whether the numbers are pairs with the epoch.
+    """
+
+    def __init__(
+        self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, *, epochs: bool
+    ) -> None:
+        # A distributed sampler, so that Lightning does not wrap another one around it.
+        super().__init__(cast(Dataset[Any], range(batches.steps)), num_replicas=1, rank=0, shuffle=False)
+        self.trainer = trainer
+        self.epochs = epochs
+        self._resumed_at: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = range(self._start(), len(self))
+        return iter([(self.epoch, step) for step in numbers] if self.epochs else numbers)
+
+    def _start(self) -> int:
+        """Return how many batches of this epoch the checkpoint's run has seen."""
+        if self.trainer is None or self.trainer.ckpt_path is None:
+            return 0
+        # Lightning counts batches in the checkpoint, and leaves it to the loader to skip them.
+        here = (self.epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        if self._resumed_at is None:
+            self._resumed_at = here
+        # A callback that goes through the loader later in that epoch sees all of it.
+        return here[1] if here == self._resumed_at else 0
+
+
+class NumberedLoader(DataLoader[Any]):
+    """A loader of batches by their numbers, whatever torch's default device.
+
+    Lightning numbers the dataset's items anew to overfit a few of them. These are batches, and its length is samples.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **options: Any) -> None:
+        if isinstance(sampler, SequentialSampler) and hasattr(dataset, "steps"):
+            sampler = SequentialSampler(range(dataset.steps))
+        super().__init__(dataset, sampler=sampler, **options)
+
+    def __iter__(self) -> Any:
+        # An iterator draws its workers' seed on the default device, by a generator of the CPU.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
+class BatchLoader(NumberedLoader):
+    """A loader that asks for the first number when the first batch is wanted, and resumes within an epoch.
+
+    Lightning makes the iterator before it tells the epoch, and before it knows whether it resumes.
+    """
+
+    def __iter__(self) -> Iterator[UnpairedBatch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the trainer's count of batches and the seed are the state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing; that there is a method tells Lightning that this loader resumes."""
+
+
+def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_workers: int) -> BatchLoader:
+    """Return the loader of training batches, for any number of epochs."""
+    numbers = BatchNumbers(batches, trainer, epochs=True)
+    return BatchLoader(
+        batches,
+        sampler=numbers,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        generator=own_randomness(),
+    )
+
+
+def held_out_loader(batches: HeldOutBatches) -> DataLoader[UnpairedBatch]:
+    """Return the loader of validation or test batches."""
+    numbers = BatchNumbers(batches, epochs=False)
+    return NumberedLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
+
+
+def own_randomness() -> torch.Generator:
+    """Return a generator for a loader, which would draw its workers' seed from the global one otherwise."""
+    return torch.Generator(device="cpu").manual_seed(0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _joined(pairs: Sequence[tuple[Part, Part]], conditions: Tensor | None) -> UnpairedBatch:
+    """Return one batch of the pairs: stacked, where there are conditions."""
+    join: Callable[[list[Tensor]], Tensor] = torch.stack if conditions is not None else _only
+    (source, source_weights, images), (target, target_weights, _) = (
+        [None if any(x is None for x in column) else join(list(column)) for column in zip(*side, strict=True)]
+        for side in zip(*pairs, strict=True)
+    )
+    assert source is not None
+    assert target is not None
+    return UnpairedBatch(source, target, source_weights, target_weights, conditions, images)
+
+
+def _only(tensors: list[Tensor]) -> Tensor:
+    return tensors[0]

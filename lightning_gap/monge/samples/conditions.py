@@ -1,0 +1,199 @@
+"""Names and vectors of conditions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_gap.monge.samples.files.read import is_file, open_frame
+from lightning_gap.monge.samples.files.table import as_texts
+
+__all__ = ["condition_names", "condition_vectors_of", "conditions_of", "label_indices", "place_of"]
+
+
+def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
+    """Return all names in order: by number if all are numbers, by text otherwise.
+
+    Args:
+        labels: Names of the rows of some sets.
+    """
+    names = {str(name) for given in labels if given is not None for name in np.unique(given)}
+    try:
+        return tuple(sorted(names, key=float))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """Return the vectors of the named conditions, ``(K, p)``.
+
+    Args:
+        given: ``{name: vector or number}``, a data frame with the names as its index, or a path to a table whose first
+            column holds the names.
+        names: The names, in order.
+        dtype: Precision of the result.
+
+    Raises:
+        TypeError: It is no such table, or an entry is no number.
+        ValueError: A name has no vector, lengths differ, or an entry is not finite.
+    """
+    if is_file(given):
+        given = open_frame("condition_vectors", str(given))
+    if hasattr(given, "to_dict") and hasattr(given, "index"):
+        rows = as_texts(np.array(list(given.index), dtype=object))
+        given = dict(zip(rows.tolist(), given.to_numpy().tolist(), strict=True))
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "condition_vectors must be a table, {name: vector}, a data frame or a path to one, "
+            f"got {type(given).__name__}"
+        )
+    table = {str(as_texts(np.array([name], dtype=object))[0]): vector for name, vector in given.items()}
+    vectors: list[Tensor] = []
+    for name in names:
+        if name not in table:
+            listed = ", ".join(map(repr, list(table)[:12]))
+            raise ValueError(f"condition_vectors has no vector of the condition {name!r}; there is {listed}")
+        try:
+            vector = torch.as_tensor(table[name], dtype=torch.float64, device="cpu").reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"condition_vectors[{name!r}] must be numbers, got {table[name]!r}") from error
+        if vectors and len(vector) != len(vectors[0]):
+            raise ValueError(
+                f"condition_vectors must have one length, got {len(vectors[0])} for {names[0]!r} and {len(vector)} for "
+                f"{name!r}"
+            )
+        if not len(vector) or not bool(vector.isfinite().all()):
+            raise ValueError(f"condition_vectors[{name!r}] must be finite numbers, got {table[name]!r}")
+        vectors.append(vector)
+    return torch.stack(vectors).to(dtype)
+
+
+def conditions_of(
+    given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None, labels: bool = False
+) -> Tensor:
+    """Return a condition for each of n samples.
+
+    Args:
+        given: One condition for all samples, or one for each: names, labels, or vectors.
+        n: Number of samples.
+        names: Names of the labels, in order.
+        vector_dim: Dimension of the vectors where conditions are vectors, as far as it is known.
+        labels: Whether conditions are known to be labels, not vectors.
+
+    Returns:
+        ``(n,)`` labels (int64) or ``(n, p)`` vectors.
+
+    Raises:
+        ValueError: A name is not known, a number could be a name or a label, names are given where conditions are
+            vectors, or there is neither one condition nor one for each sample.
+    """
+    if not isinstance(given, Tensor):
+        array = np.asarray(given)
+        if array.dtype.kind in "USO" and vector_dim is not None:
+            raise ValueError(
+                f"condition={array.ravel()[0]!s} is a name, but the conditions of this map are vectors of {vector_dim} "
+                "numbers, whose names it does not hold: give the vector"
+            )
+        if array.dtype.kind in "iu" and vector_dim is None:
+            _refuse_ambiguous(array, names)
+        if array.dtype.kind in "USO":
+            wanted = [str(name) for name in array.ravel()]
+            places = [place_of(name, names) for name in wanted]
+            if None in places:
+                known = ", ".join(names) or "without names"
+                raise ValueError(f"condition {wanted[places.index(None)]!r} is not known; the conditions are {known}")
+            array = np.array(places)
+        elif array.dtype.kind == "f" and vector_dim is None and array.ndim < 2:
+            array = _named_numbers(array, names, labels)
+        given = torch.from_numpy(np.array(array))
+    elif given.is_floating_point() and vector_dim is None and given.dim() < 2:
+        given = torch.from_numpy(np.array(_named_numbers(given.cpu().numpy(), names, labels)))
+    each: Tensor
+    if vector_dim is not None:
+        given = given if given.is_floating_point() else given.to(torch.get_default_dtype())
+        if vector_dim == 1 and given.dim() == 1:
+            given = given[:, None]
+    if given.is_floating_point():
+        each = given[None] if given.dim() < 2 else given
+        each = each[:, None] if each.dim() == 1 else each
+    else:
+        each = given.reshape(-1).long()
+    if len(each) == 1:
+        each = each.expand(n, *each.shape[1:])
+    if len(each) != n:
+        raise ValueError(f"condition holds {len(each)} conditions for {n} samples: give one, or one for each")
+    return each
+
+
+def _named_numbers(numbers: NDArray[Any], names: Sequence[str], labels: bool) -> NDArray[Any]:
+    """Return the labels whose names are numbers: 0.1 is the name "0.1"; the numbers themselves where they are none."""
+    places = [place_of(text, names) for text in as_texts(np.atleast_1d(numbers)).tolist()]
+    if None not in places:
+        return np.array(places)
+    if labels:
+        known = ", ".join(map(repr, names)) or "without names"
+        raise ValueError(
+            f"condition {np.atleast_1d(numbers)[places.index(None)]} is no name of a condition; the conditions are "
+            f"{known}: give a name, or labels as a tensor of integers"
+        )
+    return numbers
+
+
+def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
+    """Raise for a number that is the name of one condition and would be taken for the label of another."""
+    for number in np.unique(numbers).tolist():
+        place = place_of(number, names)
+        if place is not None and place != number:
+            raise ValueError(
+                f"condition={number} could be the label {number}, or the name {names[place]!r} of the label {place}: "
+                "give names as text, and labels as a tensor"
+            )
+
+
+def label_indices(argument: str, labels: NDArray[Any], names: Sequence[str]) -> Tensor:
+    """Return the place of each label among some names.
+
+    Args:
+        argument: The caller's argument, for messages.
+        labels: ``(n,)`` labels.
+        names: The names.
+
+    Returns:
+        ``(n,)`` int64.
+
+    Raises:
+        ValueError: A label is no such name.
+    """
+    distinct, places = np.unique(as_texts(labels), return_inverse=True)
+    found = [place_of(name, names) for name in distinct.tolist()]
+    for name, place in zip(distinct.tolist(), found, strict=True):
+        if place is None:
+            raise ValueError(
+                f"{argument}: the map has no condition {name!r}; its conditions are {', '.join(map(repr, names[:12]))}"
+            )
+    return torch.tensor(found, device="cpu")[torch.from_numpy(places)]
+
+
+def place_of(label: Any, names: Sequence[str]) -> int | None:
+    """Return the place of a label among names: as text, or else as a number; ``None`` where it is no such name.
+
+    Args:
+        label: A name, or a number: 0.1, "0.1" and "0.10" are one name if "0.1" is.
+        names: The names.
+    """
+    text = str(as_texts(np.array([label], dtype=object))[0])
+    if text in names:
+        return list(names).index(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    for place, name in enumerate(names):
+        with suppress(ValueError):
+            if float(name) == number:
+                return place
+    return None

@@ -1,0 +1,264 @@
+"""The source and the target as they are given: samples, and what is known of each row."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_gap.monge.samples.draws import map_images
+from lightning_gap.monge.samples.features import feature_places, listed
+from lightning_gap.monge.samples.files.read import is_file, open_table, read_vector
+from lightning_gap.monge.samples.files.table import Table, as_texts, titled
+
+__all__ = ["Reading", "Side", "is_stream", "read_sides"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How tables are read.
+
+    Attributes:
+        columns: Names of the features.
+        layer: Layer of AnnData.
+        obsm: Embedding of AnnData.
+    """
+
+    columns: Sequence[str] | None = None
+    layer: str | None = None
+    obsm: str | None = None
+
+
+@dataclass
+class Side:
+    """The rows of one population.
+
+    Attributes:
+        title: How messages call it: the argument, and the file.
+        samples: ``(n, d)`` raw samples.
+        features: Names of the features, where they have names.
+        weights: ``(n,)`` non-negative weights, or ``None``.
+        conditions: ``(n,)`` names, or ``None``.
+        groups: ``(n,)`` names, or ``None``.
+        images: ``(n, d)`` known images, or ``None``.
+    """
+
+    title: str
+    samples: Tensor
+    features: tuple[str, ...] | None = None
+    weights: Tensor | None = None
+    conditions: Array | None = None
+    groups: Array | None = None
+    images: Tensor | None = None
+
+
+def is_stream(data: object) -> bool:
+    """Return whether ``data`` is a sampler or an iterable of samples rather than the samples themselves."""
+    if is_file(data) or isinstance(data, Tensor | np.ndarray | Sequence):
+        return False
+    if hasattr(data, "__array__") or hasattr(data, "tocsr"):
+        return False
+    return callable(data) or (isinstance(data, Iterable) and not hasattr(data, "obs"))
+
+
+def read_sides(
+    source: Any,
+    target: Any,
+    reading: Reading,
+    *,
+    prefix: str = "",
+    rows: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] = (None, None),
+    weights: Any = None,
+    conditions: Any = None,
+    groups: Any = None,
+    true_images: Any = None,
+    like: Side | None = None,
+) -> tuple[Side | None, Side | None]:
+    """Return both sides; ``None`` for one that is a sampler or a stream.
+
+    Args:
+        source: Samples, or a path to them.
+        target: Likewise; a file that is also the source's is read once.
+        reading: How tables are read.
+        prefix: Goes before the names of arguments in messages.
+        rows: For each side, which rows are kept, ``{label: value or values}``.
+        weights: Name of a label of both sides, or a pair of names, arrays, or ``None``.
+        conditions: Likewise.
+        groups: Likewise.
+        true_images: Images of the source's rows: an array, a path, or a function of the samples.
+        like: A side whose features both are to have, in its order.
+
+    Raises:
+        TypeError: Something is of the wrong kind.
+        ValueError: Something does not fit; the message names argument, file and remedy.
+    """
+    pairs = {
+        name: _pair(prefix + name, given)
+        for name, given in (("weights", weights), ("conditions", conditions), ("groups", groups))
+    }
+    read: list[Side | None] = []
+    opened: dict[str, Table] = {}
+    for i, (argument, data) in enumerate((("source", source), ("target", target))):
+        if is_stream(data):
+            for name, pair in pairs.items():
+                if pair[i] is not None:
+                    raise ValueError(f"{prefix}{name} are of rows, and {argument} is a sampler: leave them out")
+            if rows[i] is not None:
+                raise ValueError(f"{argument}_rows selects rows, and {argument} is a sampler: leave it out")
+            read.append(None)
+            continue
+        names = [pair[i] for pair in pairs.values() if isinstance(pair[i], str)]
+        selected = rows[i]
+        names += list(selected) if isinstance(selected, Mapping) else []
+        key = f"{data} {sorted(names)}"
+        if is_file(data) and key in opened:
+            table = titled(opened[key], prefix + argument)
+        else:
+            table = open_table(prefix + argument, data, labels=names, columns=reading.columns, layer=reading.layer,
+                               obsm=reading.obsm)  # fmt: skip
+            opened[key] = table
+        images = true_images if i == 0 else None
+        read.append(
+            _read_side(prefix, argument, table, rows[i], {name: pair[i] for name, pair in pairs.items()}, images)
+        )
+    for side in read:
+        if side is not None and like is not None:
+            _take_features(side, like)
+    source_side, target_side = read
+    if true_images is not None and source_side is None and not callable(true_images):
+        raise TypeError(f"{prefix}true_images must be a function where source is a sampler, got an array of images")
+    if source_side is not None and target_side is not None:
+        _align(source_side, target_side)
+    return source_side, target_side
+
+
+def _pair(argument: str, given: Any) -> tuple[Any, Any]:
+    if given is None or isinstance(given, str):
+        return given, given
+    if isinstance(given, tuple | list) and len(given) == 2:
+        return given[0], given[1]
+    raise TypeError(
+        f"{argument} must be the name of a column, or a pair (of the source, of the target), got "
+        f"{type(given).__name__}: write {argument}=(a, b)"
+    )
+
+
+def _read_side(
+    prefix: str, side: str, table: Table, rows: Mapping[str, Any] | None, labels: Mapping[str, Any], true_images: Any
+) -> Side:
+    chosen = table.rows(f"{side}_rows", rows)
+    found = {name: _of_rows(prefix + name, side, table, given, chosen) for name, given in labels.items()}
+    samples = table.samples(chosen)
+    result = Side(table.title, samples, table.features)
+    if found["weights"] is not None:
+        result.weights = _as_weights(f"{prefix}weights of the {side}", found["weights"], samples)
+    result.conditions = _as_names(f"{prefix}conditions of the {side}", found["conditions"], chosen)
+    result.groups = _as_names(f"{prefix}groups of the {side}", found["groups"], chosen)
+    if callable(true_images):
+        result.images = map_images(side, true_images, samples)
+    elif true_images is not None:
+        images = open_table(f"{prefix}true_images", true_images)
+        if images.length != table.length:
+            raise ValueError(
+                f"{images.title} has {images.length} rows and {table.title} {table.length}: they go together row by row"
+            )
+        places = feature_places(
+            images.title, images.features, table.features, table.title, remedy="to go by place, give an array"
+        )
+        result.images = images.samples(chosen).to(samples)
+        if places is not None:
+            result.images = result.images[:, torch.from_numpy(places).to(samples.device)]
+        if result.images.shape != samples.shape:
+            raise ValueError(
+                f"{images.title} has shape {tuple(result.images.shape)} and {table.title} {tuple(samples.shape)}: "
+                "they must agree"
+            )
+    return result
+
+
+def _of_rows(argument: str, side: str, table: Table, given: Any, rows: Array | None) -> Array | None:
+    if given is None:
+        return None
+    if isinstance(given, str) and (
+        given in table.label_names or (not given.endswith((".npy", ".npz")) and "::" not in given)
+    ):
+        values = table.labels(argument, given)
+    else:
+        values = read_vector(f"{argument} of the {side}", given)
+    if len(values) != table.length:
+        raise ValueError(
+            f"{argument} of the {side} has {len(values)} entries, but {table.title} has {table.length} rows: "
+            "give one entry a row"
+        )
+    return values if rows is None else values[rows]
+
+
+def _as_names(argument: str, values: Array | None, rows: Array | None) -> Array | None:
+    if values is None:
+        return None
+    names = as_texts(values)
+    missing = np.flatnonzero(names == "")
+    if len(missing):
+        row = int(missing[0]) if rows is None else int(rows[missing[0]])
+        raise ValueError(
+            f"{argument} is missing in {len(missing)} of {len(names)} rows, first in row {row}: fill it in"
+        )
+    return names
+
+
+def _as_weights(argument: str, values: Array, samples: Tensor) -> Tensor:
+    try:
+        weights = torch.from_numpy(np.array(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{argument} must be numbers, got {values[:3].tolist()!r}") from error
+    bad = (~((weights >= 0) & weights.isfinite())).nonzero().flatten()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"{argument} must be finite and non-negative, got {float(weights[row])} in row {row}: correct it"
+        )
+    if not bool(weights.any()):
+        raise ValueError(f"{argument} must not all be 0: give some samples a positive weight")
+    return (weights / weights.mean()).to(samples)
+
+
+def _align(source: Side, target: Side) -> None:
+    """Put the target's features in the source's order, and give both one precision."""
+    if source.samples.shape[1] != target.samples.shape[1]:
+        only = [name for name in (source.features or ()) if name not in (target.features or ())]
+        only += [name for name in (target.features or ()) if name not in (source.features or ())]
+        named = source.features is not None and target.features is not None and bool(only)
+        raise ValueError(
+            f"{source.title} has dimension {source.samples.shape[1]} but {target.title} has "
+            f"{target.samples.shape[1]}: they must agree"
+            + (f"; {listed(only)} is in one of them only: name the features by columns=" if named else "")
+        )
+    if source.features is not None and target.features is not None and source.features != target.features:
+        place = {name: i for i, name in enumerate(target.features)}
+        missing = [name for name in source.features if name not in place]
+        if missing or len(place) < len(target.features):
+            what = f"{target.title} has no {missing[0]!r}" if missing else f"names in {target.title} repeat"
+            raise ValueError(f"the features of {source.title} and {target.title} differ: {what}; name them by columns=")
+        target.samples = target.samples[:, [place[name] for name in source.features]]
+        target.features = source.features
+    dtype = torch.promote_types(source.samples.dtype, target.samples.dtype)
+    for side in (source, target):
+        side.samples = side.samples.to(source.samples.device, dtype)
+        side.weights = None if side.weights is None else side.weights.to(side.samples)
+        side.images = None if side.images is None else side.images.to(side.samples)
+
+
+def _take_features(side: Side, like: Side) -> None:
+    """Give a side the features of another, in its order."""
+    places = feature_places(
+        side.title, side.features, like.features, like.title, remedy="rename them, or give an array to go by place"
+    )
+    if places is not None:
+        index = torch.from_numpy(places).to(side.samples.device)
+        side.samples, side.features = side.samples[:, index], like.features
+        side.images = None if side.images is None else side.images[:, index]

@@ -1,0 +1,98 @@
+"""Prepared samples with their features chosen and ordered anew, as the map has them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_gap.monge.samples.draws import FiniteSamples, Population
+from lightning_gap.monge.samples.prepare import Prepared
+from lightning_gap.monge.samples.standardize import AffineRepresentation
+
+__all__ = ["with_features"]
+
+
+def with_features(prepared: Prepared, places: NDArray[Any]) -> Prepared:
+    """Return the same samples with other columns of the raw features; the given ones stay as they are.
+
+    Args:
+        prepared: The samples.
+        places: ``(d,)`` places of the wanted features among the present ones.
+
+    Raises:
+        ValueError: Principal components were found with features that are to be left out.
+    """
+    representation = prepared.representation
+    components = representation is not None and representation.components is not None
+    if components and len(places) < len(prepared.features or ()):
+        raise ValueError(
+            "the principal components of the data are of further features than the map's: name the map's features by "
+            "SamplesDataModule(columns=...)"
+        )
+    raw = _Chosen(places)
+    # Coordinates along components do not depend on the features' order.
+    choose = _as_it_is if components else raw
+    made: dict[int, Population] = {}
+
+    def population(given: Any) -> Any:
+        if id(given) not in made:
+            made[id(given)] = (
+                given.with_features(choose)
+                if isinstance(given, FiniteSamples)
+                else given.trained_on(_After(given.encode, choose), getattr(given, "reserved", 0))
+            )
+        return made[id(given)]
+
+    return replace(
+        prepared,
+        dim=prepared.dim if components else len(places),
+        features=None if prepared.features is None else tuple(prepared.features[i] for i in places),
+        representation=None if representation is None else _of_chosen(representation, raw),
+        train=[(population(source), population(target)) for source, target in prepared.train],
+        held_out={
+            stage: replace(
+                held_out,
+                pairs=[(population(source), population(target)) for source, target in held_out.pairs],
+                again=[None if further is None else choose(further) for further in held_out.again],
+            )
+            for stage, held_out in prepared.held_out.items()
+        },
+        predicted=replace(prepared.predicted, samples=raw(prepared.predicted.samples)),
+    )
+
+
+def _of_chosen(representation: AffineRepresentation, choose: "_Chosen") -> AffineRepresentation:
+    """Return the representation of the chosen features."""
+    components = representation.components
+    made = AffineRepresentation(len(choose.places), None if components is None else len(components))
+    made.load_state_dict({name: choose(buffer) for name, buffer in representation.state_dict().items()}, assign=True)
+    return made
+
+
+class _Chosen:
+    """Takes columns of samples."""
+
+    def __init__(self, places: NDArray[Any]) -> None:
+        self.places = torch.from_numpy(np.array(places))
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        return samples[..., self.places.to(samples.device)]
+
+
+class _After:
+    """One function of samples after another."""
+
+    def __init__(self, first: Any, then: Any) -> None:
+        self.first = first
+        self.then = then
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        result: Tensor = self.then(samples if self.first is None else self.first(samples))
+        return result
+
+
+def _as_it_is(samples: Tensor) -> Tensor:
+    return samples

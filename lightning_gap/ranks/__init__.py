@@ -1,0 +1,3 @@
+"""Groups of ranks, what they exchange, and tensors in shards: torch.distributed alone, no Lightning."""
+
+__all__: list[str] = []

@@ -1,0 +1,237 @@
+"""Everything beside schedulers that counts epochs, and how it comes to count those of the reference run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.refusals import changes_by_epoch
+
+__all__ = [
+    "NEVER",
+    "EpochCounter",
+    "ValidationClock",
+    "epoch_counters",
+    "patience",
+    "validates_within_epochs",
+    "warn_of_other_counters",
+]
+
+# More than any number of epochs or batches: an interval that never comes round.
+NEVER = 2**62
+
+
+@dataclass
+class EpochCounter:
+    """An attribute that says in which epochs something happens.
+
+    While a fit runs it says yes in every epoch of this run in which a reference epoch of that kind ends, and no in the
+    others. So what it stands for happens at the first end of an epoch at which the reference run would have done it.
+
+    Args:
+        name: What happens, for the table.
+        holder: The object with the attribute.
+        attribute: Its name.
+        every: The user's interval, in epochs of the reference run.
+        yes: The value that says that it happens in this epoch.
+        no: The value that says that it does not.
+    """
+
+    name: str
+    holder: Any
+    attribute: str
+    every: int = 1
+    yes: Any = 1
+    no: Any = NEVER
+
+    def __post_init__(self) -> None:
+        self._users = getattr(self.holder, self.attribute)
+
+    def set(self, plan: RegimePlan, start: int, end: int) -> None:
+        """Say whether it happens in the epoch of this run between two updates.
+
+        Args:
+            plan: The plan of the run.
+            start: Updates made before the epoch.
+            end: Updates made after it.
+        """
+        due = plan.reference_epochs_in(end) // self.every > plan.reference_epochs_in(start) // self.every
+        setattr(self.holder, self.attribute, self.yes if due else self.no)
+
+    def give_back(self) -> None:
+        """Give the user's value back."""
+        setattr(self.holder, self.attribute, self._users)
+
+    def fate(self, plan: RegimePlan) -> str:
+        """Return the counter's line in the table.
+
+        Args:
+            plan: The plan of the run.
+        """
+        updates = float(self.every * cast(Any, plan.stretched_epoch))
+        every = f"every {self.every} reference epoch(s)"
+        return f"{self.name}: {every}, at the end of this run's epoch after {updates:g} updates"
+
+
+def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
+    """Yield what else a trainer does every so many epochs: validation, early stopping, and checkpoints.
+
+    Validation within an epoch has a :class:`ValidationClock`, and by time is left as it is. An ``EarlyStopping`` or
+    ``ModelCheckpoint`` that waits for a validation follows the validations.
+
+    Args:
+        trainer: The trainer, whose callbacks have been set up, with the user's values in place.
+    """
+    if trainer.check_val_every_n_epoch is not None and _by_epochs(trainer):
+        yield EpochCounter("validation", trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch)
+    for callback in cast(Any, trainer).callbacks:
+        name = type(callback).__name__
+        follows = validates_within_epochs(trainer) and not _saves_by_epoch(callback)
+        if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not follows:
+            yield EpochCounter(name, callback, "_every_n_epochs", callback._every_n_epochs)
+        elif isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
+            yield EpochCounter(name, callback, "_check_on_train_epoch_end", yes=True, no=False)
+
+
+def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
+    """Yield how many updates of this run the patience of early stopping is, a line a callback.
+
+    Args:
+        trainer: The trainer, whose callbacks have been set up.
+        plan: The plan of the run, with lengths.
+        validations: The clock of validations within epochs, if there is one.
+    """
+    if plan.stretched_epoch is None:
+        return
+    within = None if validations is None else validations.every / plan.pace
+    each = float(within or (trainer.check_val_every_n_epoch or 1) * plan.stretched_epoch)
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, EarlyStopping):
+            times = callback.patience
+            yield f"{type(callback).__name__}: patience of {times} checks, about {times * each:g} updates"
+
+
+class ValidationClock:
+    """Validates within epochs when the reference run does: ``val_check_interval`` counts its updates.
+
+    Args:
+        trainer: The trainer, with the user's ``val_check_interval`` and ``check_val_every_n_epoch``.
+        plan: The plan of the run, with lengths.
+
+    Raises:
+        ValueError: If the interval is longer than a reference epoch.
+    """
+
+    def __init__(self, trainer: Trainer, plan: RegimePlan) -> None:
+        self._trainer = cast(Any, trainer)
+        self._plan = plan
+        self._interval: Any = trainer.val_check_interval
+        self._epochs: Any = trainer.check_val_every_n_epoch
+        per_epoch = cast(int, plan.reference_updates_per_epoch)
+        whole = isinstance(self._interval, int)
+        self.every: int = int(self._interval) if whole else max(1, int(per_epoch * self._interval))
+        if self.every > per_epoch and self._epochs is not None:
+            raise ValueError(
+                f"val_check_interval={self._interval} is more than the {per_epoch} updates of an epoch of the "
+                "reference run. Lower it, or pass check_val_every_n_epoch=None to count updates over epochs."
+            )
+        self._checkpoints = [
+            (callback, callback._every_n_epochs)
+            for callback in self._trainer.callbacks
+            if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not _saves_by_epoch(callback)
+        ]
+
+    def lift(self) -> None:
+        """Keep Lightning from comparing the interval with the batches of this run, until :meth:`begin`."""
+        self._trainer.val_check_interval = 1.0
+
+    def begin(self, update: int) -> None:
+        """Give the user's interval back, and go on after an update.
+
+        Args:
+            update: Updates made.
+        """
+        self._trainer.val_check_interval = self._interval
+        self.after(update)
+
+    def after(self, update: int | None) -> None:
+        """Say whether a validation follows now.
+
+        Args:
+            update: Updates made, if the batch that is over made one.
+        """
+        due = bool(update) and self._made(cast(int, update)) > self._made(cast(int, update) - 1)
+        self._trainer.val_check_batch = 1 if due else NEVER
+        if self._epochs is not None:
+            self._trainer.check_val_every_n_epoch = 1 if due else self._epochs
+        if due:
+            epoch = (self._plan.reference_update(cast(int, update)) - 1) // cast(
+                int, self._plan.reference_updates_per_epoch
+            ) + 1
+            for callback, every in self._checkpoints:
+                callback._every_n_epochs = NEVER if epoch % every else 1
+
+    def _made(self, update: int) -> int:
+        """Return how many validations the reference run has made."""
+        passed = self._plan.reference_update(update)
+        if self._epochs is None:
+            return passed // self.every
+        per_epoch = cast(int, self._plan.reference_updates_per_epoch)
+        epochs, within = divmod(passed, per_epoch)
+        validated: int = epochs // self._epochs * (per_epoch // self.every)
+        return validated + (within // self.every if (epochs + 1) % self._epochs == 0 else 0)
+
+    def give_back(self) -> None:
+        """Give the user's values back."""
+        self._trainer.val_check_interval, self._trainer.check_val_every_n_epoch = self._interval, self._epochs
+        for callback, every in self._checkpoints:
+            callback._every_n_epochs = every
+
+    @property
+    def fate(self) -> str:
+        """The clock's line in the table."""
+        epochs = "" if self._epochs in (None, 1) else f" of every {self._epochs} reference epochs"
+        here = float(self.every / self._plan.pace)
+        return f"validation: every {self.every} reference updates{epochs}, {here:.4g} of this run"
+
+
+def _saves_by_epoch(callback: Any) -> bool:
+    return bool(getattr(callback, "_save_on_train_epoch_end", None))
+
+
+def validates_within_epochs(trainer: Trainer) -> bool:
+    """Return whether a trainer validates by batches, neither by epochs nor by time.
+
+    Args:
+        trainer: The trainer.
+    """
+    return not _by_epochs(trainer) and cast(Any, trainer)._val_check_time_interval is None
+
+
+def _by_epochs(trainer: Trainer) -> bool:
+    interval = trainer.val_check_interval
+    return isinstance(interval, float) and interval == 1.0
+
+
+def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
+    """Warn of what counts epochs of this run all the same.
+
+    Args:
+        trainer: The trainer, whose callbacks have been set up.
+        plan: The plan of the run.
+    """
+    for place in changes_by_epoch(trainer):
+        rank_zero_warn(
+            f"LargeBatchRegime: {place} changes a learning rate by current_epoch, which counts epochs of this run. "
+            "Read the callback's reference_epoch there, or use a scheduler."
+        )
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, BaseFinetuning):
+            rank_zero_warn(
+                f"LargeBatchRegime: {type(callback).__name__} counts epochs of this run, not of the reference run: "
+                f"multiply its epochs by {float(plan.stretch):.4g}."
+            )

@@ -1,0 +1,263 @@
+"""What is asked of a trainer's strategy: replicas, ranks, shards, precision. No other module asks it itself."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from lightning_gap.ranks.gradients import gradient_values
+from lightning_gap.ranks.group import RankGroup, sum_over_ranks
+from lightning_gap.ranks.shards import local_shard, shard_copies
+
+__all__ = [
+    "clip_gradients",
+    "data_parallel_group",
+    "data_parallel_rank",
+    "data_parallel_size",
+    "data_parallel_subgroup",
+    "from_rank_zero",
+    "gradients_stay_scaled",
+    "holds_whole_weights",
+    "injects_sampler",
+    "leaves_updates_to_torch",
+    "loss_scale",
+    "replaces_batchnorm_by_syncbatchnorm",
+    "require_lightning",
+    "shards_by_dtensor",
+    "strategy_name",
+]
+
+
+_T = TypeVar("_T")
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """Return how many replicas see different samples.
+
+    Tensor-parallel ranks share their samples, so this is the number of replicas of the distributed sampler and not
+    ``trainer.world_size``.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+
+    Returns:
+        The number of data-parallel replicas, 1 where there is no distributed sampler.
+    """
+    kwargs = trainer.distributed_sampler_kwargs
+    return int(kwargs["num_replicas"]) if kwargs else 1
+
+
+def data_parallel_rank(trainer: Trainer) -> int:
+    """Return which of the data-parallel replicas this process is, from 0.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    kwargs = trainer.distributed_sampler_kwargs
+    return int(kwargs["rank"]) if kwargs else 0
+
+
+def require_lightning(trainer: Any, who: str) -> None:
+    """Refuse the trainer of the other package, ``pytorch_lightning``, whose strategies are other classes.
+
+    Args:
+        trainer: What a callback was given.
+        who: The callback, for the message.
+
+    Raises:
+        MisconfigurationException: If it is not a trainer of ``lightning.pytorch``.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"{who} is made for lightning.pytorch, and this Trainer is {type(trainer).__module__.partition('.')[0]}'s: "
+            "import Trainer and LightningModule from lightning.pytorch."
+        )
+
+
+def strategy_name(trainer: Trainer) -> str:
+    """Return the class name of the trainer's strategy, for messages.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return type(trainer.strategy).__name__
+
+
+def holds_whole_weights(trainer: Trainer) -> bool:
+    """Return whether every rank holds all weights, equal on all ranks: one device, or DDP.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    strategy = trainer.strategy
+    # DeepSpeed's strategy is a subclass of DDP's, and shards.
+    return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
+
+
+def shards_by_dtensor(trainer: Trainer) -> bool:
+    """Return whether parameters are ``DTensor`` shards, or plain ones equal on all ranks (FSDP2, tensor parallelism).
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
+    """Return whether the strategy turns every BatchNorm layer into a ``SyncBatchNorm`` when it sets up a fit.
+
+    Only strategies with several ranks heed ``sync_batchnorm=True``; one device ignores it.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm)
+
+
+def injects_sampler(trainer: Trainer) -> bool:
+    """Return whether the trainer shards a training loader among the replicas, by a distributed sampler of its own.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    connector = trainer._accelerator_connector
+    return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def data_parallel_group(trainer: Trainer) -> RankGroup | None:
+    """Return the ranks that see different samples, this one among them; None where there is one.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    if data_parallel_size(trainer) == 1:
+        return None
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return RankGroup(trainer.strategy.device_mesh["data_parallel"].get_group())
+    return RankGroup()
+
+
+def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False) -> RankGroup:
+    """Return this rank's part of the ranks that see different samples, split into parts of ``size``. Collective.
+
+    Every rank creates all groups in the same order, once: a second call finds them. They wait as long as the group of
+    all ranks does, and that one serves where it is the part.
+
+    Args:
+        trainer: The trainer that runs.
+        size: Ranks in a part; it divides their number.
+        strided: Whether ranks 0, P, 2P, ... are together, with P parts, and not 0 .. size-1.
+    """
+    whole = data_parallel_group(trainer)
+    assert whole is not None
+    if size == whole.size:
+        return whole
+    here = dist.get_process_group_ranks(dist.group.WORLD if whole.group is None else whole.group)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, here)
+    layout: list[tuple[int, ...]] = []
+    for ranks in sorted(set(map(tuple, every))):
+        parts = len(ranks) // size
+        layout += [ranks[i::parts] if strided else ranks[i * size : (i + 1) * size] for i in range(parts)]
+    return RankGroup(_subgroup(dist.group.WORLD, tuple(layout)))
+
+
+@cache
+def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=_timeout(world)) for ranks in layout]
+    return next(group for group, ranks in zip(groups, layout, strict=True) if dist.get_rank() in ranks)
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """Return how long a group waits, None where its backends do not say so."""
+    options = (getattr(group._get_backend(device), "options", None) for device in group._device_types)
+    return max((known for each in options if (known := getattr(each, "_timeout", None))), default=None)
+
+
+def leaves_updates_to_torch(trainer: Trainer) -> bool:
+    """Return whether torch's own optimizers make the updates, of whole weights or of ``DTensor`` shards.
+
+    Args:
+        trainer: The trainer that runs, or is about to run.
+    """
+    return holds_whole_weights(trainer) or shards_by_dtensor(trainer)
+
+
+def from_rank_zero(trainer: Trainer, value: _T) -> _T:
+    """Return rank zero's value on all ranks. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        value: Anything that can be pickled.
+    """
+    result: _T = trainer.strategy.broadcast(value)
+    return result
+
+
+def loss_scale(trainer: Trainer) -> Tensor:
+    """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
+
+    It is a float32 scalar on the root device, so that nothing waits for that here.
+
+    Args:
+        trainer: The trainer that runs.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    if scale is not None:  # as it is from the first loss on
+        return cast(Tensor, scale)
+    number = 1.0 if scaler is None else float(scaler.get_scale())
+    return torch.full((), number, dtype=torch.float32, device=trainer.strategy.root_device)
+
+
+def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return whether gradients keep the loss scale until the optimizer, a fused one, takes it away inside its step.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: One of its optimizers.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale an optimizer's gradients down, in place, to a norm over all of them and all shards. Collective.
+
+    Args:
+        trainer: The trainer that runs.
+        optimizer: The optimizer, whose parameters have their gradients.
+        max_norm: The L2 norm that is not exceeded.
+
+    Returns:
+        The norm before, a scalar tensor, the same on all ranks that hold the same model.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if shards_by_dtensor(trainer):
+        norm = sum_over_ranks(_local_square(gradients, trainer.strategy.root_device)).sqrt()
+    else:
+        norm = get_total_norm([gradient_values(gradient) for gradient in gradients])
+        if all(gradient.layout is torch.strided for gradient in gradients):
+            clip_grads_with_norm_(parameters, max_norm, norm)
+            return norm
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
+    for gradient in gradients:
+        local_shard(gradient).mul_(factor.to(gradient.dtype))
+    return norm
+
+
+def _local_square(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return this rank's share of the squared norm, such that the sum over ranks counts every element once."""
+    squares = [local_shard(gradient).float().square().sum() / shard_copies(gradient) for gradient in gradients]
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device)
