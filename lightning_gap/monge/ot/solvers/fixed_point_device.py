@@ -1,8 +1,8 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
 It extrapolates as :mod:`lightning_gap.monge.ot.solvers.fixed_point` does, but from rounds of a few sweeps, as an
-operation on a short vector takes as long as a sweep. The marginal errors are fetched after the first rounds, and then when they should
-have reached the tolerance.
+operation on a short vector takes as long as a sweep. The marginal errors are fetched after the first rounds, and then
+when they should have reached the tolerance.
 """
 
 import math
