@@ -12,8 +12,8 @@ pytest.importorskip("matplotlib")
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from logged_runs import large_batch_run, monge_run
 
-from lightning_gap import loggers
 from lightning_gap.dashboards.runs import read_runs
+from lightning_gap.trainer import loggers
 
 FIGURES = {"large-batch": {"lightning_gap/diffusion/figure"}, "monge": {"lightning_gap/monge/map"}}
 
