@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gap import precision
 from lightning_gap.diffusion import UltraSlowDiffusionFit, WeightDistance, fit_diffusion, norms_and_biases
-from lightning_gap.diffusion import metric as metric_module
+from lightning_gap.diffusion import metrics as metric_module
 
 
 def move(module, by):

@@ -11,7 +11,8 @@ from monge_runs import FAST, trainer
 
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.cli import main
-from lightning_gap.monge import ConditionalMap, row_files
+from lightning_gap.monge import ConditionalMap
+from lightning_gap.monge.samples.files import stream as row_files
 from lightning_gap.monge.transport_files import load_map, transport_file
 
 pd = pytest.importorskip("pandas")

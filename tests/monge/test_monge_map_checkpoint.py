@@ -151,7 +151,7 @@ def test_classes_of_strangers_are_not_imported():
     with pytest.raises(ValueError, match=r"map: 'os\.path\.join' is not of torch\.optim or lightning_gap"):
         MongeMap(map={"class_path": "os.path.join", "init_args": {}})
     with pytest.raises(ValueError, match=r"map: there is no class 'lightning_gap\.monge\.maps\.Nothing'"):
-        MongeMap(map={"class_path": "lightning_gap.monge.maps.residual.Nothing"})
+        MongeMap(map={"class_path": "lightning_gap.monge.maps.Nothing"})
     for path in ("lightning_gap.monge.checkpoint.import_module", "lightning_gap.monge.checkpoint.partial"):
         with pytest.raises(ValueError, match=rf"map: '{path}' is no class of torch\.optim or lightning_gap"):
             MongeMap(map={"class_path": path, "init_args": {"name": "this"}})

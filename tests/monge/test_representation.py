@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gap.monge import AffineRepresentation, representation
+from lightning_gap.monge import AffineRepresentation
+from lightning_gap.monge.samples import standardize as representation
 
 
 def correlated(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 
 from lightning_gap import MongeMap
 from lightning_gap.cli import main
-from lightning_gap.monge import ConditionalMap, ResidualMLP, row_files
+from lightning_gap.monge import ConditionalMap, ResidualMLP
+from lightning_gap.monge.samples.files import stream as row_files
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.transport_files import load_map, transport_file
 
