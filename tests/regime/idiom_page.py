@@ -115,7 +115,7 @@ this run's.
 
 `python -m benchmarks.science.regime_idioms --resume` cuts the run of each scheduler at twenty updates, by checkpoints
 of `ModelCheckpoint(every_n_train_steps=1)`: at each share, by epochs and by updates, with and without accumulation,
-with lengths that are written down or asked for. Resumed, its learning rates and weights are those of the run that was not
-cut, bit for bit, where the loader goes on with its next batch (by `state_dict` and `load_state_dict`, as torchdata's
-`StatefulDataLoader` does).
+with lengths that are written down or asked for. Resumed, its learning rates and weights are those of the run that was
+not cut, bit for bit, where the loader goes on with its next batch (by `state_dict` and `load_state_dict`, as
+torchdata's `StatefulDataLoader` does).
 """
