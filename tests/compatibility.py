@@ -104,7 +104,7 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
     },
     "SamplesDataModule": {
         "accumulation": NOT_RUN,
-        "ddp": works(f"{_MONGE}test_samples_trainer.py::test_processes_see_together_what_one_sees"),
+        "ddp": works(f"{_MONGE}samples/test_samples_trainer.py::test_processes_see_together_what_one_sees"),
         "fsdp2": NOT_RUN,
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,

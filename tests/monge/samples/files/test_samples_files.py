@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lightning_gap import SamplesDataModule
+from lightning_gap.monge.samples.files.arrays import dense_rows
+from lightning_gap.monge.samples.files.h5ad import InFile, InMemory
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -104,8 +106,7 @@ def test_from_anndata_asks_for_columns_of_obs(tmp_path):
 
 @pytest.mark.parametrize("matrix", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("stored", ["file", "memory", "backed"])
-def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.samples.files.anndata._BLOCK", 9)  # three rows at once
+def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path):
     given = cells(matrix(VALUES))
     if stored != "memory":
         given.write_h5ad(tmp_path / "a.h5ad")
@@ -113,6 +114,11 @@ def test_sparse_and_dense_matrices_and_genes_by_name(matrix, stored, tmp_path, m
     data = SamplesDataModule(given, given, **table_options(columns=["MX2", "ISG15"]))
     np.testing.assert_allclose(predicted(data), VALUES[ARM == "control"][:, [2, 0]], rtol=1e-6)
     assert data.feature_names == ("MX2", "ISG15")
+    kept = InMemory(given) if stored != "file" else InFile(given)
+    for rows, columns in ((None, None), (np.array([1, 2, 7, 30]), np.array([2, 0]))):
+        some = dense_rows("x", kept.matrix(None, None), rows, columns, block=9)  # three rows at once
+        expected = VALUES[slice(None) if rows is None else rows][:, slice(None) if columns is None else columns]
+        np.testing.assert_allclose(some, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("within", "factor", "d"), [("X", 1, 3), ("layers/counts", 2, 3), ("obsm/X_pca", 3, 2)])
@@ -247,7 +253,7 @@ def test_a_missing_library_is_named_with_what_brings_it(kind, library, tmp_path,
         SamplesDataModule(path, path, batch_size=4)
 
 
-DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[5] / "shared" / "data"))
 real = pytest.mark.skipif(not (DATA / "kang_ifnb.npz").exists(), reason=f"no data at {DATA}; set LIGHTNING_GAP_DATA")
 
 

@@ -6,9 +6,8 @@ import torch
 
 from lightning_gap import MongeMap
 from lightning_gap.monge.samples.conditions import condition_vectors_of
-from lightning_gap.monge.samples.files import stream as row_files
-from lightning_gap.monge.samples.files.read import open_table
-from lightning_gap.monge.samples.files.stream import open_rows
+from lightning_gap.monge.samples.files.read import open_file, open_table
+from lightning_gap.monge.samples.files.table import Reading
 from lightning_gap.monge.transport_files import transport_file
 
 pd = pytest.importorskip("pandas")
@@ -58,16 +57,13 @@ def write(frame, kind, folder):
 
 
 def in_blocks(location, **options):
-    rows = open_rows("IN", location, least=4, **options)
-    blocks = list(rows.blocks([]))
+    table = open_file("IN", location, Reading(texts_pass="columns" not in options, **options))
+    blocks = [(block, block.samples()) for block in table.blocks(4)]
     assert len(blocks) > 1
-    assert [block.start for block in blocks] == np.cumsum([0] + [len(block.samples) for block in blocks[:-1]]).tolist()
-    return rows.features, torch.cat([block.samples for block in blocks])
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    monkeypatch.setattr(row_files, "_NUMBERS", 1)
+    lengths = [len(block) for block, _ in blocks]
+    assert lengths == [len(samples) for _, samples in blocks]
+    assert [block.start for block, _ in blocks] == np.cumsum([0, *lengths[:-1]]).tolist()
+    return table.features, torch.cat([samples for _, samples in blocks])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -79,7 +75,7 @@ def test_tables_in_files(name, kind, tmp_path):
     # A text file does not tell an index with a name from a column of labels.
     labels = [name for name in frame.index.names if name is not None] if kind.endswith("names") else []
     expected = list(frame.columns)
-    whole = open_table("source", location, labels=labels)
+    whole = open_table("source", location, Reading(labels=labels))
     features, samples = in_blocks(location, labels=labels)
     assert whole.features == features == tuple(expected)
     read = whole.read(None)
@@ -90,7 +86,7 @@ def test_tables_in_files(name, kind, tmp_path):
     for columns in (expected[::-1], expected[1:]):
         again, chosen = in_blocks(location, columns=columns)
         assert again == tuple(columns)
-        assert torch.equal(chosen, open_table("source", location, columns=columns).read(None))
+        assert torch.equal(chosen, open_table("source", location, Reading(columns)).read(None))
         assert torch.equal(chosen, read[:, [expected.index(name) for name in columns]])
         wanted = in_blocks(location, wanted=expected[::-1])
         assert wanted[0] == tuple(expected[::-1])
@@ -105,7 +101,7 @@ def test_a_copy_keeps_the_index_and_the_order(name, suffix, tmp_path):
     location = write(frame, suffix, tmp_path)
     model = MongeMap(map=torch.nn.Identity()).float()
     columns = ["0", "1", "2"] if name == "numbered columns" else ["b", "a", "c"]
-    transport_file(model, location, f"{tmp_path}/out.{suffix}", columns=columns, batch_size=4)
+    transport_file(model, location, f"{tmp_path}/out.{suffix}", columns=columns, batch_size=4, block_size=4)
     read = pd.read_parquet if suffix == "parquet" else arrow_frame
     given, out = read(location), read(f"{tmp_path}/out.{suffix}")
     assert list(out.columns) == list(given.columns)
@@ -163,8 +159,8 @@ def test_a_numeric_label_is_no_feature(tmp_path):
         assert in_blocks(str(tmp_path / name))[0] == ("b", "a", "c", "dose")
         assert in_blocks(str(tmp_path / name), labels=["dose"])[0] == ("b", "a", "c")
         with pytest.raises(TypeError, match="the columns 'note' hold no numbers"):
-            open_table("source", str(tmp_path / name), labels=["dose"])
-        assert open_table("source", str(tmp_path / name), labels=["dose", "note"]).features == ("b", "a", "c")
+            open_table("source", str(tmp_path / name), Reading(labels=["dose"]))
+        assert open_table("source", str(tmp_path / name), Reading(labels=["dose", "note"])).features == ("b", "a", "c")
 
 
 @pytest.mark.parametrize("row", [0, 7, 1200])
@@ -176,10 +172,10 @@ def test_something_else_in_a_column_of_numbers_is_named(value, row, tmp_path):
     message = rf"holds '{value}' in row {row} of the column 'b', which is no number: correct it"
     for columns in (None, ["a", "b"], ["b"]):
         with pytest.raises(ValueError, match=message):
-            open_table("source", str(tmp_path / "t.csv"), columns=columns)
+            open_table("source", str(tmp_path / "t.csv"), Reading(columns))
         with pytest.raises(ValueError, match=message):
-            list(open_rows("IN", str(tmp_path / "t.csv"), columns=columns, least=100).blocks([]))
-    assert open_table("source", str(tmp_path / "t.csv"), columns=["a"]).features == ("a",)
+            list(open_file("IN", str(tmp_path / "t.csv"), Reading(columns)).blocks(100))
+    assert open_table("source", str(tmp_path / "t.csv"), Reading(["a"])).features == ("a",)
 
 
 @pytest.mark.parametrize("missing", ["", "NA", "nan", "NULL", "n/a"])
@@ -188,7 +184,7 @@ def test_gaps_are_named_in_both(missing, tmp_path):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=r"holds NaN or infinity in 1 of 19 rows \(9, first in 'b'\)"):
         open_table("source", str(tmp_path / "t.csv")).samples(None)
-    with pytest.raises(ValueError, match="holds NaN or infinity in row 9 of 'b'"):
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in 1 of the 4 rows from 8 on \(9, first in 'b'\)"):
         in_blocks(str(tmp_path / "t.csv"))
 
 
@@ -204,17 +200,17 @@ def test_row_names_of_r_and_pandas_are_no_feature(header, tmp_path):
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n4,5,6\n")
     (tmp_path / "u.csv").write_text("a,b\n1,2\n")
-    for read in (open_table, open_rows):
+    for read in (open_table, open_file):
         with pytest.raises(ValueError, match="has two columns 'a': rename one"):
             read("IN", str(tmp_path / "t.csv"))
         with pytest.raises(ValueError, match="columns names 'b' twice"):
-            read("IN", str(tmp_path / "u.csv"), columns=["b", "b"])
+            read("IN", str(tmp_path / "u.csv"), Reading(["b", "b"]))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "feather"])
 def test_a_table_without_rows_is_refused(kind, tmp_path):
     location = write(plain().iloc[:0], kind, tmp_path)
-    for read in (open_table, open_rows):
+    for read in (open_table, open_file):
         with pytest.raises(ValueError, match=r"IN .* has no rows"):
             read("IN", location)
 
