@@ -19,9 +19,9 @@ class AffineRepresentation(nn.Module):
         z = V\,\frac{x - m}{s}, \qquad x = m + s \odot V^\top z
 
     with the mean :math:`m`, a scale :math:`s` per feature, and orthonormal principal components :math:`V` as rows.
-    With fewer components than features, ``decode(encode(x))`` is the projection of ``x`` onto them. It is scikit-learn's
-    ``StandardScaler`` and ``PCA`` as one module: differentiable, kept in the map's checkpoint, on its device and in its
-    precision, and fitted in blocks without a copy of the samples.
+    With fewer components than features, ``decode(encode(x))`` is the projection of ``x`` onto them. What it adds to
+    scikit-learn's ``StandardScaler`` and ``PCA``: it is a module, differentiable, in the map's checkpoint, on its device
+    and in its precision; and it is fitted in blocks, without a copy of the samples.
 
     Args:
         dim: Number :math:`d` of features.
