@@ -45,15 +45,18 @@ demo: setup
 	$(VENV)/bin/lightning-gap demo --data $(DATA)
 
 # Two passes: all that needs no compiler runs with none on the PATH, which proves that the package works without one.
+# Every log says where the time went, and which pass failed.
 test: setup
-	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q \
-	  -m "not compiler and not slow and not gpu"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "compiler and not slow and not gpu"
+	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q --durations=20 \
+	  -m "not compiler and not slow and not gpu" || { echo "make test: failed in the pass without a compiler"; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=20 -m "compiler and not slow and not gpu" \
+	  || { echo "make test: failed in the pass of what needs a compiler"; exit 1; }
 	$(MAKE) test-device
 
 # In processes of their own: the device is there from before torch is imported, and stays.
 test-device: setup
-	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests/device
+	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 tests/device \
+	  || { echo "make test: failed in the pass on the emulated device"; exit 1; }
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
@@ -109,7 +112,7 @@ readme: setup
 # Warnings are errors, and nothing is asked of the network.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
-	$(PY) site_build/links.py site
+	$(PY) docs/hooks/links.py site
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
