@@ -197,8 +197,8 @@ def test_plot(tmp_path):
     ("arguments", "message"),
     [
         ({"radius": 0.0}, "radius must be a positive"),
-        ({"samples": 3}, "samples must be an integer of at least 12"),
-        ({"bins": 2}, "bins must be an integer of at least 3"),
+        ({"samples": 3}, "samples must be at least 12"),
+        ({"bins": 2}, "bins must be at least 3"),
         ({"samples": 12, "bins": 12}, "draw more"),
         ({"statistic": "var"}, "statistic must be"),
         ({"batch_norm": "eval"}, "batch_norm must be"),

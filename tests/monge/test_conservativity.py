@@ -133,7 +133,7 @@ def test_a_constant_field_and_autocast():
         (lambda: conservativity(nn.Linear(2, 2), torch.zeros(0, 2)), r"x must hold at least one sample.*\(0, 2\)"),
         (lambda: conservativity(nn.Linear(2, 2), torch.zeros(2)), r"of shape \(n, d\), got \(2,\)"),
         (lambda: conservativity(nn.Linear(2, 3), torch.zeros(4, 2)), r"the field returned \(4, 3\) for samples of"),
-        (lambda: conservativity(nn.Linear(2, 2), torch.zeros(4, 2), probes=0), "probes must be a positive integer"),
+        (lambda: conservativity(nn.Linear(2, 2), torch.zeros(4, 2), probes=0), "probes must be at least 1"),
     ],
 )
 def test_what_has_no_square_jacobian_is_refused(call, message):

@@ -266,7 +266,7 @@ def test_batches_that_are_no_pairs_are_named(drawn):
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="every_n_validations must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="every_n_validations must be at least 1, got 0"):
         MapFigure(0)
     with pytest.raises(TypeError, match=r"samples must be \(source, target\)"):
         MapFigure(samples=torch.zeros(3, 2))

@@ -239,10 +239,10 @@ def test_an_activation_of_ones_own_works_but_has_no_arguments_to_keep():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0,), ValueError, "positive integer, got 0"),
-        ((2.0,), ValueError, "positive integer, got 2.0"),
-        ((True,), ValueError, "positive integer, got True"),
-        ((2, (8, -1)), ValueError, "positive integer, got -1"),
+        ((0,), ValueError, "at least 1, got 0"),
+        ((2.0,), TypeError, "must be an int, got 2.0"),
+        ((True,), TypeError, "must be an int, got True"),
+        ((2, (8, -1)), ValueError, "at least 1, got -1"),
         ((2, 64), TypeError, r"hidden must be a sequence of widths, got 64: write hidden=\("),
         ((2, (8,), "swish"), ValueError, "unknown activation 'swish': choose one of elu, gelu"),
         ((2, (8,), nn.ReLU()), TypeError, r"activation must be a name or make a module, got ReLU\(\)"),

@@ -348,7 +348,7 @@ def test_data_of_another_dimension_are_refused():
         ({"cost": 3}, TypeError, "cost must be a name"),
         ({"fitting_cost": "pnorm"}, ValueError, "fitting_cost: cost 'pnorm' cannot be read"),
         ({"hidden": 64}, TypeError, "hidden must be a sequence of widths"),
-        ({"dim": 0}, ValueError, "dim must be a positive integer, got 0"),
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(options, error, message):

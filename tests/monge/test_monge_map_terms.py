@@ -255,10 +255,10 @@ def test_samples_are_encoded_and_images_decoded():
         ({"gap_on": "reference"}, ValueError, "gap_on='reference' needs gap_reference"),
         ({"gap_on": "target"}, ValueError, "gap_on must be one of source, reference, both, got 'target'"),
         ({"gap_reference": [[math.nan, 0.0]]}, ValueError, "gap_reference holds NaN or infinity in 1 of 1 rows"),
-        ({"epsilon_factor": 0.0}, ValueError, "epsilon_factor must be a finite number above 0, got 0.0"),
+        ({"epsilon_factor": 0.0}, ValueError, "epsilon_factor must be a positive finite number, got 0.0"),
         ({"conservative_weight": -1.0}, ValueError, "conservative_weight must be a finite number of at least 0"),
         ({"conservative_probes": 0}, ValueError, "conservative_probes must be at least 1, got 0"),
-        ({"relative_gap_epsilon": math.inf}, ValueError, "relative_gap_epsilon must be a finite number above 0"),
+        ({"relative_gap_epsilon": math.inf}, ValueError, "relative_gap_epsilon must be a positive finite number"),
     ],
 )
 def test_bad_arguments_are_refused(options, error, message):

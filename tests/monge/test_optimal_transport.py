@@ -155,7 +155,7 @@ def test_convergence_is_warned_of_at_every_problem():
         ({"solver": "multiscale", "cost": "euclidean"}, "'multiscale' is for squared distances"),
         ({"solver": "exact", "epsilon": 0.1}, "'exact' takes neither epsilon nor reach"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 2\)"),
-        ({"max_iterations": 0}, "max_iterations must be a positive integer"),
+        ({"max_iterations": 0}, "max_iterations must be at least 1"),
         ({"relative_epsilon": None}, "relative_epsilon must be a positive finite number"),
     ],
 )

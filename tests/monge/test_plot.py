@@ -221,7 +221,7 @@ def test_conditions_are_panels_of_any_sizes_with_common_axes():
         ((X, X, Y), {"space": "sphere"}, "space='sphere' needs unit vectors of 3, got 2 features"),
         ((X, X, Y), {"space": "torus"}, "space must be one of auto, line"),
         ((X, X, Y), {"theme": "blue"}, "theme must be one of light, dark"),
-        ((X, X, Y), {"arrows": -1}, "arrows must be an integer of at least 0, got -1"),
+        ((X, X, Y), {"arrows": -1}, "arrows must be at least 0, got -1"),
         ((X, X, Y), {"feature_names": ("a",)}, "feature_names has 1 names for 2 features"),
         (SETS["components"], {"basis": X}, "basis has 2 features, but the samples have 5"),
     ],

@@ -397,7 +397,7 @@ def test_bad_batches_are_named_and_change_nothing(args, named, message):
         ({"solver": "fast"}, "solver must be one of"),
         ({"convention": "l2"}, "convention must be one of shannon, kl, debiased"),
         ({"fitting_epsilon": -1.0}, "fitting_epsilon must be a positive finite number"),
-        ({"max_samples": 0}, "max_samples must be a positive integer, got 0"),
+        ({"max_samples": 0}, "max_samples must be at least 1, got 0"),
         ({"conditions": ("a", "a")}, "conditions must be a sequence of names that differ"),
         ({"cost": "euclid"}, "unknown cost"),
     ],

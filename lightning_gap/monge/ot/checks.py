@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gap.checks import check_number
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.precision import widest
 
@@ -169,13 +169,7 @@ def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
     Raises:
         ValueError: It is anything else.
     """
-    if epsilon is None:
-        return None
-    given: object = epsilon.item() if isinstance(epsilon, Tensor) and epsilon.numel() == 1 else epsilon
-    value = float(given) if not isinstance(given, bool) and isinstance(given, Real) else math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number, got {epsilon!r}")
-    return value
+    return None if epsilon is None else check_number(name, epsilon, above=0)
 
 
 def solver_precision(samples: Tensor) -> Tensor:

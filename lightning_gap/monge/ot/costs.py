@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache, lru_cache
 from itertools import chain
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_gap.checks import check_number
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.precision import full_precision, widest
 
@@ -716,13 +716,6 @@ def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
     return pulls
 
 
-def _number(name: str, value: object, minimum: str, valid: Callable[[float], bool]) -> float:
-    """Return the parameter of a cost as a plain float, which hashes, prints and parses the same everywhere."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not valid(float(value)):
-        raise ValueError(f"{name} must be a finite number {minimum}, got {value!r}")
-    return float(value)
-
-
 def _rational(value: float) -> str:
     """Return a KeOps constant, which can only be rational."""
     fraction = Fraction(value).limit_denominator(1000)
@@ -753,7 +746,7 @@ class PNorm(TranslationInvariantCost):
     name: ClassVar[str] = "pnorm"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _number("p", self.p, "of at least 1", lambda p: p >= 1))
+        object.__setattr__(self, "p", check_number("p", self.p, least=1))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``Σ|z|^p / p``."""
@@ -792,7 +785,7 @@ class SqPNorm(TranslationInvariantCost):
     name: ClassVar[str] = "sqpnorm"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _number("p", self.p, "above 1", lambda p: p > 1))
+        object.__setattr__(self, "p", check_number("p", self.p, above=1))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|_p² / 2``."""
@@ -854,7 +847,7 @@ class Elastic(TranslationInvariantCost):
     name: ClassVar[str] = "elastic"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lam", _number("lam", self.lam, "of at least 0", lambda lam: lam >= 0))
+        object.__setattr__(self, "lam", check_number("lam", self.lam, least=0))
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|²/2 + λ|z|_1``."""

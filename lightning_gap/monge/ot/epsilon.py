@@ -1,17 +1,25 @@
 r"""What a relative :math:`\varepsilon` is a share of: a scale of the costs between two weighted sets of samples."""
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_gap.checks import check_choice, check_number
 from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.precision import widest
 
-__all__ = ["Scale", "cost_scale", "share_of", "share_of_cost"]
+__all__ = ["FITTING_SHARE", "GAP_SHARE", "Epsilon", "Scale", "Weighted", "cost_scale", "mean_scale"]
 
 Scale = Literal["mean", "std", "typical"]
+
+# The shares that divergences and gaps take by default.
+FITTING_SHARE, GAP_SHARE = 0.05, 0.01
 
 # Numbers of a block of costs.
 _BLOCK_NUMBERS = 1 << 22
@@ -22,6 +30,13 @@ _OUTLYING = 16.0
 _ENOUGH = 1024
 
 
+class Weighted(NamedTuple):
+    """Samples ``(n, d)``, and their ``(n,)`` weights, or ``None`` for uniform ones."""
+
+    samples: Tensor
+    weights: Tensor | None = None
+
+
 @torch.no_grad()
 def cost_scale(
     cost: Cost, x: Tensor, y: Tensor, weights: tuple[Tensor | None, Tensor | None] = (None, None), of: Scale = "mean"
@@ -30,7 +45,8 @@ def cost_scale(
 
     ``"mean"`` and ``"std"`` are moments of all costs. ``"typical"`` is the mean of those up to 16 times the upper
     quartile, of up to 1,024 samples a side, evenly taken: the mean itself where there are no outliers, and not moved by
-    up to an eighth of the samples of each side, however far off they are. Samples of weight 0 do not count.
+    up to an eighth of the samples of each side, however far off they are; and the mean where most samples coincide, so
+    that what is typical is 0. Samples of weight 0 do not count.
 
     Args:
         cost: The ground cost.
@@ -48,50 +64,105 @@ def cost_scale(
         5.333
     """
     (x, a), (y, b) = (_with_weight(points.detach(), w) for points, w in zip((x, y), weights, strict=True))
-    if of == "typical":
-        return _typical(cost, *_evenly(x, a), *_evenly(y, b))
+    if of == "typical" and (typical := _typical(cost, *_evenly(x, a), *_evenly(y, b))):
+        return typical
     if a is None and b is None:
         return cost.std(x, y) if of == "std" else cost.mean(x, y)
     mean = _weighted(cost, x, y, a, b, 0.0, 1)
     return math.sqrt(_weighted(cost, x, y, a, b, mean, 2)) if of == "std" else mean
 
 
-def share_of_cost(
-    share: float,
-    cost: Cost,
-    x: Tensor,
-    y: Tensor,
-    weights: tuple[Tensor | None, Tensor | None] = (None, None),
-    of: Scale = "mean",
-) -> float:
-    """Return an epsilon that is a share of the costs' scale.
+@dataclass(frozen=True)
+class Epsilon:
+    r"""A regularization: a number in units of the cost, or a share of a scale of the costs.
+
+    Attributes:
+        absolute: The number; overrides the share.
+        share: The share.
+        of: Of which scale: see :func:`cost_scale`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_gap.monge.ot.costs import SqEuclidean
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> Epsilon(share=0.05).resolve(SqEuclidean(), (Weighted(x), Weighted(x)))
+        0.1
+    """
+
+    absolute: float | None = None
+    share: float = FITTING_SHARE
+    of: Scale = "mean"
+
+    @classmethod
+    def given(
+        cls, options: SolverOptions, absolute: Any, share: Any, of: str = "mean", *, rho: float | None = None
+    ) -> "Epsilon":
+        """Return what a public function's arguments mean, checked.
+
+        Args:
+            options: The solver's; ``"exact"`` has no epsilon.
+            absolute: ``epsilon``, or ``None``.
+            share: ``relative_epsilon``.
+            of: ``relative_to``.
+            rho: Strength of soft marginals, or ``None``.
+
+        Raises:
+            ValueError: One is not positive or not known, or the solver does not regularize.
+        """
+        if options.solver == "exact":
+            if absolute is not None or rho is not None:
+                raise ValueError("solver='exact' takes neither epsilon nor rho: it does not regularize")
+            return cls(0.0)
+        check_choice("relative_to", of, get_args(Scale))
+        if absolute is not None:
+            return cls(check_number("epsilon", absolute, above=0))
+        if share is None:
+            raise ValueError("relative_epsilon must be a positive finite number where epsilon is None, got None")
+        return cls(None, check_number("relative_epsilon", share, above=0), cast(Scale, of))
+
+    def resolve(self, cost: Cost, *pairs: tuple[Weighted, Weighted], scale: float | None = None) -> float:
+        """Return epsilon in units of the cost: the one place where a share becomes a number.
+
+        Args:
+            cost: The ground cost.
+            pairs: Sets of samples, the mean of whose scales counts.
+            scale: The scale, where it is known.
+
+        Raises:
+            ValueError: The scale is 0 or not finite, so that no share of it is an epsilon.
+        """
+        if self.absolute is not None:
+            return self.absolute
+        if scale is None:
+            scale = mean_scale(cost, pairs, self.of)
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(
+                f"the {self.of} {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon"
+            )
+        return self.share * scale
+
+
+def mean_scale(cost: Cost, pairs: Iterable[tuple[Weighted, Weighted]], of: Scale = "mean") -> float:
+    """Return the mean of the scales of the costs between several pairs of sets, such as those of conditions.
 
     Args:
-        share: A positive number.
         cost: See :func:`cost_scale`.
-        x: See :func:`cost_scale`.
-        y: See :func:`cost_scale`.
-        weights: See :func:`cost_scale`.
+        pairs: Both sets of each pair.
         of: See :func:`cost_scale`.
-
-    Raises:
-        ValueError: The scale is 0 or not finite, so that no share of it is an epsilon.
     """
-    return share_of(share, cost_scale(cost, x, y, weights, of), cost, of)
+    return fmean(cost_scale(cost, x.samples, y.samples, (x.weights, y.weights), of) for x, y in pairs)
+
+
+def share_of_cost(
+    share: float, cost: Cost, x: Tensor, y: Tensor, weights: Any = (None, None), of: Scale = "mean"
+) -> float:
+    """Deprecated."""
+    return Epsilon(None, share, of).resolve(cost, (Weighted(x, weights[0]), Weighted(y, weights[1])))
 
 
 def share_of(share: float, scale: float, cost: Cost, of: Scale = "mean") -> float:
-    """Return an epsilon that is a share of a scale of the costs, or raise ``ValueError``.
-
-    Args:
-        share: A positive number.
-        scale: Of :func:`cost_scale`.
-        cost: The cost, for the message.
-        of: Which scale it is, for the message.
-    """
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"the {of} {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon")
-    return share * scale
+    """Deprecated."""
+    return Epsilon(None, share, of).resolve(cost, scale=scale)
 
 
 def _with_weight(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,45 @@
+"""How a solver is to solve: one value, checked when it is made."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_gap.checks import check_choice, check_integer
+
+__all__ = ["Solver", "SolverOptions"]
+
+Solver = Literal["auto", "dense", "blocked", "exact", "online", "multiscale", "tensorized"]
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Which solver, and when it stops.
+
+    Attributes:
+        solver: See :func:`~lightning_gap.monge.ot.solve.optimal_transport`.
+        tolerance: L1 marginal error at which it stops.
+        max_iterations: Most sweeps.
+
+    Raises:
+        TypeError: ``max_iterations`` is no integer.
+        ValueError: The solver is not known, or a number is out of range.
+    """
+
+    solver: Solver = "auto"
+    tolerance: float = 1e-5
+    max_iterations: int = 2000
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, get_args(Solver))
+        if self.solver == "tensorized":
+            warnings.warn(
+                "solver='tensorized' is no longer a solver of its own: solver='dense', which takes the same memory and "
+                "solves to a tolerance, is run instead",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+            object.__setattr__(self, "solver", "dense")
+        number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
+        if not number or not 0 < self.tolerance < 2:
+            raise ValueError(f"tolerance must be in (0, 2), an L1 marginal error, got {self.tolerance!r}")
+        check_integer("max_iterations", self.max_iterations)
