@@ -1,4 +1,4 @@
-"""What the demo's numbers say: results in, tables and a report out. Nothing here trains."""
+"""What the demo's numbers say: results in, a report out. Nothing here trains."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gap.dashboards import Column, Fact, Figure, Gallery, Report, ResultTable, Row, Section, figures
+from lightning_gap.dashboards import Fact, Figure, Gallery, Report, ResultTable, Section, figures
 from lightning_gap.demo.colour_transfer import ColourTransfer
-from lightning_gap.demo.large_batch import RECIPES, LargeBatchSettings, TrainingRun
+from lightning_gap.demo.large_batch import RECIPES, LargeBatchSettings
+from lightning_gap.demo.tables import THINGS, Runs, accuracy_table, colour_table, diffusion_table, map_name
 
-__all__ = ["DemoResults", "accuracy_table", "colour_table", "diffusion_table", "jpeg", "tell"]
-
-# What the photographs show.
-_THINGS = {"china": "the pagoda", "flower": "the flower"}
-
-Runs = Mapping[str, Sequence[TrainingRun]]
+__all__ = ["DemoResults", "jpeg", "tell"]
 
 
 @dataclass(frozen=True)
@@ -54,119 +50,6 @@ def jpeg(photograph: NDArray[np.uint8], *, quality: int = 86) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(photograph).save(buffer, format="JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
-
-
-# ------------------------------------------------------------------ tables
-
-
-def accuracy_table(data: str, runs: Runs, settings: LargeBatchSettings) -> ResultTable:
-    """Return the table of the four recipes.
-
-    Args:
-        data: Name of the images.
-        runs: The training runs by recipe.
-        settings: Their configuration.
-    """
-    columns = [
-        Column("Test accuracy", 2, "max", "%"),
-        Column("Train loss", 4),
-        Column("Updates", 0),
-        Column("Epochs", 0),
-        Column("Seconds", 1),
-    ]
-    rows = [
-        Row(
-            recipe.name,
-            [
-                [run.test_accuracy for run in runs[recipe.name]],
-                [run.train_loss for run in runs[recipe.name]],
-                runs[recipe.name][0].updates,
-                runs[recipe.name][0].epochs,
-                fmean(run.seconds for run in runs[recipe.name]),
-            ],
-            detail=f"batch {settings.large_batch if recipe.large else settings.small_batch}; {recipe.detail}",
-        )
-        for recipe in RECIPES
-    ]
-    seeds = "1 seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
-    caption = (
-        f"Accuracy on the test images and cross-entropy on the training images, with the last weights: mean ± sample "
-        f"standard deviation of {seeds}. The configuration is the paper's with fewer epochs, and "
-        "was fixed before the first run. A longer run sees more images: equal updates are not equal work, as the "
-        "seconds show."
-    )
-    return ResultTable(data, "Run", columns, rows, caption)
-
-
-def diffusion_table(runs: Runs) -> ResultTable:
-    """Return the table of the laws of diffusion at the first learning rate.
-
-    Args:
-        runs: The training runs by recipe.
-    """
-    columns = [
-        Column("Slope b", 2),
-        Column("R² of a + b·log t", 3),
-        Column("R² of c·tᵖ", 3),
-        Column("Updates fitted", 0),
-    ]
-    rows = []
-    for recipe in RECIPES:
-        fits = [run.diffusion for run in runs[recipe.name] if run.diffusion is not None]
-        values: list[Any] = (
-            [
-                [fit.log_slope for fit in fits],
-                [fit.log_r2 for fit in fits],
-                [fit.power_r2 for fit in fits],
-                fits[0].last_update,
-            ]
-            if fits
-            else ["too few updates", "", "", ""]
-        )
-        rows.append(Row(recipe.name, values))
-    every = [run.diffusion for several in runs.values() for run in several if run.diffusion is not None]
-    nearer = sum(fit.preferred == "log" for fit in every)
-    caption = (
-        "Least squares over the updates at the first learning rate, for ‖wₜ − w₀‖ of all weights; R² of both laws is "
-        f"in the same units. The logarithm is the nearer law in {nearer} of {len(every)} runs. Under two decades of "
-        "updates the two are hard to tell apart."
-    )
-    return ResultTable("Laws of diffusion", "Run", columns, rows, caption)
-
-
-def _map_name(weight: float) -> str:
-    return f"Map with the Monge gap, λ = {weight:g}" if weight else "Map without the gap"
-
-
-def colour_table(transfer: ColourTransfer, epsilon: float, held_out: int) -> ResultTable:
-    """Return the table of the maps of one direction.
-
-    Args:
-        transfer: The maps.
-        epsilon: Regularization of the reported numbers.
-        held_out: How many held-out pixels they are over.
-    """
-    columns = [
-        Column("Sinkhorn divergence", 4, "min"),
-        Column("Monge gap", 4, "min"),
-        Column("Displacement", 3, "min"),
-        Column("Seconds", 1),
-    ]
-    # Not marked: the rows that are no maps to the target.
-    plain = [f"{transfer.before.divergence:.4f}", f"{transfer.before.gap:.4f}", f"{transfer.before.displacement:.3f}"]
-    rows = [Row("Untouched colours", [*plain, "–"])]
-    rows += [
-        Row(_map_name(weight), [score.divergence, score.gap, score.displacement, transfer.seconds[weight]])
-        for weight, score in transfer.scores.items()
-    ]
-    rows.append(Row(f"A second sample of {_THINGS[transfer.target]}", [f"{transfer.floor:.4f}", "–", "–", "–"]))
-    caption = (
-        f"On {held_out:,} held-out pixels of each photograph, RGB in [0, 1], cost |x − y|², ε = {epsilon:g}. Sinkhorn "
-        "divergence: how far the new colours are from the target's; the last row is what sampling alone leaves. Monge "
-        "gap: what the map pays over the best pairing of the same colours (debiased convention: 0 for an optimal map). "
-        "Displacement: the mean of ‖T(x) − x‖."
-    )
-    return ResultTable(f"{transfer.source}.jpg → colours of {transfer.target}.jpg", "Colours", columns, rows, caption)
 
 
 # ----------------------------------------------------------------- figures
@@ -247,7 +130,7 @@ def _picture_gallery(transfer: ColourTransfer, photographs: Mapping[str, NDArray
         Figure(jpeg(photographs[transfer.target]), "", f"The photograph {transfer.target}", "The colours it is given"),
     ]
     for weight, picture in transfer.pictures.items():
-        title = _map_name(weight)
+        title = map_name(weight)
         caption = (
             "The fit and the Monge gap: each colour goes where it costs least."
             if weight
@@ -259,8 +142,8 @@ def _picture_gallery(transfer: ColourTransfer, photographs: Mapping[str, NDArray
 
 def _cloud_gallery(transfer: ColourTransfer) -> Gallery:
     source, target = transfer.held_out
-    clouds = [(f"Colours of {_THINGS[transfer.source]}", source), (f"Colours of {_THINGS[transfer.target]}", target)]
-    clouds += [(_map_name(weight), image) for weight, image in transfer.images.items()]
+    clouds = [(f"Colours of {THINGS[transfer.source]}", source), (f"Colours of {THINGS[transfer.target]}", target)]
+    clouds += [(map_name(weight), image) for weight, image in transfer.images.items()]
     shown = [
         Figure(figures.as_svg(figures.cloud(points)), "", f"Cloud of colours: {name}", name) for name, points in clouds
     ]
@@ -273,7 +156,7 @@ def _movement_gallery(transfer: ColourTransfer, lines: int = 250) -> Gallery:
     for weight, image in transfer.images.items():
         svg = figures.as_svg(figures.movements(source, image[:lines]))
         caption = f"{len(source)} held-out pixels: a line from each colour to its image, in the colour it starts from."
-        shown.append(Figure(svg, caption, f"Movements of colours: {_map_name(weight)}", _map_name(weight)))
+        shown.append(Figure(svg, caption, f"Movements of colours: {map_name(weight)}", map_name(weight)))
     return Gallery(shown, 2)
 
 
@@ -325,14 +208,14 @@ def _colour_section(transfer: ColourTransfer, results: DemoResults, epsilon: flo
     plain, gapped = (transfer.scores[weight] for weight in _ends(transfer))
     share = 1 - gapped.displacement / plain.displacement
     lead = (
-        f"Two maps learn to give {_THINGS[transfer.source]} the colours of {_THINGS[transfer.target]}, one with the "
+        f"Two maps learn to give {THINGS[transfer.source]} the colours of {THINGS[transfer.target]}, one with the "
         f"Monge gap in its loss and one without. The Sinkhorn divergence to these colours falls from "
         f"{transfer.before.divergence:.3f} to {plain.divergence:.3f} without the gap and to {gapped.divergence:.3f} "
         f"with it. The map with the gap moves colours {abs(share):.0%} {'less' if share >= 0 else 'more'}: "
         f"{gapped.displacement:.2f} on average against {plain.displacement:.2f}."
     )
     return Section(
-        f"The colours of {_THINGS[transfer.target]}, for {_THINGS[transfer.source]}",
+        f"The colours of {THINGS[transfer.target]}, for {THINGS[transfer.source]}",
         lead,
         [
             _picture_gallery(transfer, results.photographs),
@@ -360,7 +243,7 @@ def _facts(results: DemoResults) -> list[Fact]:
     ]
     for transfer in results.transfers[:1]:
         plain, gapped = (transfer.scores[weight] for weight in _ends(transfer))
-        which = f"{_THINGS[transfer.source]} in the colours of {_THINGS[transfer.target]}"
+        which = f"{THINGS[transfer.source]} in the colours of {THINGS[transfer.target]}"
         facts += [
             Fact(
                 f"{plain.gap:.2g} → {gapped.gap:.1g}",
