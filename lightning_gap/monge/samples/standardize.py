@@ -20,8 +20,8 @@ class AffineRepresentation(nn.Module):
 
     with the mean :math:`m`, a scale :math:`s` per feature, and orthonormal principal components :math:`V` as rows.
     With fewer components than features, ``decode(encode(x))`` is the projection of ``x`` onto them. What it adds to
-    scikit-learn's ``StandardScaler`` and ``PCA``: it is a module, differentiable, in the map's checkpoint, on its device
-    and in its precision; and it is fitted in blocks, without a copy of the samples.
+    scikit-learn's ``StandardScaler`` and ``PCA``: it is a module, differentiable, in the map's checkpoint, on its
+    device and in its precision; and it is fitted in blocks, without a copy of the samples.
 
     Args:
         dim: Number :math:`d` of features.
