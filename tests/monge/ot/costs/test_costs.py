@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_gap import costs
 from lightning_gap.monge.costs import TranslationInvariantCost
+from lightning_gap.monge.ot.epsilon import cost_scale
+from lightning_gap.monge.ot.limits import LIMITS, Size
 
 
 def chebyshev(x: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def test_costs_are_batched(cost):
 def test_pairwise_in_blocks_of_rows_is_pairwise(cost, monkeypatch):
     x, y = points(cost, 11, 3), points(cost, 6, 3, seed=1)
     whole = cost.pairwise(x, y)
-    monkeypatch.setattr("lightning_gap.monge.ot.costs._BLOCK_ELEMENTS", 2 * y.numel())
+    monkeypatch.setattr(LIMITS, "differences", Size(2 * y.numel(), 0))
     torch.testing.assert_close(cost.pairwise(x, y), whole)
 
 
@@ -310,7 +312,7 @@ def test_mahalanobis_is_the_squared_distance_of_the_images(rows):
     expected = torch.einsum("ijd,kd,ke,ije->ij", z, A, A, z)
     torch.testing.assert_close(cost.pairwise(x, y), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(cost.paired(x[:5], y), expected[:5].diagonal(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(cost.fill(torch.empty(7, 5).double(), x, y), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(cost.geometry.fill(torch.empty(7, 5).double(), x, y), expected, rtol=1e-11, atol=1e-11)
     assert torch.autograd.gradcheck(cost.pairwise, (x.requires_grad_(), y.requires_grad_()))
     assert torch.autograd.gradgradcheck(cost.pairwise, (x, y))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -349,11 +351,11 @@ def test_points_of_another_dimension_than_the_factor_are_refused():
 
 
 @every_cost
-def test_std_is_that_of_all_costs(cost, monkeypatch):
+def test_scales_are_those_of_all_costs(cost, monkeypatch):
     x, y = points(cost, 7, 3), points(cost, 5, 3, seed=1)
-    monkeypatch.setattr("lightning_gap.monge.ot.costs._BLOCK_ELEMENTS", 10)
+    monkeypatch.setattr(LIMITS, "differences", Size(10, 0))
     matrix = cost.pairwise(x, y)
-    assert cost.std(x, y) == pytest.approx(float(matrix.std(correction=0)), rel=1e-9)
+    assert cost_scale(cost, x, y, of="std") == pytest.approx(float(matrix.std(correction=0)), rel=1e-9)
     assert cost.mean(x, y) == pytest.approx(float(matrix.mean()), rel=1e-9)
 
 

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from geomloss import SamplesLoss
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
+from lightning_gap.monge import optimal_transport
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 Y = X.flip(0) + 1
@@ -89,10 +91,10 @@ def test_unknown_conventions(convention):
         monge_gap(X, Y, convention=convention)
 
 
-@pytest.mark.parametrize("reach", [0, -1.0, math.nan, "far"])
-def test_bad_reach(reach):
-    with pytest.raises(ValueError, match="reach must be a positive finite number, got"):
-        sinkhorn_divergence(X, Y, reach=reach)
+@pytest.mark.parametrize("rho", [0, -1.0, math.nan, "far"])
+def test_bad_rho(rho):
+    with pytest.raises(ValueError, match="rho must be a positive finite number, got"):
+        sinkhorn_divergence(X, Y, rho=rho)
 
 
 WEIGHTS = [
@@ -157,15 +159,36 @@ def test_nothing_is_changed_in_place(function, second):
     assert torch.equal(y, Y)
 
 
+@both
+def test_the_old_name_of_rho_is_understood(function, second):
+    old = {"reach": 0.5} | ({"convention": "kl"} if function is monge_gap else {})
+    new = {"rho": 0.5} | ({"convention": "kl"} if function is monge_gap else {})
+    with pytest.warns(DeprecationWarning, match="reach is called rho now: write rho=0.5"):
+        value = function(X, Y, **old)
+    assert torch.equal(value, function(X, Y, **new))
+    with pytest.raises(TypeError, match="reach is the old name of rho: give rho alone"):
+        function(X, Y, **(old | new))
+
+
 @pytest.mark.compiler
-def test_online_is_tensorized():
+def test_keops_is_geomloss_on_matrices():
     """Value and gradient through KeOps, and through dense matrices."""
     generator = torch.Generator().manual_seed(1)
     y = torch.randn(200, 2, generator=generator) + 1
+    epsilon = float(0.05 * torch.cdist(y, y).square().mean())
+    both = torch.cat([torch.randn(200, 2, generator=torch.Generator().manual_seed(2)), y])
+    squared = costs.SqEuclidean().pairwise
+    matrices = SamplesLoss(
+        "sinkhorn", p=1, blur=epsilon, scaling=0.9, diameter=2 * float(squared(both, both).max()), cost=squared,
+        debias=False, backend="tensorized",
+    )  # fmt: skip
     results = []
-    for solver in ("online", "tensorized"):
+    for function in (
+        lambda x, y: optimal_transport(x, y, epsilon=epsilon, solver="online").value,
+        matrices,
+    ):
         x = torch.randn(200, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        value = sinkhorn_divergence(x, y, solver=solver, tolerance=0.1)
+        value = function(x, y)
         results.append((value.detach(), torch.autograd.grad(value, x)[0]))
     (online, online_gradient), (dense, dense_gradient) = results
     torch.testing.assert_close(online, dense, rtol=1e-4, atol=1e-5)

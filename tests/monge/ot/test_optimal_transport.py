@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
-from lightning_gap.monge.ot import sinkhorn
-from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning, optimal_transport
+from lightning_gap.monge.ot.limits import LIMITS
+from lightning_gap.monge.ot.result import ConvergenceWarning
+from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.monge.ot.solvers import geomloss, memory
 
 TIGHT = {"tolerance": 1e-11, "max_iterations": 20_000}
 ours = pytest.mark.parametrize("solver", ["dense", "blocked"])
@@ -21,28 +23,28 @@ def draw(n, d=2, seed=0, dtype=torch.float64):
 
 
 @ours
-@pytest.mark.parametrize("reach", [None, 1.0])
+@pytest.mark.parametrize("rho", [None, 1.0])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
-def test_gradients_are_those_of_finite_differences(cost, reach, solver):
+def test_gradients_are_those_of_finite_differences(cost, rho, solver):
     x, y = draw(4).requires_grad_(), draw(3, seed=1).requires_grad_()
     logits = draw(7, 1, seed=2)[:, 0].requires_grad_()
 
     def value(x, y, logits):
         # Weights move in the simplex only.
         weights = torch.softmax(logits[:4], 0), torch.softmax(logits[4:], 0)
-        options = {"cost": cost, "epsilon": 0.5, "reach": reach, "solver": solver}
+        options = {"cost": cost, "epsilon": 0.5, "rho": rho, "solver": solver}
         return optimal_transport(x, y, weights=weights, **options, **TIGHT).value
 
     assert torch.autograd.gradcheck(value, (x, y, logits), atol=1e-6)
 
 
-@pytest.mark.parametrize("reach", [None, 1.0])
+@pytest.mark.parametrize("rho", [None, 1.0])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
-def test_second_gradients_are_those_of_finite_differences(cost, reach):
+def test_second_gradients_are_those_of_finite_differences(cost, rho):
     x, y = draw(5).requires_grad_(), draw(4, seed=1).requires_grad_()
 
     def value(x, y):
-        return optimal_transport(x, y, cost=cost, epsilon=0.5, reach=reach, solver="dense", **TIGHT).value
+        return optimal_transport(x, y, cost=cost, epsilon=0.5, rho=rho, solver="dense", **TIGHT).value
 
     assert torch.autograd.gradgradcheck(value, (x, y), atol=1e-5)
 
@@ -153,7 +155,7 @@ def test_convergence_is_warned_of_at_every_problem():
         ({"solver": "fast"}, "solver must be one of auto, dense, .*, got 'fast'"),
         ({"solver": "online", "cost": lambda x, y: (x - y).abs().sum(-1)}, "needs a KeOps formula"),
         ({"solver": "multiscale", "cost": "euclidean"}, "'multiscale' is for squared distances"),
-        ({"solver": "exact", "epsilon": 0.1}, "'exact' takes neither epsilon nor reach"),
+        ({"solver": "exact", "epsilon": 0.1}, "'exact' takes neither epsilon nor rho"),
         ({"tolerance": 0.0}, r"tolerance must be in \(0, 2\)"),
         ({"max_iterations": 0}, "max_iterations must be at least 1"),
         ({"relative_epsilon": None}, "relative_epsilon must be a positive finite number"),
@@ -165,14 +167,14 @@ def test_bad_options(options, message):
 
 
 def test_dense_matrices_beyond_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(sinkhorn, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(sinkhorn, "_free_memory", lambda like: 1e3)
+    monkeypatch.setattr(LIMITS, "small_bytes", 0)
+    monkeypatch.setattr(memory, "free_memory", lambda like: 1e3)
     with pytest.raises(ValueError, match=r"needs 0.0 GB for 100 x 100 samples, more than there is: use 'blocked'"):
         optimal_transport(draw(100), draw(100, seed=1), solver="dense")
 
 
 def test_keops_without_a_compiler(monkeypatch):
-    sinkhorn._require_compiler.cache_clear()
+    geomloss.require_compiler.cache_clear()
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(

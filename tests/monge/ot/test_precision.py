@@ -30,7 +30,7 @@ QUANTITIES = {
     "divergence": lambda x, y, a, b, cost: sinkhorn_divergence(x, y, cost=cost),
     "weighted": lambda x, y, a, b, cost: sinkhorn_divergence(x, y, cost=cost, weights=(a, b)),
     "unbalanced": lambda x, y, a, b, cost: sinkhorn_divergence(
-        x, y, cost=cost, reach=float(costs.resolve(cost).mean(x, y))
+        x, y, cost=cost, rho=float(costs.resolve(cost).mean(x, y))
     ),
     "blocked": lambda x, y, a, b, cost: sinkhorn_divergence(x, y, cost=cost, solver="blocked"),
 }
@@ -93,7 +93,7 @@ def test_every_form_of_a_cost_is_its_definition(cost, place, dtype):
     close = {"rtol": 2e-6, "atol": 1e-30} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-300}
     forms = {"pairwise": cost.pairwise(x, y)}
     if not isinstance(cost, costs.SqEuclidean | costs.Cosine):  # whose matrices are exact to a part of the largest cost
-        forms["fill"] = cost.fill(x.new_empty(len(x), len(y)), x, y)
+        forms["fill"] = cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
     if place == "near" and isinstance(cost, costs.CallableCost | costs.Cosine):
         return  # which form them from numbers of the order 1
     if isinstance(cost, costs.CallableCost | costs.PNorm | costs.SqPNorm | costs.Elastic) or dtype == torch.float32:
@@ -110,7 +110,7 @@ def test_a_point_is_no_distance_from_itself(dtype, offset):
     for cost in (costs.Euclidean(), costs.SqEuclidean(), costs.Cosine()):
         assert float(cost.pairwise(x, x).diagonal().abs().max()) == 0
         assert float(cost.pairwise(x[None], x[None]).diagonal(dim1=1, dim2=2).abs().max()) == 0
-    assert float(costs.Euclidean().fill(torch.empty(200, 200, dtype=dtype), x, x).diagonal().max()) == 0
+    assert float(costs.Euclidean().geometry.fill(torch.empty(200, 200, dtype=dtype), x, x).diagonal().max()) == 0
     assert float(energy_distance(x, x.clone()).abs()) <= 1e-12
 
 
@@ -155,13 +155,13 @@ def test_the_gaps_gradient_is_known_to_a_small_part_of_what_is_paid(noise, d, co
 
 
 @pytest.mark.parametrize("solver", ["dense", "blocked"])
-@pytest.mark.parametrize("reach", [1.0, 100.0, 1000.0, 1e5])
-def test_unequal_masses_with_any_reach(reach, solver):
+@pytest.mark.parametrize("rho", [1.0, 100.0, 1000.0, 1e5])
+def test_unequal_masses_with_any_rho(rho, solver):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 2, generator=generator).double()
     y = torch.randn(80, 2, generator=generator).double() + 3
     b = torch.full((80,), 5 / 80).double()
-    options = {"epsilon": 0.1, "weights": (None, b), "reach": reach, "solver": solver}
+    options = {"epsilon": 0.1, "weights": (None, b), "rho": rho, "solver": solver}
     result = optimal_transport(x, y, **options)
     right = optimal_transport(x, y, **options, tolerance=1e-8, max_iterations=100_000)
     assert result.converged
@@ -173,7 +173,7 @@ def test_unequal_masses_with_any_reach(reach, solver):
         return float((torch.xlogy(p, p) - torch.xlogy(p, q) - p + q).sum())
 
     primal = float(result.transport_cost()) + 0.1 * divergence(plan, torch.outer(a, b))
-    primal += reach * (divergence(plan.sum(1), a) + divergence(plan.sum(0), b))
+    primal += rho * (divergence(plan.sum(1), a) + divergence(plan.sum(0), b))
     assert primal == pytest.approx(float(result.value), rel=1e-4)
 
 
@@ -208,13 +208,13 @@ def test_any_scale_is_right_or_refused(function, cost, scale):
 
 
 @pytest.mark.parametrize("solver", ["dense", "blocked"])
-@pytest.mark.parametrize("reach", [1.0, 10.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("rho", [1.0, 10.0, 30.0, 100.0, 1e4])
 @pytest.mark.parametrize("masses", [(1.5, 1.0), (1.0, 1.5), (3.0, 1.0), (0.2, 1.0)])
-def test_masses_that_differ_whichever_is_larger(masses, reach, solver):
+def test_masses_that_differ_whichever_is_larger(masses, rho, solver):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(10, 2, generator=generator).double(), torch.rand(15, 2, generator=generator).double()
     a, b = (torch.full((len(p),), mass / len(p)).double() for p, mass in zip((x, y), masses, strict=True))
-    options = {"epsilon": 0.02, "reach": reach, "solver": solver}
+    options = {"epsilon": 0.02, "rho": rho, "solver": solver}
     result = optimal_transport(x, y, weights=(a, b), **options)
     back = optimal_transport(y, x, weights=(b, a), **options)
     assert result.converged
@@ -224,7 +224,7 @@ def test_masses_that_differ_whichever_is_larger(masses, reach, solver):
     primal = (plan * (x[:, None] - y).square().sum(-1)).sum()
     primal = primal + 0.02 * ((plan * ratio.log()).sum() - plan.sum() + a.sum() * b.sum())
     for found, wanted in ((plan.sum(1), a), (plan.sum(0), b)):
-        primal = primal + reach * ((found * (found / wanted).log()).sum() - found.sum() + wanted.sum())
+        primal = primal + rho * ((found * (found / wanted).log()).sum() - found.sum() + wanted.sum())
     assert float(result.value) == pytest.approx(float(primal), rel=1e-5)
 
 
@@ -267,12 +267,12 @@ def test_samples_of_weight_zero_do_not_count(dtype, solver, far):
         assert float(found) == pytest.approx(float(right), rel=1e-4)
 
 
-@pytest.mark.parametrize("reach", [None, 0.5])
+@pytest.mark.parametrize("rho", [None, 0.5])
 @pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
-def test_gradients_in_weights_of_which_some_are_zero(solver, reach):
+def test_gradients_in_weights_of_which_some_are_zero(solver, rho):
     if solver == "exact":
         pytest.importorskip("ot")
-        if reach is not None:
+        if rho is not None:
             return
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(6, 2, generator=generator).double(), torch.randn(8, 2, generator=generator).double()
@@ -282,7 +282,7 @@ def test_gradients_in_weights_of_which_some_are_zero(solver, reach):
     options = {"solver": solver} if solver == "exact" else {"solver": solver, "epsilon": 0.2, "tolerance": 1e-9}
 
     def value(weights):
-        return optimal_transport(x, y, weights=(weights, b), reach=reach, **options).value
+        return optimal_transport(x, y, weights=(weights, b), rho=rho, **options).value
 
     given = a.clone().requires_grad_()
     (found,) = torch.autograd.grad(value(given), given)
@@ -316,7 +316,7 @@ def test_gradients_in_what_a_cost_learns(form, quantity, solver):
         options = {"cost": cost, "epsilon": 0.2, "tolerance": 1e-10, "solver": solver}
         if quantity in ("gap", "debiased"):
             return monge_gap(x, y, convention="kl" if quantity == "gap" else quantity, **options)
-        return sinkhorn_divergence(x, y, reach=0.5 if quantity == "unbalanced" else None, **options)
+        return sinkhorn_divergence(x, y, rho=0.5 if quantity == "unbalanced" else None, **options)
 
     weight = torch.nn.Parameter(matrix.clone())
     (found,) = torch.autograd.grad(value(weight), weight)

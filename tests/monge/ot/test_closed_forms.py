@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.solve import optimal_transport
 
 N, D = 80, 3
 TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}

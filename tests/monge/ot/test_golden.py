@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_gap import costs, monge_gap
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.solve import optimal_transport
 
 DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[3] / "shared" / "data"))
 GOLDEN = DATA / "monge_gap_reference.npz"
@@ -171,7 +171,7 @@ def test_float32_is_as_good_as_float64(cost, n, d):
     assert float((gradient - expected).norm() / expected.norm()) <= 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.sinkhorn.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.result.ConvergenceWarning")
 @pytest.mark.parametrize("solver", ["dense", pytest.param("blocked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("d", [2, 32])
 @pytest.mark.parametrize("share", [1e-3, 1e-4])
@@ -193,7 +193,7 @@ def test_float32_bears_tiny_epsilons(cost, share, d, solver):
         assert value >= exact - 2e-3 * mean_cost
 
 
-@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.sinkhorn.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::lightning_gap.monge.ot.result.ConvergenceWarning")
 def test_extrapolation_does_not_leave_the_range_of_the_costs():
     # Where it did, potentials of 1e9 epsilons hid the marginal error behind their rounding.
     x, y = mapped_samples(128, 32, torch.float32)

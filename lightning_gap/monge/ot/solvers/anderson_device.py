@@ -1,75 +1,35 @@
 """The fixed-point iteration where asking for a number is dear: on a GPU, which is not waited for after each sweep.
 
-It extrapolates as :mod:`lightning_gap.monge.ot.solvers.fixed_point` does, but from rounds of a few sweeps, as an
+It extrapolates as :mod:`lightning_gap.monge.ot.solvers.anderson` does, but from rounds of a few sweeps, as an
 operation on a short vector takes as long as a sweep. The marginal errors are fetched after the first rounds, and then
 when they should have reached the tolerance.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.solvers.kernels import Kernel, as_tensor
+from lightning_gap.monge.ot.solvers.kernel import Kernel
+from lightning_gap.monge.ot.solvers.solution import (
+    LONGEST_JUMP,
+    MEMORY,
+    PLAIN_SWEEPS,
+    STUCK,
+    Solution,
+    regularization,
+    too_large,
+)
+from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
-__all__ = [
-    "LONGEST_JUMP",
-    "MEMORY",
-    "PLAIN_SWEEPS",
-    "STUCK",
-    "Solution",
-    "iterate_on_device",
-    "regularization",
-    "too_large",
-]
+__all__ = ["iterate_on_device"]
 
-# A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
-MEMORY = 15
-# A measure against itself is nearly always solved after so many averaged sweeps, each cheaper than an extrapolation.
-PLAIN_SWEEPS = 8
-# An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
-LONGEST_JUMP = 20.0
-# A marginal error above it is still large.
-STUCK = 1e-3
 # Sweeps of a round, rounds to the first question, and the most between two.
 _ROUND, _UNASKED, _LONGEST = 4, 3, 24
 # Sweeps after each of which kernels are formed anew, at first.
 _SETTLING = 2
 # A drift from the kernels' potentials from which these are formed anew.
 _FAR = 15.0
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Where the iteration of B problems ended.
-
-    Attributes:
-        F: ``(B, n)`` potentials of the rows, in units of epsilon.
-        G: ``(B, m)`` potentials of the columns, in units of epsilon.
-        iterations: Sweeps over each problem, until it was solved.
-        marginal_errors: L1 distance of each plan's marginals from the given ones.
-        converged: Whether each one reached the tolerance.
-    """
-
-    F: Tensor
-    G: Tensor
-    iterations: list[int]
-    marginal_errors: list[float]
-    converged: list[bool]
-
-
-def regularization(kernel: Kernel) -> float:
-    """Return the share of the diagonal by which the extrapolation's least squares are made regular."""
-    return 1e-8 if kernel.dtype == torch.float32 else 1e-14
-
-
-def too_large(kernel: Kernel, i: int) -> FloatingPointError:
-    """Return the error for a problem whose exponents its floating-point format does not bear."""
-    return FloatingPointError(
-        f"the costs are too large for epsilon = {kernel.epsilons[i]:.3g} in {kernel.dtype}: use a larger epsilon, or "
-        "float64; if a network made the samples, lower its learning rate"
-    )
 
 
 class _Anderson:
@@ -109,7 +69,7 @@ class _Anderson:
 def iterate_on_device(
     kernel: Kernel, G: Tensor, tolerance: float, max_iterations: int, patience: int | None = None
 ) -> Solution:
-    """Sweep until the marginal error of each problem is small enough; see :func:`fixed_point.iterate`."""
+    """Sweep until the marginal error of each problem is small enough; see :func:`iterate.iterate`."""
     every = range(len(G))
     if max_iterations <= _ROUND * _UNASKED:
         # Of so few sweeps, those of an annealing's stage, nobody asks how they ended.
