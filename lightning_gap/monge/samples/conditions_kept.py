@@ -15,10 +15,6 @@ __all__ = ["ByName", "held_out_pairs", "trained_pairs"]
 ByName = dict[str | None, Population]
 
 
-def _by_name(populations: Sequence[ByName], name: str | None) -> list[Population | None]:
-    return [by.get(name, by.get(None)) for by in populations]
-
-
 def _size(population: Population | None) -> float:
     return len(population) if isinstance(population, FiniteSamples) else 0 if population is None else math.inf
 
@@ -31,7 +27,7 @@ def trained_pairs(
     small: dict[str | None, tuple[float, float]] = {}
     batch_size = request.batch_size
     for name in names or (None,):
-        source, target = _by_name(populations, name)
+        source, target = (by.get(name, by.get(None)) for by in populations)
         sizes = _size(source), _size(target)
         labelled = [size for size, by in zip(sizes, populations, strict=True) if None not in by]
         if labelled and not any(labelled):
@@ -112,7 +108,7 @@ def held_out_pairs(
     pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]] = {}
     one_sided = []
     for name in names or (None,):
-        source, target = _by_name(populations, name)
+        source, target = (by.get(name, by.get(None)) for by in populations)
         if not isinstance(source, FiniteSamples) or not isinstance(target, FiniteSamples):
             one_sided += [name] if source is not None or target is not None else []
             continue

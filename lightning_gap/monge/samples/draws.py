@@ -148,8 +148,7 @@ class SampledSamples(_Endless):
     Args:
         argument: The caller's argument, for messages.
         sampler: ``(n, generator) -> (n, d)`` samples, which depend on the generator alone.
-        true_map: Known map of raw samples, or ``None``.
-        encode: Applied to samples and images.
+        true_map: As for all endless samples; so ``encode``.
     """
 
     def __init__(
@@ -193,8 +192,7 @@ class StreamedSamples(_Endless):
         argument: The caller's argument, for messages.
         stream: Yields ``(n, d)`` samples, ``(d,)`` single ones, or tuples that start with them.
         reserved: How many samples at the start are held out.
-        true_map: Known map of raw samples, or ``None``.
-        encode: Applied to samples and images.
+        true_map: As for all endless samples; so ``encode``.
     """
 
     def __init__(

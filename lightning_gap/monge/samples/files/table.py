@@ -239,13 +239,7 @@ def library(name: str, title: str) -> Any:
 
 @contextmanager
 def readable(title: str, path: Path, kind: str = "") -> Iterator[None]:
-    """Say which file cannot be read where its library refuses it.
-
-    Args:
-        title: How messages call it.
-        path: The file.
-        kind: What it should be, as in ``" as AnnData"``.
-    """
+    """Say which file cannot be read, ``" as AnnData"`` for one, where its library refuses it."""
     try:
         yield
     except ModuleNotFoundError:
