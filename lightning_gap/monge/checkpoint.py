@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,12 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.ot.costs import Cost, resolve
 from lightning_gap.monge.schedules import Anneal
 
-__all__ = ["Forgotten", "build", "describe"]
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = ["Forgotten", "build", "build_cost", "describe", "described_map", "hyper_parameters"]
 
 # A checkpoint names classes; only those of these packages are imported for it.
 _PACKAGES = ("torch.optim.", "lightning_gap.")
+# The face of this package keeps its names, wherever their modules go.
+_FACE = "lightning_gap.monge"
 _OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
 # And of these what a map is made of: others may read or write files when they are made.
 _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
@@ -41,7 +47,7 @@ def describe(thing: Any) -> dict[str, Any] | None:
     if positional and isinstance(positional[-1], type) and getattr(made, "__module__", "").startswith("jsonargparse."):
         # What a command line makes of a class that is still to be called: its own function, and the class.
         made, positional = positional[-1], ()
-    path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
+    path = _path(made)
     arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
     if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
         return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
@@ -69,9 +75,8 @@ def build(argument: str, description: Any) -> Any:
         raise ValueError(f"{argument}: {path!r} is not of {_OF_WHOM}: {remedy}")
     if not isinstance(arguments, Mapping) or not _plain(arguments) or _describes(arguments):
         raise ValueError(f"{argument}: the arguments of {path!r} are no plain numbers and names: {remedy}")
-    module, _, name = path.rpartition(".")
     try:
-        made = getattr(import_module(module), name)
+        made = _found(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{argument}: there is no class {path!r} here: {error}") from error
     if not isinstance(made, type) or not f"{made.__module__}.".startswith(_PACKAGES):
@@ -82,6 +87,102 @@ def build(argument: str, description: Any) -> Any:
     if description.get("partial"):
         return partial(made, **arguments) if arguments else made
     return made(**arguments)
+
+
+def _path(made: Any) -> str:
+    name = getattr(made, "__qualname__", "")
+    face = import_module(_FACE)
+    return (
+        f"{_FACE if name in face.__all__ and getattr(face, name) is made else getattr(made, '__module__', '')}.{name}"
+    )
+
+
+def _found(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        face = import_module(_FACE)
+        if path.startswith(f"{_FACE}.") and name in face.__all__:  # as an older version called it
+            return getattr(face, name)
+        raise
+
+
+def build_cost(argument: str, cost: Any) -> Cost:
+    """Return a cost, or say how to give one that a checkpoint knows by name only.
+
+    Args:
+        argument: The argument that it was given for.
+        cost: A cost, a name or a function.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    try:
+        return resolve(cost)
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: {error}. A checkpoint holds only the name of a cost of your own: give it again, "
+            f"as in MongeMap.load_from_checkpoint(path, {argument}=...)"
+        ) from error
+
+
+def described_map(net: nn.Module | None) -> dict[str, Any] | None:
+    """Return what a network is made from; ``None`` for one of the user's own.
+
+    That one is asked for when its weights are there: see ``MongeMap.on_load_checkpoint``.
+
+    Args:
+        net: The network, or ``None``.
+    """
+    described = describe(net)
+    return described if described is not None and "class_path" in described else None
+
+
+def hyper_parameters(model: "MongeMap", **of_signature: Any) -> dict[str, Any]:
+    """Return a map's arguments as plain Python.
+
+    Args:
+        model: The map.
+        **of_signature: Those that it does not keep as they were given.
+    """
+    objective, reference = model.objective, model.gap_reference
+    schedules = {
+        name: describe(value) if callable(value) else value
+        for name, value in (("epsilon_factor", model.epsilon_factor), ("gap_weight", model.gap_weight))
+    }
+    loss = objective.fitting_loss
+    return (
+        of_signature
+        | schedules
+        | {
+            "cost": str(objective.cost),
+            "hidden": list(model.hidden),
+            "fitting_loss": loss if isinstance(loss, str) else describe(loss),
+            "fitting_cost": str(objective.fitting_cost),
+            "fitting_epsilon": model.epsilons.given["fitting_epsilon"].absolute,
+            "gap_epsilon": model.epsilons.given["gap_epsilon"].absolute,
+            "relative_fitting_epsilon": model.epsilons.given["fitting_epsilon"].share,
+            "relative_gap_epsilon": model.epsilons.given["gap_epsilon"].share,
+            "gap_reference": None if reference is None else {"shape": list(reference.shape)},
+            "gap_on": objective.gap_on,
+            "conservative_weight": model.conservative_weight,
+            "conservative_probes": model.conservative_probes,
+            "rho": objective.rho,
+            "reweight": objective.reweight,
+            "optimizer": describe(model.optimizer),
+            "lr_scheduler": describe(model.lr_scheduler),
+            "lr_scheduler_monitor": model.lr_scheduler_monitor,
+            "solver": objective.options.solver,
+            "tolerance": objective.options.tolerance,
+            "max_iterations": objective.options.max_iterations,
+            "global_batch": model.global_batch,
+            "representation": None if model.representation is None else model.representation.hparams,
+            "condition_names": model.condition_names,
+            "feature_names": model.feature_names,
+            "condition_range": model.condition_range,
+        }
+    )
 
 
 class Forgotten:

@@ -16,10 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_gap.monge.epsilons import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.ot.costs import resolve
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Weighted
 from lightning_gap.monge.ot.gap import sinkhorn_divergence
+from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.ot.sinkhorn import CostLike
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.features import columns_like
@@ -235,7 +236,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         target = torch.from_numpy(np.array(self._target(y, X), dtype=np.float64))
         cost = resolve(self.fitting_cost)
         within = few_of([(Weighted(target), Weighted(target))], lambda few: few)
-        epsilon = share_of_typical_cost(0.05, cost, within)
+        epsilon = Epsilon(None, FITTING_SHARE, "typical").resolve(cost, *within)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
     def _target(self, y: Any, X: Any) -> NDArray[Any]:
