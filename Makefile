@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 DATA ?= mnist-5k
 
 # Imports of every module, and tests of each part that meets other packages.
-CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/test_cli_fit.py tests/test_loggers.py \
+CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/test_cli_fit.py tests/trainer/test_loggers.py \
   tests/dashboards/test_runs.py tests/diffusion/test_diffusion_law.py tests/diffusion/test_diffusion_reference.py \
   tests/ghost/test_ghost_functional.py tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py tests/monge/test_metrics.py \
   tests/monge/test_monge_map.py tests/monge/test_monge_map_checkpoint.py tests/monge/test_samples_files.py \
@@ -45,15 +45,18 @@ demo: setup
 	$(VENV)/bin/lightning-gap demo --data $(DATA)
 
 # Two passes: all that needs no compiler runs with none on the PATH, which proves that the package works without one.
+# Every log says where the time went, and which pass failed.
 test: setup
-	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q \
-	  -m "not compiler and not slow and not gpu"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "compiler and not slow and not gpu"
+	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q --durations=20 \
+	  -m "not compiler and not slow and not gpu" || { echo "make test: failed in the pass without a compiler"; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=20 -m "compiler and not slow and not gpu" \
+	  || { echo "make test: failed in the pass of what needs a compiler"; exit 1; }
 	$(MAKE) test-device
 
 # In processes of their own: the device is there from before torch is imported, and stays.
 test-device: setup
-	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests/device
+	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 tests/device \
+	  || { echo "make test: failed in the pass on the emulated device"; exit 1; }
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
@@ -109,7 +112,7 @@ readme: setup
 # Warnings are errors, and nothing is asked of the network.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
-	$(PY) site_build/links.py site
+	$(PY) docs/hooks/links.py site
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

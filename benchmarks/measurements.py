@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PUBLISHED", "add_json", "ratios", "spread", "write_rows"]
+__all__ = ["PUBLISHED", "add_json", "ratios", "six_digits", "spread", "write_rows"]
 
 Row = Mapping[str, Any]
 
@@ -38,6 +38,11 @@ def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Return the spread of the ratios of pairs, each measured in the same turn."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def six_digits(row: Row) -> dict[str, Any]:
+    """Return a row whose numbers are cut to what is worth keeping."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("griffe")
 pytest.importorskip("latex2mathml")
-sys.path.append(str(Path(__file__).parents[1] / "site_build"))
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "hooks"))
 
 import docstrings
 import links

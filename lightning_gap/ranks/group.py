@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_gap.trainer.internals.of_torch import assert_async, is_batched
+
 __all__ = ["RankGroup", "is_distributed", "mean_over_ranks", "sum_over_ranks", "unwrapped"]
 
 
@@ -107,7 +109,7 @@ class RankGroup:
                 raise RuntimeError(f"{why}, and here is {each}: use ranks_per_ghost=1, or add these layers to skip")
         elif self.layers and numbers.device.type == "cuda":
             name = self.layers[self.layer]
-            torch._assert_async(same, f"{why}: this one is at {name!r}, and another is not")
+            assert_async(same, f"{why}: this one is at {name!r}, and another is not")
 
     def gather(self, value: Tensor) -> Tensor:
         """Return ``value`` of every rank, (ranks, ...), in the order of the ranks; detached.
@@ -173,7 +175,7 @@ def _no_group() -> None:
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(value: Tensor, ranks: RankGroup) -> Tensor:
-        if torch._C._dispatch_keys(value).has(torch._C._dispatch_key_parse("Batched")):
+        if is_batched(value):
             raise NotImplementedError(
                 "is_grads_batched and vectorize=True of torch.autograd cannot batch what several ranks add up: use "
                 "torch.func (jacrev, hessian, vmap), or one gradient at a time"

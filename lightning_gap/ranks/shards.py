@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_gap.ranks.group import is_distributed
+from lightning_gap.trainer.internals.of_torch import METADATA_LAYOUT, METADATA_STORAGE
 
 __all__ = ["check_metadata", "load_shards", "local_shard", "save_shards", "shard_copies", "shard_like"]
 
 # What torch writes beside the shards of a distributed checkpoint: a pickle, which torch would run as it is.
 _METADATA = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint."
-_PLAIN = {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_PLAIN = {("torch.serialization", METADATA_LAYOUT), ("collections", "OrderedDict")}
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class _Metadata(pickle.Unpickler):
                 return found
         found = super().find_class(module, name) if module == "pathlib" or module.startswith(_CHECKPOINT) else None
         # Their classes, which hold data, and nothing that such a module imports.
-        data = module == f"{_CHECKPOINT}metadata" or (module, name) == (f"{_CHECKPOINT}filesystem", "_StorageInfo")
+        data = module == f"{_CHECKPOINT}metadata" or (module, name) == (f"{_CHECKPOINT}filesystem", METADATA_STORAGE)
         if isinstance(found, type) and (
             (module == "pathlib" and issubclass(found, PurePath)) or (data and found.__module__ == module)
         ):

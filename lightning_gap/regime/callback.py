@@ -48,6 +48,7 @@ from lightning_gap.regime.refusals import (
 from lightning_gap.regime.sample_noise import SampleNoise, output_module
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
 from lightning_gap.regime.warmup import Warmup
+from lightning_gap.trainer.internals.of_lightning import ends_tuning, found_a_rate, sets_the_rate, updates_logs
 from lightning_gap.trainer.loggers import log_facts, log_now, log_table
 from lightning_gap.trainer.strategy import clip_gradients, data_parallel_rank, from_rank_zero, require_lightning
 from lightning_gap.trainer.terminal import say
@@ -227,7 +228,7 @@ class LargeBatchRegime(Callback):
             return
         require_lightning(trainer, type(self).__name__)
         for callback in cast(Any, trainer).callbacks:
-            if isinstance(callback, LearningRateFinder) and callback._update_attr and self.lr_rule != "none":
+            if isinstance(callback, LearningRateFinder) and sets_the_rate(callback) and self.lr_rule != "none":
                 self._finder = callback
         if _tuning(trainer):
             return
@@ -285,8 +286,7 @@ class LargeBatchRegime(Callback):
 
     def _rate_found(self) -> bool:
         """Whether LearningRateFinder has set the learning rate; it may also have found none."""
-        found = None if self._finder is None else self._finder.optimal_lr
-        return found is not None and found._optimal_idx is not None
+        return self._finder is not None and found_a_rate(self._finder)
 
     def _set_limits(self, trainer: Trainer, plan: RegimePlan) -> None:
         loop = trainer.fit_loop
@@ -612,7 +612,7 @@ class LargeBatchRegime(Callback):
             self._validations.after(update if updated else None)
         if not updated:
             return
-        if cast(Any, trainer)._logger_connector.should_update_logs:
+        if updates_logs(trainer):
             self._log(trainer, pl_module, plan)
         if plan.lr_factor != 1.0:
             self._watch_groups(trainer)
@@ -751,6 +751,6 @@ def _planned(plan: RegimePlan | None) -> RegimePlan:
 def _tuning(trainer: Any) -> bool:
     """Whether a method of ``Tuner`` runs: it ends before training, and the fit that follows plans anew."""
     return any(
-        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and callback._early_exit
+        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
         for callback in trainer.callbacks
     )

@@ -1,7 +1,8 @@
 """Everything beside schedulers that counts epochs, and how it comes to count those of the reference run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -10,6 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.refusals import changes_by_epoch
+from lightning_gap.trainer.internals.of_lightning import (
+    checkpoint_epochs,
+    saves_at_epoch_end,
+    set_checkpoint_epochs,
+    set_stops_at_epoch_end,
+    stops_at_epoch_end,
+    validation_seconds,
+)
 
 __all__ = [
     "NEVER",
@@ -27,29 +36,24 @@ NEVER = 2**62
 
 @dataclass
 class EpochCounter:
-    """An attribute that says in which epochs something happens.
+    """Something that happens in some epochs.
 
     While a fit runs it says yes in every epoch of this run in which a reference epoch of that kind ends, and no in the
     others. So what it stands for happens at the first end of an epoch at which the reference run would have done it.
 
     Args:
         name: What happens, for the table.
-        holder: The object with the attribute.
-        attribute: Its name.
+        put: Sets what says in which epochs.
         every: The user's interval, in epochs of the reference run.
-        yes: The value that says that it happens in this epoch.
-        no: The value that says that it does not.
+        users: The user's value.
+        no: The value that says that it does not happen in this epoch; 1, or True, that it does.
     """
 
     name: str
-    holder: Any
-    attribute: str
-    every: int = 1
-    yes: Any = 1
+    put: Callable[[Any], None]
+    every: int
+    users: Any
     no: Any = NEVER
-
-    def __post_init__(self) -> None:
-        self._users = getattr(self.holder, self.attribute)
 
     def set(self, plan: RegimePlan, start: int, end: int) -> None:
         """Say whether it happens in the epoch of this run between two updates.
@@ -60,11 +64,11 @@ class EpochCounter:
             end: Updates made after it.
         """
         due = plan.reference_epochs_in(end) // self.every > plan.reference_epochs_in(start) // self.every
-        setattr(self.holder, self.attribute, self.yes if due else self.no)
+        self.put(type(self.users)(1) if due else self.no)
 
     def give_back(self) -> None:
         """Give the user's value back."""
-        setattr(self.holder, self.attribute, self._users)
+        self.put(self.users)
 
     def fate(self, plan: RegimePlan) -> str:
         """Return the counter's line in the table.
@@ -87,14 +91,15 @@ def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
         trainer: The trainer, whose callbacks have been set up, with the user's values in place.
     """
     if trainer.check_val_every_n_epoch is not None and _by_epochs(trainer):
-        yield EpochCounter("validation", trainer, "check_val_every_n_epoch", trainer.check_val_every_n_epoch)
+        every = trainer.check_val_every_n_epoch
+        yield EpochCounter("validation", partial(setattr, trainer, "check_val_every_n_epoch"), every, every)
     for callback in cast(Any, trainer).callbacks:
         name = type(callback).__name__
-        follows = validates_within_epochs(trainer) and not _saves_by_epoch(callback)
-        if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not follows:
-            yield EpochCounter(name, callback, "_every_n_epochs", callback._every_n_epochs)
-        elif isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
-            yield EpochCounter(name, callback, "_check_on_train_epoch_end", yes=True, no=False)
+        if isinstance(callback, ModelCheckpoint) and (every := checkpoint_epochs(callback)) > 0:
+            if not validates_within_epochs(trainer) or saves_at_epoch_end(callback):
+                yield EpochCounter(name, partial(set_checkpoint_epochs, callback), every, every)
+        elif isinstance(callback, EarlyStopping) and stops_at_epoch_end(callback):
+            yield EpochCounter(name, partial(set_stops_at_epoch_end, callback), 1, True, no=False)
 
 
 def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
@@ -140,9 +145,11 @@ class ValidationClock:
                 "reference run. Lower it, or pass check_val_every_n_epoch=None to count updates over epochs."
             )
         self._checkpoints = [
-            (callback, callback._every_n_epochs)
+            (callback, every)
             for callback in self._trainer.callbacks
-            if isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0 and not _saves_by_epoch(callback)
+            if isinstance(callback, ModelCheckpoint)
+            and (every := checkpoint_epochs(callback)) > 0
+            and not saves_at_epoch_end(callback)
         ]
 
     def lift(self) -> None:
@@ -173,7 +180,7 @@ class ValidationClock:
                 int, self._plan.reference_updates_per_epoch
             ) + 1
             for callback, every in self._checkpoints:
-                callback._every_n_epochs = NEVER if epoch % every else 1
+                set_checkpoint_epochs(callback, NEVER if epoch % every else 1)
 
     def _made(self, update: int) -> int:
         """Return how many validations the reference run has made."""
@@ -189,7 +196,7 @@ class ValidationClock:
         """Give the user's values back."""
         self._trainer.val_check_interval, self._trainer.check_val_every_n_epoch = self._interval, self._epochs
         for callback, every in self._checkpoints:
-            callback._every_n_epochs = every
+            set_checkpoint_epochs(callback, every)
 
     @property
     def fate(self) -> str:
@@ -199,17 +206,13 @@ class ValidationClock:
         return f"validation: every {self.every} reference updates{epochs}, {here:.4g} of this run"
 
 
-def _saves_by_epoch(callback: Any) -> bool:
-    return bool(getattr(callback, "_save_on_train_epoch_end", None))
-
-
 def validates_within_epochs(trainer: Trainer) -> bool:
     """Return whether a trainer validates by batches, neither by epochs nor by time.
 
     Args:
         trainer: The trainer.
     """
-    return not _by_epochs(trainer) and cast(Any, trainer)._val_check_time_interval is None
+    return not _by_epochs(trainer) and validation_seconds(trainer) is None
 
 
 def _by_epochs(trainer: Trainer) -> bool:

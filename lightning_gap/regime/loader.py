@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.regime.plan import updates_in_epoch
+from lightning_gap.trainer.internals.of_lightning import training_source
 from lightning_gap.trainer.strategy import data_parallel_size, injects_sampler
 
 __all__ = [
@@ -122,7 +123,7 @@ def training_loader(trainer: Trainer) -> Any:
     """Return the one training loader, from the trainer if it has loaded it, else from where the trainer will get it."""
     source = trainer.train_dataloader
     if source is None:
-        source = trainer.fit_loop._data_source.instance
+        source = training_source(trainer)
     if isinstance(source, (LightningModule, LightningDataModule)):
         try:
             # Not through the trainer: loading there before a restore would lose a stateful loader's position.

@@ -26,6 +26,7 @@ from lightning_gap.regime.rollout import (
 )
 from lightning_gap.regime.scaling import check_rule
 from lightning_gap.regime.schedules import horizons
+from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
 from lightning_gap.trainer.strategy import gradients_stay_scaled, leaves_updates_to_torch, strategy_name
 
 __all__ = [
@@ -82,7 +83,7 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
             "optimization.",
         ),
         (
-            gradient_noise and getattr(pl_module, "_compiler_ctx", None) is not None,
+            gradient_noise and is_compiled_by_lightning(pl_module),
             "gradient_noise cannot hook into a compiled LightningModule. Compile the network inside it instead.",
         ),
         (

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+
+from lightning_gap.trainer.internals.of_torch import BatchNormBase, tree_leaves
 
 __all__ = ["SampleNoise", "mixing_layers", "noise_variance", "output_module", "sample_weights"]
 
@@ -121,7 +121,7 @@ def _mixes(layer: nn.Module) -> bool:
         named = str(getattr(layer, "original_name", "")).partition("BatchNorm")
         normalizes = bool(named[1]) and hasattr(layer, "running_mean")
     else:
-        normalizes = isinstance(layer, _BatchNorm)
+        normalizes = isinstance(layer, BatchNormBase)
     return normalizes and (layer.training or getattr(layer, "running_mean", None) is None)
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from lightning_gap.regime.scaling import remembered, scaled
+from lightning_gap.trainer.internals.of_torch import SCHEDULER_MILESTONES, SCHEDULER_RATES, parts_of_scheduler
 
 __all__ = ["horizons", "scale_momentums", "scale_scheduler"]
 
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
-_LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", "_last_lr")
+_LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", *SCHEDULER_RATES)
 # The words by which other schedulers name theirs, and two names of timm's: rates, and what is added to one in a step.
 _LR_WORDS = {"lr", "lrs", "eta"}
 _TIMM_ATTRIBUTES = ("base_values", "warmup_steps")
@@ -32,7 +33,7 @@ _HORIZON_ATTRIBUTES = (
     "step_size",
     "anneal_epochs",
     "milestones",
-    "_milestones",
+    *SCHEDULER_MILESTONES,
 )
 
 
@@ -40,7 +41,7 @@ def flattened(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and, depth first, those it is composed of."""
     yield scheduler
     if isinstance(scheduler, (SequentialLR, ChainedScheduler)):
-        for child in scheduler._schedulers:
+        for child in parts_of_scheduler(scheduler):
             yield from flattened(child)
 
 

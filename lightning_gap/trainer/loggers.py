@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lightning_gap.trainer.internals.of_lightning import batches_that_stepped
+
 __all__ = [
     "define_axes",
     "filled",
@@ -80,7 +82,7 @@ def log_at_update(trainer: Any, metrics: Mapping[str, float | Tensor]) -> None:
         metrics: Numbers by their whole key.
     """
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(dict(metrics), step=batches_that_stepped(trainer))
 
 
 def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str, float | Tensor]) -> None:

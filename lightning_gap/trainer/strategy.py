@@ -1,14 +1,12 @@
 """What is asked of a trainer's strategy: replicas, ranks, shards, precision. No other module asks it itself."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -18,6 +16,8 @@ from torch.optim import Optimizer
 from lightning_gap.ranks.gradients import gradient_values
 from lightning_gap.ranks.group import RankGroup, sum_over_ranks
 from lightning_gap.ranks.shards import local_shard, shard_copies
+from lightning_gap.trainer.internals.of_lightning import replaces_batchnorm, shards_loaders
+from lightning_gap.trainer.internals.of_torch import group_timeout, loss_scale_without_waiting, unscales_in_step
 
 __all__ = [
     "clip_gradients",
@@ -121,7 +121,7 @@ def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
     Args:
         trainer: The trainer that runs, or is about to run.
     """
-    return isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm)
+    return replaces_batchnorm(trainer.strategy)
 
 
 def injects_sampler(trainer: Trainer) -> bool:
@@ -130,8 +130,7 @@ def injects_sampler(trainer: Trainer) -> bool:
     Args:
         trainer: The trainer that runs, or is about to run.
     """
-    connector = trainer._accelerator_connector
-    return bool(connector.use_distributed_sampler and connector.is_distributed)
+    return shards_loaders(trainer)
 
 
 def data_parallel_group(trainer: Trainer) -> RankGroup | None:
@@ -174,14 +173,8 @@ def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False
 
 @cache
 def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=_timeout(world)) for ranks in layout]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=group_timeout(world)) for ranks in layout]
     return next(group for group, ranks in zip(groups, layout, strict=True) if dist.get_rank() in ranks)
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """Return how long a group waits, None where its backends do not say so."""
-    options = (getattr(group._get_backend(device), "options", None) for device in group._device_types)
-    return max((known for each in options if (known := getattr(each, "_timeout", None))), default=None)
 
 
 def leaves_updates_to_torch(trainer: Trainer) -> bool:
@@ -213,9 +206,9 @@ def loss_scale(trainer: Trainer) -> Tensor:
         trainer: The trainer that runs.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = scaler._get_scale_async() if scaler is not None and scaler.is_enabled() else None
+    scale = loss_scale_without_waiting(scaler) if scaler is not None and scaler.is_enabled() else None
     if scale is not None:  # as it is from the first loss on
-        return cast(Tensor, scale)
+        return scale
     number = 1.0 if scaler is None else float(scaler.get_scale())
     return torch.full((), number, dtype=torch.float32, device=trainer.strategy.root_device)
 
@@ -228,7 +221,7 @@ def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
         optimizer: One of its optimizers.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return scaler is not None and unscales_in_step(optimizer)
 
 
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:

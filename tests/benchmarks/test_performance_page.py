@@ -1,34 +1,34 @@
 """The performance page is what its logs say, and the command that makes both works."""
 
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "performance.py"
-sys.path.insert(0, str(SCRIPT.parent))
-performance = importlib.import_module("performance")
-LOGS = performance.read(performance.LOGS)
+from benchmarks import performance, performance_page
+from benchmarks.catalogue import SCIENCE, SPEED
+from benchmarks.logs import RESULTS, read
+from benchmarks.marked import differences
+from benchmarks.processes import ROOT, run_module
+
+LOGS = performance.read(RESULTS)
+# Measures two checkouts, so it has no place in a page.
+NOT_RUN = {"speed.against_revision"}
 
 
 def _run(*words):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True)
+    return run_module("benchmarks.performance", *map(str, words), capture_output=True)
 
 
 def test_the_page_is_what_the_logs_say():
-    assert performance.differences(performance.PAGE, performance.blocks(LOGS)) == []
+    assert differences(performance.PAGE, performance_page.blocks(LOGS)) == []
 
 
 @pytest.mark.skipif(not LOGS, reason="no benchmark has been logged yet")
 def test_logs_are_of_whole_runs_and_name_no_place():
     for name, log in LOGS.items():
-        benchmark = {**performance.SPEED, **performance.SCIENCE}[name]
+        benchmark = {**SPEED, **SCIENCE}[name]
         assert not log["quick"], name
-        assert log["command"] == performance.command(benchmark.arguments), name
+        assert log["command"] == performance_page.command(benchmark.arguments), name
         assert log["rows"] or not benchmark.rows, name
         text = json.dumps(log)
         assert str(ROOT) not in text, name
@@ -37,13 +37,17 @@ def test_logs_are_of_whole_runs_and_name_no_place():
 
 
 def test_every_benchmark_of_the_folder_is_run():
-    scripts = {path.name for path in SCRIPT.parent.glob("*.py")} - {"performance.py", "measurements.py"}
-    known = {one.arguments.split()[0] for one in (*performance.SPEED.values(), *performance.SCIENCE.values())}
-    assert known == scripts
+    scripts = {
+        f"{folder}.{path.stem}"
+        for folder in ("speed", "science")
+        for path in (ROOT / "benchmarks" / folder).glob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+    assert {one.arguments.split()[0] for one in (*SPEED.values(), *SCIENCE.values())} == scripts - NOT_RUN
 
 
 def test_the_speed_of_all_takes_half_an_hour_at_most():
-    assert sum(one.minutes for one in performance.SPEED.values() if "cuda" not in one.needs) <= 30
+    assert sum(one.minutes for one in SPEED.values() if "cuda" not in one.needs) <= 30
 
 
 def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path):
@@ -52,7 +56,7 @@ def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path):
     words = ("all", "--quick", "--only", "distance", "maps", "--logs", logs, "--page", page)
     done = _run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    log = json.loads((logs / "maps.json").read_text(encoding="utf-8"))
+    (log,) = (row for row in read(logs / "performance.jsonl") if row["name"] == "maps")
     assert log["quick"]
     assert log["rows"][0]["map"] == "ResidualMLP"
     assert log["rows"][0]["training, ratio"]["median"] == 1.0
@@ -79,8 +83,8 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
 
 
 def test_spreads_and_cells():
-    assert performance.text_of({"median": 2.0, "low": 1.5, "high": 3.25, "count": 5}) == "2.00 (1.50 to 3.25)"
-    assert performance.text_of({"median": 2.0, "low": 2.0, "high": 2.0, "count": 1}) == "2.00"
-    assert [performance.text_of(v) for v in (1e-5, 0.0123, 12.34, 276.003, 1_000_000, 512, "x")] == [
+    assert performance_page.text_of({"median": 2.0, "low": 1.5, "high": 3.25, "count": 5}) == "2.00 (1.50 to 3.25)"
+    assert performance_page.text_of({"median": 2.0, "low": 2.0, "high": 2.0, "count": 1}) == "2.00"
+    assert [performance_page.text_of(v) for v in (1e-5, 0.0123, 12.34, 276.003, 1_000_000, 512, "x")] == [
         "1.0e-05", "0.0123", "12.3", "276", "1,000,000", "512", "x"
     ]  # fmt: skip

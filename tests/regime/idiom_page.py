@@ -1,4 +1,4 @@
-"""The page that says what becomes of each idiom: docs/schedules.md, of what ``benchmarks/regime_idioms.py`` has run."""
+"""The page that says what becomes of each idiom: docs/schedules.md, of what ``regime_idioms.py`` has run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,7 +66,7 @@ def page(ran: list[tuple[Cell, Outcome]], started: list[tuple[Cell, Outcome]]) -
 
 
 TEXT = """\
-<!-- Written by `python benchmarks/regime_idioms.py --write` from what it ran; change tests/regime/idiom_page.py. -->
+<!-- Written by `python -m benchmarks.science.regime_idioms --write` from what it ran: tests/regime/idiom_page.py. -->
 
 # Where a schedule's length comes from
 
@@ -76,8 +76,9 @@ by its number, and refused before the first update.
 
 Each cell is a script run twice by a real Trainer: at the reference batch without the callback, and at another batch
 with it. "equal": as many updates as planned, and every learning rate is the factor times the reference run's, to 1e-6
-of the largest. `python benchmarks/regime_idioms.py` made {cells} runs of {schedulers} schedulers, over `train_longer`
-0, 0.1, 0.5 and 1, ratios from 0.5 to 32, and accumulation: {equal} are equal, the largest difference is {error:.0e}.
+of the largest. `python -m benchmarks.science.regime_idioms` made {cells} runs of {schedulers} schedulers, over
+`train_longer` 0, 0.1, 0.5 and 1, ratios from 0.5 to 32, and
+accumulation: {equal} are equal, the largest difference is {error:.0e}.
 
 ## Lengths that are asked for, or written down
 
@@ -112,9 +113,9 @@ this run's.
 
 ## Resuming
 
-`python benchmarks/regime_idioms.py --resume` cuts the run of each scheduler at twenty updates, by checkpoints of
-`ModelCheckpoint(every_n_train_steps=1)`: at each share, by epochs and by updates, with and without accumulation, with
-lengths that are written down or asked for. Resumed, its learning rates and weights are those of the run that was not
-cut, bit for bit, where the loader goes on with its next batch (by `state_dict` and `load_state_dict`, as torchdata's
-`StatefulDataLoader` does).
+`python -m benchmarks.science.regime_idioms --resume` cuts the run of each scheduler at twenty updates, by checkpoints
+of `ModelCheckpoint(every_n_train_steps=1)`: at each share, by epochs and by updates, with and without accumulation,
+with lengths that are written down or asked for. Resumed, its learning rates and weights are those of the run that was
+not cut, bit for bit, where the loader goes on with its next batch (by `state_dict` and `load_state_dict`, as
+torchdata's `StatefulDataLoader` does).
 """

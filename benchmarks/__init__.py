@@ -1,0 +1,1 @@
+"""What the package costs (``speed``) and what comes of it (``science``), each ``python -m benchmarks.NAME``."""

@@ -1,0 +1,1 @@
+"""Accuracy: the papers' tables, known maps, real data."""

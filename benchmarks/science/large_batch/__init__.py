@@ -1,0 +1,1 @@
+"""Hoffer, Hubara, Soudry 2017, from training to the page."""

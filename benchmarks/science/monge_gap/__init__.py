@@ -1,0 +1,1 @@
+"""Uscidda, Cuturi 2023, from samples to the page."""

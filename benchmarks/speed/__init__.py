@@ -1,0 +1,1 @@
+"""Seconds and memory, always as ratios of what ran in turns within one run."""

@@ -1,0 +1,251 @@
+"""Value and gradient of one optimal transport against the number of samples: seconds, memory, accuracy.
+
+    python -m benchmarks.speed.transport_scale [--sizes 1000 ... 100000] [--solvers dense blocked] [--limit 600]
+    python -m benchmarks.speed.transport_scale --pass-rows 500 [--sizes 100000 1000000]
+
+Each measurement has a process of its own, which solves a tiny problem first (what is compiled is compiled then) and
+then the one that is timed, repeatedly where it is short. Its memory is how far the process's peak rises meanwhile; what
+fits into the memory that the imports once used shows as 0. The marginal error is the L1 distance of the plan's two
+marginals from the weights; where the solver does not tell, two more passes over all pairs find out, outside of the
+times, on a part of the rows where there are many. A solver that meets ``--limit``, or refuses a size, is left out at
+larger ones. The solver "online" is GeomLoss on KeOps, and "multiscale" its coarse-to-fine solver for up to three
+dimensions. Both need a C++ compiler: leave them out of ``--solvers`` where there is none.
+
+``--pass-rows`` times what an exact solver does again and again where a whole solve would take hours: one soft minimum
+over all pairs, of which it does so many rows, by our blocks and by KeOps in turns. The seconds of a whole pass are
+those of the rows times n / rows. The plot needs matplotlib
+(``pip install lightning_gap[plots]``).
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
+from benchmarks.processes import run_module
+from benchmarks.speed.transport_engine import samples
+from lightning_gap.monge.costs import resolve
+from lightning_gap.monge.ot.sinkhorn import OTResult, optimal_transport
+from lightning_gap.monge.ot.solvers.kernels import soft_minimum
+
+SOLVERS = ("dense", "blocked", "online", "multiscale")
+SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+# Short measurements are repeated for this many seconds, and as often at most.
+ENOUGH_SECONDS, ENOUGH_TIMES = 1.0, 7
+# Above so many samples the marginals are checked on so many rows.
+CHECKED_BELOW, CHECKED_ROWS = 100_000, 2000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process found."""
+
+    n: int
+    d: int
+    solver: str
+    times: list[float]
+    peak_mb: float
+    marginal_error: float
+    sweeps: int
+
+    @property
+    def seconds(self) -> float:
+        """Return the median."""
+        return float(np.median(self.times))
+
+
+def solve(x: Tensor, y: Tensor, solver: str, share: float) -> OTResult:
+    """Find value and gradient."""
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    result = optimal_transport(x, y, solver=solver, relative_epsilon=share)
+    result.value.backward()
+    return result
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / (1 << 10)
+
+
+def marginal_error(x: Tensor, y: Tensor, result: OTResult) -> float:
+    """Return the L1 distance of the plan's marginals from uniform weights."""
+    if not math.isnan(result.marginal_error):
+        return result.marginal_error
+    cost = result._problem.cost
+    F, G = result.f / result.epsilon, result.g / result.epsilon
+    errors = []
+    for (rows, own), (columns, other) in (((x, F), (y, G)), ((y, G), (x, F))):
+        # The samples are independent draws: of many, the first tell what all would.
+        some = slice(CHECKED_ROWS if len(rows) > CHECKED_BELOW else None)
+        weights = torch.full_like(other, 1 / len(other))
+        answer = soft_minimum(rows[some], columns, weights, other, cost, result.epsilon)
+        errors.append(float(torch.expm1(own[some] - answer).abs().mean()))
+    return sum(errors)
+
+
+def measure(n: int, d: int, solver: str, share: float, limit: int) -> Measurement:
+    """Measure in this process, which a signal ends at the limit."""
+    x, y = (torch.from_numpy(points) for points in samples(n, d))
+    solve(x[:300], y[:300], solver, share)
+    before, times = peak_mb(), []
+    signal.alarm(limit)
+    while not times or (sum(times) < ENOUGH_SECONDS and len(times) < ENOUGH_TIMES):
+        start = time.perf_counter()
+        result = solve(x, y, solver, share)
+        times.append(time.perf_counter() - start)
+    signal.alarm(0)
+    peak = peak_mb() - before
+    return Measurement(n, d, solver, times, peak, marginal_error(x, y, result), result.iterations)
+
+
+def measure_apart(n: int, d: int, solver: str, share: float, limit: int) -> Measurement | str:
+    """Measure in a process of its own; return why not where it was not to be."""
+    arguments = [str(part) for part in (n, d, solver, share, limit)]
+    done = run_module("benchmarks.speed.transport_scale", "--measure", *arguments, capture_output=True)
+    if done.returncode == -signal.SIGALRM:
+        return f"not done within {limit} s"
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+        return last[0]
+    return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def passes(n: int, d: int, rows: int, share: float, repeats: int = 5) -> Row:
+    """Return seconds of one soft minimum of n rows against n columns, from some of the rows, by us and by KeOps."""
+    from pykeops.torch import LazyTensor
+
+    x, y = (torch.from_numpy(points) for points in samples(n, d))
+    cost = resolve("sqeuclidean")
+    epsilon = share * float(cost.pairwise(x[:2000], y[:2000]).mean())
+    G, weights, some = torch.zeros(n), torch.full((n,), 1 / n), x[:rows]
+    logs = LazyTensor((G + weights.log())[None, :, None])
+
+    def ours() -> Tensor:
+        return soft_minimum(some, y, weights, G, cost, epsilon)
+
+    def keops() -> Tensor:
+        pairs = (LazyTensor(some[:, None]) - LazyTensor(y[None])).square().sum(-1)
+        return -(logs - pairs / epsilon).logsumexp(dim=1).flatten()
+
+    torch.testing.assert_close(ours(), keops(), rtol=1e-3, atol=1e-3)  # and both are compiled and warm
+    times: dict[str, list[float]] = {"ours": [], "KeOps": []}
+    for _ in range(repeats):
+        for name, call in (("ours", ours), ("KeOps", keops)):
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * n / rows)
+    found = {f"a pass, {name}, s": spread(seconds) for name, seconds in times.items()}
+    return {"n": n, "d": d, "rows timed": rows, **found, "KeOps / ours": ratios(times["KeOps"], times["ours"])}
+
+
+def exponent(found: list[Measurement]) -> tuple[float, float]:
+    """Return the slope of log seconds against log n over the upper half of the sizes, and where that begins."""
+    sizes = np.array([m.n for m in found], dtype=float)
+    begin = min(math.sqrt(sizes[0] * sizes[-1]), float(sizes[-2]))
+    upper = sizes >= begin
+    seconds = np.array([m.seconds for m in found])
+    slope, _ = np.polyfit(np.log(sizes[upper]), np.log(seconds[upper]), 1)
+    return float(slope), float(sizes[upper][0])
+
+
+def plot(found: dict[tuple[int, str], list[Measurement]], share: float, output: Path) -> None:
+    """Write seconds and peak memory against n."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = {solver: f"C{i}" for i, solver in enumerate(SOLVERS)}
+    dims = sorted({d for d, _ in found})
+    for (d, solver), row in found.items():
+        style = {"color": colors[solver], "linestyle": ("-", "--", ":")[dims.index(d) % 3], "marker": "o"}
+        slope = f", n^{exponent(row)[0]:.2f}" if len(row) > 1 else ""
+        left.plot([m.n for m in row], [m.seconds for m in row], label=f"{solver}, d = {d}{slope}", **style)
+        # Nothing has a place on a logarithmic axis.
+        right.plot([m.n for m in row], [max(m.peak_mb, 1) for m in row], label=f"{solver}, d = {d}", **style)
+    for axes, label in ((left, "seconds"), (right, "peak memory, MB (at least 1)")):
+        axes.set(xscale="log", yscale="log", xlabel="samples n", ylabel=label)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.suptitle(f"Optimal transport, value and gradient, squared distances, relative ε {share}")
+    figure.savefig(output, dpi=150)
+
+
+def main() -> None:
+    """Print the table and the exponents, and write the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 10])
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--relative-epsilon", type=float, default=0.05)
+    parser.add_argument("--limit", type=int, default=600, help="seconds for each measurement")
+    parser.add_argument(
+        "--pass-rows", type=int, metavar="ROWS", help="time passes over all pairs instead, by so many rows"
+    )
+    add_json(parser)
+    parser.add_argument("--output", type=Path, default=Path("transport_scale.svg"), help="the plot, .svg or .png")
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        n, d, solver, share, limit = args.measure
+        print(json.dumps(asdict(measure(int(n), int(d), solver, float(share), int(limit)))))
+        return
+    rows: list[Row] = []
+    if args.pass_rows:
+        for n in args.sizes:
+            for d in args.dims:
+                rows.append(passes(n, d, min(n, args.pass_rows), args.relative_epsilon))
+                ours, keops = (rows[-1][f"a pass, {name}, s"]["median"] for name in ("ours", "KeOps"))
+                print(f"n = {n}, d = {d}: a pass takes {ours:.3g} s by us, {keops:.3g} s by KeOps", flush=True)
+        write_rows(args.json, rows)
+        return
+    title = f"Value and gradient, relative ε {args.relative_epsilon} ({torch.get_num_threads()} threads)"
+    table, console = Table(title=title), Console(width=120)
+    for column in ("n", "d", "solver", "seconds", "peak MB", "marginal error", "sweeps"):
+        table.add_column(column, justify="right")
+    found: dict[tuple[int, str], list[Measurement]] = {}
+    for d in args.dims:
+        for solver in args.solvers:
+            for n in sorted(set(args.sizes)):
+                result = measure_apart(n, d, solver, args.relative_epsilon, args.limit)
+                if isinstance(result, str):
+                    console.print(f"{solver}, d = {d}: n = {n} and beyond left out: {result}", style="yellow")
+                    rows.append({"n": n, "d": d, "solver": solver, "seconds": f"left out: {result}"})
+                    break
+                found.setdefault((d, solver), []).append(result)
+                where = {"n": n, "d": d, "solver": solver, "seconds": spread(result.times)}
+                measured = {"peak memory, MB": result.peak_mb, "marginal error": result.marginal_error}
+                rows.append({**where, **measured, "sweeps": result.sweeps or "not counted"})
+                cells = (f"{result.seconds:.3g}", f"{result.peak_mb:.0f}", f"{result.marginal_error:.1e}")
+                # GeomLoss follows a schedule and does not count.
+                row = (str(n), str(d), solver, *cells, str(result.sweeps) if result.sweeps else "-")
+                console.print(*row, style="dim")
+                table.add_row(*row)
+    console.print(table)
+    for (d, solver), row in found.items():
+        if len(row) > 1:
+            slope, begin = exponent(row)
+            console.print(f"{solver}, d = {d}: seconds grow as n^{slope:.2f} from n = {begin:.0f} on")
+    write_rows(args.json, rows)
+    if found:
+        plot(found, args.relative_epsilon, args.output)
+        console.print(f"plot: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Private names of Lightning and of torchmetrics, a function each."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning_gap.trainer.internals import PrivateNameGoneError, has_private, private, set_private
+
+__all__ = [
+    "INSTANTIATOR",
+    "batches_that_stepped",
+    "checkpoint_epochs",
+    "command_parser",
+    "command_parsers",
+    "default_states",
+    "ends_tuning",
+    "found_a_rate",
+    "is_compiled_by_lightning",
+    "plot_metric",
+    "prepared_batch",
+    "replaces_batchnorm",
+    "require_method",
+    "restricted_classmethod",
+    "saves_at_epoch_end",
+    "set_checkpoint_epochs",
+    "set_stops_at_epoch_end",
+    "sets_the_rate",
+    "shards_loaders",
+    "stops_at_epoch_end",
+    "trainer_if_any",
+    "training_loaders",
+    "training_source",
+    "updates_logs",
+    "validation_seconds",
+]
+
+_LIGHTNING = "lightning"
+# The hyperparameter by which LightningCLI names the function that made a model, and by which one is refused.
+INSTANTIATOR = "_instantiator"
+
+
+def batches_that_stepped(trainer: Any) -> int:
+    """Return the step at which ``pl_module.log`` logs now: batches with an update, not counting the present one."""
+    return int(private(trainer.fit_loop.epoch_loop, "_batches_that_stepped", _LIGHTNING))
+
+
+def training_source(trainer: Any) -> Any:
+    """Return where a trainer will get its training loader, or the loader: before it is loaded, nothing public tells."""
+    return private(trainer.fit_loop, "_data_source", _LIGHTNING).instance
+
+
+def training_loaders(trainer: Any) -> tuple[Any, str]:
+    """Return the loaders that the training loop reads, and the mode in which it combines them."""
+    combined = private(trainer.fit_loop, "_combined_loader", _LIGHTNING)
+    return combined.iterables, private(combined, "_mode", _LIGHTNING)
+
+
+def prepared_batch(module: Any, batch: Any) -> Any:
+    """Return a batch after a module's ``on_before_batch_transfer``, as a strategy calls it."""
+    return private(module, "_on_before_batch_transfer", _LIGHTNING)(batch, dataloader_idx=0)
+
+
+def updates_logs(trainer: Any) -> bool:
+    """Return whether loggers get this update, one in ``log_every_n_steps``."""
+    return bool(private(trainer, "_logger_connector", _LIGHTNING).should_update_logs)
+
+
+def validation_seconds(trainer: Any) -> float | None:
+    """Return every how many seconds a trainer validates; ``None`` where it does so by epochs or batches."""
+    seconds: float | None = private(trainer, "_val_check_time_interval", _LIGHTNING)
+    return seconds
+
+
+def shards_loaders(trainer: Any) -> bool:
+    """Return whether a trainer puts a distributed sampler of its own into loaders."""
+    connector = private(trainer, "_accelerator_connector", _LIGHTNING)
+    return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def replaces_batchnorm(strategy: Any) -> bool:
+    """Return whether a strategy turns BatchNorm into ``SyncBatchNorm``; ``False`` where it knows nothing of layers."""
+    from lightning.pytorch.plugins import TorchSyncBatchNorm
+
+    return isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm)
+
+
+def is_compiled_by_lightning(module: Any) -> bool:
+    """Return whether a module is what ``torch.compile(LightningModule)`` gave; where none tells, it is taken for no."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def trainer_if_any(module: Any) -> Any:
+    """Return a module's trainer, or ``None``: ``module.trainer`` raises where there is none."""
+    return getattr(module, "_trainer", None)
+
+
+def checkpoint_epochs(callback: Any) -> int:
+    """Return every how many epochs a ``ModelCheckpoint`` saves; 0 for never."""
+    return int(private(callback, "_every_n_epochs", _LIGHTNING))
+
+
+def set_checkpoint_epochs(callback: Any, every: int) -> None:
+    """Say every how many epochs a ``ModelCheckpoint`` saves."""
+    set_private(callback, "_every_n_epochs", every, _LIGHTNING)
+
+
+def saves_at_epoch_end(callback: Any) -> bool:
+    """Return whether a ``ModelCheckpoint`` saves after training epochs, and not after validations."""
+    return bool(private(callback, "_save_on_train_epoch_end", _LIGHTNING))
+
+
+def stops_at_epoch_end(callback: Any) -> bool:
+    """Return whether an ``EarlyStopping`` looks at its metric after training epochs, and not after validations."""
+    return bool(private(callback, "_check_on_train_epoch_end", _LIGHTNING))
+
+
+def set_stops_at_epoch_end(callback: Any, yes: bool) -> None:
+    """Say whether an ``EarlyStopping`` looks at its metric after training epochs."""
+    set_private(callback, "_check_on_train_epoch_end", yes, _LIGHTNING)
+
+
+def ends_tuning(callback: Any) -> bool:
+    """Return whether a ``BatchSizeFinder`` or ``LearningRateFinder`` ends ``fit`` where it has found something."""
+    return bool(private(callback, "_early_exit", _LIGHTNING))
+
+
+def sets_the_rate(finder: Any) -> bool:
+    """Return whether a ``LearningRateFinder`` gives the module the learning rate that it finds."""
+    return bool(private(finder, "_update_attr", _LIGHTNING))
+
+
+def found_a_rate(finder: Any) -> bool:
+    """Return whether a ``LearningRateFinder`` has suggested a learning rate, which the module has now."""
+    found = finder.optimal_lr
+    return found is not None and private(found, "_optimal_idx", _LIGHTNING) is not None
+
+
+def plot_metric(metric: Any, value: Any, ax: Any) -> Any:
+    """Draw values of a metric, as each of torchmetrics' own does in its ``plot``."""
+    return private(metric, "_plot", "torchmetrics")(value, ax)
+
+
+def default_states(metric: Any) -> dict[str, Any]:
+    """Return the states that a metric's ``reset`` gives back, to be changed in place."""
+    defaults: dict[str, Any] = private(metric, "_defaults", "torchmetrics")
+    return defaults
+
+
+def command_parsers(cli: Any) -> dict[str, Any]:
+    """Return the parsers of a ``LightningCLI``'s commands by name."""
+    parsers: dict[str, Any] = private(cli, "_subcommand_parsers", _LIGHTNING)
+    return parsers
+
+
+def command_parser(cli: Any, command: str | None) -> Any:
+    """Return the parser of one command of a ``LightningCLI``."""
+    return private(cli, "_parser", _LIGHTNING)(command)
+
+
+def require_method(kind: type, name: str) -> None:
+    """Refuse a base class that has no such method: what overrides it would never be called.
+
+    Args:
+        kind: The base class.
+        name: The method's name.
+
+    Raises:
+        PrivateNameGoneError: If it has none.
+    """
+    if not has_private(kind, name):
+        raise PrivateNameGoneError(kind, name, _LIGHTNING)
+
+
+if TYPE_CHECKING:
+    restricted_classmethod = classmethod
+else:
+
+    def restricted_classmethod(method: Callable[..., Any]) -> Any:
+        """Return a class method that instances refuse, as ``load_from_checkpoint``; a plain one where there is none."""
+        from lightning.pytorch.utilities import model_helpers
+
+        return getattr(model_helpers, "_restricted_classmethod", classmethod)(method)
