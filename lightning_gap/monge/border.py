@@ -13,29 +13,14 @@ __all__ = ["as_network_takes", "checked", "checked_labels"]
 
 
 def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
-    """Return samples in the precision of a network: NumPy's is double, and few networks are.
-
-    Args:
-        module: The network, or what holds it.
-        x: Samples.
-    """
+    """Return samples in the precision of a network: NumPy's is double, and few networks are."""
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None else x.dtype
     return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
 
 
 def checked(module: nn.Module, net: Any, batch: Any) -> UnpairedBatch:
-    """Return a batch in the precision of the network; a device is waited for once.
-
-    Args:
-        module: The module that has the parameters.
-        net: The map.
-        batch: An :class:`UnpairedBatch`, or a pair ``(source, target)``.
-
-    Raises:
-        TypeError: A sample is no floating-point number.
-        ValueError: It is no such batch, shapes do not fit, a sample is not finite, or a label is not known.
-    """
+    """Return a batch in the precision of the network; a device is waited for once."""
     if not isinstance(batch, UnpairedBatch):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
@@ -60,12 +45,7 @@ def checked(module: nn.Module, net: Any, batch: Any) -> UnpairedBatch:
 
 
 def checked_labels(net: Any, condition: Any) -> None:
-    """Refuse unknown labels, once a batch: on a GPU the map itself does not wait to look at them.
-
-    Args:
-        net: The map.
-        condition: Labels or vectors, or ``None``.
-    """
+    """Refuse unknown labels, once a batch: on a GPU the map itself does not wait to look at them."""
     conditions = getattr(net, "conditions", None)
     if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
         check_labels(condition, conditions)

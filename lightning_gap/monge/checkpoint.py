@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.monge.ot.costs import Cost, resolve
 from lightning_gap.monge.schedules import Anneal
+from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -109,15 +110,7 @@ def _found(path: str) -> Any:
 
 
 def build_cost(argument: str, cost: Any) -> Cost:
-    """Return a cost, or say how to give one that a checkpoint knows by name only.
-
-    Args:
-        argument: The argument that it was given for.
-        cost: A cost, a name or a function.
-
-    Raises:
-        ValueError: It is not known.
-    """
+    """Return a cost, or say how to give one that a checkpoint knows by name only."""
     try:
         return resolve(cost)
     except ValueError as error:
@@ -131,21 +124,13 @@ def described_map(net: nn.Module | None) -> dict[str, Any] | None:
     """Return what a network is made from; ``None`` for one of the user's own.
 
     That one is asked for when its weights are there: see ``MongeMap.on_load_checkpoint``.
-
-    Args:
-        net: The network, or ``None``.
     """
     described = describe(net)
     return described if described is not None and "class_path" in described else None
 
 
 def hyper_parameters(model: "MongeMap", **of_signature: Any) -> dict[str, Any]:
-    """Return a map's arguments as plain Python.
-
-    Args:
-        model: The map.
-        **of_signature: Those that it does not keep as they were given.
-    """
+    """Return a map's arguments as plain Python."""
     objective, reference = model.objective, model.gap_reference
     schedules = {
         name: describe(value) if callable(value) else value
@@ -227,7 +212,7 @@ def _plain(value: Any) -> bool:
 def _describes(value: Any) -> bool:
     """Return whether there is a description within."""
     if isinstance(value, Mapping):
-        return any(key in ("class_path", "_instantiator") or _describes(item) for key, item in value.items())
+        return any(key in ("class_path", INSTANTIATOR) or _describes(item) for key, item in value.items())
     return isinstance(value, list | tuple) and any(map(_describes, value))
 
 

@@ -7,7 +7,8 @@ from typing import IO, Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+
+from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR, restricted_classmethod
 
 __all__ = ["SafelyLoaded", "read_checkpoint"]
 
@@ -19,7 +20,7 @@ _LIGHTNINGS_OWN = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightnin
 class SafelyLoaded(LightningModule):
     """A module whose checkpoints may come from anywhere."""
 
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(
         cls,  # noqa: N805
         checkpoint_path: str | Path | IO[bytes],
@@ -78,13 +79,6 @@ def _arguments_of(file: str | Path | IO[bytes], given: Mapping[str, Any]) -> dic
     """Return the arguments with which Lightning is to make a map from a checkpoint, whose hyperparameters are checked.
 
     Of a file on this machine the tensors are not read.
-
-    Args:
-        file: A path, or an open file, which is read from where it stands and put back there. Of a URL nothing is read.
-        given: Arguments that go before those of the checkpoint.
-
-    Raises:
-        ValueError: The checkpoint holds more than tensors and plain Python, or asks for more than this package's own.
     """
     checkpoint = None
     if not isinstance(file, str | Path):
@@ -95,25 +89,17 @@ def _arguments_of(file: str | Path | IO[bytes], given: Mapping[str, Any]) -> dic
         checkpoint = _read(Path(file))
     found = checkpoint.get(_HYPER_PARAMETERS) if isinstance(checkpoint, dict) else None
     _check_hyper_parameters(found)
-    renamed = {}
-    if isinstance(found, Mapping) and "rho" not in found and not {"reach", "rho"} & set(given):
-        renamed = {"rho": found.get("reach"), "reach": None}  # as it was called before
+    if isinstance(found, Mapping) and "rho" not in found and "reach" not in given:  # as it was called before
+        given = {"rho": found.get("reach"), **given, "reach": None}
     # Lightning's own function would import the classes that are named beside it.
-    return {**renamed, **given, "_instantiator": None}
+    return {**given, INSTANTIATOR: None}
 
 
 def _check_hyper_parameters(found: Any) -> None:
-    """Refuse hyperparameters that ask for more than this package's own classes.
-
-    Args:
-        found: What a checkpoint holds of them, or None.
-
-    Raises:
-        ValueError: They name a function that is to make the model, or a file that is to be read.
-    """
+    """Refuse hyperparameters that ask for more than this package's own classes."""
     if not isinstance(found, Mapping):
         return
-    instantiator = found.get("_instantiator")
+    instantiator = found.get(INSTANTIATOR)
     if instantiator is not None and instantiator not in _LIGHTNINGS_OWN:
         raise ValueError(
             f"the checkpoint wants {instantiator!r} to make the model, which is not run: make it yourself, as in "

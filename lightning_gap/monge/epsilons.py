@@ -54,11 +54,7 @@ class KeptEpsilons:
             getattr(self._module, name).fill_(number)
 
     def write_to(self, state: MutableMapping[str, Any]) -> None:
-        """Give the entries of a state dictionary, which may be that of an average, the values.
-
-        Args:
-            state: The dictionary, whose tensors are replaced.
-        """
+        """Give the entries of a state dictionary, which may be that of an average, the values."""
         for name, number in self._numbers.items():
             if name in state:
                 state[name] = torch.full_like(state[name], number)
@@ -84,11 +80,7 @@ class KeptEpsilons:
         return self.started and None not in (self.fitting, self.gap)
 
     def annealed(self, factor: float) -> dict[str, float | None]:
-        """Return both as arguments of an objective, multiplied by a factor.
-
-        Args:
-            factor: The factor of this update.
-        """
+        """Return both as arguments of an objective, multiplied by a factor."""
         return {name: None if (e := self._decided(name)) is None else e * factor for name in (FITTING, GAP)}
 
     def start(self) -> None:
@@ -159,13 +151,7 @@ class KeptEpsilons:
 
 
 def given_epsilon(name: str, absolute: float | None, share: float) -> Epsilon:
-    """Return what was given for an epsilon.
-
-    Args:
-        name: The argument of the absolute one.
-        absolute: In units of the cost, or ``None``.
-        share: Of the typical cost, where it is.
-    """
+    """Return what was given for an epsilon."""
     check_number(f"relative_{name}", share, above=0)
     return Epsilon(check_epsilon(name, absolute), float(share), "typical")
 
@@ -173,12 +159,7 @@ def given_epsilon(name: str, absolute: float | None, share: float) -> Epsilon:
 def by_condition(
     source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
 ) -> list[tuple[Weighted, Weighted]]:
-    """Return source and target of each condition.
-
-    Args:
-        source: ``(n, d)`` samples and their weights, or ``(K, n, d)`` samples of K conditions.
-        target: Those of the target.
-    """
+    """Return source and target of each condition."""
     if source[0].dim() == 2:
         return [(Weighted(*source), Weighted(*target))]
     sides = [

@@ -1,45 +1,60 @@
-"""What a map takes from its data: names, the representation, and the default network."""
+"""What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_gap.checks import check_choice
+from lightning_gap.monge.border import as_network_takes
 from lightning_gap.monge.checkpoint import described_map
+from lightning_gap.monge.epsilons import by_condition
 from lightning_gap.monge.maps.conditional import ConditionalMap
 from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.objective import GapOn
+from lightning_gap.monge.ot.epsilon import Weighted
+from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.features import feature_places, match_features
+from lightning_gap.monge.samples.files.read import open_table
 from lightning_gap.monge.samples.standardize import AffineRepresentation
+from lightning_gap.monge.schedules import counts
 from lightning_gap.monge.signs import unused_conditions
+from lightning_gap.monge.suitability import refuse_learned_cost
+from lightning_gap.monge.training_loss import gathered
+from lightning_gap.trainer.internals.of_lightning import trainer_if_any
+from lightning_gap.trainer.strategy import data_parallel_group, from_rank_zero
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["adopt", "chosen_map", "data_of", "feature_texts", "note_conditions", "take_from_checkpoint"]
+__all__ = [
+    "adopt",
+    "begin",
+    "begin_with_batch",
+    "check_gap_on",
+    "chosen_map",
+    "feature_texts",
+    "note_conditions",
+    "read_reference",
+    "take_from_checkpoint",
+]
+
+Pairs = Sequence[tuple[Weighted, Weighted]]
 
 
-def data_of(model: "MongeMap") -> Any:
-    """Return the data module of the run, or ``None``.
-
-    Args:
-        model: The map.
-    """
+def _data_of(model: "MongeMap") -> Any:
+    """Return the data module of the run, or ``None``."""
     return getattr(model.trainer, "datamodule", None)
 
 
 def adopt(model: "MongeMap") -> None:
-    """Take from the data what was not given, and refuse what contradicts it.
-
-    Args:
-        model: The map.
-
-    Raises:
-        MisconfigurationException: Features, conditions or the representation are not those of the map's training.
-    """
-    data, fitting = data_of(model), model.trainer.state.fn == TrainerFn.FITTING
+    """Take from the data what was not given, and refuse what contradicts it."""
+    data, fitting = _data_of(model), model.trainer.state.fn == TrainerFn.FITTING
     # A map that was trained by place has no names; other data than it was trained on cannot tell them.
     names = getattr(data, "feature_names", None)
     if model.feature_names is None and names is not None and (fitting or not model.epsilons.started):
@@ -58,16 +73,7 @@ def adopt(model: "MongeMap") -> None:
 
 
 def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
-    """Take what a checkpoint's weights mean; older ones, which were trained without a start, are told that they have.
-
-    Args:
-        model: The map.
-        checkpoint: What is about to be loaded.
-
-    Raises:
-        MisconfigurationException: The network is one of the user's own, which a checkpoint does not hold; or the data
-            are not those of the checkpoint.
-    """
+    """Take what a checkpoint's weights mean; older ones, trained without a start, are told that they have it."""
     state = checkpoint.get("state_dict", {})  # a strategy that shards models has loaded it already
     if model.map is None and any(name.startswith("map.") for name in state):
         raise MisconfigurationException(
@@ -75,9 +81,9 @@ def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
             "give it again, as in MongeMap.load_from_checkpoint(path, map=...)"
         )
     state.setdefault("started", torch.tensor(True))
-    if getattr(model, "_trainer", None) is None:
+    if trainer_if_any(model) is None:
         return
-    data, found = data_of(model), checkpoint.get("hyper_parameters") or {}
+    data, found = _data_of(model), checkpoint.get("hyper_parameters") or {}
     if found.get("feature_names"):
         _set_names(model, "feature_names", found["feature_names"])
         match_features(data, model.feature_names)
@@ -87,12 +93,8 @@ def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
 
 
 def note_conditions(model: "MongeMap") -> None:
-    """Say where the conditions of a fit are not heeded, and widen the range of trained ones to that of the fit.
-
-    Args:
-        model: The map.
-    """
-    data = data_of(model)
+    """Say where the conditions of a fit are not heeded, and widen the range of trained ones to that of the fit."""
+    data = _data_of(model)
     if getattr(data, "condition_names", ()):
         model.remarks.say("conditions", lambda: unused_conditions(model.map))
     vectors: Tensor | None = getattr(data, "trained_vectors", None)
@@ -105,17 +107,80 @@ def note_conditions(model: "MongeMap") -> None:
     model.condition_range = model.hparams["condition_range"] = ends
 
 
+def begin(model: "MongeMap") -> bool:
+    """Start the map and decide the epsilons, once, by all training samples; return whether the data tell them."""
+    data = _data_of(model)
+    pairs = _training_pairs(data, decided=model.epsilons.complete)
+    if pairs:
+        _begin(model, pairs, data.training_samples, again=True)
+    return bool(pairs)
+
+
+def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
+    """Do :func:`begin` with the first batch of all devices, so that all begin alike; return that it is done."""
+    group = data_parallel_group(model.trainer)
+    source, target = gathered(b.source, group), gathered(b.target, group)
+    weights = (gathered(w, group, -1) for w in (b.source_weights, b.target_weights))
+    if b.condition is not None:
+        model.remarks.say("conditions", lambda: unused_conditions(model.map))
+    pairs = by_condition(*zip((source, target), weights, strict=True))
+    _begin(model, pairs, lambda: (source, target), again=False)
+    return True
+
+
+@torch.no_grad()
+def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tensor, Tensor]], *, again: bool) -> None:
+    def taken(x: Tensor) -> Tensor:
+        return as_network_takes(model, x.to(model.device))
+
+    for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
+        refuse_learned_cost(name, cost, taken(pairs[0][0].samples[:1]))
+    if not model.epsilons.started:
+        if callable(start := getattr(model.map, "start", None)):
+            start(*(taken(part.flatten(0, -2)) for part in all_samples()))
+        model.epsilons.start()
+    kept = model.epsilons.decide(
+        pairs, model.objective, gap_counts=counts(model.gap_weight), again=again, take=taken,
+        agreed=partial(from_rank_zero, model.trainer),
+    )  # fmt: skip
+    if kept:
+        rank_zero_warn(
+            f"MongeMap goes on from an earlier fit on other samples, with its start and {', '.join(kept)}: "
+            "make a new MongeMap for other samples, or give the epsilons"
+        )
+
+
+def _training_pairs(data: Any, *, decided: bool) -> list[tuple[Weighted, Weighted]]:
+    """Return source and target of each condition; nothing where all is decided and they would have to be drawn."""
+    if not hasattr(data, "training_samples") or (decided and getattr(data, "endless", False)):
+        return []
+    if hasattr(data, "training_pairs"):
+        return [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+    source, target = data.training_samples()
+    return by_condition((source, None), (target, None))
+
+
+def read_reference(samples: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Return the samples, and the names of their features where they have names."""
+    if samples is None:
+        return None, None
+    if isinstance(samples, Mapping):
+        return torch.zeros(samples["shape"]), None
+    table = open_table("gap_reference", samples)
+    return table.samples(None), table.features
+
+
+def check_gap_on(gap_on: GapOn | None, reference: Tensor | None) -> GapOn:
+    """Return where the gap is measured."""
+    chosen = gap_on or ("source" if reference is None else "reference")
+    check_choice("gap_on", chosen, get_args(GapOn))
+    if chosen != "source" and reference is None:
+        raise ValueError(f"gap_on={gap_on!r} needs gap_reference, samples of the reference measure: give them")
+    return chosen
+
+
 def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) -> nn.Module | None:
-    """Return the network that was given, or the default one where the dimension is known.
-
-    Args:
-        dim: Dimension of the samples, or ``None``.
-        given: The network, or ``None``.
-        hidden: Widths of the default one.
-
-    Raises:
-        ValueError: The network is made for another dimension.
-    """
+    """Return the network that was given, or the default one where the dimension is known."""
     if given is None:
         return None if dim is None else ResidualMLP(dim, hidden)
     made_with = getattr(given, "dim", None)
@@ -125,16 +190,7 @@ def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) 
 
 
 def feature_texts(names: Sequence[str] | None, dim: int | None) -> list[str] | None:
-    """Return names of features as text.
-
-    Args:
-        names: What was given as ``feature_names``.
-        dim: How many there must be, where it is known.
-
-    Raises:
-        TypeError: It is one text.
-        ValueError: There are more or fewer.
-    """
+    """Return names of features as text."""
     if names is None:
         return None
     if isinstance(names, str):

@@ -22,33 +22,20 @@ __all__ = ["HeldOut"]
 
 
 class HeldOut:
-    """Keeps the samples and images of a stage in ``model.scores[stage]`` until its end, and no longer.
-
-    Args:
-        model: The map.
-    """
+    """Keeps the samples and images of a stage in ``model.scores[stage]`` until its end, and no longer."""
 
     def __init__(self, model: "MongeMap") -> None:
         self._model = model
         self._losses: list[Tensor] = []  # of a fitting loss of the user's own, a batch each
 
     def forget(self, stage: str) -> None:
-        """Forget what a stage that was interrupted has left.
-
-        Args:
-            stage: ``"val"`` or ``"test"``.
-        """
+        """Forget what a stage that was interrupted has left."""
         self._losses.clear()
         if stage in self._model.scores:
             del self._model.scores[stage]
 
     def keep(self, stage: str, batch: Any) -> None:
-        """Keep a batch and the images of its source.
-
-        Args:
-            stage: ``"val"`` or ``"test"``.
-            batch: An :class:`UnpairedBatch`, or a pair.
-        """
+        """Keep a batch and the images of its source."""
         model = self._model
         b = checked(model, model.map, batch)
         mapped = images(model, b.source, b.condition)
@@ -74,11 +61,7 @@ class HeldOut:
         )
 
     def log(self, stage: str) -> None:
-        """Log the scores, and the loss among them; nothing without a single batch.
-
-        Args:
-            stage: ``"val"`` or ``"test"``.
-        """
+        """Log the scores, and the loss among them; nothing without a single batch."""
         model = self._model
         if stage not in model.scores:
             return

@@ -16,9 +16,17 @@ from lightning_gap.monge.border import checked
 from lightning_gap.monge.checkpoint import build, build_cost, described_map, hyper_parameters
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
-from lightning_gap.monge.first_samples import begin, begin_with_batch
-from lightning_gap.monge.from_data import adopt, chosen_map, feature_texts, note_conditions, take_from_checkpoint
-from lightning_gap.monge.gap_reference import check_gap_on, read_reference
+from lightning_gap.monge.from_data import (
+    adopt,
+    begin,
+    begin_with_batch,
+    check_gap_on,
+    chosen_map,
+    feature_texts,
+    note_conditions,
+    read_reference,
+    take_from_checkpoint,
+)
 from lightning_gap.monge.held_out import HeldOut
 from lightning_gap.monge.maps.residual import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
@@ -36,6 +44,7 @@ from lightning_gap.monge.suitability import check_costs, check_run, modules_of_c
 from lightning_gap.monge.training_log import TrainingLog
 from lightning_gap.monge.training_loss import training_loss
 from lightning_gap.monge.transporting import mapped, predicted, transport
+from lightning_gap.trainer.internals.of_torch import apply_to_module
 
 __all__ = ["MongeMap"]
 
@@ -271,7 +280,7 @@ class MongeMap(SafelyLoaded):
         # Networks that a cost is computed by go where this module goes, and are no part of its state.
         for cost in (self.cost, self.fitting_cost):
             for module in modules_of_cost(cost):
-                module._apply(fn)
+                apply_to_module(module, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     # --- the map ---

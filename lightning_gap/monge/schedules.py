@@ -82,44 +82,22 @@ class Anneal:
 def number_or_schedule(
     name: str, value: Any, *, least: float | None = None, above: float | None = None
 ) -> float | Schedule:
-    """Return a number that is checked, or a schedule.
-
-    Args:
-        name: The caller's argument, for the message.
-        value: What the caller was given.
-        least: See :func:`~lightning_gap.checks.check_number`.
-        above: See there.
-    """
+    """Return a number that is checked, or a schedule."""
     return cast(Schedule, value) if callable(value) else check_number(name, value, least=least, above=above)
 
 
 def now(value: float | Schedule, updates: int) -> float:
-    """Return what a number or a schedule is after so many updates.
-
-    Args:
-        value: The number or the schedule.
-        updates: Optimizer updates so far.
-    """
+    """Return what a number or a schedule is after so many updates."""
     return float(value(updates)) if callable(value) else value
 
 
 def counts(weight: float | Schedule) -> bool:
-    """Return whether what a weight is of is trained by, rather than only measured.
-
-    Args:
-        weight: The weight.
-    """
+    """Return whether what a weight is of is trained by, rather than only measured."""
     return callable(weight) or weight > 0
 
 
 def stepped(scheduler: LRScheduler, monitor: str, trainer: Trainer) -> dict[str, Any]:
-    """Return how Lightning is to step a scheduler: after every update, and one of plateaus after every validation.
-
-    Args:
-        scheduler: The scheduler.
-        monitor: The logged value that one of plateaus watches.
-        trainer: The trainer.
-    """
+    """Return how Lightning is to step a scheduler: after every update, and one of plateaus after every validation."""
     if not isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "step"}
     every = trainer.check_val_every_n_epoch or 1

@@ -29,24 +29,14 @@ class Remarks:
         self._said &= {"convergence"}
 
     def say(self, about: str, sign: Callable[[], str | None], category: type[Warning] = UserWarning) -> None:
-        """Warn of a sign where there is one, unless it has been said.
-
-        Args:
-            about: What it is about.
-            sign: Returns it in words, or ``None``.
-            category: Of the warning.
-        """
+        """Warn of a sign where there is one, unless it has been said."""
         if about not in self._said and (message := sign()) is not None:
             self._said.add(about)
             rank_zero_warn(message, category=category)
 
 
 def unused_conditions(net: nn.Module | None) -> str | None:
-    """Say where conditions are not heeded.
-
-    Args:
-        net: The map that is to learn from data with conditions.
-    """
+    """Say where conditions are not heeded."""
     if getattr(net, "conditional", False):
         return None
     return (
@@ -56,13 +46,7 @@ def unused_conditions(net: nn.Module | None) -> str | None:
 
 
 def not_converged(updates: int, terms: ObjectiveTerms, options: SolverOptions) -> str:
-    """Say that transport problems of a step were not solved to the tolerance.
-
-    Args:
-        updates: Optimizer updates so far.
-        terms: Those of the step.
-        options: The solver's.
-    """
+    """Say that transport problems of a step were not solved to the tolerance."""
     return (
         f"at update {updates} the solver stopped with a marginal error of {terms.marginal_error:.2g}, above "
         f"tolerance={options.tolerance:.2g}, so the gradient is less exact than that: raise max_iterations "
@@ -72,12 +56,7 @@ def not_converged(updates: int, terms: ObjectiveTerms, options: SolverOptions) -
 
 
 def drawn_together(scores: MapScores, values: Mapping[str, Tensor]) -> str | None:
-    """Say where images score better than samples of the target by the Sinkhorn divergence alone.
-
-    Args:
-        scores: The metric that holds the samples.
-        values: What it returned.
-    """
+    """Say where images score better than samples of the target by the Sinkhorn divergence alone."""
     if "sinkhorn_divergence_floor" not in values:
         return None
     mapped, target = dim_zero_cat(scores.mapped), dim_zero_cat(scores.target)
@@ -99,12 +78,7 @@ def drawn_together(scores: MapScores, values: Mapping[str, Tensor]) -> str | Non
 
 
 def out_of_range(vectors: Tensor, trained: Sequence[Sequence[float]]) -> str | None:
-    """Say where conditions are further outside of the trained ones than half their range.
-
-    Args:
-        vectors: ``(n, p)`` vectors of the conditions.
-        trained: Least and greatest trained value of each entry.
-    """
+    """Say where conditions are further outside of the trained ones than half their range."""
     if vectors.dim() != 2 or vectors.shape[1] != len(trained[0]):
         return None
     given = vectors.detach().cpu().double()

@@ -79,12 +79,7 @@ def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *
 
 
 def check_costs(model: "MongeMap", *, of_checkpoint: bool = False) -> None:
-    """Refuse costs that are to be learned, and those that a map is not made for.
-
-    Args:
-        model: The map.
-        of_checkpoint: Whether they are those of a checkpoint: a pair that was trained can still be used.
-    """
+    """Refuse costs that are to be learned, and those that a map is not made for."""
     for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
         refuse_learned_cost(name, cost)
     if not of_checkpoint:
@@ -92,14 +87,7 @@ def check_costs(model: "MongeMap", *, of_checkpoint: bool = False) -> None:
 
 
 def check_run(model: "MongeMap") -> None:
-    """Refuse a run that a map cannot be in.
-
-    Args:
-        model: The map, with its trainer.
-
-    Raises:
-        MisconfigurationException: It cannot.
-    """
+    """Refuse a run that a map cannot be in."""
     net, precision, weight = model.map, model.trainer.precision, model.conservative_weight
     if str(precision) in ("16-true", "bf16-true"):
         raise MisconfigurationException(
@@ -197,11 +185,7 @@ def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> 
 
 
 def modules_of_cost(cost: Cost) -> list[nn.Module]:
-    """Return the modules that a cost of the user's own is computed by.
-
-    Args:
-        cost: The cost.
-    """
+    """Return the modules that a cost of the user's own is computed by."""
     return [thing for thing in _held(cost) if isinstance(thing, nn.Module)]
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_gap.trainer.internals.of_lightning import updates_logs
 from lightning_gap.trainer.loggers import define_axes, filled, log_at_update
 
 __all__ = ["TrainingLog", "log_scores"]
@@ -27,27 +28,16 @@ class TrainingLog:
         self._updates = 0
 
     def keep(self, module: LightningModule, values: Mapping[str, float | Tensor]) -> None:
-        """Show callbacks the values of a step.
-
-        Args:
-            module: The module, in its training step.
-            values: By name.
-        """
+        """Show callbacks the values of a step."""
         self._updates = module.global_step
         self._values = _named("train", module, values)
         for shown in (module.trainer.callback_metrics, module.trainer.logged_metrics):
             shown.update(self._values)
 
     def write(self, trainer: Any) -> None:
-        """Give loggers the values, where their turn is.
-
-        Args:
-            trainer: The trainer, at the end of a training batch.
-        """
-        done, every = trainer.global_step, trainer.log_every_n_steps
-        if done == self._updates or not (every and trainer.loggers and self._values):  # batches may be accumulated
-            return
-        if done % every == 0 or trainer.should_stop:
+        """Give loggers the values, where their turn is."""
+        made = trainer.global_step > self._updates  # of batches that are accumulated the last makes an update
+        if made and self._values and trainer.loggers and updates_logs(trainer):
             define_axes(trainer.loggers, _UPDATES, self._values)
             numbers = {name: float(value) for name, value in self._values.items()}
             log_at_update(trainer, {**numbers, "epoch": trainer.current_epoch})
@@ -56,13 +46,7 @@ class TrainingLog:
 
 
 def log_scores(module: LightningModule, stage: str, values: Mapping[str, Tensor]) -> None:
-    """Log the scores of a validation or a test.
-
-    Args:
-        module: The module, at the end of the stage's epoch.
-        stage: ``"val"`` or ``"test"``.
-        values: By name.
-    """
+    """Log the scores of a validation or a test."""
     named = _named(stage, module, values)
     define_axes(module.trainer.loggers, _UPDATES, named)
     options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}

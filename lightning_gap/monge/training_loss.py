@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.border import as_network_takes
-from lightning_gap.monge.gap_reference import drawn_reference
 from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning
 from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.samples.draws import FiniteSamples, Turn
 from lightning_gap.monge.samples.splits import generator
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.signs import not_converged
@@ -28,13 +28,7 @@ _PROBES = 1  # first entry of the key of random draws
 
 
 def training_loss(model: "MongeMap", b: UnpairedBatch, batch_idx: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """Return the loss, and all that is to be logged, by name; warn where the solver did not converge.
-
-    Args:
-        model: The map.
-        b: This process's part of the batch.
-        batch_idx: Which batch of the epoch it is.
-    """
+    """Return the loss, and all that is to be logged, by name; warn where the solver did not converge."""
     group = data_parallel_group(model.trainer) if model.global_batch else None
     gap_weight, factor = now(model.gap_weight, model.global_step), now(model.epsilon_factor, model.global_step)
     source, target = gathered(b.source, group), gathered(b.target, group)
@@ -83,13 +77,7 @@ def gathered(samples: Tensor, group: RankGroup | None, dim: int = -2) -> Tensor:
 @overload
 def gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None: ...
 def gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None:
-    """Return the samples of all processes.
-
-    Args:
-        samples: This process's samples or weights, or ``None``.
-        group: The processes; ``None`` where there is one.
-        dim: Which dimension counts them.
-    """
+    """Return the samples of all processes."""
     return samples if group is None or samples is None else group.gather_rows(samples, dim)
 
 
@@ -101,7 +89,11 @@ def _reference_pair(
         return None
     assert model.gap_reference is not None
     here, ranks = (0, 1) if group is None else (data_parallel_rank(model.trainer), data_parallel_size(model.trainer))
-    samples = drawn_reference(model.gap_reference, b.source.shape[-2], (model.current_epoch, batch_idx), here, ranks)
+    n = b.source.shape[-2]
+    # By epoch and batch, so that a resumed run sees the same, and no one else's random numbers change.
+    turn = Turn((0,), model.current_epoch, batch_idx, 0, ranks * n, slice(here * n, (here + 1) * n))
+    rows = FiniteSamples(model.gap_reference).rows(turn)[turn.part]
+    samples = model.gap_reference[rows.to(model.gap_reference.device)]
     if model.representation is not None:
         samples = model.representation.encode(samples)
     samples = as_network_takes(model, samples)

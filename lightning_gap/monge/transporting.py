@@ -23,40 +23,19 @@ __all__ = ["flat", "images", "mapped", "predicted", "transport"]
 
 
 def flat(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return samples of K conditions as rows, with the condition of each.
-
-    Args:
-        x: ``(n, d)``, or ``(K, n, d)``.
-        condition: The condition of each row, or of each of the K.
-    """
+    """Return samples of K conditions as rows, with the condition of each."""
     if x.dim() == 2:
         return x, condition
     return x.flatten(0, 1), None if condition is None else condition.repeat_interleave(x.shape[1], dim=0)
 
 
 def images(model: "MongeMap", x: Tensor, condition: Tensor | None) -> Tensor:
-    """Return the images of encoded samples, differentiably.
-
-    Args:
-        model: The map.
-        x: ``(n, d)``, or ``(K, n, d)``.
-        condition: The condition of each row, or of each of the K.
-    """
+    """Return the images of encoded samples, differentiably."""
     return cast(Tensor, model(*flat(x, condition))).view(x.shape)
 
 
 def mapped(net: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor:
-    """Return what a network makes of encoded samples.
-
-    Args:
-        net: The network.
-        x: ``(n, d)`` samples.
-        condition: The condition of each, for a conditional one.
-
-    Raises:
-        MisconfigurationException: There is no network yet.
-        ValueError: There is no condition, or the network does not keep the shape.
-    """
+    """Return what a network makes of encoded samples."""
     if net is None:
         raise MisconfigurationException("MongeMap has no network yet: give dim= or map=, or fit it first")
     if not getattr(net, "conditional", False):
@@ -72,12 +51,7 @@ def mapped(net: nn.Module | None, x: Tensor, condition: Tensor | None) -> Tensor
 
 
 def predicted(model: "MongeMap", batch: Any) -> Tensor:
-    """Return the raw images of a batch to predict.
-
-    Args:
-        model: The map.
-        batch: Raw samples, alone or with conditions; or an :class:`UnpairedBatch`, whose source is encoded.
-    """
+    """Return the raw images of a batch to predict."""
     if isinstance(batch, UnpairedBatch):
         b = checked(model, model.map, batch)
         return _decoded(model, images(model, b.source, b.condition))
@@ -92,24 +66,13 @@ def predicted(model: "MongeMap", batch: Any) -> Tensor:
 
 
 def _raw_images(model: "MongeMap", x: Tensor, condition: Tensor | None) -> Tensor:
-    """Return the raw images of raw ``(n, d)`` samples.
-
-    Args:
-        model: The map.
-        x: The samples.
-        condition: The condition of each.
-    """
+    """Return the raw images of raw ``(n, d)`` samples."""
     encoded = x if model.representation is None else model.representation.encode(x)
     return _decoded(model, model(as_network_takes(model, encoded), condition))
 
 
 def _decoded(model: "MongeMap", x: Tensor) -> Tensor:
-    """Return images as raw ones.
-
-    Args:
-        model: The map.
-        x: Encoded images.
-    """
+    """Return images as raw ones."""
     return x if model.representation is None else as_network_takes(model, model.representation.decode(x))
 
 
@@ -117,16 +80,7 @@ def _decoded(model: "MongeMap", x: Tensor) -> Tensor:
 def transport(
     model: "MongeMap", x: Any, condition: Any, *, batch_size: int, layer: str | None, obsm: str | None
 ) -> Tensor:
-    """Return the images of raw samples: see :meth:`MongeMap.transport`.
-
-    Args:
-        model: The map.
-        x: ``(n, d)`` samples.
-        condition: For a conditional map, one for all samples or one for each.
-        batch_size: Rows that go through the network at once.
-        layer: Layer of ``AnnData``.
-        obsm: Embedding of ``AnnData``.
-    """
+    """Return the images of raw samples: see :meth:`MongeMap.transport`."""
     names = model.feature_names
     x = x if isinstance(x, Tensor) else read_matrix("x", x, names, layer=layer, obsm=obsm)
     if x.dim() != 2:
@@ -166,11 +120,6 @@ def _conditions(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
 
 
 def _say_if_out_of_range(model: "MongeMap", vectors: Tensor) -> None:
-    """Warn of conditions far outside of those that were trained on.
-
-    Args:
-        model: The map.
-        vectors: Conditions, one a sample.
-    """
+    """Warn of conditions far outside of those that were trained on."""
     if model.condition_range is not None and (message := out_of_range(vectors, model.condition_range)):
         rank_zero_warn(message)
