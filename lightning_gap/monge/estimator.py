@@ -1,9 +1,6 @@
 """MongeMap as a scikit-learn transformer."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +21,7 @@ from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.ot.sinkhorn import CostLike
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.features import columns_like
+from lightning_gap.trainer.terminal import quiet
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
@@ -161,7 +159,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             torch.from_numpy(np.array(representation.transform(samples), dtype=np.float32))
             for samples in (source, target)
         )
-        with isolate_rng(), _quietly():
+        with isolate_rng(), quiet():
             torch.manual_seed(seed)
             data = SamplesDataModule(
                 x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
@@ -255,20 +253,3 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         tags.target_tags.required = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep Lightning's remarks on a run, which nobody here can act on, from the user."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used")
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
