@@ -1,6 +1,7 @@
 """Objects as plain Python, so that a checkpoint which is loaded with ``weights_only=True`` can make them again."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.monge.ot.costs import Cost, resolve
+from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Anneal
 from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["Forgotten", "build", "build_cost", "describe", "described_map", "hyper_parameters"]
+__all__ = ["Forgotten", "build", "build_cost", "build_representation", "describe", "described_map", "hyper_parameters"]
 
 # A checkpoint names classes; only those of these packages are imported for it.
 _PACKAGES = ("torch.optim.", "lightning_gap.")
 # The face of this package keeps its names, wherever their modules go.
 _FACE = "lightning_gap.monge"
+# Arguments that a map keeps as they were given.
+_AS_THEY_ARE = (
+    "conservative_weight",
+    "conservative_probes",
+    "lr_scheduler_monitor",
+    "global_batch",
+    "condition_names",
+    "feature_names",
+    "condition_range",
+)
 _OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
 # And of these what a map is made of: others may read or write files when they are made.
 _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
@@ -91,11 +103,9 @@ def build(argument: str, description: Any) -> Any:
 
 
 def _path(made: Any) -> str:
-    name = getattr(made, "__qualname__", "")
-    face = import_module(_FACE)
-    return (
-        f"{_FACE if name in face.__all__ and getattr(face, name) is made else getattr(made, '__module__', '')}.{name}"
-    )
+    name, face = getattr(made, "__qualname__", ""), import_module(_FACE)
+    public = name in face.__all__ and getattr(face, name) is made
+    return f"{_FACE if public else getattr(made, '__module__', '')}.{name}"
 
 
 def _found(path: str) -> Any:
@@ -129,45 +139,38 @@ def described_map(net: nn.Module | None) -> dict[str, Any] | None:
     return described if described is not None and "class_path" in described else None
 
 
-def hyper_parameters(model: "MongeMap", **of_signature: Any) -> dict[str, Any]:
-    """Return a map's arguments as plain Python."""
-    objective, reference = model.objective, model.gap_reference
-    schedules = {
-        name: describe(value) if callable(value) else value
-        for name, value in (("epsilon_factor", model.epsilon_factor), ("gap_weight", model.gap_weight))
+def build_representation(given: Any) -> AffineRepresentation | None:
+    """Return a representation as it was given, by itself or by its arguments."""
+    return AffineRepresentation(**given) if isinstance(given, Mapping) else given
+
+
+def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None) -> dict[str, Any]:
+    """Return a map's arguments as plain Python, from the map and the dimension and the network that were given."""
+    objective, reference, described = model.objective, model.gap_reference, described_map(given)
+    epsilons: dict[str, float | None] = {}
+    for name, epsilon in model.epsilons.given.items():
+        epsilons |= {name: epsilon.absolute, f"relative_{name}": epsilon.share}
+    functions: dict[str, Any] = {name: getattr(model, name) for name in ("epsilon_factor", "gap_weight")}
+    functions["fitting_loss"] = objective.fitting_loss
+    return {
+        # Of a network that is not described, nothing is made in its place.
+        "dim": dim if given is None or described is not None else None,
+        "map": described,
+        "hidden": list(model.hidden),
+        "cost": str(objective.cost),
+        "fitting_cost": str(objective.fitting_cost),
+        "fitting_loss": describe(objective.fitting_loss)
+        if callable(objective.fitting_loss)
+        else objective.fitting_loss,
+        **epsilons,
+        **{name: describe(value) if callable(value) else value for name, value in functions.items()},
+        "gap_reference": None if reference is None else {"shape": list(reference.shape)},
+        **{name: getattr(objective, name) for name in ("gap_on", "rho", "reweight")},
+        **{name: describe(getattr(model, name)) for name in ("optimizer", "lr_scheduler")},
+        **asdict(objective.options),
+        "representation": None if model.representation is None else model.representation.hparams,
+        **{name: getattr(model, name) for name in _AS_THEY_ARE},
     }
-    loss = objective.fitting_loss
-    return (
-        of_signature
-        | schedules
-        | {
-            "cost": str(objective.cost),
-            "hidden": list(model.hidden),
-            "fitting_loss": loss if isinstance(loss, str) else describe(loss),
-            "fitting_cost": str(objective.fitting_cost),
-            "fitting_epsilon": model.epsilons.given["fitting_epsilon"].absolute,
-            "gap_epsilon": model.epsilons.given["gap_epsilon"].absolute,
-            "relative_fitting_epsilon": model.epsilons.given["fitting_epsilon"].share,
-            "relative_gap_epsilon": model.epsilons.given["gap_epsilon"].share,
-            "gap_reference": None if reference is None else {"shape": list(reference.shape)},
-            "gap_on": objective.gap_on,
-            "conservative_weight": model.conservative_weight,
-            "conservative_probes": model.conservative_probes,
-            "rho": objective.rho,
-            "reweight": objective.reweight,
-            "optimizer": describe(model.optimizer),
-            "lr_scheduler": describe(model.lr_scheduler),
-            "lr_scheduler_monitor": model.lr_scheduler_monitor,
-            "solver": objective.options.solver,
-            "tolerance": objective.options.tolerance,
-            "max_iterations": objective.options.max_iterations,
-            "global_batch": model.global_batch,
-            "representation": None if model.representation is None else model.representation.hparams,
-            "condition_names": model.condition_names,
-            "feature_names": model.feature_names,
-            "condition_range": model.condition_range,
-        }
-    )
 
 
 class Forgotten:

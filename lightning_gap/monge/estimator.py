@@ -14,11 +14,10 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.ot.costs import resolve
+from lightning_gap.monge.ot.costs import CostLike, resolve
+from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Weighted
-from lightning_gap.monge.ot.gap import sinkhorn_divergence
 from lightning_gap.monge.ot.priority_sampling import few_of
-from lightning_gap.monge.ot.sinkhorn import CostLike
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.features import columns_like
 from lightning_gap.trainer.terminal import quiet

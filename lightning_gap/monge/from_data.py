@@ -17,6 +17,7 @@ from lightning_gap.monge.epsilons import by_condition
 from lightning_gap.monge.maps.conditional import ConditionalMap
 from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.objective import GapOn
+from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.features import feature_places, match_features
@@ -124,6 +125,9 @@ def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
     if b.condition is not None:
         model.remarks.say("conditions", lambda: unused_conditions(model.map))
     pairs = by_condition(*zip((source, target), weights, strict=True))
+    for sides in pairs:
+        for name, side in zip(("source_weights", "target_weights"), sides, strict=True):
+            check_weights(name, side.weights, side.samples, balanced=False)
     _begin(model, pairs, lambda: (source, target), again=False)
     return True
 

@@ -13,7 +13,7 @@ from typing_extensions import deprecated, override
 
 from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge.border import checked
-from lightning_gap.monge.checkpoint import build, build_cost, described_map, hyper_parameters
+from lightning_gap.monge.checkpoint import build, build_cost, build_representation, hyper_parameters
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.from_data import (
@@ -32,10 +32,9 @@ from lightning_gap.monge.maps.residual import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.compiling import eager
-from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.costs import Cost, CostLike
 from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.options import Solver, SolverOptions
-from lightning_gap.monge.ot.sinkhorn import CostLike
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Schedule, number_or_schedule, stepped
@@ -182,7 +181,6 @@ class MongeMap(SafelyLoaded):
         self.conservative_weight = check_number("conservative_weight", conservative_weight, least=0)
         self.conservative_probes = check_integer("conservative_probes", conservative_probes)
         reference, self.reference_features = read_reference(gap_reference)
-        gap_on = check_gap_on(gap_on, reference)
         gap_reference = None  # Lightning compares each argument with the hyperparameters, which arrays do not bear
         self.register_buffer("gap_reference", reference)
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
@@ -194,18 +192,16 @@ class MongeMap(SafelyLoaded):
             fitting_loss=build("fitting_loss", fitting_loss),
             rho=check_epsilon("rho", renamed("reach", "rho", reach, rho)),
             reweight=bool(reweight),
-            gap_on=gap_on,
+            gap_on=check_gap_on(gap_on, reference),
             options=SolverOptions(solver, tolerance, max_iterations),
         )
         self.global_batch = bool(global_batch)
         self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.lr_scheduler_monitor = lr_scheduler_monitor
-        described = described_map(given)
         self.map = chosen_map(dim, given, hidden)
         self.hidden = tuple(hidden)
-        encoding = representation
-        self.representation = AffineRepresentation(**encoding) if isinstance(encoding, Mapping) else encoding
+        self.representation = build_representation(representation)
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.feature_names = feature_texts(feature_names, dim if self.representation is None else None)
         self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
@@ -215,9 +211,7 @@ class MongeMap(SafelyLoaded):
         self.training_log = TrainingLog()
         self.remarks = Remarks()
         self._began = False
-        # Of a network that is not described, nothing is made in its place.
-        told = dim if given is None or described is not None else None
-        self.save_hyperparameters(hyper_parameters(self, dim=told, map=described))
+        self.save_hyperparameters(hyper_parameters(self, dim, given))
 
     @property
     def cost(self) -> Cost:
@@ -241,7 +235,7 @@ class MongeMap(SafelyLoaded):
         return self.rho
 
     @property
-    def solver(self) -> str:
+    def solver(self) -> Solver:
         """Solver of both terms."""
         return self.objective.options.solver
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.gap import divergence_problem, divergences_and_gaps, gap_problem
 from lightning_gap.monge.ot.options import SolverOptions
-from lightning_gap.monge.ot.sinkhorn import Problem
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.terms import divergence_problem, gap_problem, solve_terms
 from lightning_gap.monge.ot.unbalanced import normalized, unbalanced_weights
 
 __all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms"]
@@ -107,6 +107,8 @@ class MapObjective:
     ) -> ObjectiveTerms:
         """Return the fitting loss and the gap, each the mean over the conditions.
 
+        All but the costs' domains has been checked.
+
         Args:
             source: ``(n, d)`` samples, or ``(K, n, d)`` of K conditions.
             mapped: Their images, of the same shape.
@@ -118,10 +120,10 @@ class MapObjective:
             with_gap: Whether the gap is wanted.
 
         Raises:
-            TypeError: An argument is no floating-point tensor, or the dtypes differ.
-            ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
+            ValueError: A cost is not defined at some samples.
+            FloatingPointError: A problem cannot be solved.
         """
-        many, solver = source.dim() == 3, self.options.solver
+        many, options = source.dim() == 3, self.options
         each: list[list[Any]] = [
             [None] * (len(source) if many else 1) if part is None else list(part) if many else [part]
             for part in (source, mapped, target, *weights, *(reference or (None, None)))
@@ -133,13 +135,21 @@ class MapObjective:
         for x, t, y, a, b, r, tr in zip(*each, strict=True):
             if self.reweight:
                 a, b = unbalanced_weights(
-                    x, y, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=self.rho, weights=(a, b), solver=solver
+                    x,
+                    y,
+                    cost=self.fitting_cost,
+                    epsilon=fitting_epsilon,
+                    rho=self.rho,
+                    weights=(a, b),
+                    solver=options.solver,
                 )
             a, b = normalized(a), normalized(b)
             if self.fitting_loss == "sinkhorn":
+                for name, points in (("mapped", t), ("target", y)):
+                    self.fitting_cost.check_domain(name, points)
                 fitting.append(
                     divergence_problem(
-                        t, y, (a, b), cost=self.fitting_cost, epsilon=fitting_epsilon, reach=soft, solver=solver
+                        t, y, (a, b), options, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=soft, check=False
                     )
                 )
             elif self.fitting_loss == "energy":
@@ -149,14 +159,10 @@ class MapObjective:
                 other.append(self.fitting_loss(t, y, **weighted))
             if with_gap:
                 where = self._gap_samples(x, t, a, r, tr)
-                regularizing.append(gap_problem(*where, cost=self.cost, epsilon=gap_epsilon, solver=solver))
-        terms = divergences_and_gaps(
-            fitting,
-            regularizing,
-            solver=solver,
-            tolerance=self.options.tolerance,
-            max_iterations=self.options.max_iterations,
-        )
+                for name, points in (("source", where[0]), ("mapped", where[1])):
+                    self.cost.check_domain(name, points)
+                regularizing.append(gap_problem(*where, options, cost=self.cost, epsilon=gap_epsilon, check=False))
+        terms = solve_terms(fitting, regularizing, options, silent=True)
         loss = torch.stack(terms.divergences or other).mean()
         gap = torch.stack(terms.gaps).mean() if with_gap else None
         return ObjectiveTerms(loss, gap, terms.marginal_error, terms.converged)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_gap.monge.border import as_network_takes
 from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning
+from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.draws import FiniteSamples, Turn
 from lightning_gap.monge.samples.splits import generator

@@ -18,6 +18,7 @@ from lightning_gap.monge import (
     UnexplainedVariance,
     energy_distance,
 )
+from lightning_gap.monge.ot.limits import LIMITS, Size
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(60, 3, generator=GENERATOR)
@@ -192,13 +193,13 @@ def test_energy_distance_is_that_of_all_pairs(dtype, monkeypatch):
     expected = (2 * distances(x, y).mean() - distances(x, x).mean() - distances(y, y).mean()).to(dtype)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
     torch.testing.assert_close(energy_distance(x, y), expected, **close)
-    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 7 * 40)
+    monkeypatch.setattr(LIMITS, "block", Size(7 * 40, 0))
     torch.testing.assert_close(energy_distance(x, y), expected, **close)
     assert energy_distance(x, x).abs() < 1e-6
 
 
 def test_energy_distance_has_its_gradient_in_blocks(monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 20)
+    monkeypatch.setattr(LIMITS, "block", Size(20, 0))
     x, y = (p[:6].double().requires_grad_() for p in (X, T))
     assert torch.autograd.gradcheck(energy_distance, (x, y))
     assert torch.autograd.gradgradcheck(energy_distance, (x, y))

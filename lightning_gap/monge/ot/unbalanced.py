@@ -6,7 +6,8 @@ from torch import Tensor
 from lightning_gap.checks import renamed
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.options import Solver
+from lightning_gap.monge.ot.solve import optimal_transport
 
 __all__ = ["normalized", "unbalanced_weights"]
 
@@ -32,7 +33,7 @@ def unbalanced_weights(
     cost: Cost | str = "sqeuclidean",
     epsilon: float | None = None,
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
-    solver: str = "auto",
+    solver: Solver = "auto",
     reach: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Return how much of each sample takes part in unbalanced transport, as weights that sum to 1.
@@ -75,9 +76,7 @@ def unbalanced_weights(
     if rho is None:
         raise TypeError("unbalanced_weights needs rho, the strength of the soft marginals: give it")
     a, b = (normalized(w) for w in weights)
-    result = optimal_transport(
-        x, y, cost=cost, epsilon=epsilon, weights=(a, b), reach=rho, solver=solver, tolerance=1e-3
-    )
+    result = optimal_transport(x, y, cost=cost, epsilon=epsilon, weights=(a, b), rho=rho, solver=solver, tolerance=1e-3)
     if result.f is None or result.g is None:
         raise ValueError(f"solver={solver!r} has no soft marginals: use 'dense', 'blocked' or 'auto'")
     found = []

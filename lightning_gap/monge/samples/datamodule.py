@@ -26,7 +26,8 @@ from lightning_gap.monge.samples.batches import (
 )
 from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, SampledSamples, StreamedSamples, Turn
 from lightning_gap.monge.samples.features import feature_places
-from lightning_gap.monge.samples.given import Reading, Side, is_stream, read_sides
+from lightning_gap.monge.samples.files.table import Reading
+from lightning_gap.monge.samples.given import Side, is_stream, read_sides
 from lightning_gap.monge.samples.prepare import Endless, Request, prepare
 from lightning_gap.monge.samples.rearrangement import with_features
 from lightning_gap.monge.samples.splits import SplitRule, generator, named_groups

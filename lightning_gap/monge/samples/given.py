@@ -1,7 +1,7 @@
 """The source and the target as they are given: samples, and what is known of each row."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,26 +12,11 @@ from torch import Tensor
 from lightning_gap.monge.samples.draws import map_images
 from lightning_gap.monge.samples.features import feature_places, listed
 from lightning_gap.monge.samples.files.read import is_file, open_table, read_vector
-from lightning_gap.monge.samples.files.table import Table, as_texts, titled
+from lightning_gap.monge.samples.files.table import Reading, Table, as_texts, titled
 
-__all__ = ["Reading", "Side", "is_stream", "read_sides"]
+__all__ = ["Side", "is_stream", "read_sides"]
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How tables are read.
-
-    Attributes:
-        columns: Names of the features.
-        layer: Layer of AnnData.
-        obsm: Embedding of AnnData.
-    """
-
-    columns: Sequence[str] | None = None
-    layer: str | None = None
-    obsm: str | None = None
 
 
 @dataclass
@@ -119,8 +104,7 @@ def read_sides(
         if is_file(data) and key in opened:
             table = titled(opened[key], prefix + argument)
         else:
-            table = open_table(prefix + argument, data, labels=names, columns=reading.columns, layer=reading.layer,
-                               obsm=reading.obsm)  # fmt: skip
+            table = open_table(prefix + argument, data, replace(reading, labels=names))
             opened[key] = table
         images = true_images if i == 0 else None
         read.append(
@@ -163,9 +147,9 @@ def _read_side(
         result.images = map_images(side, true_images, samples)
     elif true_images is not None:
         images = open_table(f"{prefix}true_images", true_images)
-        if images.length != table.length:
+        if len(images) != len(table):
             raise ValueError(
-                f"{images.title} has {images.length} rows and {table.title} {table.length}: they go together row by row"
+                f"{images.title} has {len(images)} rows and {table.title} {len(table)}: they go together row by row"
             )
         places = feature_places(
             images.title, images.features, table.features, table.title, remedy="to go by place, give an array"
@@ -190,9 +174,9 @@ def _of_rows(argument: str, side: str, table: Table, given: Any, rows: Array | N
         values = table.labels(argument, given)
     else:
         values = read_vector(f"{argument} of the {side}", given)
-    if len(values) != table.length:
+    if len(values) != len(table):
         raise ValueError(
-            f"{argument} of the {side} has {len(values)} entries, but {table.title} has {table.length} rows: "
+            f"{argument} of the {side} has {len(values)} entries, but {table.title} has {len(table)} rows: "
             "give one entry a row"
         )
     return values if rows is None else values[rows]
