@@ -114,8 +114,6 @@ MAPS = [
     ("no such checkpoint", "validate" + FIT[3:] + "--ckpt_path {}/no.ckpt", "there is no checkpoint"),
     ("a checkpoint of something else", "test" + FIT[3:] + "--ckpt_path {}/other.ckpt", "no checkpoint of a MongeMap"),
     ("a folder as a checkpoint", "test" + FIT[3:] + "--ckpt_path {}", "is a folder: name the .ckpt file in it"),
-    ("weights of another network", "validate" + FIT[3:] + "--ckpt_path {}/map.ckpt --model.hidden [9]",
-     "weights of another network than the one that is described"),
     ("no file to transport", MAP, "required: IN, OUT"),
     ("transport by a damaged checkpoint", "transport {}/last.ckpt {}/a.npy out.npy", "is damaged or no checkpoint"),
     ("transport of what is not there", MAP + "{}/no.npy out.npy", "IN: there is no file"),
