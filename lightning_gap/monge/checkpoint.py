@@ -1,5 +1,6 @@
 """Objects as plain Python, so that a checkpoint which is loaded with ``weights_only=True`` can make them again."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -64,7 +65,7 @@ def describe(thing: Any) -> dict[str, Any] | None:
     arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
     if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
         return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
-    return {"class_path": path, "init_args": _plain_copy(arguments), "partial": factory}
+    return {"class_path": path, "init_args": json.loads(json.dumps(arguments)), "partial": factory}
 
 
 def build(argument: str, description: Any) -> Any:
@@ -174,27 +175,14 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
 
 
 class Forgotten:
-    """Stands for a function that a checkpoint knows by name only, and says so when it is needed.
-
-    Args:
-        argument: The argument that it was given for.
-        name: What is known of it.
-    """
+    """Stands for a function that a checkpoint knows by name only, and says so when it is called."""
 
     def __init__(self, argument: str, name: str) -> None:
         self.argument = argument
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            MisconfigurationException: Always.
-        """
+        """Raise ``MisconfigurationException``."""
         raise MisconfigurationException(
             f"the checkpoint holds only the name of {self.argument}, {self.name}: give it again, "
             f"as in MongeMap.load_from_checkpoint(path, {self.argument}=...)"
@@ -217,9 +205,3 @@ def _describes(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(key in ("class_path", INSTANTIATOR) or _describes(item) for key, item in value.items())
     return isinstance(value, list | tuple) and any(map(_describes, value))
-
-
-def _plain_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_copy(item) for key, item in value.items()}
-    return [_plain_copy(item) for item in value] if isinstance(value, list | tuple) else value

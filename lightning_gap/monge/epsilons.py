@@ -97,20 +97,11 @@ class KeptEpsilons:
         take: Callable[[Tensor], Tensor],
         agreed: Callable[[float], float],
     ) -> list[str]:
-        """Decide what was not given and has not been decided, as shares of the samples' typical costs.
+        """Decide what was not given as shares of typical costs, and return in words what other samples have decided.
 
-        Once, so that the loss does not change under the optimizer's feet.
-
-        Args:
-            pairs: Source and target of each condition.
-            objective: What they are for.
-            gap_counts: Whether the gap is trained by.
-            again: Whether these are all training samples, by which to judge what has been decided; or a batch.
-            take: Brings samples to where the map takes them.
-            agreed: Returns the number that all processes take.
-
-        Returns:
-            What other samples than these have decided, in words.
+        Once, so that the loss does not change under the optimizer's feet: what has been decided is only compared, if
+        these are all training samples (``again``) and not a batch. ``take`` brings samples to where the map takes them,
+        and ``agreed`` returns the number that all processes take.
 
         Raises:
             ValueError: One that is needed cannot be decided.

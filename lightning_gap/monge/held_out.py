@@ -6,13 +6,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_gap.monge.border import checked
+from lightning_gap.monge.border import checked, images
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.scores.map_scores import MapScores
 from lightning_gap.monge.signs import drawn_together
 from lightning_gap.monge.training_log import log_scores
-from lightning_gap.monge.transporting import images
 from lightning_gap.trainer.strategy import data_parallel_group
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class HeldOut:
     def keep(self, stage: str, batch: Any) -> None:
         """Keep a batch and the images of its source."""
         model = self._model
-        b = checked(model, model.map, batch)
+        b = checked(model, batch)
         mapped = images(model, b.source, b.condition)
         if stage not in model.scores:
             model.scores[stage] = self._new(named=b.condition is not None and not b.condition.is_floating_point())

@@ -12,21 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import deprecated, override
 
 from lightning_gap.checks import check_integer, check_number, renamed
-from lightning_gap.monge.border import checked
+from lightning_gap.monge import from_data
+from lightning_gap.monge.border import checked, mapped, predicted, transport
 from lightning_gap.monge.checkpoint import build, build_cost, build_representation, hyper_parameters
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
-from lightning_gap.monge.from_data import (
-    adopt,
-    begin,
-    begin_with_batch,
-    check_gap_on,
-    chosen_map,
-    feature_texts,
-    note_conditions,
-    read_reference,
-    take_from_checkpoint,
-)
 from lightning_gap.monge.held_out import HeldOut
 from lightning_gap.monge.maps.residual import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
@@ -42,7 +32,6 @@ from lightning_gap.monge.signs import Remarks
 from lightning_gap.monge.suitability import check_costs, check_run, modules_of_cost
 from lightning_gap.monge.training_log import TrainingLog
 from lightning_gap.monge.training_loss import training_loss
-from lightning_gap.monge.transporting import mapped, predicted, transport
 from lightning_gap.trainer.internals.of_torch import apply_to_module
 
 __all__ = ["MongeMap"]
@@ -180,7 +169,7 @@ class MongeMap(SafelyLoaded):
         self.epsilon_factor = number_or_schedule("epsilon_factor", build("epsilon_factor", epsilon_factor), above=0)
         self.conservative_weight = check_number("conservative_weight", conservative_weight, least=0)
         self.conservative_probes = check_integer("conservative_probes", conservative_probes)
-        reference, self.reference_features = read_reference(gap_reference)
+        reference, self.reference_features = from_data.read_reference(gap_reference)
         gap_reference = None  # Lightning compares each argument with the hyperparameters, which arrays do not bear
         self.register_buffer("gap_reference", reference)
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
@@ -192,18 +181,18 @@ class MongeMap(SafelyLoaded):
             fitting_loss=build("fitting_loss", fitting_loss),
             rho=check_epsilon("rho", renamed("reach", "rho", reach, rho)),
             reweight=bool(reweight),
-            gap_on=check_gap_on(gap_on, reference),
+            gap_on=from_data.check_gap_on(gap_on, reference),
             options=SolverOptions(solver, tolerance, max_iterations),
         )
         self.global_batch = bool(global_batch)
         self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.lr_scheduler_monitor = lr_scheduler_monitor
-        self.map = chosen_map(dim, given, hidden)
+        self.map = from_data.chosen_map(dim, given, hidden)
         self.hidden = tuple(hidden)
         self.representation = build_representation(representation)
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
-        self.feature_names = feature_texts(feature_names, dim if self.representation is None else None)
+        self.feature_names = from_data.feature_texts(feature_names, dim if self.representation is None else None)
         self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
         check_costs(self, of_checkpoint=isinstance(map, Mapping))
         self.scores = nn.ModuleDict()
@@ -245,24 +234,24 @@ class MongeMap(SafelyLoaded):
     def setup(self, stage: str) -> None:
         """Take from the data what was not given: the representation, names, the default network."""
         self.epsilons.read()
-        adopt(self)
+        from_data.adopt(self)
         check_run(self)
         if stage == "fit":
             self.remarks.of_a_new_fit()
             check_costs(self)
-            note_conditions(self)
+            from_data.note_conditions(self)
 
     @override
     def configure_callbacks(self) -> list[Any]:
         """Take from the data what was not given, before callbacks that average weights copy the module; add none."""
         if isinstance(getattr(self.trainer, "datamodule", None), SamplesDataModule):
-            adopt(self)  # others may know what they hold after their setup only
+            from_data.adopt(self)  # others may know what they hold after their setup only
         return []
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ask for the network where it was one of the user's own, which a checkpoint does not hold."""
-        take_from_checkpoint(self, checkpoint)
+        from_data.take_from_checkpoint(self, checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -334,15 +323,15 @@ class MongeMap(SafelyLoaded):
     @override
     def on_fit_start(self) -> None:
         """Let the map start from all training samples, and decide the epsilons from them, once."""
-        self._began = begin(self)
+        self._began = from_data.begin(self)
 
     @override
     @eager
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the fitting loss plus the weighted regularizers, and log all."""
-        b = checked(self, self.map, batch)
+        b = checked(self, batch)
         if not (self._began and self.epsilons.started):  # finders of rates and batches take the state back
-            self._began = begin_with_batch(self, b)
+            self._began = from_data.begin_with_batch(self, b)
         loss, values = training_loss(self, b, batch_idx)
         self.training_log.keep(self, values)
         return loss

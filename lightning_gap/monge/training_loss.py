@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.monge.border import as_network_takes
+from lightning_gap.monge.border import as_network_takes, flat, images
 from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.result import ConvergenceWarning
@@ -15,7 +15,6 @@ from lightning_gap.monge.samples.draws import FiniteSamples, Turn
 from lightning_gap.monge.samples.splits import generator
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.signs import not_converged
-from lightning_gap.monge.transporting import flat, images
 from lightning_gap.ranks.group import RankGroup
 from lightning_gap.trainer.strategy import data_parallel_group, data_parallel_rank, data_parallel_size
 

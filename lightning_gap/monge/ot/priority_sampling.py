@@ -65,12 +65,7 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
 def few_of(
     pairs: Sequence[tuple[Weighted, Weighted]], take: Callable[[Tensor], Tensor]
 ) -> list[tuple[Weighted, Weighted]]:
-    """Return as many samples of each pair as tell the scale of their costs, the same in whatever order they come.
-
-    Args:
-        pairs: Source and target of each condition.
-        take: Brings what was chosen to where it is needed.
-    """
+    """Return as many samples of each pair as tell the scale of their costs, brought by ``take`` to where it is told."""
     most = max(_LEAST, int(_ENOUGH / math.sqrt(len(pairs))))
     found: dict[int, Weighted] = {}  # a side without labels is in the pair of every condition
 
