@@ -1,6 +1,5 @@
 """Ghost batch normalization layers: subclasses of torch's, so that whatever looks for BatchNorm finds it."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
