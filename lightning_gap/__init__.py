@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lightning_gap.monge import costs as costs
     from lightning_gap.monge.figure import MapFigure as MapFigure
     from lightning_gap.monge.module import MongeMap as MongeMap
+    from lightning_gap.monge.ot.divergence import sinkhorn_divergence as sinkhorn_divergence
     from lightning_gap.monge.ot.gap import monge_gap as monge_gap
-    from lightning_gap.monge.ot.gap import sinkhorn_divergence as sinkhorn_divergence
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
     from lightning_gap.regime.loader import effective_batch_size as effective_batch_size

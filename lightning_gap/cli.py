@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_gap import __version__
-from lightning_gap.commands import COMMANDS
+from lightning_gap.commands import COMMANDS, TRAINER_COMMANDS
 from lightning_gap.commands.parsing import CommandError, Parser
 from lightning_gap.commands.plan import names_config, plan_config
-from lightning_gap.commands.trainer import TRAINER_COMMANDS, run
+from lightning_gap.commands.trainer import run
 
 __all__ = ["main", "parser"]
 

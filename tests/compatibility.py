@@ -13,7 +13,7 @@ import torch
 
 from lightning_gap import costs
 from lightning_gap.monge import StructuredMap
-from lightning_gap.monge.ot import sinkhorn as solvers
+from lightning_gap.monge.ot.solve import choose_solver
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "compatibility.md"
@@ -100,11 +100,11 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,
         "half": works(f"{_MONGE}test_monge_map.py::test_precisions_of_the_trainer"),
-        "compile": works(f"{_MONGE}test_compiled.py::test_a_compiled_monge_map_trains_as_the_plain_one"),
+        "compile": works(f"{_MONGE}ot/test_compiled.py::test_a_compiled_monge_map_trains_as_the_plain_one"),
     },
     "SamplesDataModule": {
         "accumulation": NOT_RUN,
-        "ddp": works(f"{_MONGE}test_samples_trainer.py::test_processes_see_together_what_one_sees"),
+        "ddp": works(f"{_MONGE}samples/test_samples_trainer.py::test_processes_see_together_what_one_sees"),
         "fsdp2": NOT_RUN,
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,
@@ -172,7 +172,6 @@ SOLVERS = {
     "dense": "test_our_solvers_are_sinkhorn",
     "blocked": "test_our_solvers_are_sinkhorn",
     "exact": None,
-    "tensorized": "test_geomloss_schedules_come_near",
     "online": "test_keops_comes_near",
     "multiscale": "test_keops_comes_near",
 }
@@ -185,17 +184,17 @@ def squares_of_two(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def every_cost() -> list[Any]:
     """The costs that the solvers' tests take, and a function."""
-    return [*_module("monge", "test_solvers").COSTS, squares_of_two]
+    return [*_module("monge/ot", "test_solvers").COSTS, squares_of_two]
 
 
 def solver_cell(cost: Any, solver: str) -> str:
     """Say whether a solver takes a cost, and whether a test runs the two together."""
     x = torch.zeros(2, 3)
     try:
-        solvers._choose(solver, costs.resolve(cost), x, x)
+        choose_solver(solver, costs.resolve(cost), x, x)
     except ValueError:
         return "refused"
-    tests = _module("monge", "test_solvers")
+    tests = _module("monge/ot", "test_solvers")
     test = SOLVERS[solver]
     if test is None:
         return "tested"

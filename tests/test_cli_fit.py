@@ -266,6 +266,21 @@ def test_a_described_model_gets_the_checkpoint_s_weights():
     assert torch.equal(next(cli.model.map.parameters()), next(again.model.map.parameters()))
 
 
+def test_weights_of_another_network_are_refused_in_one_line(capsys):
+    fit("--model.hidden=[8]", *CSV)
+    words = ["validate", *DATA, *QUIET, "--trainer.logger=false", f"--ckpt_path={checkpoint()}", "--model.hidden=[9]"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "weights of another network than the one that is described" in capsys.readouterr().err
+
+
+def test_a_fault_of_a_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(Doubled, "training_step", lambda self, batch, batch_idx: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["fit", *DATA, *QUIET, "--trainer.max_steps=1", "--trainer.logger=false", "--model=test_cli_fit.Doubled"])
+
+
 def test_a_run_goes_on_from_its_checkpoint():
     whole = fit(steps=4)
     fit(*CSV)

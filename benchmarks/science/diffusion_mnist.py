@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gap import GhostBatchNorm, UltraSlowDiffusion
+from lightning_gap.demo.f1 import F1
 from lightning_gap.diffusion import estimate_alpha, fit_diffusion
 
 PLAIN, ADAPTED = (64, 256, 1024, 4096), (256, 1024, 4096)
@@ -32,16 +33,13 @@ REFERENCE_BATCH, RATE, EPOCHS = 128, 0.1, 10
 BURST = 20
 
 
-class F1(LightningModule):
-    """The paper's fully connected network."""
+class Classifier(LightningModule):
+    """The paper's fully connected network and its optimizer."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        layers: list[nn.Module] = []
-        for width in (784, 512, 512, 512, 512):
-            layers += [nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(512, 10))
+        self.net = F1()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy."""
@@ -78,7 +76,7 @@ def load(path: Path) -> dict[str, Tensor]:
 
 def train(data: dict[str, Tensor], batch: int, adapted: bool, seed: int) -> dict[str, Any]:
     seed_everything(seed, verbose=False)
-    model = F1(RATE * (batch / REFERENCE_BATCH) ** 0.5 if adapted else RATE)
+    model = Classifier(RATE * (batch / REFERENCE_BATCH) ** 0.5 if adapted else RATE)
     diffusion = UltraSlowDiffusion()
     trainer = Trainer(
         max_epochs=EPOCHS,
@@ -181,7 +179,7 @@ def probe(data: dict[str, Tensor], seeds: list[int]) -> None:
     for radius in (10.0, 50.0):
         for seed in seeds:
             seed_everything(seed, verbose=False)
-            model = F1(RATE)
+            model = Classifier(RATE)
             fit = estimate_alpha(
                 model, lambda model: nn.functional.cross_entropy(model.net(images), labels), radius=radius, seed=seed
             )

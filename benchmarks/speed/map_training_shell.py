@@ -47,7 +47,7 @@ from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.monge import ResidualMLP, UnpairedBatch, divergence_and_gap
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.ot.sinkhorn import share_of_mean_cost
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon, Weighted
 
 HIDDEN = (128, 128, 128)
 TURN = 10
@@ -76,8 +76,9 @@ class Bare(LightningModule):
         super().__init__()
         self.net = net
         squared = resolve("sqeuclidean")
-        self.fitting_epsilon = share_of_mean_cost(0.05, batch.target, batch.target, squared)
-        self.gap_epsilon = share_of_mean_cost(0.01, batch.source, batch.target, squared)
+        source, target = Weighted(batch.source), Weighted(batch.target)
+        self.fitting_epsilon = Epsilon(share=FITTING_SHARE).resolve(squared, (target, target))
+        self.gap_epsilon = Epsilon(share=GAP_SHARE).resolve(squared, (source, target))
 
     def training_step(self, batch: UnpairedBatch, batch_idx: int) -> Tensor:
         """Return the loss."""

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
 from lightning_gap import monge_gap
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.solve import optimal_transport
 
 COSTS = ("sqeuclidean", "euclidean")
 

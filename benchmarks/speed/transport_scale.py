@@ -40,8 +40,9 @@ from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
 from benchmarks.processes import run_module
 from benchmarks.speed.transport_engine import samples
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.ot.sinkhorn import OTResult, optimal_transport
-from lightning_gap.monge.ot.solvers.kernels import soft_minimum
+from lightning_gap.monge.ot.result import OTResult
+from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 
 SOLVERS = ("dense", "blocked", "online", "multiscale")
 SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)

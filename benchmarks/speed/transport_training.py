@@ -37,7 +37,7 @@ from benchmarks.science.monge_gap.tasks import moon, s_curve
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import divergence_and_gap
 from lightning_gap.monge.costs import resolve
-from lightning_gap.monge.ot.sinkhorn import share_of_mean_cost
+from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
 
 HIDDEN = (32, 64, 32)
 # Name of the gap: its cost and its weight.
@@ -74,7 +74,11 @@ class Task:
         drawn = batches(iterations, size)
         x, y = (torch.from_numpy(samples) for samples in drawn[0])
         squared = resolve("sqeuclidean")
-        fitting, regularizing = share_of_mean_cost(0.1, y, y, squared), share_of_mean_cost(0.01, x, y, squared)
+        x, y = Weighted(x), Weighted(y)
+        fitting, regularizing = (
+            Epsilon(share=0.1).resolve(squared, (y, y)),
+            Epsilon(share=0.01).resolve(squared, (x, y)),
+        )
         return cls(cost, weight, fitting, regularizing, drawn, seed)
 
 

@@ -1,12 +1,12 @@
 """``lightning-gap completion``: the script by which a shell completes the command's words."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.commands.trainer import parsers
+from lightning_gap.trainer.internals.of_others import commands_of, options_of
 
 __all__ = ["add"]
 
@@ -38,22 +38,15 @@ def _completion(options: argparse.Namespace) -> None:
     if options.shell not in shtab.SUPPORTED_SHELLS:
         raise CommandError(f"this shtab knows no {options.shell}: pip install -U shtab")
     top = parser()
-    _replace_commands(top, parsers())
+    commands_of(top).update(parsers())
     _complete_paths(top, shtab.FILE)
     print(shtab.complete(top, options.shell))
 
 
-def _replace_commands(top: argparse.ArgumentParser, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
-    for action in top._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            action.choices.update(parsers)
-
-
 def _complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
     """Let arguments that are paths be completed by files."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                _complete_paths(command, files)
-        elif action.type is Path or action.dest in ("config", "ckpt_path", "data.source", "data.target"):
-            action.complete = files  # type: ignore[attr-defined]
+    for command in commands_of(parser).values():
+        _complete_paths(command, files)
+    for option in options_of(parser):
+        if option.type is Path or option.dest in ("config", "ckpt_path", "data.source", "data.target"):
+            option.complete = files  # type: ignore[attr-defined]

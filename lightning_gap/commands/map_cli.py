@@ -1,11 +1,11 @@
 """LightningCLI over :class:`~lightning_gap.MongeMap` and :class:`~lightning_gap.SamplesDataModule`."""
 
 import argparse
-import re
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -26,19 +26,21 @@ from lightning_gap import (
     SamplesDataModule,
     UltraSlowDiffusion,  # noqa: F401
 )
+from lightning_gap.commands import TRAINER_COMMANDS
 from lightning_gap.commands.parsing import CommandError
-from lightning_gap.commands.trainer import TRAINER_COMMANDS
 from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.transport_files import load_map
 from lightning_gap.trainer.terminal import say
 
-__all__ = ["MapCLI", "loaded", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
+__all__ = ["MapCLI", "UnknownOptionError", "loaded", "names_a_class", "run_cli", "run_trainer", "trainer_parsers"]
 
 DEFAULT_UPDATES = 5000
 # At most this many validations of a run whose length is a number of updates.
 _VALIDATIONS = 20
-# What the user gave is wrong. Anything else is a fault of a program, whose traceback someone needs.
+# What the user gave is wrong, if one of these packages says so. Anything else is a fault of a program, whose traceback
+# someone needs.
 _USERS = (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException)
+_SPEAKING = {"lightning_gap", "lightning", "jsonargparse"}
 
 
 def run_trainer(words: Sequence[str]) -> None:
@@ -66,16 +68,35 @@ def run_cli(cli: "type[MapCLI]", words: Sequence[str]) -> None:
     try:
         cli(words)
     except _USERS as error:
-        if not _expected(error):
+        if not isinstance(error, MisconfigurationException | OSError) and _package(error) not in _SPEAKING:
             raise
-        raise CommandError(_one_line(str(error))) from None
+        # jsonargparse tells what each of several types says of a value; the first is the one that is meant.
+        raise CommandError(_flat(str(_reason(error) if _package(error) == "jsonargparse" else error))) from None
     except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
+        if _frame(error).f_code is not torch.nn.Module.load_state_dict.__code__:
             raise
         raise CommandError(
             "the checkpoint has the weights of another network than the one that is described: describe the same, or "
             "leave out all of --model and have the checkpoint's"
         ) from None
+
+
+def _frame(error: BaseException) -> FrameType:
+    """Return the frame that raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Return the error of which an error was made."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _package(error: BaseException) -> str:
+    """Return the package whose code raised an error."""
+    return str(_frame(error).f_globals.get("__name__", "")).partition(".")[0]
 
 
 def trainer_parsers() -> dict[str, argparse.ArgumentParser]:
@@ -87,7 +108,7 @@ def trainer_parsers() -> dict[str, argparse.ArgumentParser]:
 
     class Maker(MapCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            parsers.update(self._subcommand_parsers)
+            parsers.update(self.parsers)
             raise Made
 
     with suppress(Made):
@@ -95,14 +116,8 @@ def trainer_parsers() -> dict[str, argparse.ArgumentParser]:
     return parsers
 
 
-def _expected(error: BaseException) -> bool:
-    """Return whether an error was raised on purpose, by this package or Lightning, or by the file system."""
-    if isinstance(error, MisconfigurationException | OSError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    source = frames[-1].line or "" if frames else ""
-    file = Path(frames[-1].filename).parts if frames else ()
-    return bool({"lightning_gap", "lightning", "jsonargparse"} & set(file)) and source.lstrip().startswith("raise")
+class UnknownOptionError(CommandError):
+    """A configuration has what the classes it describes do not take."""
 
 
 class MapCLI(LightningCLI):
@@ -118,6 +133,7 @@ class MapCLI(LightningCLI):
 
     def __init__(self, words: Sequence[str], **options: Any) -> None:
         commands = {name: {"description": f"{what[0].upper()}{what[1:]}."} for name, what in TRAINER_COMMANDS.items()}
+        self.parsers: dict[str, LightningArgumentParser] = {}
         super().__init__(
             seed_everything_default=0,
             parser_kwargs={
@@ -141,28 +157,34 @@ class MapCLI(LightningCLI):
             },
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the words, whatever those of the process are."""
-        self.config = parser.parse_args(args)
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Keep the parser of a command; Lightning asks once for each, in their order."""
+        self.parsers[list(self.subcommands())[len(self.parsers)]] = parser
 
-    def _parse_ckpt_path(self) -> None:
-        """Read the checkpoint before anything else; its settings are taken where the model has none: see below."""
-        path = self._given("ckpt_path")
-        self._checkpoint = None
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in str(path):
-            read_checkpoint(path)
-            self._checkpoint = path
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words, whatever those of the process are, and read the checkpoint before anything else.
+
+        Lightning, which would take the checkpoint's settings here, sees it later: see ``instantiate_classes``.
+        """
+        self.config = parser.parse_args(args)
+        self._path, self._checkpoint = self._given("ckpt_path"), None
+        if self._path and self._path not in ("best", "last", "hpc", "registry") and "://" not in str(self._path):
+            read_checkpoint(self._path)
+            self._checkpoint = self._path
+        self.config[self.config.subcommand]["ckpt_path"] = None
 
     def before_instantiate_classes(self) -> None:
         """Give the run a length, and validations, where it has none; a checkpoint is no program."""
-        if "weights_only" in self.config[self.subcommand] and self._given("weights_only") is None:
+        settings = self.config[self.subcommand]
+        settings["ckpt_path"] = self._path
+        if "weights_only" in settings and settings["weights_only"] is None:
             # Lightning would run what it finds at a URL.
-            self.config[self.subcommand]["weights_only"] = True
+            settings["weights_only"] = True
         self._length_is_ours = self.subcommand == "fit" and _set_length(self._given("trainer"))
 
     def instantiate_classes(self) -> None:
         """Make the data module, the model and the trainer; the model is the checkpoint's where none is described."""
-        defaults = self._parser(self.subcommand).get_defaults(skip_validation=True)
+        defaults = self.parsers[str(self.subcommand)].get_defaults(skip_validation=True)
         described = self.subclass_mode_model or self._given("model") != defaults.get("model")
         super().instantiate_classes()
         if self._checkpoint is not None and not described:
@@ -224,7 +246,11 @@ class _Parser(LightningArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise CommandError(_one_line(message)) from None
+        """Say of a value that fits no type of several what the first of them says, and of all else the whole."""
+        reason = _flat(str(_reason(ex))) if ex is not None else ""
+        if not _flat(message).endswith(reason):
+            message = f"{message.lstrip().splitlines()[0]} {reason}"
+        raise (UnknownOptionError if isinstance(ex, KeyError) else CommandError)(_flat(message)) from None
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -314,45 +340,5 @@ def loaded(value: str) -> Any:
         return None  # said by the parser, which knows the option
 
 
-def _one_line(message: str) -> str:
-    """Return what a parser says in one line: which option, what is wrong, and what would be right."""
-    if message.startswith("the following arguments are required"):
-        message = re.sub(r"\b(?:fit|validate|test|predict)\.(?=[a-z])", "--", message)
-    found = re.match(r'(?:Parser key "(?P<key>[^"]+)":\s*)?(?P<said>.*)', message, re.DOTALL)
-    if found is None or (found["key"] is None and "any of the Union subtypes" not in message):
-        return _flat(message)
-    said, given = found["said"], re.search(r"\n\s*Given value: (.*)", found["said"], re.DOTALL)
-    errors = re.search(r"Errors:\n(?P<indent> *)- (?P<all>.*?)(?:\n\s*Given value type:|$)", said, re.DOTALL)
-    kinds, reasons = [], []
-    for error in [said] if errors is None else re.split(rf"\n{errors['indent']}- ", errors["all"]):
-        kind = _kind(error)
-        if kind is None:
-            reasons.append(_flat(error))
-        elif kind:
-            kinds.append(kind)
-    given = given or re.search(r"\. Got value: (.*)", said)
-    value = repr(_shortened(_flat(given[1]))) if given is not None else "this"
-    what = reasons[0] if reasons else f"{value} is no {', or '.join(dict.fromkeys(kinds))}"
-    option = "" if found["key"] is None else f"--{found['key'].removeprefix('--')}: "
-    return option + _shortened(what, 400)
-
-
-def _kind(error: str) -> str | None:
-    """Return what was expected where an error says no more than that, ``""`` where that is of no use."""
-    if re.match(r"Expected a <class 'NoneType'>|Not a valid subclass of|Expected a path but", error):
-        return ""
-    if found := re.match(r"Expected a <class '(?:\w+\.)*(\w+)'>(?:\. Got value: .*)?$", error):
-        return {"str": "text", "int": "whole number", "float": "number"}.get(found[1], found[1])
-    if found := re.match(r"Expected a typing.Literal\[(.*)\]$", error):
-        return f"one of {found[1]}"
-    if error.startswith("Expected a dot import path string"):
-        return "class or function known by that name: give its full path, as in package.module.Name"
-    return None
-
-
 def _flat(text: str) -> str:
     return " ".join(text.split())
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

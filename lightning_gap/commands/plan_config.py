@@ -12,9 +12,10 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_gap import LargeBatchRegime
-from lightning_gap.commands.map_cli import MapCLI, loaded, names_a_class, run_cli
+from lightning_gap.commands.map_cli import MapCLI, UnknownOptionError, loaded, names_a_class, run_cli
 from lightning_gap.commands.parsing import CommandError
 from lightning_gap.trainer.terminal import say
 
@@ -47,8 +48,8 @@ def run(words: Sequence[str]) -> None:
     sys.path.insert(0, os.getcwd())  # for modules beside the configuration, as `python script.py` finds them
     try:
         run_cli(PlanCLI, ["fit", *_with_classes(list(words))])
-    except CommandError as error:
-        raise CommandError(f"{error}{_HINT if 'does not accept' in str(error) else ''}") from None
+    except UnknownOptionError as error:
+        raise CommandError(f"{error}{_HINT}") from None
     finally:
         sys.path[:] = before
 
@@ -67,10 +68,10 @@ class PlanCLI(MapCLI):
             options["datamodule_class"] = LightningDataModule
         super().__init__(words, **options)
 
-    def _parse_ckpt_path(self) -> None:
-        """A plan is of the whole run, so no checkpoint is read."""
-        self._checkpoint = None
-        self.config[self.config.subcommand]["ckpt_path"] = None
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words; a plan is of the whole run, so no checkpoint is read."""
+        self.config = parser.parse_args(args)
+        self._path = self._checkpoint = self.config[self.config.subcommand]["ckpt_path"] = None
 
     def before_instantiate_classes(self) -> None:
         """Take one CPU for all devices, and no logger."""

@@ -4,16 +4,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_gap.commands import TRAINER_COMMANDS
 from lightning_gap.commands.parsing import CommandError
 
-__all__ = ["TRAINER_COMMANDS", "add", "parsers", "require_jsonargparse", "run"]
-
-TRAINER_COMMANDS = {
-    "fit": "train a transport map on files of samples",
-    "validate": "score a map on the samples held out for validation",
-    "test": "score a map on the samples held out for the test",
-    "predict": "map all source samples of the data",
-}
+__all__ = ["add", "parsers", "require_jsonargparse", "run"]
 
 
 def add(commands: Any) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_gap.trainer.internals.of_others import workspace_model
+
 __all__ = ["Panel", "WorkspaceError", "build_workspace", "panels", "save_workspace", "workspace_json"]
 
 Part = Literal["large-batch", "monge"]
@@ -164,7 +166,7 @@ def workspace_json(workspace: Any) -> str:
     Args:
         workspace: From :func:`build_workspace`.
     """
-    sent = json.loads(workspace._to_model().model_dump_json(by_alias=True))
+    sent = json.loads(workspace_model(workspace).model_dump_json(by_alias=True))
     return json.dumps(sent, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -13,19 +13,20 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gap import GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion
 from lightning_gap.demo.datasets import ImageSplit
+from lightning_gap.demo.f1 import F1
 from lightning_gap.diffusion import DiffusionFit, constant_lr_segments, fit_diffusion
 from lightning_gap.regime import RegimePlan
 
-__all__ = ["F1", "RECIPES", "LargeBatchSettings", "Recipe", "TrainingRun", "train_all"]
+__all__ = ["RECIPES", "Classifier", "LargeBatchSettings", "Recipe", "TrainingRun", "train_all"]
 
 
-class F1(LightningModule):
-    """The paper's F1 network: five fully connected layers of 512 units with BatchNorm and ReLU, then a classifier.
+class Classifier(LightningModule):
+    """F1 under the paper's regime of learning rates.
 
     Args:
         epochs: Length of the small-batch regime; the learning rate falls at 20 %, 40 % and 60 % of it.
@@ -36,10 +37,7 @@ class F1(LightningModule):
     def __init__(self, epochs: int, learning_rate: float = 0.1, width: int = 512) -> None:
         super().__init__()
         self.epochs, self.learning_rate = epochs, learning_rate
-        layers: list[nn.Module] = []
-        for inputs in (784, width, width, width, width):
-            layers += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
-        self.network = nn.Sequential(*layers, nn.Linear(width, 10))
+        self.network = F1(width=width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(n, 10)`` logits of ``(n, 784)`` images."""
@@ -217,7 +215,7 @@ def train(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    model = F1(settings.epochs, width=settings.width)
+    model = Classifier(settings.epochs, width=settings.width)
     test, training = data.loaders_in_order()
     started = time.perf_counter()
     trainer.fit(model, data.train_loader(batch_size), test)

@@ -24,7 +24,8 @@ from lightning_gap.dashboards import render_html
 from lightning_gap.demo.colour_transfer import ColourSettings, ColourTransfer, transfer_colours
 from lightning_gap.demo.datasets import DemoError, load_images, photographs
 from lightning_gap.demo.large_batch import LargeBatchSettings, TrainingRun, images_to_pass, train_all
-from lightning_gap.demo.story import DemoResults, accuracy_table, colour_table, tell
+from lightning_gap.demo.report import DemoResults, tell
+from lightning_gap.demo.tables import accuracy_table, colour_table
 
 __all__ = ["DemoSettings", "run_demo"]
 

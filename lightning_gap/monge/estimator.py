@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap.monge.epsilons import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.module import MongeMap
-from lightning_gap.monge.ot.costs import resolve
-from lightning_gap.monge.ot.gap import sinkhorn_divergence
-from lightning_gap.monge.ot.sinkhorn import CostLike
+from lightning_gap.monge.ot.costs import CostLike, resolve
+from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.features import columns_like
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_gap.checks import check_count, check_integer, check_number
+from lightning_gap.checks import check_count, check_number
 from lightning_gap.monge.checkpoint import build, describe
 from lightning_gap.monge.checkpoint_files import check_hyper_parameters, hyper_parameters_of
 from lightning_gap.monge.epsilons import Decisions, Weighted, by_condition, few_of, share_of_typical_cost
@@ -27,8 +27,9 @@ from lightning_gap.monge.maps.residual import ResidualMLP, TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective, ObjectiveTerms
 from lightning_gap.monge.ot.checks import check_all_samples, check_epsilon
 from lightning_gap.monge.ot.compiling import eager
-from lightning_gap.monge.ot.costs import Cost, resolve
-from lightning_gap.monge.ot.sinkhorn import ConvergenceWarning, CostLike, check_solver, check_tolerance
+from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
+from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.conditions import conditions_of
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
@@ -174,7 +175,7 @@ class MongeMap(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         lr_scheduler_monitor: str = "lightning_gap/monge/val_energy_distance",
-        solver: str = "auto",
+        solver: Solver = "auto",
         tolerance: float = 1e-5,
         max_iterations: int = 2000,
         global_batch: bool = True,
@@ -199,7 +200,8 @@ class MongeMap(LightningModule):
                 "reach softens the marginals of the Sinkhorn divergence only: give reweight=True for another "
                 "fitting_loss, or leave reach out"
             )
-        if check_solver(solver) == "exact":
+        options = SolverOptions(solver, tolerance, max_iterations)
+        if options.solver == "exact":
             raise ValueError(
                 "solver='exact' has no epsilon, and MongeMap trains with one: leave it out, and score a trained map by "
                 "monge_gap(x, model.transport(x), solver='exact')"
@@ -220,9 +222,9 @@ class MongeMap(LightningModule):
             reach=check_epsilon("reach", reach),
             reweight=bool(reweight),
             gap_on=gap_on,
-            solver=solver,
-            tolerance=check_tolerance(tolerance),
-            max_iterations=check_integer("max_iterations", max_iterations),
+            solver=options.solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
         )
         self._converged = True
         self.global_batch = bool(global_batch)
@@ -308,7 +310,7 @@ class MongeMap(LightningModule):
         return self.objective.reach
 
     @property
-    def solver(self) -> str:
+    def solver(self) -> Solver:
         """Solver of both terms."""
         return self.objective.solver
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.gap import divergence_problem, divergences_and_gaps, gap_problem
-from lightning_gap.monge.ot.sinkhorn import Problem, optimal_transport
+from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.monge.ot.terms import divergence_problem, gap_problem, solve_terms
 
 __all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms", "unbalanced_weights"]
 
@@ -66,7 +68,7 @@ class MapObjective:
     reach: float | None = None
     reweight: bool = False
     gap_on: GapOn = "source"
-    solver: str = "auto"
+    solver: Solver = "auto"
     tolerance: float = 1e-5
     max_iterations: int = 2000
 
@@ -103,6 +105,7 @@ class MapObjective:
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
         """
+        options = SolverOptions(self.solver, self.tolerance, self.max_iterations)
         many = source.dim() == 3
         each: list[list[Any]] = [
             [None] * (len(source) if many else 1) if part is None else list(part) if many else [part]
@@ -122,9 +125,7 @@ class MapObjective:
             a, b = normalized(a), normalized(b)
             if self.fitting_loss == "sinkhorn":
                 fitting.append(
-                    divergence_problem(
-                        t, y, (a, b), cost=self.fitting_cost, epsilon=fitting_epsilon, reach=soft, solver=self.solver
-                    )
+                    divergence_problem(t, y, (a, b), options, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=soft)
                 )
             elif self.fitting_loss == "energy":
                 other.append(energy_distance(t, y, weights=(a, b)))
@@ -133,14 +134,8 @@ class MapObjective:
                 other.append(self.fitting_loss(t, y, **weighted))
             if with_gap:
                 where = self._gap_samples(x, t, a, r, tr)
-                regularizing.append(gap_problem(*where, cost=self.cost, epsilon=gap_epsilon, solver=self.solver))
-        terms = divergences_and_gaps(
-            fitting,
-            regularizing,
-            solver=self.solver,
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-        )
+                regularizing.append(gap_problem(*where, options, cost=self.cost, epsilon=gap_epsilon))
+        terms = solve_terms(fitting, regularizing, options, silent=True)
         loss = torch.stack(terms.divergences or other).mean()
         gap = torch.stack(terms.gaps).mean() if with_gap else None
         return ObjectiveTerms(loss, gap, terms.marginal_error, terms.converged)
@@ -176,7 +171,7 @@ def unbalanced_weights(
     cost: Cost | str = "sqeuclidean",
     epsilon: float | None = None,
     weights: Weights = (None, None),
-    solver: str = "auto",
+    solver: Solver = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Return how much of each sample takes part in unbalanced transport, as weights that sum to 1.
 
@@ -215,7 +210,7 @@ def unbalanced_weights(
     """
     a, b = (normalized(w) for w in weights)
     result = optimal_transport(
-        x, y, cost=cost, epsilon=epsilon, weights=(a, b), reach=reach, solver=solver, tolerance=1e-3
+        x, y, cost=cost, epsilon=epsilon, weights=(a, b), rho=reach, solver=solver, tolerance=1e-3
     )
     if result.f is None or result.g is None:
         raise ValueError(f"solver={solver!r} has no soft marginals: use 'dense', 'blocked' or 'auto'")

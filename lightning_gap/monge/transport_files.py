@@ -1,6 +1,6 @@
 """A trained map, from its checkpoint, applied to a file of samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,17 @@ from lightning_gap.checks import check_count
 from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.samples.conditions import label_indices, place_of
-from lightning_gap.monge.samples.files.stream import Block, RowFile, open_rows
-from lightning_gap.monge.samples.files.table import as_texts
+from lightning_gap.monge.samples.files.read import open_file
+from lightning_gap.monge.samples.files.table import Reading, Table, as_texts
 from lightning_gap.monge.samples.files.write import Output
 
 __all__ = ["load_map", "transport_file"]
 
-Conditions = Callable[[Block], Tensor | None]
+# The condition of each row of a block, of its labels; or one for all.
+Conditions = Callable[[Table, NDArray[Any]], Tensor | None]
+
+# Numbers of a block: 16 MiB in single precision.
+_NUMBERS = 2**22
 
 
 def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMap:
@@ -49,6 +53,7 @@ def transport_file(
     condition: str | None = None,
     columns: Sequence[str] | None = None,
     batch_size: int = 8192,
+    block_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> int:
@@ -72,11 +77,12 @@ def transport_file(
             columns of numbers that ``condition`` does not name. Names that the map does not know stand for its
             features by place.
         batch_size: Rows that go through the network at once.
+        block_size: Rows that are read and written at once; by default some that take 16 MiB in single precision.
         overwrite: Whether to replace a file that exists.
         progress: Called with the number of rows done, and of all where it is known.
 
     Returns:
-        The number of rows.
+        The number of table.
 
     Raises:
         FileExistsError: The output exists.
@@ -92,17 +98,22 @@ def transport_file(
         10000000
     """
     check_count("batch_size", batch_size)
-    rows = open_rows(
-        "IN", str(source), columns=columns, wanted=model.feature_names, labels=_label_columns(model, condition),
-        least=batch_size,
-    )  # fmt: skip
-    label_names, conditions = _conditions(model, rows, condition)
-    _check_dim(model, rows)
-    if rows.features is None and model.feature_names is not None:
-        rows = replace(rows, features=tuple(model.feature_names))
-    written = Output("OUT", str(output), rows, overwrite=overwrite)
+    if block_size is not None:
+        check_count("block_size", block_size)
+    labels = _label_columns(model, condition)
+    reading = Reading(columns, labels=labels, wanted=model.feature_names, texts_pass=columns is None)
+    table = open_file("IN", str(source), reading)
+    if table.dim == 0 or table.length == 0:
+        table.samples()  # says what is wrong
+    beside, conditions = _conditions(model, table, condition)
+    _check_dim(model, table)
+    if table.features is None and model.feature_names is not None:
+        table = replace(table, features=tuple(model.feature_names))
+    if block_size is None:
+        block_size = max(1, _NUMBERS // max(table.dim, len(table.label_names)) // batch_size) * batch_size
+    written = Output("OUT", str(output), table, overwrite=overwrite)
     try:
-        done = _transport(model, rows.blocks(label_names), conditions, written, batch_size, rows.length, progress)
+        done = _transport(model, table, block_size, beside, conditions, written, batch_size, progress)
         written.keep()
     except BaseException:
         written.discard()
@@ -112,43 +123,48 @@ def transport_file(
 
 def _transport(
     model: MongeMap,
-    blocks: Iterator[Block],
+    table: Table,
+    block_size: int,
+    beside: Sequence[str],
     conditions: Conditions,
     written: Output,
     batch_size: int,
-    length: int | None,
     progress: Callable[[int, int | None], None] | None,
 ) -> int:
-    done = 0
+    blocks, done = table.blocks(block_size), 0
+
+    def read() -> tuple[Table, Tensor, NDArray[Any]] | None:
+        block = next(blocks, None)
+        if block is None:
+            return None
+        columns = [block.labels("--condition", name) for name in beside]
+        return block, block.samples(), np.stack(columns, axis=1) if columns else np.empty((len(block), 0))
+
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        ahead: Future[Block | None] = reading.submit(next, blocks, None)
+        ahead = reading.submit(read)
         behind: Future[None] | None = None
-        while (block := ahead.result()) is not None:
-            ahead = reading.submit(next, blocks, None)
-            images = _images(model, block, conditions(block), batch_size)
+        while (found := ahead.result()) is not None:
+            block, samples, labels = found
+            ahead = reading.submit(read)
+            images = model.transport(samples, conditions(block, labels), batch_size=batch_size).numpy()
             if behind is not None:
                 behind.result()
             behind = writing.submit(written.write, block, images)
             done += len(images)
             if progress is not None:
-                progress(done, length)
+                progress(done, table.length)
         if behind is not None:
             behind.result()
     return done
 
 
-def _images(model: MongeMap, block: Block, condition: Tensor | None, batch_size: int) -> NDArray[Any]:
-    images: NDArray[Any] = model.transport(block.samples, condition, batch_size=batch_size).numpy()
-    return images
-
-
-def _check_dim(model: MongeMap, rows: RowFile) -> None:
+def _check_dim(model: MongeMap, table: Table) -> None:
     """Refuse samples of another dimension, before any file is made."""
     dim = len(model.representation.mean) if model.representation is not None else getattr(model.map, "dim", None)
-    if dim is not None and dim != rows.dim:
-        named = f" ({', '.join(rows.features[:6])}{', ...' if rows.dim > 6 else ''})" if rows.features else ""
-        remedy = ": name the features by --columns" if rows.features and rows.dim > dim else ""
-        raise ValueError(f"the map takes {dim} features, and {rows.title} has {rows.dim}{named}{remedy}")
+    if dim is not None and dim != table.dim:
+        named = f" ({', '.join(table.features[:6])}{', ...' if table.dim > 6 else ''})" if table.features else ""
+        remedy = ": name the features by --columns" if table.features and table.dim > dim else ""
+        raise ValueError(f"the map takes {dim} features, and {table.title} has {table.dim}{named}{remedy}")
 
 
 def _label_columns(model: MongeMap, given: str | None) -> list[str]:
@@ -165,64 +181,59 @@ def _known(model: MongeMap) -> list[str]:
     return list(model.condition_names or ()) or [str(i) for i in range(getattr(model.map, "conditions", None) or 0)]
 
 
-def _conditions(model: MongeMap, rows: RowFile, given: str | None) -> tuple[list[str], Conditions]:
+def _conditions(model: MongeMap, table: Table, given: str | None) -> tuple[list[str], Conditions]:
     """Return which labels are wanted, and what makes conditions of them."""
     names = list(model.condition_names or ())
     if not getattr(model.map, "conditional", False):
         if given is not None:
             raise ValueError(f"--condition {given}: this map has no conditions: leave it out")
-        return [], lambda block: None
+        return [], lambda block, labels: None
     vector_dim = getattr(model.map, "condition_dim", None)
     if given is None:
         what = f"one of {', '.join(map(repr, names[:12]))}" if names and vector_dim is None else "numbers"
         raise ValueError(f"this map is conditional: give --condition, {what}, or a column of IN")
     if vector_dim is not None:
-        return _vectors(rows, given, vector_dim)
+        return _vectors(table, given, vector_dim)
     known = _known(model)
     place = place_of(given, known)
     if place is not None:
         label = torch.tensor([place], device="cpu")
-        return [], lambda block: label
-    if given not in rows.label_names:
-        columns = f", nor has {rows.title} such a column" if rows.label_names else ""
+        return [], lambda block, labels: label
+    if given not in table.label_names:
+        columns = f", nor has {table.title} such a column" if table.label_names else ""
         raise ValueError(
             f"--condition {given}: the map has no such condition{columns}; its conditions are "
             f"{', '.join(map(repr, known[:12]))}"
         )
-    return [given], lambda block: label_indices("--condition", _labels(block), known)
+    return [given], lambda block, labels: label_indices("--condition", labels[:, 0], known)
 
 
-def _vectors(rows: RowFile, given: str, dim: int) -> tuple[list[str], Conditions]:
+def _vectors(table: Table, given: str, dim: int) -> tuple[list[str], Conditions]:
     words = [word.strip() for word in given.split(",")]
     if len(words) != dim:
         raise ValueError(f"--condition {given}: this map's conditions are {dim} numbers, got {len(words)}")
-    if all(word in rows.label_names for word in words):
-        return words, lambda block: _numbers(rows, block, given).reshape(-1, dim)
+    if all(word in table.label_names for word in words):
+        return words, lambda block, labels: _numbers(block, labels, given)
     try:
         vector = torch.tensor([[float(word) for word in words]], device="cpu")
     except ValueError:
         raise ValueError(
-            f"--condition {given}: neither {dim} numbers nor columns of {rows.title}: give one or the other"
+            f"--condition {given}: neither {dim} numbers nor columns of {table.title}: give one or the other"
         ) from None
     if not bool(vector.isfinite().all()):
         raise ValueError(f"--condition {given}: give finite numbers")
-    return [], lambda block: vector
+    return [], lambda block, labels: vector
 
 
-def _labels(block: Block) -> NDArray[Any]:
-    assert block.labels is not None
-    return block.labels
-
-
-def _numbers(rows: RowFile, block: Block, given: str) -> Tensor:
-    labels = _labels(block)
+def _numbers(block: Table, labels: NDArray[Any], given: str) -> Tensor:
     try:
-        numbers = np.array(as_texts(labels.ravel()), dtype=np.float64)
+        numbers: NDArray[Any] = np.array(as_texts(labels.ravel()), dtype=np.float64)
     except ValueError:
-        numbers = np.full(1, np.nan)
+        numbers = np.full(labels.size, np.nan)
     if not np.isfinite(numbers).all():
+        start = block.start or 0
         raise ValueError(
-            f"--condition {given}: {rows.title} has something else than a finite number there, in rows "
-            f"{block.start} to {block.start + len(labels) - 1}: correct it"
+            f"--condition {given}: {block.title} has something else than a finite number there, in rows "
+            f"{start} to {start + len(labels) - 1}: correct it"
         )
-    return torch.from_numpy(numbers).float()
+    return torch.from_numpy(numbers.reshape(labels.shape)).float()

@@ -31,12 +31,12 @@ def advice(plan: RegimePlan, *, batchnorm: bool = False, ghosts: bool = False) -
             f"The run sees {here / there:.3g} times the samples of the reference run: train_longer=0.1 makes it "
             f"{least:.2g} times."
         )
-    if plan.lr_rule == "sqrt" and not plan.train_longer and plan.ratio >= _LARGE:
+    if plan.rule_told == "sqrt" and not plan.train_longer and plan.ratio >= _LARGE:
         yield (
             f'At the reference run\'s samples and the ratio {plan.ratio:g}, lr_rule="sqrt" did worse than no scaling: '
             'try lr_rule="none" or train_longer=0.1.'
         )
-    if plan.lr_rule == "linear" and not plan.warmup_updates and plan.ratio > 1:
+    if plan.rule_told == "linear" and not plan.warmup_updates and plan.ratio > 1:
         yield 'lr_rule="linear" without a warm-up is apt to diverge: pass warmup_updates, five epochs in its paper.'
     if batchnorm and not ghosts and plan.ratio > 1:
         yield (

@@ -1,6 +1,6 @@
 """A plan applied to optimizers and schedulers, with or without a Trainer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 from warnings import warn
 from weakref import WeakSet
@@ -8,11 +8,12 @@ from weakref import WeakSet
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.clock import Interval, ReferenceClock, RegimeClock, Stepping
 from lightning_gap.regime.lengths import check_lengths
+from lightning_gap.regime.moments import scale_moments
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.rollout import can_be_copied, follows_its_factor, optimizer_of
-from lightning_gap.regime.scaling import check_rule, scale_moments, scale_optimizer
+from lightning_gap.regime.rollout import follows_its_factor, optimizer_of
+from lightning_gap.regime.scaling import check_rule, scale_optimizer
 from lightning_gap.regime.schedules import is_of_torch, scale_momentums, scale_scheduler
 from lightning_gap.regime.warmup import Warmup
 
@@ -20,13 +21,11 @@ __all__ = ["apply_plan", "check_rates", "check_unscaled", "clock_of", "scale"]
 
 # What has been scaled: who keeps an optimizer must not have it scaled again.
 _scaled: WeakSet[Optimizer] = WeakSet()
+_PLAIN = Stepping()
 
 
 def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
     """Refuse optimizers whose learning rates are scaled already.
-
-    Args:
-        optimizers: The optimizers.
 
     Raises:
         ValueError: If one is.
@@ -110,7 +109,11 @@ def _inner(wrapped: Any, name: str) -> Any:
 
 
 def clock_of(
-    plan: RegimePlan, scheduler: Any, interval: Literal["epoch", "step"], frequency: int = 1
+    plan: RegimePlan,
+    scheduler: Any,
+    interval: Interval,
+    frequency: int = 1,
+    stepping: Stepping = _PLAIN,
 ) -> ReferenceClock:
     """Return when the reference run steps a scheduler.
 
@@ -119,25 +122,15 @@ def clock_of(
         scheduler: The scheduler.
         interval: Whether it counts epochs or updates.
         frequency: Every how many of these.
+        stepping: How it is stepped.
     """
     per_epoch = plan.reference_updates_per_epoch
     assert per_epoch is not None
-    return ReferenceClock(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates)
+    return ReferenceClock(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates, stepping)
 
 
-def check_rates(
-    clock: ReferenceClock,
-    plan: RegimePlan,
-    step: Callable[[Any], Any] | None = None,
-    reference: Callable[[int, int], Any] | None = None,
-) -> None:
+def check_rates(clock: ReferenceClock, plan: RegimePlan) -> None:
     """Refuse a scheduler, of another library than torch, whose learning rates are not all known by their names.
-
-    Args:
-        clock: The scheduler's clock.
-        plan: The plan of the run.
-        step: Steps a scheduler once.
-        reference: The context of a step.
 
     Raises:
         ValueError: If one is not, or if that cannot be seen.
@@ -150,12 +143,13 @@ def check_rates(
             f"{name} has no torch optimizer as its attribute optimizer, so its learning rates are unknown. Use a "
             'scheduler of torch or timm, or pass lr_rule="none".'
         )
-    if not can_be_copied(clock.scheduler):
+    follows = follows_its_factor(clock, plan.lr_factor)
+    if follows is None:
         raise ValueError(
             f"{name} cannot be copied (copy.deepcopy), so it cannot be rolled out to see whether the learning rates "
             'that its names tell are all. Make it so, or pass lr_rule="none".'
         )
-    if not follows_its_factor(clock, plan, plan.lr_factor, step, reference):
+    if not follows:
         raise ValueError(
             f"{name} keeps a learning rate by a name that does not say so, and cannot be scaled. Use a scheduler of "
             'torch or timm, name its rates with "lr", or pass lr_rule="none".'

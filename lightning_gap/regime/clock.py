@@ -4,13 +4,32 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from math import floor
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from lightning_gap.regime.plan import RegimePlan
     from lightning_gap.regime.warmup import Warmup
 
-__all__ = ["ReferenceClock", "RegimeClock"]
+__all__ = ["Interval", "ReferenceClock", "RegimeClock", "Stepping"]
+
+# What schedulers are stepped by, as in Lightning's configuration of schedulers.
+Interval = Literal["epoch", "step"]
+
+
+class Stepping(NamedTuple):
+    """How a scheduler is stepped.
+
+    Attributes:
+        once: Steps a scheduler once. Default: ``scheduler.step()``.
+        reference: The context of a step, by the reference run's ``current_epoch`` and ``global_step``. Default: none.
+    """
+
+    once: Callable[[Any], Any] = methodcaller("step")
+    reference: Callable[[int, int], AbstractContextManager[Any]] | None = None
+
+
+_NOWHERE = nullcontext()
 
 
 class ReferenceClock(NamedTuple):
@@ -23,6 +42,7 @@ class ReferenceClock(NamedTuple):
         updates_per_epoch: The updates of one reference epoch.
         pace: Reference updates that pass in one update of this run; 1 where it makes as many.
         last: The last reference update; ``None`` where nothing limits them.
+        stepping: How the scheduler is stepped.
 
     Example:
         >>> clock = ReferenceClock(None, "epoch", 2, 5)
@@ -37,11 +57,12 @@ class ReferenceClock(NamedTuple):
     """
 
     scheduler: Any
-    interval: Literal["epoch", "step"]
+    interval: Interval
     frequency: int
     updates_per_epoch: int
     pace: Fraction = Fraction(1)
     last: int | None = None
+    stepping: Stepping = Stepping()
 
     def steps(self, update: int) -> int:
         """Return how many times the reference run steps the scheduler between the update before and this one.
@@ -73,15 +94,21 @@ class ReferenceClock(NamedTuple):
         return epochs * (self.updates_per_epoch // self.frequency) + within // self.frequency
 
     def reference_update_of(self, step: int) -> int:
-        """Return after which update of its own the reference run steps the scheduler for the n-th time.
-
-        Args:
-            step: Which time, n, from 1.
-        """
+        """Return after which update of its own the reference run steps the scheduler for the n-th time."""
         if self.interval == "epoch":
             return step * self.frequency * self.updates_per_epoch
         epochs, within = divmod(step - 1, self.updates_per_epoch // self.frequency)
         return epochs * self.updates_per_epoch + (within + 1) * self.frequency
+
+    def step_after(self, reference_update: int) -> None:
+        """Step the scheduler as the reference run does after one of its updates.
+
+        Args:
+            reference_update: The number of that update, from 1.
+        """
+        once, reference = self.stepping
+        with reference((reference_update - 1) // self.updates_per_epoch, reference_update) if reference else _NOWHERE:
+            once(self.scheduler)
 
 
 class RegimeClock:
@@ -93,9 +120,6 @@ class RegimeClock:
         plan: The plan of the run.
         clocks: When each scheduler is stepped. Those of updates are stepped before those of epochs.
         warmups: Of each optimizer, what warms it up.
-        step_scheduler: Steps a scheduler once. Default: ``scheduler.step()``.
-        reference: A context in which a scheduler is stepped, of the reference run's ``current_epoch`` and
-            ``global_step``.
 
     Attributes:
         updates: Updates made, ``None`` before the first is known of.
@@ -106,14 +130,10 @@ class RegimeClock:
         plan: "RegimePlan",
         clocks: Iterable[ReferenceClock] = (),
         warmups: "Iterable[Warmup]" = (),
-        step_scheduler: Callable[[Any], Any] | None = None,
-        reference: Callable[[int, int], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.plan, self.warmups = plan, list(warmups)
         # Within one update, Lightning steps the schedulers of every update before those of every epoch.
         self.clocks = sorted(clocks, key=lambda clock: clock.interval == "epoch")
-        self._step_scheduler = step_scheduler or (lambda scheduler: scheduler.step())
-        self._reference = reference or (lambda epoch, update: nullcontext())
         self.updates: int | None = None
 
     def step(self) -> None:
@@ -121,31 +141,13 @@ class RegimeClock:
         self.advance((self.updates or 0) + 1)
 
     def advance(self, update: int) -> None:
-        """Step the schedulers that the reference run steps up to an update; the updates must not go back.
-
-        Args:
-            update: Updates made.
-        """
+        """Step the schedulers that the reference run steps up to an update; the updates must not go back."""
         for passed in range((self.updates or 0) + 1, update + 1):
             for clock in self.clocks:
-                if clock.steps(passed):
-                    self._step(clock, passed)
+                first, last = (clock.steps_until(clock.reference_update(each)) for each in (passed - 1, passed))
+                for step in range(first + 1, last + 1):
+                    clock.step_after(clock.reference_update_of(step))
         self.updates = update
-
-    def _step(self, clock: ReferenceClock, update: int) -> None:
-        first, last = (clock.steps_until(clock.reference_update(each)) for each in (update - 1, update))
-        for step in range(first + 1, last + 1):
-            self.step_once(clock, clock.reference_update_of(step))
-
-    def step_once(self, clock: ReferenceClock, reference_update: int) -> None:
-        """Step a scheduler as the reference run does after one of its updates.
-
-        Args:
-            clock: The scheduler's clock.
-            reference_update: The number of that update, from 1.
-        """
-        with self._reference((reference_update - 1) // clock.updates_per_epoch, reference_update):
-            self._step_scheduler(clock.scheduler)
 
     @property
     def reference_epoch(self) -> float:

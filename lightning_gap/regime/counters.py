@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_gap.regime.hand_set import changes_by_epoch
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import changes_by_epoch
 from lightning_gap.trainer.internals.of_lightning import (
     checkpoint_epochs,
     saves_at_epoch_end,
@@ -56,13 +56,7 @@ class EpochCounter:
     no: Any = NEVER
 
     def set(self, plan: RegimePlan, start: int, end: int) -> None:
-        """Say whether it happens in the epoch of this run between two updates.
-
-        Args:
-            plan: The plan of the run.
-            start: Updates made before the epoch.
-            end: Updates made after it.
-        """
+        """Say whether it happens in the epoch of this run between two updates."""
         due = plan.reference_epochs_in(end) // self.every > plan.reference_epochs_in(start) // self.every
         self.put(type(self.users)(1) if due else self.no)
 
@@ -71,11 +65,7 @@ class EpochCounter:
         self.put(self.users)
 
     def fate(self, plan: RegimePlan) -> str:
-        """Return the counter's line in the table.
-
-        Args:
-            plan: The plan of the run.
-        """
+        """Return the counter's line in the table."""
         updates = float(self.every * cast(Any, plan.stretched_epoch))
         every = f"every {self.every} reference epoch(s)"
         return f"{self.name}: {every}, at the end of this run's epoch after {updates:g} updates"
@@ -157,11 +147,7 @@ class ValidationClock:
         self._trainer.val_check_interval = 1.0
 
     def begin(self, update: int) -> None:
-        """Give the user's interval back, and go on after an update.
-
-        Args:
-            update: Updates made.
-        """
+        """Give the user's interval back, and go on after an update."""
         self._trainer.val_check_interval = self._interval
         self.after(update)
 
@@ -207,11 +193,7 @@ class ValidationClock:
 
 
 def validates_within_epochs(trainer: Trainer) -> bool:
-    """Return whether a trainer validates by batches, neither by epochs nor by time.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Return whether a trainer validates by batches, neither by epochs nor by time."""
     return not _by_epochs(trainer) and validation_seconds(trainer) is None
 
 
@@ -221,12 +203,7 @@ def _by_epochs(trainer: Trainer) -> bool:
 
 
 def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
-    """Warn of what counts epochs of this run all the same.
-
-    Args:
-        trainer: The trainer, whose callbacks have been set up.
-        plan: The plan of the run.
-    """
+    """Warn of what counts epochs of this run all the same."""
     for place in changes_by_epoch(trainer):
         rank_zero_warn(
             f"LargeBatchRegime: {place} changes a learning rate by current_epoch, which counts epochs of this run. "

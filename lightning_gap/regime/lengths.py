@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.plan import RegimePlan
@@ -29,8 +28,6 @@ def check_lengths(
     trust: bool,
     batches: Iterable[int] = (),
     proven: Proven = lambda what, number: False,
-    step: Callable[[Any], Any] | None = None,
-    reference: Callable[[int, int], Any] | None = None,
 ) -> Rollout | None:
     """Roll a schedule out over the reference run, and refuse it if it has the length of another run.
 
@@ -40,8 +37,6 @@ def check_lengths(
         trust: Whether all its lengths are declared to be the reference run's.
         batches: Further numbers of batches in an epoch of this run, as a loader may tell them.
         proven: Whether a number of a schedule, or without one its whole curve, is known to be the reference run's.
-        step: Steps a scheduler once.
-        reference: The context of a step, see :class:`RegimeClock`.
 
     Returns:
         The roll-out; ``None`` where nothing limits the reference run.
@@ -52,7 +47,7 @@ def check_lengths(
     name = type(clock.scheduler).__name__
     if plan.reference_updates is None:
         return None
-    seen = roll_out(clock, plan, step, reference)
+    seen = roll_out(clock)
     if not trust and plan.reclocked and (found := _of_this_run(clock, plan, seen, batches, proven)):
         raise ValueError(found)
     if seen.error is not None:

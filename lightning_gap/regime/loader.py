@@ -110,12 +110,7 @@ def effective_batch_size(trainer: Trainer) -> int:
 
 
 def batch_of_update(trainer: Trainer, loader: Any) -> int:
-    """Return :func:`effective_batch_size` where the loader is known.
-
-    Args:
-        trainer: The trainer.
-        loader: Its training loader.
-    """
+    """Return :func:`effective_batch_size` where the loader is known."""
     return loader_batch_size(loader) * trainer.accumulate_grad_batches * data_parallel_size(trainer)
 
 
@@ -226,12 +221,7 @@ def _declared_pass(trainer: Trainer, loader: Any, samples: int) -> Pass:
 
 
 def same_data(loader: Any, other: Any) -> bool:
-    """Return whether two loaders pass over the same training data in the same batches.
-
-    Args:
-        loader: A loader.
-        other: Another.
-    """
+    """Return whether two loaders pass over the same training data in the same batches."""
     if loader is other:
         return True
     try:

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
+from lightning_gap.regime.epochs import share_of, updates_in_epoch
+from lightning_gap.regime.fates import Rate, SchedulerFate
+from lightning_gap.regime.rules import RULES
 from lightning_gap.regime.scaling import LRRule, default_train_longer, rule_name
 from lightning_gap.regime.scaling import lr_factor as factor_of
 
@@ -16,11 +19,13 @@ if TYPE_CHECKING:
 
     from lightning_gap.regime.clock import RegimeClock
 
-__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime", "updates_in_epoch"]
+__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime", "share_of", "updates_in_epoch"]
 
 # The headings of a plan's table.
 PLAN_COLUMNS = ("", "reference", "now")
 
+# In the place of the rule, where the learning rate was found.
+_FOUND = "found"
 # What must agree between a checkpoint's plan and the plan of the run that resumes from it.
 _IDENTITY = ("reference_batch_size", "lr_rule", "train_longer", "reference_updates_per_epoch", "noise_variance")
 
@@ -50,10 +55,11 @@ class RegimePlan:
         warmup_updates: After how many updates the learning rate has its full factor.
         noise_variance: The variance of the samples' weights in the gradient, 0 without noise.
         learning_rates: The first learning rate of every group, of the reference run and of this run.
-        schedulers: One line a scheduler: its class and what becomes of it.
+        schedulers: Of each scheduler, its class and what becomes of it.
         companions: One line for all else that counts epochs: what it is and what becomes of it.
         curve: Five points of the first group's learning rate from the first update to the last: an update of the
             reference run and its rate, the update of this run and its rate.
+        rate: Whether the learning rate comes from the rule, or has been found at the batch that runs.
     """
 
     reference_batch_size: int
@@ -75,9 +81,10 @@ class RegimePlan:
     warmup_updates: int = 0
     noise_variance: float = 0.0
     learning_rates: tuple[tuple[float, float], ...] = ()
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[SchedulerFate, ...] = ()
     companions: tuple[str, ...] = ()
     curve: tuple[tuple[int, float, int, float], ...] = ()
+    rate: Rate = Rate.RULED
 
     @property
     def ratio(self) -> float:
@@ -87,7 +94,29 @@ class RegimePlan:
     @property
     def moment_ratio(self) -> float:
         """What Adam's rule multiplies 1 − β by; 1 under other rules."""
-        return self.ratio if self.lr_rule == "adam" else 1.0
+        return self.ratio if self.scales_moments else 1.0
+
+    @property
+    def scales_moments(self) -> bool:
+        """Whether Adam's moments follow the batch too."""
+        return self.rate is Rate.RULED and self.lr_rule in RULES and RULES[self.lr_rule].moments
+
+    @property
+    def rule_told(self) -> str:
+        """The rule's name, or that the rate was found."""
+        return _FOUND if self.rate is Rate.FOUND else self.lr_rule
+
+    def with_found_rate(self) -> "RegimePlan":
+        """Return the plan of a run whose learning rate has been found at the batch that runs."""
+        return replace(self, rate=Rate.FOUND, lr_factor=1.0, warmup_updates=0)
+
+    def with_rate_of(self, saved: dict[str, Any]) -> "RegimePlan":
+        """Return the plan of a run that goes on with the learning rate of a saved plan.
+
+        Args:
+            saved: What :meth:`to_dict` returned when the checkpoint was written.
+        """
+        return self.with_found_rate() if saved["lr_rule"] == _FOUND else self
 
     @property
     def stretched_epoch(self) -> Fraction | None:
@@ -185,11 +214,12 @@ class RegimePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain Python, for a checkpoint or ``logger.log_hyperparams``."""
-        facts = asdict(self)
+        facts = asdict(self) | {"lr_rule": self.rule_told}
+        del facts["rate"]
         for name in ("learning_rates", "curve"):
             facts[name] = [list(values) for values in facts[name]]
         for name in ("schedulers", "companions"):
-            facts[name] = list(facts[name])
+            facts[name] = list(map(str, getattr(self, name)))
         return {**facts, "ratio": self.ratio}
 
     def disagreements(self, saved: dict[str, Any]) -> list[str]:
@@ -203,57 +233,16 @@ class RegimePlan:
         names = [*_IDENTITY, "batch_size"] if self.train_longer not in (0, 1) or self.noise_variance else [*_IDENTITY]
         if saved.get("batch_size") == self.batch_size:
             names.append("lr_factor")  # two functions may have one name
+        now = self.to_dict()
         return [
-            f"{name} was {saved.get(name)!r} and is {getattr(self, name)!r}"
-            for name in names
-            if saved.get(name) != getattr(self, name)
+            f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in names if saved.get(name) != now[name]
         ]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the plan line by line: what, in the reference run, in this run."""
-        rows = [
-            ("batch (samples per update)", f"{self.reference_batch_size}", f"{self.batch_size}"),
-            ("ratio", "1", f"{self.ratio:g}"),
-        ]
-        for index, (reference, now) in enumerate(self.learning_rates):
-            label = f"learning rate, group {index} ({self.lr_rule}, x{self.lr_factor:.4g})"
-            rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
-        rows += [
-            (f"learning rate, {share} % of the way", f"update {then}: {rate:.4g}", f"update {update}: {now:.4g}")
-            for share, (then, rate, update, now) in zip((0, 25, 50, 75, 100), self.curve, strict=False)
-        ]
-        rows += self._length_rows()
-        for line in (*self.schedulers, *self.companions):
-            name, _, fate = line.partition(": ")
-            rows.append((name, "", fate))
-        if self.clip_norm is not None:
-            until = "always" if self.clip_updates is None else f"up to update {self.clip_updates}"
-            rows.append(("gradient norm clipped", "", f"{self.clip_norm:g}, {until}"))
-        if self.warmup_updates:
-            rows.append(("warm-up from the reference rate", "", f"{self.warmup_updates} updates"))
-        if self.noise_variance:
-            rows.append(("gradient noise", "", f"sample weights of variance {self.noise_variance:g}"))
-        return rows
+        from lightning_gap.regime.plan_table import table_rows
 
-    def _length_rows(self) -> list[tuple[str, str, str]]:
-        rows = []
-        if self.updates is not None or self.updates_per_epoch is not None:
-            rows.append(("updates", _limit(self.reference_updates), _limit(self.updates)))
-        if self.updates_per_epoch is not None:
-            rows.append(("updates per epoch", f"{self.reference_updates_per_epoch}", f"{self.updates_per_epoch}"))
-            rows.append(("epochs", _limit(self.reference_epochs), _limit(self.epochs)))
-            last = [self._last_batch(batch) for batch in (self.reference_batch_size, self.batch_size)]
-            if any(last):
-                rows.append(("smaller last batch", last[0] or "none", last[1] or "none"))
-        there, here = self.reference_samples_seen, self.samples_seen
-        if there and here:
-            rows.append(("samples, and so the cost", f"{there}", f"{here}: {here / there:.3g} times"))
-        return rows
-
-    def _last_batch(self, batch: int) -> str:
-        samples = self.small_last_batch(batch)
-        updates = math.ceil((self.samples or 0) / batch)
-        return f"{samples} samples, {100 / updates:.2g} % of the updates" if samples else ""
+        return table_rows(self)
 
     def apply(
         self,
@@ -307,38 +296,6 @@ class RegimePlan:
         for row in self.rows():
             table.add_row(*row)
         return table
-
-
-def _limit(count: int | None) -> str:
-    return "no limit" if count is None else str(count)
-
-
-def share_of(train_longer: float) -> Fraction:
-    """Return the share that was written: 1/10 for 0.1, which no binary number is.
-
-    Args:
-        train_longer: How far to go.
-
-    Example:
-        >>> share_of(0.1), share_of(1.0)
-        (Fraction(1, 10), Fraction(1, 1))
-    """
-    return Fraction(repr(float(train_longer)))
-
-
-def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
-    """Return how many batches one pass over the samples gives: ⌈N/B⌉, or ⌊N/B⌋ where the last is dropped.
-
-    Args:
-        samples: Samples in one pass, N.
-        batch_size: Samples in one batch, B.
-        drop_last: Whether an incomplete last batch is dropped.
-
-    Example:
-        >>> updates_in_epoch(50_000, 128), updates_in_epoch(50_000, 4096), updates_in_epoch(50_000, 128, drop_last=True)
-        (391, 13, 390)
-    """
-    return samples // batch_size if drop_last else math.ceil(samples / batch_size)
 
 
 def plan_regime(

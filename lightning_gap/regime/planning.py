@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.limits import Limits
 from lightning_gap.regime.loader import (
     DataNotReady,
     Pass,
@@ -55,9 +56,6 @@ class RunPlanner:
     def plan(self, trainer: Trainer) -> RegimePlan:
         """Return the plan of the run.
 
-        Args:
-            trainer: The trainer, in ``setup`` or later.
-
         Raises:
             DataNotReady: If the module's data are not there yet.
             MisconfigurationException: If no regime can be right for the run.
@@ -67,8 +65,7 @@ class RunPlanner:
         try:
             self.loader = training_loader(trainer)
         except DataNotReady:
-            by_updates = trainer.fit_loop.max_epochs in (None, -1) and trainer.max_steps != -1
-            if not (regime.batch_size and (by_updates or self.keeps_lengths)):
+            if not (regime.batch_size and (Limits.of(trainer).only_updates or self.keeps_lengths)):
                 raise
         except MisconfigurationException:
             if not regime.batch_size:
@@ -95,28 +92,28 @@ class RunPlanner:
         try:
             return pass_over_data(trainer, self.loader, self._regime.samples)
         except MisconfigurationException:
-            unlimited = trainer.fit_loop.max_epochs in (None, -1)
-            if not longer or (longer == 1 and unlimited and trainer.max_steps != -1):
+            if not longer or (longer == 1 and Limits.of(trainer).only_updates):
                 return None  # max_steps are updates, whatever an epoch is
             raise
 
     def _planned_length(self, trainer: Trainer, batch_size: int, rule: str, factor: float) -> RegimePlan:
         regime, data = self._regime, self.data
-        max_steps = None if trainer.fit_loop.epoch_loop.max_steps == -1 else trainer.fit_loop.epoch_loop.max_steps
+        limits = Limits.of(trainer)
         if self.loader is not None and regime.batch_size is None:
             self.expected = loader_batch_size(self.loader)
         if data is None:
             plan = RegimePlan(regime.reference_batch_size, batch_size, rule, factor)
             if self.keeps_lengths or not regime.train_longer:
                 return plan
-            return replace(plan, train_longer=regime.train_longer, reference_updates=max_steps, updates=max_steps)
+            return replace(
+                plan, train_longer=regime.train_longer, reference_updates=limits.updates, updates=limits.updates
+            )
         found = self._effective = self._batch_of_update(trainer)
         if regime.samples is None and batch_size != found:
             rank_zero_warn(
                 f"LargeBatchRegime scales for batch_size={batch_size}, as asked; an update of this trainer sees "
                 f"{found} samples (loader's batch x accumulation x replicas)."
             )
-        epochs = trainer.fit_loop.max_epochs
         plan = plan_regime(
             reference_batch_size=regime.reference_batch_size,
             batch_size=batch_size,
@@ -125,9 +122,9 @@ class RunPlanner:
             updates_per_epoch=updates_in_epoch(data.batches, trainer.accumulate_grad_batches),
             samples=data.samples,
             drop_last=data.drop_last,
-            max_epochs=None if epochs in (None, -1) else epochs,
-            max_steps=max_steps,
-            min_epochs=trainer.fit_loop.min_epochs or 0,
+            max_epochs=limits.epochs,
+            max_steps=limits.updates,
+            min_epochs=limits.min_epochs,
             train_longer=regime.train_longer,
         )
         self._check_size(data.samples, found)
@@ -159,9 +156,6 @@ class RunPlanner:
     def check(self, trainer: Trainer) -> None:
         """Refuse data that are not what was planned for.
 
-        Args:
-            trainer: The trainer, which has loaded its data.
-
         Raises:
             MisconfigurationException: If the loader or the accumulation has changed.
         """
@@ -175,22 +169,17 @@ class RunPlanner:
                 "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
             )
 
-    def reference_lengths(
-        self, trainer: Trainer, plan: RegimePlan, limits: tuple[int | None, int, int] | None
-    ) -> dict[str, Any]:
+    def reference_lengths(self, plan: RegimePlan, limits: Limits) -> dict[str, Any]:
         """Return what the trainer answers in the reference run; nothing where an epoch's length is not known.
 
         Args:
-            trainer: The trainer.
             plan: The plan of the run.
-            limits: The user's limits of epochs, at most and at least, and updates, if the trainer's are this run's.
+            limits: The user's.
         """
         if not self.lengths and plan.reference_updates_per_epoch is not None:
-            loop = trainer.fit_loop
-            epochs, _, steps = limits or (loop.max_epochs, 0, loop.epoch_loop.max_steps)
             self.lengths = {
-                "max_epochs": epochs,
-                "max_steps": steps,
+                "max_epochs": limits.max_epochs,
+                "max_steps": limits.max_steps,
                 "num_training_batches": plan.reference_updates_per_epoch,
                 "accumulate_grad_batches": 1,
                 "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,

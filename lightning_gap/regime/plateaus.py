@@ -27,20 +27,12 @@ class ReferencePlateaus:
         self.metrics: dict[str, float] = {}
 
     def take(self, config: LRSchedulerConfig) -> None:
-        """Take a scheduler out of Lightning's hands.
-
-        Args:
-            config: Lightning's description of it.
-        """
+        """Take a scheduler out of Lightning's hands."""
         self._configs.append((config, config.frequency))
         config.interval, config.frequency = "step", NEVER
 
     def read(self, trainer: Trainer) -> None:
-        """Keep what is looked at, for a checkpoint that is written now.
-
-        Args:
-            trainer: The trainer, with its metrics.
-        """
+        """Keep what is looked at, for a checkpoint that is written now."""
         if self._configs:
             known = trainer.callback_metrics
             keys = [str(config.monitor) for config, _ in self._configs]

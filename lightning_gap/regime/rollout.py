@@ -4,7 +4,7 @@ import copy
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.scaling import scale_optimizer
 from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
 
 __all__ = [
     "Rollout",
-    "can_be_copied",
     "follows_its_factor",
     "hidden_lengths",
     "optimizer_of",
@@ -52,33 +51,26 @@ class Rollout(NamedTuple):
     whole: bool
 
 
-Step = Callable[[Any], Any]
-Reference = Callable[[int, int], Any]
-
-
-def roll_out(clock: ReferenceClock, plan: Any, step: Step | None = None, reference: Reference | None = None) -> Rollout:
+def roll_out(clock: ReferenceClock) -> Rollout:
     """Step a copy of a scheduler through the reference run; the scheduler and its optimizer are left as they are.
 
     Args:
         clock: The scheduler's clock; its ``last`` is the length of the reference run.
-        plan: The plan of the run.
-        step: Steps a scheduler once. Default: ``scheduler.step()``.
-        reference: The context of a step, see :class:`RegimeClock`.
 
     Example:
-        >>> from lightning_gap.regime.plan import RegimePlan
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> linear = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / 4)
-        >>> roll_out(ReferenceClock(linear, "step", 1, 2, last=4), RegimePlan(1, 1, "none", 1.0)).rates
+        >>> roll_out(ReferenceClock(linear, "step", 1, 2, last=4)).rates
         [1.0, 0.75, 0.5, 0.25, 0.0]
         >>> sgd.param_groups[0]["lr"]
         1.0
     """
     rates: list[float] = []
-    if optimizer_of(clock.scheduler) is None or not can_be_copied(clock.scheduler):
+    own = _copied(clock)
+    if own is None:
         return Rollout(rates, None, whole=False)
     try:
-        for groups in _rates(clock, plan, 1.0, step, reference):
+        for groups in _rates(own):
             rates.append(groups[0])
     except TimeoutError:
         return Rollout(rates, None, whole=False)
@@ -87,22 +79,24 @@ def roll_out(clock: ReferenceClock, plan: Any, step: Step | None = None, referen
     return Rollout(rates, None, whole=True)
 
 
-def follows_its_factor(
-    clock: ReferenceClock, plan: Any, factor: float, step: Step | None = None, reference: Reference | None = None
-) -> bool:
+def follows_its_factor(clock: ReferenceClock, factor: float) -> bool | None:
     """Return whether all learning rates of a scheduler are known by name, so that scaling these scales its schedule.
 
     Args:
         clock: The scheduler's clock.
-        plan: The plan of the run.
         factor: What the learning rates are to be multiplied by.
-        step: Steps a scheduler once.
-        reference: The context of a step.
+
+    Returns:
+        ``None`` where it cannot be copied, and so not be seen.
     """
+    own, other = _copied(clock), _copied(clock)
+    if own is None or other is None:
+        return None
+    scale_optimizer(other.scheduler.optimizer, factor)
+    scale_scheduler(other.scheduler, factor)
     highest = 0.0
-    ways = (_rates(clock, plan, each, step, reference) for each in (1.0, factor))
     try:
-        for plain, scaled in zip(*ways, strict=True):
+        for plain, scaled in zip(_rates(own), _rates(other), strict=True):
             highest = max(highest, *map(abs, plain), 1e-300)
             if any(abs(factor * a - b) > 1e-7 * factor * highest for a, b in zip(plain, scaled, strict=True)):
                 return False
@@ -111,25 +105,19 @@ def follows_its_factor(
     return True
 
 
-def _rates(
-    clock: ReferenceClock, plan: Any, factor: float, step: Step | None, reference: Reference | None
-) -> Iterator[list[float]]:
-    scheduler, optimizer = _copies(clock.scheduler)
-    if factor != 1.0:
-        scale_optimizer(optimizer, factor)
-        scale_scheduler(scheduler, factor)
-    runner = RegimeClock(plan, (), (), step, reference)
-    copied = clock._replace(scheduler=scheduler)
+def _rates(clock: ReferenceClock) -> Iterator[list[float]]:
+    """Step a scheduler through the reference run, and yield the rates of all groups after each step."""
+    optimizer = clock.scheduler.optimizer
     yield _of_groups(optimizer)
     began = time.monotonic()
-    last = copied.steps_until(clock.last or 0)
+    last = clock.steps_until(clock.last or 0)
     for start in range(1, last + 1, _BLOCK):
         block: list[list[float]] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a step without an update
             for number in range(start, min(start + _BLOCK, last + 1)):
                 try:
-                    runner.step_once(copied, copied.reference_update_of(number))
+                    clock.step_after(clock.reference_update_of(number))
                 except Exception:
                     yield from block
                     raise
@@ -143,30 +131,22 @@ def _of_groups(optimizer: Any) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None] or [0.0]
 
 
-def _copies(scheduler: Any) -> tuple[Any, Any]:
-    """Return a copy of a scheduler, and of its optimizer without its state, which the copy steps."""
-    optimizer: Any = scheduler.optimizer
-    stand_in = copy.copy(optimizer)
-    stand_in.defaults = dict(optimizer.defaults)
-    stand_in.param_groups = [{key: _own(value) for key, value in group.items()} for group in optimizer.param_groups]
-    return copy.deepcopy(scheduler, {id(optimizer): stand_in}), stand_in
+def _copied(clock: ReferenceClock) -> ReferenceClock | None:
+    """Return the clock of a copy of a scheduler, which steps a copy of its optimizer without state; None without."""
+    optimizer: Any = optimizer_of(clock.scheduler)
+    if optimizer is None:
+        return None
+    try:
+        stand_in = copy.copy(optimizer)
+        stand_in.defaults = dict(optimizer.defaults)
+        stand_in.param_groups = [{key: _own(value) for key, value in group.items()} for group in optimizer.param_groups]
+        return clock._replace(scheduler=copy.deepcopy(clock.scheduler, {id(optimizer): stand_in}))
+    except Exception:  # whatever the parts of a scheduler raise that cannot be copied
+        return None
 
 
 def _own(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def can_be_copied(scheduler: Any) -> bool:
-    """Return whether a scheduler can be rolled out beside itself.
-
-    Args:
-        scheduler: Any scheduler.
-    """
-    try:
-        _copies(scheduler)
-    except Exception:  # whatever the parts of a scheduler raise that cannot be copied
-        return False
-    return True
 
 
 def turns(rates: list[float]) -> dict[str, int]:
@@ -199,9 +179,6 @@ def turns(rates: list[float]) -> dict[str, int]:
 
 def hidden_lengths(scheduler: Any) -> dict[str, int]:
     """Return the whole numbers that a scheduler, its parts and its functions hold, by where they are.
-
-    Args:
-        scheduler: Any scheduler.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -47,9 +47,6 @@ def data_parallel_size(trainer: Trainer) -> int:
     Tensor-parallel ranks share their samples, so this is the number of replicas of the distributed sampler and not
     ``trainer.world_size``.
 
-    Args:
-        trainer: The trainer that runs, or is about to run.
-
     Returns:
         The number of data-parallel replicas, 1 where there is no distributed sampler.
     """
@@ -58,11 +55,7 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def data_parallel_rank(trainer: Trainer) -> int:
-    """Return which of the data-parallel replicas this process is, from 0.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return which of the data-parallel replicas this process is, from 0."""
     kwargs = trainer.distributed_sampler_kwargs
     return int(kwargs["rank"]) if kwargs else 0
 
@@ -85,31 +78,19 @@ def require_lightning(trainer: Any, who: str) -> None:
 
 
 def strategy_name(trainer: Trainer) -> str:
-    """Return the class name of the trainer's strategy, for messages.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return the class name of the trainer's strategy, for messages."""
     return type(trainer.strategy).__name__
 
 
 def holds_whole_weights(trainer: Trainer) -> bool:
-    """Return whether every rank holds all weights, equal on all ranks: one device, or DDP.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return whether every rank holds all weights, equal on all ranks: one device, or DDP."""
     strategy = trainer.strategy
     # DeepSpeed's strategy is a subclass of DDP's, and shards.
     return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 def shards_by_dtensor(trainer: Trainer) -> bool:
-    """Return whether parameters are ``DTensor`` shards, or plain ones equal on all ranks (FSDP2, tensor parallelism).
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return whether parameters are ``DTensor`` shards, or plain ones equal on all ranks (FSDP2, TP)."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
@@ -117,28 +98,17 @@ def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
     """Return whether the strategy turns every BatchNorm layer into a ``SyncBatchNorm`` when it sets up a fit.
 
     Only strategies with several ranks heed ``sync_batchnorm=True``; one device ignores it.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
     """
     return replaces_batchnorm(trainer.strategy)
 
 
 def injects_sampler(trainer: Trainer) -> bool:
-    """Return whether the trainer shards a training loader among the replicas, by a distributed sampler of its own.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return whether the trainer shards a training loader among the replicas, by a distributed sampler of its own."""
     return shards_loaders(trainer)
 
 
 def data_parallel_group(trainer: Trainer) -> RankGroup | None:
-    """Return the ranks that see different samples, this one among them; None where there is one.
-
-    Args:
-        trainer: The trainer that runs.
-    """
+    """Return the ranks that see different samples, this one among them; None where there is one."""
     if data_parallel_size(trainer) == 1:
         return None
     if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -178,11 +148,7 @@ def _subgroup(world: dist.ProcessGroup, layout: tuple[tuple[int, ...], ...]) -> 
 
 
 def leaves_updates_to_torch(trainer: Trainer) -> bool:
-    """Return whether torch's own optimizers make the updates, of whole weights or of ``DTensor`` shards.
-
-    Args:
-        trainer: The trainer that runs, or is about to run.
-    """
+    """Return whether torch's own optimizers make the updates, of whole weights or of ``DTensor`` shards."""
     return holds_whole_weights(trainer) or shards_by_dtensor(trainer)
 
 
@@ -201,9 +167,6 @@ def loss_scale(trainer: Trainer) -> Tensor:
     """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
 
     It is a float32 scalar on the root device, so that nothing waits for that here.
-
-    Args:
-        trainer: The trainer that runs.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = loss_scale_without_waiting(scaler) if scaler is not None and scaler.is_enabled() else None
@@ -214,12 +177,7 @@ def loss_scale(trainer: Trainer) -> Tensor:
 
 
 def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
-    """Return whether gradients keep the loss scale until the optimizer, a fused one, takes it away inside its step.
-
-    Args:
-        trainer: The trainer that runs.
-        optimizer: One of its optimizers.
-    """
+    """Return whether gradients keep the loss scale until the optimizer, a fused one, takes it away inside its step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and unscales_in_step(optimizer)
 

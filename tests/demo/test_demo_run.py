@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_gap.demo import ColourSettings, DemoSettings, LargeBatchSettings, run_demo
 from lightning_gap.demo.datasets import photographs
-from lightning_gap.demo.large_batch import F1, RECIPES
+from lightning_gap.demo.large_batch import RECIPES, Classifier
 
 for module in ("matplotlib", "mlxtend", "sklearn"):
     pytest.importorskip(module)
@@ -108,9 +108,9 @@ def test_same_seed_same_numbers(tmp_path):
 
 
 def test_the_network_is_the_papers():
-    layers = list(F1(10).network)
+    layers = list(Classifier(10).network)
     assert [layer.out_features for layer in layers if isinstance(layer, torch.nn.Linear)] == [512] * 5 + [10]
     assert sum(isinstance(layer, torch.nn.BatchNorm1d) for layer in layers) == 5
-    made = F1(50).configure_optimizers()
+    made = Classifier(50).configure_optimizers()
     assert sorted(made["lr_scheduler"].milestones) == [10, 20, 30]
     assert made["optimizer"].defaults["lr"] == 0.1

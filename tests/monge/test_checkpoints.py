@@ -127,7 +127,7 @@ def _importable(name: str, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path.cwd()))
 
 
-WRITES = {"argument": "OUT", "location": "pwned.npy", "rows": None, "overwrite": True}
+WRITES = {"argument": "OUT", "location": "pwned.npy", "table": None, "overwrite": True}
 STRANGE = [
     {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "pwned"]}},
     {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "pwned"]}, "partial": True},

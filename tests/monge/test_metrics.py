@@ -18,6 +18,7 @@ from lightning_gap.monge import (
     UnexplainedVariance,
     energy_distance,
 )
+from lightning_gap.monge.ot.limits import LIMITS, Size
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(60, 3, generator=GENERATOR)
@@ -192,13 +193,13 @@ def test_energy_distance_is_that_of_all_pairs(dtype, monkeypatch):
     expected = (2 * distances(x, y).mean() - distances(x, x).mean() - distances(y, y).mean()).to(dtype)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
     torch.testing.assert_close(energy_distance(x, y), expected, **close)
-    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 7 * 40)
+    monkeypatch.setattr(LIMITS, "block", Size(7 * 40, 0))
     torch.testing.assert_close(energy_distance(x, y), expected, **close)
     assert energy_distance(x, x).abs() < 1e-6
 
 
 def test_energy_distance_has_its_gradient_in_blocks(monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 20)
+    monkeypatch.setattr(LIMITS, "block", Size(20, 0))
     x, y = (p[:6].double().requires_grad_() for p in (X, T))
     assert torch.autograd.gradcheck(energy_distance, (x, y))
     assert torch.autograd.gradgradcheck(energy_distance, (x, y))
@@ -209,7 +210,7 @@ def test_energy_distance_has_its_gradient_in_blocks(monkeypatch):
     ("options", "message"),
     [
         ({"solver": "fast"}, "solver must be one of auto, .*, got 'fast'"),
-        ({"solver": "exact", "epsilon": 0.1}, "solver='exact' takes neither epsilon nor reach"),
+        ({"solver": "exact", "epsilon": 0.1}, "solver='exact' takes neither epsilon nor rho"),
         ({"epsilon": -1.0}, "epsilon must be a positive finite number, got -1.0"),
         ({"relative_epsilon": 0.0}, "relative_epsilon must be a positive finite number, got 0.0"),
         ({"cost": "euclid"}, "unknown cost 'euclid'"),
@@ -223,7 +224,7 @@ def test_options_are_checked_when_the_metric_is_made(metric_class, options, mess
 def test_options_of_the_gap():
     with pytest.raises(ValueError, match="convention must be one of shannon, kl, debiased, got 'l2'"):
         MongeGap(convention="l2")
-    with pytest.raises(ValueError, match="reach needs convention='kl' or 'debiased'"):
+    with pytest.raises(ValueError, match="rho needs convention='kl' or 'debiased'"):
         MongeGap(reach=1.0)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap, SamplesDataModule, costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import ResidualMLP
-from lightning_gap.monge.ot.gap import divergences_and_gaps
+from lightning_gap.monge.ot.terms import solve_terms
 
 KEYS = ("loss", "sinkhorn_divergence", "monge_gap", "displacement")
 SCORES = (*KEYS, "energy_distance", "wasserstein_1")
@@ -90,11 +90,11 @@ def test_test_loop_logs_its_terms():
 def test_without_weight_the_gap_is_only_measured_in_validation(monkeypatch):
     asked = []
 
-    def counted(fitting, regularizing, **options):
+    def counted(fitting, regularizing, *options, **how):
         asked.append(len(regularizing))
-        return divergences_and_gaps(fitting, regularizing, **options)
+        return solve_terms(fitting, regularizing, *options, **how)
 
-    monkeypatch.setattr("lightning_gap.monge.objective.divergences_and_gaps", counted)
+    monkeypatch.setattr("lightning_gap.monge.objective.solve_terms", counted)
     run = trainer(num_sanity_val_steps=0)
     run.fit(small(gap_weight=0), samples())
     assert set(asked) == {0}

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import energy_distance
 from lightning_gap.monge.objective import MapObjective, unbalanced_weights
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.solve import optimal_transport
 
 EPSILONS = {"fitting_epsilon": 0.5, "gap_epsilon": 0.1}
 SQ = costs.SqEuclidean()

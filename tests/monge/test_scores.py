@@ -23,6 +23,7 @@ from lightning_gap.monge import (
     energy_distance,
     marginal_wasserstein,
 )
+from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.samples.batches import HeldOutBatches
 from lightning_gap.monge.samples.draws import FiniteSamples
 from lightning_gap.monge.scores import map_scores
@@ -70,7 +71,7 @@ def same(got, expected, **close):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("block", [1 << 22, 200])
 def test_marginal_distances_are_those_of_scipy(weighted, block, monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.ot.marginal._BLOCK", block)
+    monkeypatch.setattr(LIMITS, "sorted", block)
     x, y = torch.cat([X, X[:5]]).double(), Y.double()  # with ties
     a = torch.cat([A, A[:5]]).double()
     a = a / a.sum()
@@ -156,7 +157,7 @@ def test_weighted_batches_count_by_their_samples(case):
 
 
 def test_weighted_energy_distance_is_that_of_all_pairs_and_has_its_gradient(monkeypatch):
-    monkeypatch.setattr("lightning_gap.monge.ot.solvers.kernels._BLOCK", 7 * M)
+    monkeypatch.setattr(LIMITS, "block", Size(7 * M, 0))
     weights = [(w.double() / w.double().sum()) for w in (A, B)]
     samples = [X.double(), Y.double()]
 

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from lightning_gap import UltraSlowDiffusion
 from lightning_gap.regime import LargeBatchRegime, effective_batch_size
+from lightning_gap.regime.fates import Rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*callbacks used to create.*")
 
@@ -753,7 +754,7 @@ def test_a_rate_that_the_tuner_found_is_not_scaled(update, tmp_path):
     if update:
         with pytest.warns(UserWarning, match="it is not scaled"):
             trainer.fit(model)
-        assert regime.plan.lr_rule == "found"
+        assert regime.plan.rate is Rate.FOUND
     else:
         trainer.fit(model)
     assert trainer.global_step == 15
@@ -784,7 +785,7 @@ def test_the_rate_is_scaled_where_a_finder_has_found_none(tmp_path):
     finder = LearningRateFinder(num_training_steps=5, attr_name="learning_rate")  # too few to say anything
     _, trace = run(model, None, regime := LargeBatchRegime(4), finder, default_root_dir=tmp_path, max_epochs=2)
     assert model.learning_rate == 1e-3
-    assert regime.plan.lr_rule == "sqrt"
+    assert regime.plan.rate is Rate.RULED
     assert trace.rates[0][0] == pytest.approx(1e-3 * 7.5**0.5)
 
 

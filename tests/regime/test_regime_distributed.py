@@ -139,7 +139,8 @@ def test_ranks_draw_different_noise_and_stay_equal(tmp_path):
     class Draws(Callback):
         def on_train_end(self, trainer, pl_module):
             path = tmp_path / f"{trainer.global_rank}.txt"
-            path.write_text(f"{noisy._noise.seed} {noisy._noise.rank} {noisy._noise.draws}")
+            noise = noisy._run.running.noise
+            path.write_text(f"{noise.seed} {noise.rank} {noise.draws}")
 
     noisy = LargeBatchRegime(4, lr_rule="none", gradient_noise=True)
     options = {"processes": 2, "own_sampler": True, "callbacks": [Draws()], "accumulate_grad_batches": 2}

@@ -236,7 +236,7 @@ def test_manual_optimization_and_several_optimizers():
     for kind, updates in (("SGD", 12), ("Adam", 6)):
         used = [rate for name, rate in module.used if name == kind]
         assert used == pytest.approx([1e-3 * (1 + min(1, t / 4)) for t in range(updates)])
-    assert [warmup.made for warmup in regime._warmups] == [12, 6]
+    assert regime.state_dict()["made"] == [12, 6]
     assert [group["lr"] for o in trainer.optimizers for group in o.param_groups] == pytest.approx([2e-3, 2e-3])
 
 
@@ -259,8 +259,8 @@ def test_mixed_precision_with_skipped_updates():
     assert trainer.global_step == 90
     torch.testing.assert_close(trace.tensor, math.sqrt(7.5) * reference.tensor, rtol=1e-9, atol=0)
     assert max(norm for norm in gradients.norms if math.isfinite(norm)) < 0.5 + 1e-4  # of unscaled gradients
-    assert regime._clippable == 90
-    assert regime._warmups[0].made == 87  # skipped updates are not made
+    assert regime.state_dict()["clipped"][1] == 90
+    assert regime.state_dict()["made"] == [87]  # skipped updates are not made
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 

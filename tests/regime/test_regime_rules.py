@@ -10,15 +10,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCH_SCHEDULES, Regression, loader, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
-from lightning_gap.regime.refusals import _READS_RATE, _SETS_RATE
-from lightning_gap.regime.scaling import ADAPTIVE_OPTIMIZERS, RULED_OPTIMIZERS, check_rule
+from lightning_gap.regime.hand_set import sets_rate
+from lightning_gap.regime.rules import RULES
+from lightning_gap.regime.rules.sqrt import ADAPTIVE_OPTIMIZERS
+from lightning_gap.regime.scaling import check_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
 
 W = [torch.zeros(1, requires_grad=True)]
 
 
-@pytest.mark.parametrize(("rule", "name"), [(rule, name) for rule, names in RULED_OPTIMIZERS.items() for name in names])
+@pytest.mark.parametrize(("rule", "name"), [(rule.name, name) for rule in RULES.values() for name in rule.optimizers])
 def test_a_rule_takes_the_optimizers_it_is_derived_for(rule, name):
     base = torch.optim.Adam if rule == "adam" else torch.optim.Optimizer
     kind = type(name, (base,), {})
@@ -29,9 +31,10 @@ def test_a_rule_takes_the_optimizers_it_is_derived_for(rule, name):
 @pytest.mark.parametrize("name", ["Lion", "Muon", "Adafactor", "SGDScheduleFree", "Prodigy", "Adagrad"])
 def test_other_optimizers_are_refused_with_what_passes_and_run_under_none(name):
     made = type(name, (torch.optim.Optimizer,), {})(W, {"lr": 0.1})
-    for rule in RULED_OPTIMIZERS:
-        with pytest.raises(ValueError, match=rf"rule for {RULED_OPTIMIZERS[rule][0]}.*optimizer is {name}.*\"none\""):
-            check_rule(made, rule, 2.0, 1.0)
+    for rule in RULES.values():
+        if rule.optimizers:
+            with pytest.raises(ValueError, match=rf"rule for {rule.optimizers[0]}.*optimizer is {name}.*\"none\""):
+                check_rule(made, rule.name, 2.0, 1.0)
     assert check_rule(made, "none", 2.0, 1.0) is None
     assert check_rule(made, "mine()", 2.0, 1.0) is None
     assert check_rule(made, "sqrt", 1.0, 1.0) is None  # nothing to scale
@@ -198,5 +201,4 @@ def test_weight_decay_and_rate_of_adamw_are_told_at_run_time():
     ],
 )
 def test_which_lines_set_a_rate(line, refused):
-    found = _SETS_RATE.search(line)
-    assert bool(found and not _READS_RATE.search(found["value"])) == refused
+    assert sets_rate(line) == refused

@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
@@ -50,8 +49,6 @@ def test_a_name_that_is_gone_is_named_with_its_package_and_version():
         private(nn.Linear(1, 1), "_gone", "torch")
     with pytest.raises(PrivateNameGoneError, match=r"has no Linear\._gone"):
         set_private(nn.Linear(1, 1), "_gone", 1, "torch")
-    with pytest.raises(PrivateNameGoneError, match=r"has no Linear\._gone"):
-        lightning.require_method(nn.Linear, "_gone")
 
 
 def test_a_function_that_is_gone_says_so_when_it_is_called():
@@ -201,34 +198,6 @@ def test_the_tuner_says_that_it_ends_fit_by_that_name():
     from lightning.pytorch.tuner import tuning
 
     assert "_early_exit = True" in inspect.getsource(tuning)
-
-
-class Ends(Exception):
-    pass
-
-
-def test_the_command_lines_parsers_and_its_look_at_a_checkpoint(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["command"])
-    seen = {}
-
-    class Line(LightningCLI):
-        def parse_arguments(self, parser, args):
-            seen["parsers"] = lightning.command_parsers(self)
-            super().parse_arguments(parser, args)
-
-        def _parse_ckpt_path(self):
-            seen["looked"] = True
-
-        def before_instantiate_classes(self):
-            seen["parser"] = lightning.command_parser(self, "fit")
-            raise Ends
-
-    lightning.require_method(LightningCLI, "_parse_ckpt_path")
-    with pytest.raises(Ends):
-        Line(BoringModel, BoringDataModule, args=["fit"], seed_everything_default=False)
-    assert {"fit", "validate", "test", "predict"} <= seen["parsers"].keys()
-    assert seen["parser"] is seen["parsers"]["fit"]
-    assert seen["looked"], "LightningCLI no longer calls _parse_ckpt_path: what overrides it reads no checkpoint"
 
 
 def test_a_hyperparameter_names_what_made_a_model():

@@ -7,24 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_gap.demo.f1 import F1
+
 __all__ = ["C1", "F1", "Phases", "ResNet44"]
-
-
-class F1(nn.Sequential):
-    """Five fully connected layers of 512, each with BatchNorm and ReLU.
-
-    Args:
-        normalization: ``"batch"``, the paper's, or ``"layer"``, under which samples do not interact.
-    """
-
-    def __init__(self, normalization: str = "batch") -> None:
-        if normalization not in ("batch", "layer"):
-            raise ValueError(f"normalization={normalization!r} must be 'batch' or 'layer'.")
-        norm = nn.BatchNorm1d if normalization == "batch" else nn.LayerNorm
-        layers: list[nn.Module] = [nn.Flatten()]
-        for width in (784, 512, 512, 512, 512):
-            layers += [nn.Linear(width, 512), norm(512), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.Linear(512, 10))
 
 
 class C1(nn.Sequential):

@@ -14,7 +14,7 @@ from lightning_gap.monge.maps.residual import TransportMap
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
-from lightning_gap.monge.ot.sinkhorn import optimal_transport
+from lightning_gap.monge.ot.solve import optimal_transport
 
 __all__ = ["BrenierMap", "BrenierStart"]
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lightning_gap.monge.maps.networks import Activation, network
 from lightning_gap.monge.maps.residual import Start, StartedMap
-from lightning_gap.monge.ot.costs import Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
-from lightning_gap.monge.ot.sinkhorn import CostLike
+from lightning_gap.monge.ot.costs import CostLike, Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
 
 __all__ = ["StructuredMap"]
 

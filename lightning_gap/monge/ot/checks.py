@@ -121,7 +121,9 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
 
 
 @eager
-def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True) -> Tensor:
+def check_weights(
+    name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True, check: bool = True
+) -> Tensor:
     """Return the weights of the samples, uniform where there are none.
 
     Balanced weights that sum to 1 but for rounding are rescaled, so that two sets have the same mass.
@@ -131,18 +133,27 @@ def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balance
         weights: ``(n,)`` non-negative weights, summing to 1 where the problem is balanced, or ``None``.
         samples: The ``(n, d)`` samples they belong to.
         balanced: Whether they must sum to 1.
+        check: Whether to check; not where it has been done.
 
     Raises:
         TypeError: The weights are no tensor.
         ValueError: Their shape, sign or sum is wrong.
     """
-    n = len(samples)
     if weights is None:
-        return samples.new_full((n,), 1 / n)
+        return samples.new_full((len(samples),), 1 / len(samples))
+    if check:
+        total = _checked_total(name, weights, samples)
+        if balanced and abs(total - 1) > 1e-3:
+            raise ValueError(f"{name} must sum to 1, got {total:.6g}: divide it by its sum")
+    weights = weights.to(dtype=samples.dtype, device=samples.device)
+    return weights / weights.detach().sum() if balanced else weights
+
+
+def _checked_total(name: str, weights: Tensor, samples: Tensor) -> float:
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(weights).__name__}")
-    if weights.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), one weight a sample, got {tuple(weights.shape)}")
+    if weights.shape != (len(samples),):
+        raise ValueError(f"{name} must have shape ({len(samples)},), one weight a sample, got {tuple(weights.shape)}")
     bad = ~((weights >= 0) & weights.isfinite())
     some_are_bad, total = _numbers([bad.any(), weights.detach().sum(dtype=samples.dtype)])
     if some_are_bad:
@@ -153,10 +164,7 @@ def check_weights(name: str, weights: Tensor | None, samples: Tensor, *, balance
         )
     if total <= 0:
         raise ValueError(f"{name} must not all be 0: give some samples a positive weight")
-    if balanced and abs(total - 1) > 1e-3:
-        raise ValueError(f"{name} must sum to 1, got {total:.6g}: divide it by its sum")
-    weights = weights.to(dtype=samples.dtype, device=samples.device)
-    return weights / total if balanced else weights
+    return total
 
 
 def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:

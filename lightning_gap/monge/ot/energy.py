@@ -1,13 +1,12 @@
 """The energy distance between two sets of samples, in bounded memory."""
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_gap.monge.ot.checks import check_pair, check_transforms, check_weights
-from lightning_gap.monge.ot.compiling import eager
+from lightning_gap.monge.ot.checks import check_pair, check_transforms, check_weights, solver_precision
 from lightning_gap.monge.ot.costs import Euclidean
-from lightning_gap.monge.ot.solvers.kernels import row_blocks
+from lightning_gap.monge.ot.solvers.blocks import row_blocks
+from lightning_gap.monge.ot.weights import counted
 from lightning_gap.precision import widest
 
 __all__ = ["energy_distance"]
@@ -44,25 +43,20 @@ def energy_distance(x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tenso
     """
     check_transforms(x, y)
     check_pair("x", x, "y", y)
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    dtype = solver_precision(x[:1]).dtype
     a, b = (None if w is None else check_weights(f"weights[{k}]", w, (x, y)[k]) for k, w in enumerate(weights))
     # Three sums that nearly cancel: in double.
-    (x, a), (y, b) = (_counted(points, w) for points, w in ((x, a), (y, b)))
+    (x, a), (y, b) = (_wide(points, w) for points, w in ((x, a), (y, b)))
     between = 2 * _mean_distance(x, y, a, b)
     return (between - _mean_distance(x, x, a, a) - _mean_distance(y, y, b, b)).to(dtype)
 
 
-@eager
-def _counted(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the samples in the widest format, without those that weigh nothing unless weights are differentiated."""
+def _wide(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     points = points.to(widest(points.device))
     if weights is None:
         return points, None
-    weights = weights.to(points.dtype)
-    rows = weights.detach() > 0
-    if weights.requires_grad or bool(rows.all()):
-        return points, weights
-    return points[rows], weights[rows]
+    weights, points = counted(weights.to(points.dtype), points)
+    return points, weights
 
 
 def _mean_distance(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_gap.checks import check_choice, check_number
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.options import SolverOptions
+from lightning_gap.monge.ot.weights import counted
 from lightning_gap.precision import widest
 
 __all__ = ["FITTING_SHARE", "GAP_SHARE", "Epsilon", "Scale", "Weighted", "cost_scale", "mean_scale"]
@@ -21,8 +22,6 @@ Scale = Literal["mean", "std", "typical"]
 # The shares that divergences and gaps take by default.
 FITTING_SHARE, GAP_SHARE = 0.05, 0.01
 
-# Numbers of a block of costs.
-_BLOCK_NUMBERS = 1 << 22
 # Costs beyond so many times their upper quartile are those of outliers: of Gaussian samples one in 10⁵ in one
 # dimension, and fewer in more.
 _OUTLYING = 16.0
@@ -66,10 +65,9 @@ def cost_scale(
     (x, a), (y, b) = (_with_weight(points.detach(), w) for points, w in zip((x, y), weights, strict=True))
     if of == "typical" and (typical := _typical(cost, *_evenly(x, a), *_evenly(y, b))):
         return typical
-    if a is None and b is None:
-        return cost.std(x, y) if of == "std" else cost.mean(x, y)
-    mean = _weighted(cost, x, y, a, b, 0.0, 1)
-    return math.sqrt(_weighted(cost, x, y, a, b, mean, 2)) if of == "std" else mean
+    geometry = cost.geometry
+    mean = geometry.mean(x, y) if a is None and b is None else geometry.moment(x, y, a, b)
+    return math.sqrt(geometry.moment(x, y, a, b, center=mean, power=2)) if of == "std" else mean
 
 
 @dataclass(frozen=True)
@@ -143,37 +141,18 @@ class Epsilon:
 
 
 def mean_scale(cost: Cost, pairs: Iterable[tuple[Weighted, Weighted]], of: Scale = "mean") -> float:
-    """Return the mean of the scales of the costs between several pairs of sets, such as those of conditions.
-
-    Args:
-        cost: See :func:`cost_scale`.
-        pairs: Both sets of each pair.
-        of: See :func:`cost_scale`.
-    """
+    """Return the mean of the scales of the costs between several pairs of sets, such as those of conditions."""
     return fmean(cost_scale(cost, x.samples, y.samples, (x.weights, y.weights), of) for x, y in pairs)
-
-
-def share_of_cost(
-    share: float, cost: Cost, x: Tensor, y: Tensor, weights: Any = (None, None), of: Scale = "mean"
-) -> float:
-    """Deprecated."""
-    return Epsilon(None, share, of).resolve(cost, (Weighted(x, weights[0]), Weighted(y, weights[1])))
-
-
-def share_of(share: float, scale: float, cost: Cost, of: Scale = "mean") -> float:
-    """Deprecated."""
-    return Epsilon(None, share, of).resolve(cost, scale=scale)
 
 
 def _with_weight(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the samples of positive weight, and weights that sum to 1; ``None`` for uniform ones."""
     if weights is None:
         return points, None
-    weights = weights.detach().to(points.device, widest(points.device))
-    counted = weights > 0
-    if bool((weights[counted] == weights.max()).all()):
-        return points[counted], None
-    return points[counted], weights[counted] / weights.sum()
+    weights, points = counted(weights.detach().to(points.device, widest(points.device)), points)
+    if bool((weights == weights.max()).all()):
+        return points, None
+    return points, weights / weights.sum()
 
 
 def _evenly(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -183,31 +162,12 @@ def _evenly(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | No
     return points[rows], None if weights is None else weights[rows]
 
 
-def _weighted(cost: Cost, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, center: float, power: int) -> float:
-    fill, total, start = cost.filler(y), 0.0, 0
-    for block in x.split(max(1, _BLOCK_NUMBERS // len(y))):
-        costs = fill(block.new_empty(len(block), len(y)), block).to(widest(x.device)).sub_(center).pow_(power)
-        rows = costs.mean(1) if b is None else costs @ b
-        total += float(rows.sum() / len(x) if a is None else rows @ a[start : start + len(block)])
-        start += len(block)
-    return total
-
-
 def _typical(cost: Cost, x: Tensor, a: Tensor | None, y: Tensor, b: Tensor | None) -> float:
-    costs = cost.fill(x.new_empty(len(x), len(y)), x, y).to(widest(x.device)).flatten()
-    mass = torch.ones_like(costs) if a is None and b is None else _outer(x, a, y, b)
+    costs = cost.geometry.fill(x.new_empty(len(x), len(y)), x, y).to(widest(x.device)).flatten()
+    rows, columns = (costs.new_ones(len(p)) if w is None else w for p, w in ((x, a), (y, b)))
+    mass = torch.outer(rows, columns).flatten()
     ordered, order = costs.sort()
     below = mass[order].cumsum(0)
     quartile = ordered[min(int((below < 0.75 * below[-1]).sum()), len(ordered) - 1)]
     kept = costs <= _OUTLYING * quartile
     return float((costs * mass)[kept].sum() / mass[kept].sum())
-
-
-def _outer(x: Tensor, a: Tensor | None, y: Tensor, b: Tensor | None) -> Tensor:
-    rows, columns = (
-        torch.full((len(points),), 1 / len(points), dtype=widest(points.device), device=points.device)
-        if w is None
-        else w
-        for points, w in ((x, a), (y, b))
-    )
-    return torch.outer(rows, columns).flatten()

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.checks import check_pair, check_weights, solver_precision
+from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.precision import widest
 
 __all__ = ["marginal_wasserstein"]
-
-# Numbers that are sorted at once: genes come by the thousand, and double precision takes twice their memory.
-_BLOCK = 1 << 22
 
 
 def marginal_wasserstein(
@@ -48,7 +46,7 @@ def marginal_wasserstein(
     # Cumulative sums of both signs cancel: in double, where the device has it.
     exact = widest(x.device)
     mass = torch.cat([a.detach().to(exact), -b.detach().to(exact)])
-    features = max(1, _BLOCK // len(mass))
+    features = max(1, LIMITS.sorted // len(mass))
     parts = []
     for first, second in zip(x.split(features, dim=1), y.split(features, dim=1), strict=True):
         points, order = torch.cat([first, second]).sort(dim=0)

@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
-from lightning_gap.monge.ot.checks import check_epsilon, check_pair
-from lightning_gap.monge.ot.costs import resolve
-from lightning_gap.monge.ot.sinkhorn import CostLike, optimal_transport, share_of_mean_cost
+from lightning_gap.monge.ot.checks import check_pair
+from lightning_gap.monge.ot.costs import CostLike, resolve
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Weighted
+from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.ot.problem import checked_problem
+from lightning_gap.monge.ot.solve import solve_all
 
 __all__ = ["minibatch_energy_distance"]
 
@@ -15,8 +18,8 @@ def minibatch_energy_distance(
     *,
     cost: CostLike = "sqeuclidean",
     epsilon: float | None = None,
-    relative_epsilon: float = 0.05,
-    solver: str = "auto",
+    relative_epsilon: float = FITTING_SHARE,
+    solver: Solver = "auto",
     tolerance: float = 1e-3,
     max_iterations: int = 2000,
 ) -> Tensor:
@@ -59,19 +62,19 @@ def minibatch_energy_distance(
         >>> round(float(minibatch_energy_distance(x, x + 3, epsilon=0.01)), 1)
         9.0
     """
+    options = SolverOptions(solver, tolerance, max_iterations)
+    regularization = Epsilon.given(options, epsilon, relative_epsilon)
     check_pair("x", x, "y", y)
     for name, samples in (("x", x), ("y", y)):
         if len(samples) < 2:
             raise ValueError(f"{name} must hold at least 2 samples, one for each half, got {len(samples)}")
     cost = resolve(cost)
     (x1, x2), (y1, y2) = (samples.tensor_split(2) for samples in (x, y))
-    if check_epsilon("epsilon", epsilon) is None and solver != "exact":
-        epsilon = share_of_mean_cost(relative_epsilon, y1, y2, cost)
+    regularization = Epsilon(regularization.resolve(cost, (Weighted(y1), Weighted(y2))))
 
     def between(a: Tensor, b: Tensor) -> Tensor:
-        return optimal_transport(
-            a, b, cost=cost, epsilon=epsilon, solver=solver, tolerance=tolerance, max_iterations=max_iterations
-        ).value
+        problem = checked_problem(a, b, (None, None), cost=cost, epsilon=regularization)
+        return solve_all([problem], options)[0].value.to(problem.x.dtype)
 
     across = between(x1, y1) + between(x1, y2) + between(x2, y1) + between(x2, y2)
     return across / 4 - (between(x1, x2) + between(y1, y2)) / 2

@@ -1,21 +1,15 @@
 """Coordinates in which a map is learned: standardized features, principal components."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_gap.checks import check_count
 from lightning_gap.monge.ot.checks import check_samples
+from lightning_gap.monge.samples.components import moments, principal_components
 
 __all__ = ["AffineRepresentation"]
-
-# Below this size of the smaller side, all singular vectors are found at once; above it, only the wanted ones.
-_DENSE = 2048
-# Numbers that are in double precision at once.
-_BLOCK = 2**22
 
 
 class AffineRepresentation(nn.Module):
@@ -25,7 +19,9 @@ class AffineRepresentation(nn.Module):
         z = V\,\frac{x - m}{s}, \qquad x = m + s \odot V^\top z
 
     with the mean :math:`m`, a scale :math:`s` per feature, and orthonormal principal components :math:`V` as rows.
-    With fewer components than features, ``decode(encode(x))`` is the projection of ``x`` onto them.
+    With fewer components than features, ``decode(encode(x))`` is the projection of ``x`` onto them. What it adds to
+    scikit-learn's ``StandardScaler`` and ``PCA``: it is a module, differentiable, in the map's checkpoint, on its
+    device and in its precision; and it is fitted in blocks, without a copy of the samples.
 
     Args:
         dim: Number :math:`d` of features.
@@ -85,12 +81,12 @@ class AffineRepresentation(nn.Module):
             representation = cls(samples.shape[1], components).to(samples)
         with torch.no_grad():
             samples = samples.detach()
-            mean, scale = _moments(samples)
+            mean, scale = moments(samples)
             scale = scale if standardize else torch.ones_like(mean)
             representation.mean.copy_(mean)
             representation.scale.copy_(scale)
             if representation.components is not None and components is not None:
-                representation.components.copy_(_principal_components(samples, mean, scale, components))
+                representation.components.copy_(principal_components(samples, mean, scale, components))
         return representation
 
     @property
@@ -152,68 +148,3 @@ class AffineRepresentation(nn.Module):
         dtype = torch.promote_types(x.dtype, self.mean.dtype)
         components = None if self.components is None else self.components.to(dtype)
         return self.mean.to(dtype), self.scale.to(dtype), components
-
-
-def _moments(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means and standard deviations of the features, 1 for a constant one, in double precision."""
-    n = len(samples)
-    mean = torch.stack([block.sum(dim=0) for block in _blocks(samples)]).sum(dim=0) / n
-    square = torch.stack([(block - mean).square().sum(dim=0) for block in _blocks(samples)]).sum(dim=0)
-    deviation = (square / n).sqrt()
-    # What is left of a constant feature is the rounding of its mean.
-    constant = deviation <= mean.abs() * n**0.5 * torch.finfo(torch.float64).eps
-    return mean, torch.where(constant, 1.0, deviation)
-
-
-def _blocks(samples: Tensor, mean: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> Iterator[Tensor]:
-    """Yield the samples in double precision, which keeps digits where a mean is large against the spread."""
-    for block in samples.split(max(1, _BLOCK // samples.shape[1])):
-        yield (block.double() - mean) / scale
-
-
-def _principal_components(samples: Tensor, mean: Tensor, scale: Tensor, components: int) -> Tensor:
-    n, d = samples.shape
-    dense = min(n, d) <= _DENSE or 4 * components >= min(n, d)
-    if dense and d <= n:
-        # The d x d second moments are far smaller than the samples where these are many.
-        second = torch.zeros(d, d, dtype=torch.float64, device=samples.device)
-        for block in _blocks(samples, mean, scale):
-            second += block.mT @ block
-        squares, vectors = torch.linalg.eigh(second)
-        squares, v = squares.flip(0), vectors.flip(1).mT
-    elif dense:
-        _, values, v = torch.linalg.svd(torch.cat(list(_blocks(samples, mean, scale))), full_matrices=False)
-        squares = values.square()
-    else:
-        squares, v = _leading_singular_vectors(samples, mean, scale, components)
-    directions = int((squares > squares[0] * max(n, d) * torch.finfo(torch.float64).eps).sum())
-    if components > directions:
-        raise ValueError(
-            f"components={components}, but the {n} training samples vary in {directions} directions only: "
-            f"use components <= {directions}, or more samples"
-        )
-    v = v[:components]
-    signs = v.gather(1, v.abs().argmax(dim=1, keepdim=True)).sign()
-    result: Tensor = v * signs
-    return result
-
-
-def _leading_singular_vectors(samples: Tensor, mean: Tensor, scale: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    """Return squares of singular values and the right vectors, by Lanczos, which multiplies blocks of samples."""
-    # Imported here: it takes a while, which only many features should pay.
-    from scipy.sparse.linalg import LinearOperator, svds
-
-    def times(vector: Any) -> Any:
-        x = torch.as_tensor(vector).to(mean)
-        return torch.cat([block @ x for block in _blocks(samples, mean, scale)]).cpu().numpy()
-
-    def transposed_times(vector: Any) -> Any:
-        parts = torch.as_tensor(vector).to(mean).split(max(1, _BLOCK // samples.shape[1]))
-        pairs = zip(_blocks(samples, mean, scale), parts, strict=True)
-        return torch.stack([block.mT @ x for block, x in pairs]).sum(dim=0).cpu().numpy()
-
-    shape = tuple(samples.shape)
-    operator = LinearOperator(shape, matvec=times, rmatvec=transposed_times, dtype=np.float64)
-    _, values, rows = svds(operator, k=components, v0=np.ones(min(shape)), solver="arpack")
-    order = values.argsort()[::-1].copy()
-    return torch.from_numpy(values[order]).square().to(mean), torch.from_numpy(rows[order]).to(mean)

@@ -14,11 +14,12 @@ from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
 from lightning_gap.monge.epsilons import Weighted, few_of, typical_cost
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair, solver_precision
-from lightning_gap.monge.ot.costs import Cost, resolve
+from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
+from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
+from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
-from lightning_gap.monge.ot.sinkhorn import CostLike, check_solver
+from lightning_gap.monge.ot.options import Solver, SolverOptions
 from lightning_gap.monge.scores.metrics import DisplacementCosine, UnexplainedVariance, pooled, pooling_weights
 
 __all__ = ["MapScores"]
@@ -110,7 +111,7 @@ class MapScores(Metric):
         gap_epsilon: float | None = None,
         convention: Convention = "shannon",
         reach: float | None = None,
-        solver: str = "auto",
+        solver: Solver = "auto",
         max_samples: int = 2048,
         conditions: Sequence[str] | None = None,
         **kwargs: Any,
@@ -123,7 +124,7 @@ class MapScores(Metric):
         check_convention(convention, None)
         self.convention = convention
         self.reach = check_epsilon("reach", reach)
-        self.solver = check_solver(solver)
+        self.solver = SolverOptions(solver).solver
         self.max_samples = check_integer("max_samples", max_samples)
         if isinstance(conditions, str) or (conditions is not None and len(set(conditions)) != len(conditions)):
             raise ValueError(f"conditions must be a sequence of names that differ, got {conditions!r}")
@@ -354,7 +355,7 @@ class MapScores(Metric):
         divergence = torch.zeros_like(energy)
         if epsilon is not None or self.solver == "exact":
             divergence = sinkhorn_divergence(
-                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, reach=self.reach, solver=self.solver
+                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, rho=self.reach, solver=self.solver
             )
         marginals = marginal_wasserstein(every.sets[images], every.sets["target"], weights=all_weights)
         return {"sinkhorn_divergence": divergence, "energy_distance": energy, "wasserstein_1": marginals.mean()}

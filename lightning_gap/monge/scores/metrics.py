@@ -10,11 +10,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.extras import library
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair, check_weights, solver_precision
-from lightning_gap.monge.ot.costs import resolve
+from lightning_gap.monge.ot.costs import CostLike, resolve
+from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap, sinkhorn_divergence
+from lightning_gap.monge.ot.epsilon import Epsilon, Scale
+from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
-from lightning_gap.monge.ot.sinkhorn import CostLike, RelativeTo, check_regularization
+from lightning_gap.monge.ot.options import Solver, SolverOptions
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -136,23 +138,24 @@ class _TransportMetric(_SampleMetric):
         *,
         epsilon: float | None,
         relative_epsilon: float,
-        relative_to: str,
+        relative_to: Scale,
         reach: float | None,
-        solver: str,
+        solver: Solver,
         tolerance: float,
         max_iterations: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_regularization(epsilon, relative_epsilon, relative_to, reach, solver)
-        check_epsilon("reach", reach)
+        given = SolverOptions(solver, tolerance, max_iterations)
+        rho = check_epsilon("rho", reach)
+        Epsilon.given(given, epsilon, relative_epsilon, relative_to, rho=rho)
         self.cost = resolve(cost)
         self.options: dict[str, Any] = {
             "cost": self.cost,
             "epsilon": epsilon,
             "relative_epsilon": relative_epsilon,
             "relative_to": relative_to,
-            "reach": reach,
+            "rho": rho,
             "solver": solver,
             "tolerance": tolerance,
             "max_iterations": max_iterations,
@@ -215,10 +218,10 @@ class MongeGap(_TransportMetric):
         *,
         epsilon: float | None = None,
         relative_epsilon: float = 0.01,
-        relative_to: RelativeTo = "mean",
+        relative_to: Scale = "mean",
         convention: Convention = "shannon",
         reach: float | None = None,
-        solver: str = "auto",
+        solver: Solver = "auto",
         tolerance: float = 1e-3,
         max_iterations: int = 2000,
         **kwargs: Any,
@@ -305,9 +308,9 @@ class SinkhornDivergence(_TransportMetric):
         *,
         epsilon: float | None = None,
         relative_epsilon: float = 0.05,
-        relative_to: RelativeTo = "mean",
+        relative_to: Scale = "mean",
         reach: float | None = None,
-        solver: str = "auto",
+        solver: Solver = "auto",
         tolerance: float = 1e-3,
         max_iterations: int = 2000,
         **kwargs: Any,

@@ -7,7 +7,7 @@ imports Lightning before a function is called, so the pure core may use them.
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["PrivateNameGoneError", "bound", "has_private", "private", "set_private"]
+__all__ = ["PrivateNameGoneError", "bound", "private", "set_private"]
 
 _GONE = object()
 
@@ -25,11 +25,6 @@ class PrivateNameGoneError(RuntimeError):
             f"{library} {installed} has no {where}.{name}, which lightning_gap needs: install an older {library}, or "
             "the newest lightning_gap"
         )
-
-
-def has_private(holder: Any, name: str) -> bool:
-    """Return whether there is such a name."""
-    return getattr(holder, name, _GONE) is not _GONE
 
 
 def private(holder: Any, name: str, library: str) -> Any:

@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning_gap.trainer.internals import PrivateNameGoneError, has_private, private, set_private
+from lightning_gap.trainer.internals import private, set_private
 
 __all__ = [
     "INSTANTIATOR",
     "batches_that_stepped",
     "checkpoint_epochs",
-    "command_parser",
-    "command_parsers",
     "default_states",
     "ends_tuning",
     "found_a_rate",
@@ -18,7 +16,6 @@ __all__ = [
     "plot_metric",
     "prepared_batch",
     "replaces_batchnorm",
-    "require_method",
     "restricted_classmethod",
     "saves_at_epoch_end",
     "set_checkpoint_epochs",
@@ -143,31 +140,6 @@ def default_states(metric: Any) -> dict[str, Any]:
     """Return the states that a metric's ``reset`` gives back, to be changed in place."""
     defaults: dict[str, Any] = private(metric, "_defaults", "torchmetrics")
     return defaults
-
-
-def command_parsers(cli: Any) -> dict[str, Any]:
-    """Return the parsers of a ``LightningCLI``'s commands by name."""
-    parsers: dict[str, Any] = private(cli, "_subcommand_parsers", _LIGHTNING)
-    return parsers
-
-
-def command_parser(cli: Any, command: str | None) -> Any:
-    """Return the parser of one command of a ``LightningCLI``."""
-    return private(cli, "_parser", _LIGHTNING)(command)
-
-
-def require_method(kind: type, name: str) -> None:
-    """Refuse a base class that has no such method: what overrides it would never be called.
-
-    Args:
-        kind: The base class.
-        name: The method's name.
-
-    Raises:
-        PrivateNameGoneError: If it has none.
-    """
-    if not has_private(kind, name):
-        raise PrivateNameGoneError(kind, name, _LIGHTNING)
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["exact_plan"]
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.result import OTResult
+from lightning_gap.monge.ot.solvers.gradients import once
+from lightning_gap.precision import widest
+
+__all__ = ["exact_plan", "solve_exact"]
 
 
 Duals = tuple[Tensor, Tensor]
+
+
+def solve_exact(problem: Problem) -> OTResult:
+    """Solve a problem without regularization; its value is differentiable in samples and weights."""
+    p = problem.detached()
+    x, y = (points.to(widest(points.device)) for points in (p.x, p.y))
+    # What has no weight is left out, as it may be infinitely far.
+    rows, columns = (w.nonzero()[:, 0] for w in (p.a, p.b))
+    C = _filled(p.cost, x[rows], y[columns])
+    weighted = torch.is_grad_enabled() and (problem.a.requires_grad or problem.b.requires_grad)
+    i, j, mass, duals = exact_plan(C, p.a[rows], p.b[columns], with_duals=weighted)
+    i, j, mass = rows[i], columns[j], mass.to(p.x.dtype)
+    # The plan is locally constant, so this is differentiable as it stands; in the weights, by the dual potentials.
+    value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum(dtype=widest(p.x.device))
+    if duals is not None:
+        u, v = (potential.to(C) for potential in duals)
+        for w, own, cost, points, others, other in (
+            (problem.a, u, p.cost, x, y[columns], v),
+            (problem.b, v, p.cost.transposed(), y, x[rows], u),
+        ):
+            # Of what was left out, the best answers to the others.
+            left = w.detach() == 0
+            slope = torch.empty_like(w, dtype=own.dtype)
+            slope[~left] = own
+            slope[left] = (_filled(cost, points[left], others) - other).amin(1)
+            term = (slope.to(w.dtype) * (w - w.detach())).sum(dtype=value.dtype)
+            value = value + once(term, "in weights with solver='exact': use 'dense'")
+    return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
+
+
+def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    return cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
 
 
 def exact_plan(

@@ -1,264 +1,159 @@
-"""Tables of data frames, and of the files that hold one: which columns are samples, and how they are read."""
+"""Data frames, in memory and in files of one: which columns are samples, and how they are read."""
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.table import Table, as_tensor, first_line, library, objects, there_is
+from lightning_gap.monge.samples.files.formats import Format, FrameFile, RowWriter
+from lightning_gap.monge.samples.files.table import Reading, Table, as_tensor, library, objects, there_is
 
-__all__ = ["FRAME_SUFFIXES", "FrameFile", "check_columns", "feature_columns", "frame_table", "open_frame_file"]
+__all__ = ["columns_of_row_names", "frame_format", "frame_table", "frame_with_images"]
 
 Array = NDArray[Any]
 Kind = Literal["numbers", "text", "mixed"]
 
-FRAME_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".feather")
-_ARROW = (".parquet", ".feather")
-# Rows of a text file from which the kinds of its columns are told, where it is read in blocks.
-_FIRST_ROWS = 1000
 # What pandas, R and arrow call a column without a name, which holds the names of rows.
 _ROW_NAMES = re.compile(r"Unnamed: \d+|__index_level_\d+__")
-# What counts as missing in a column of numbers: what pandas takes for it.
-_MISSING = [
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-    "NULL", "NaN", "None", "n/a", "nan", "null",
-]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FrameFile:
-    """A file of a table, of which the columns are known and the rows are read when they are asked for.
-
-    Attributes:
-        title: How messages call it.
-        path: The file.
-        suffix: Its kind.
-        names: Names of all columns, those of row names among them.
-        row_names: Names of the columns that hold names of rows, which are no features.
-        header: Names as the file has them: none for an unnamed column.
-        length: Number of rows, where the file tells before it is read.
-        first: The first rows, or none of a file that tells the types of its columns.
-        metadata: What pandas has written of the table beside it.
-    """
-
-    title: str
-    path: Path
-    suffix: str
-    names: tuple[str, ...]
-    row_names: tuple[str, ...]
-    header: tuple[str, ...]
-    length: int | None
-    first: Any
-    metadata: dict[str, Any] | None = None
-
-    def read(self, names: Sequence[str] | None = None) -> Any:
-        """Return a data frame of some columns, by default all, in the file's order."""
-        wanted = list(self.names) if names is None else [name for name in self.names if name in set(names)]
-        pandas = library("pandas", self.title)
-        try:
-            if self.suffix == ".parquet":
-                return _to_pandas(self.title, _parquet(self.title, self.path).read(columns=wanted))
-            if self.suffix == ".feather":
-                return _to_pandas(self.title, _feather(self.title, self.path).read_all().select(wanted))
-            # One type for a column: read in parts, pandas may find numbers in one and text in another.
-            return pandas.read_csv(**self._text_options(), usecols=wanted, low_memory=False)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            raise self._unreadable(error) from error
-
-    def blocks(self, rows: int, features: Sequence[str]) -> Iterator[Any]:
-        """Yield data frames of at most so many rows, all columns in each; what is no feature passes as it is."""
-        try:
-            if self.suffix in _ARROW:
-                for batch in self._batches(rows):
-                    yield _to_pandas(self.title, batch)
-                return
-            # Text stays text: 007 is no 7.
-            texts = {name: str for name in self.names if name not in set(features)}
-            pandas = library("pandas", self.title)
-            yield from pandas.read_csv(
-                **self._text_options(), chunksize=rows, dtype=texts, keep_default_na=False,
-                na_values=dict.fromkeys(features, _MISSING),
-            )  # fmt: skip
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            raise self._unreadable(error) from error
-
-    def _batches(self, rows: int) -> Iterator[Any]:
-        if self.suffix == ".parquet":
-            yield from _parquet(self.title, self.path).iter_batches(rows)
-            return
-        file = _feather(self.title, self.path)
-        for i in range(file.num_record_batches):
-            batch = file.get_batch(i)
-            yield from (batch.slice(start, rows) for start in range(0, len(batch), rows))
-
-    def _text_options(self) -> dict[str, Any]:
-        # Names in place of the header: a file of R has one name less than columns.
-        return {
-            "filepath_or_buffer": self.path, "sep": _separator(self.suffix), "names": list(self.names), "header": 0,
-            "index_col": False,
-        }  # fmt: skip
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.title}: cannot read {str(self.path)!r}: {first_line(error)}")
-
-
-def open_frame_file(title: str, path: Path, suffix: str) -> FrameFile:
-    """Return a file of a table, with its columns.
+def frame_format(
+    open_file: Callable[[str, Path], FrameFile],
+    writer: Callable[[Path, str, Table, Array], RowWriter],
+    libraries: tuple[str, ...],
+) -> Format:
+    """Return a format of files of data frames.
 
     Args:
-        title: How messages call it.
-        path: The file.
-        suffix: Its kind, one of ``FRAME_SUFFIXES``.
-
-    Raises:
-        ModuleNotFoundError: The library that reads such files is missing.
-        ValueError: It cannot be read, or two columns have one name.
+        open_file: Opens a file, of its title and path.
+        writer: Makes what writes one.
+        libraries: Optional modules that it needs.
     """
+    opened = partial(_open_checked, open_file)
+    return Format(
+        lambda title, path, within, reading: _file_table(title, opened(title, path), reading),
+        writer, opened, libraries,
+    )  # fmt: skip
+
+
+def _open_checked(open_file: Callable[[str, Path], FrameFile], title: str, path: Path) -> FrameFile:
     library("pandas", title)
-    try:
-        file = _arrow_file(title, path, suffix) if suffix in _ARROW else _text_file(title, path, suffix)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{title}: cannot read {str(path)!r}: {first_line(error)}") from error
+    file = open_file(title, path)
     _refuse_repeated(title, [name for name in file.header if name])
     if file.length == 0 or (file.length is None and not len(file.first)):
         raise ValueError(f"{title} has no rows")
     return file
 
 
-def _arrow_file(title: str, path: Path, suffix: str) -> FrameFile:
-    if suffix == ".parquet":
-        parquet = _parquet(title, path)
-        schema, length = parquet.schema_arrow, parquet.metadata.num_rows
+def _file_table(title: str, file: FrameFile, reading: Reading) -> Table:
+    """Return the table of a file, whose features are told by its first rows."""
+    _check_columns(title, reading.columns, file.names)
+    columns, labels, wanted = reading.columns, reading.labels, set(reading.wanted or ())
+    if columns is None and wanted and wanted <= set(file.names):
+        # Whatever else there is passes as it is; what might be taken for a feature is said.
+        others = file.first.drop(columns=list(wanted))
+        numbers = {name for name in others.columns if others[name].dtype.kind in "fiu"}
+        also = wanted | (numbers - {*labels, *file.row_names})
+        found = [name for name in file.names if name in also]
     else:
-        file = _feather(title, path)
-        schema, length = file.schema, sum(len(file.get_batch(i)) for i in range(file.num_record_batches))
-    metadata = schema.pandas_metadata
-    row_names = [name for name in (metadata or {}).get("index_columns", ()) if isinstance(name, str)]
-    names = tuple(schema.names)
-    row_names += [name for name in names if _ROW_NAMES.fullmatch(name) and name not in row_names]
-    first = _to_pandas(title, schema.empty_table()) if len(set(names)) == len(names) else None
-    return FrameFile(title, path, suffix, names, tuple(row_names), names, length, first, metadata)
+        found = _feature_columns(title, file.first, columns, labels, file.row_names, texts_pass=reading.texts_pass)
+    features = reading.matched(title, found)
+    _feature_columns(title, file.first, features)
+
+    def stream(rows: int | None) -> Iterator[Table]:
+        start = 0
+        names = file.names if rows is not None or columns is None else [*features, *labels]
+        for frame in file.frames(rows, names, features):
+            yield frame_table(title, frame, Reading(features), start=None if rows is None else start)
+            start += len(frame)
+        if not start:
+            raise ValueError(f"{title} has no rows")
+
+    def whole(_: object) -> Any:
+        raise NotImplementedError("a file that is read in order has rows in its blocks: ask whole() for them")
+
+    return Table(
+        title, file.length, len(features), tuple(features), file.names, whole, whole, stream=stream, origin=file
+    )
 
 
-def _text_file(title: str, path: Path, suffix: str) -> FrameFile:
-    pandas, separator = library("pandas", title), _separator(suffix)
-    raw = pandas.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
-    header = [str(name) for name in raw.iloc[0]]
-    # Where rows have more columns than names, pandas takes the first ones for an index.
-    shape = pandas.read_csv(path, sep=separator, nrows=_FIRST_ROWS)
-    header = [""] * (shape.index.nlevels if not isinstance(shape.index, pandas.RangeIndex) else 0) + header
-    names = tuple(name or f"Unnamed: {i}" for i, name in enumerate(header))
-    row_names = tuple(name for name in names if _ROW_NAMES.fullmatch(name))
-    file = FrameFile(title, path, suffix, names, row_names, tuple(header), None, None)
-    if len(set(names)) < len(names):
-        return file
-    first = pandas.read_csv(**file._text_options(), nrows=_FIRST_ROWS)
-    return FrameFile(title, path, suffix, names, row_names, tuple(header), None, first)
-
-
-def _separator(suffix: str) -> str:
-    return "\t" if suffix.startswith(".tsv") else ","
-
-
-def _parquet(title: str, path: Path) -> Any:
-    return library("pyarrow.parquet", title).ParquetFile(path)
-
-
-def _feather(title: str, path: Path) -> Any:
-    arrow, ipc = library("pyarrow", title), library("pyarrow.ipc", title)
-    return ipc.open_file(arrow.memory_map(str(path)))
-
-
-def _to_pandas(title: str, table: Any) -> Any:
-    # Arrow's types: a column of integers with a gap in one block only would change its type there. And all columns as
-    # they stand: one that pandas has for an index is a column too.
-    return table.to_pandas(types_mapper=library("pandas", title).ArrowDtype, ignore_metadata=True)
-
-
-def index_metadata(file: FrameFile, written: bytes | None) -> bytes | None:
-    """Return what pandas reads beside a table, with the index of the file that it is a copy of.
+def frame_table(title: str, frame: Any, reading: Reading, *, start: int | None = None) -> Table:
+    """Return the table of a data frame.
 
     Args:
-        file: The file that was read.
-        written: What arrow would write for the copy.
+        title: How messages call it.
+        frame: The data frame.
+        reading: Which columns are samples.
+        start: Number of the first row, where it is a block of a file.
     """
-    if file.metadata is None or written is None:
-        return written
-    found = json.loads(written)
-    index = [name for name in file.metadata.get("index_columns", ()) if isinstance(name, str)]
-    given = {column.get("field_name"): column for column in file.metadata.get("columns", ())}
-    found["index_columns"] = file.metadata.get("index_columns", [])
-    found["columns"] = [
-        given.get(column["field_name"], column) if column["field_name"] in index else column
-        for column in found["columns"]
-    ]
-    return json.dumps(found).encode()
+    names = [str(name) for name in frame.columns]
+    _refuse_repeated(title, names)
+    named = frame.set_axis(names, axis=1)
+    # The kinds of a file's columns are known after its first block.
+    features = list(reading.columns or ()) if start else _feature_columns(title, named, reading.columns, reading.labels)
+    samples = _as_numbers(title, named[features], start or 0)
+
+    def read(rows: Array | None) -> Any:
+        chosen = samples if rows is None else samples.iloc[rows]
+        single = all(str(dtype) in ("float32", "Float32", "float[pyarrow]") for dtype in chosen.dtypes)
+        return as_tensor(chosen.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan))
+
+    return Table(
+        title, len(named), len(features), tuple(features), tuple(names), read, lambda name: objects(named[name]),
+        start=start, frame=frame,
+    )  # fmt: skip
 
 
-# --- which columns are samples ------------------------------------------------------------------------------------
-
-
-def check_columns(title: str, columns: Sequence[str] | None, names: Sequence[str]) -> None:
-    """Refuse columns that a table does not have.
+def frame_with_images(block: Table, features: Sequence[str], images: Array) -> Any:
+    """Return the data frame of a block with images in place of the samples, or one of images alone.
 
     Args:
-        title: How messages call the table.
-        columns: The columns that were named, or ``None``.
-        names: Those that it has.
-
-    Raises:
-        ValueError: One is not there, or is named twice.
+        block: The block.
+        features: Names of the features.
+        images: Their images.
     """
+    mapped = library("pandas", "OUT").DataFrame(images, columns=list(features))
+    if block.frame is None:
+        return mapped
+    return block.frame.reset_index(drop=True).assign(**{name: mapped[name] for name in features})
+
+
+def columns_of_row_names(names: Sequence[str]) -> list[str]:
+    """Return the names of columns that had none, and so hold names of rows."""
+    return [name for name in names if _ROW_NAMES.fullmatch(name)]
+
+
+def _check_columns(title: str, columns: Sequence[str] | None, names: Collection[str]) -> None:
+    """Refuse columns that a table does not have, or that are named twice."""
     for name in columns or ():
-        if name not in names:
+        if str(name) not in names:
             raise ValueError(f"columns: {title} has no column {name!r}; {there_is(names)}")
     if columns is not None and len(set(columns)) < len(columns):
         twice = next(name for i, name in enumerate(columns) if name in columns[:i])
         raise ValueError(f"columns names {twice!r} twice: name each once")
 
 
-def feature_columns(
+def _feature_columns(
     title: str,
     frame: Any,
     columns: Sequence[str] | None,
-    labels: frozenset[str],
-    row_names: Sequence[str] = (),
+    labels: Collection[str] = (),
+    row_names: Collection[str] = (),
     *,
     texts_pass: bool = False,
 ) -> list[str]:
-    """Return which columns hold samples: those that are named, or all but labels and names of rows.
-
-    Args:
-        title: How messages call the table.
-        frame: The table, or its first rows, with names that are text.
-        columns: Names of the features, in this order.
-        labels: Names of labels.
-        row_names: Names of columns that hold names of rows.
-        texts_pass: Whether columns of text are passed over rather than refused.
-
-    Raises:
-        TypeError: Columns hold no numbers.
-        ValueError: There are none, there is no such column, or one of numbers holds something else.
-    """
+    """Return which columns hold samples: those that are named, or all but labels and names of rows."""
     names = list(frame.columns)
     if columns is None:
-        chosen = [
-            name for name in names if name not in labels and name not in row_names and not _ROW_NAMES.fullmatch(name)
-        ]
+        others = {*labels, *row_names, *columns_of_row_names(names)}
+        chosen = [name for name in names if name not in others]
     else:
         chosen = [str(name) for name in columns]
-        check_columns(title, chosen, names)
+        _check_columns(title, chosen, names)
     kinds = {name: _kind(title, frame[name]) for name in chosen}
     for name in chosen:
         if kinds[name] == "mixed":
@@ -274,43 +169,6 @@ def feature_columns(
             f"{title}: the columns {listed} hold no numbers: name those of the samples, as in columns=['x', 'y']"
         )
     return chosen
-
-
-def frame_table(
-    title: str,
-    frame: Any,
-    columns: Sequence[str] | None,
-    labels: frozenset[str],
-    row_names: Sequence[str] = (),
-    *,
-    start: int = 0,
-) -> Table:
-    """Return the table of a data frame.
-
-    Args:
-        title: How messages call it.
-        frame: The data frame.
-        columns: Names of the features, in this order; by default all that are no labels.
-        labels: Names of labels.
-        row_names: Names of columns that hold names of rows.
-        start: Number of the first row, for messages.
-    """
-    names = [str(name) for name in frame.columns]
-    _refuse_repeated(title, names)
-    frame = frame.set_axis(names, axis=1)
-    if columns is not None and start:
-        # A later block of a file, of which the kinds are known.
-        features = list(columns)
-    else:
-        features = feature_columns(title, frame, columns, labels, row_names)
-    samples = _as_numbers(title, frame[features], start)
-
-    def read(rows: Array | None) -> Any:
-        chosen = samples if rows is None else samples.iloc[rows]
-        single = all(str(dtype) in ("float32", "Float32", "float[pyarrow]") for dtype in chosen.dtypes)
-        return as_tensor(chosen.to_numpy(dtype=np.float32 if single else np.float64, na_value=np.nan))
-
-    return Table(title, len(frame), tuple(features), tuple(names), read, lambda name: objects(frame[name]))
 
 
 def _refuse_repeated(title: str, names: Sequence[str]) -> None:

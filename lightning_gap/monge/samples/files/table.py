@@ -1,8 +1,10 @@
-"""Samples in rows, with labels beside them, whatever they are read from."""
+"""Samples in rows, with labels beside them, whatever they are read from: whole, or in blocks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap import extras
+from lightning_gap.monge.samples.features import feature_places, listed
+
 __all__ = [
+    "Reading",
     "Table",
     "as_tensor",
     "as_texts",
-    "first_line",
     "library",
     "objects",
+    "readable",
     "refuse_not_finite",
     "there_is",
     "titled",
@@ -26,24 +32,99 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Which columns of a table are samples.
+
+    Attributes:
+        columns: Names of the features, in this order; by default all that are no labels. Where none of them is wanted
+            they stand for the wanted ones, by place.
+        layer: Layer of AnnData; its ``X`` by default.
+        obsm: Embedding of AnnData, in place of a layer.
+        labels: Names that are used as labels, hence are no features.
+        wanted: Names of a map's features, in its order, where it knows them: columns are matched to them by name.
+        texts_pass: Whether columns of text are passed over rather than refused.
+
+    Raises:
+        TypeError: ``columns`` is a text.
+        ValueError: ``layer`` and ``obsm`` are both given.
+    """
+
+    columns: Sequence[str] | None = None
+    layer: str | None = None
+    obsm: str | None = None
+    labels: Collection[str] = ()
+    wanted: Sequence[str] | None = None
+    texts_pass: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and self.obsm is not None:
+            raise ValueError(f"layer={self.layer!r} and obsm={self.obsm!r} exclude each other: give one")
+        if isinstance(self.columns, str):
+            raise TypeError(f"columns must be a list of names, got {self.columns!r}: write columns=[{self.columns!r}]")
+
+    def matched(self, title: str, found: Sequence[str]) -> list[str]:
+        """Return the features that were found, or named by hand; in the map's order where it names the same ones."""
+        if self.wanted is None or (self.columns is not None and not set(self.columns) & set(self.wanted)):
+            return list(found)
+        by_hand = f"rename the columns, or name those that stand for {listed(self.wanted)}, in this order, by --columns"
+        places = feature_places(title, found, self.wanted, "the map", remedy=by_hand)
+        return list(found if places is None else self.wanted)
+
+
+@dataclass(frozen=True)
 class Table:
     """Samples in rows, and labels of the rows. Samples are read when they are asked for.
 
     Attributes:
         title: How messages call it: the argument, and the file.
-        length: Number of rows.
-        features: Names of the columns of samples, where they have names.
+        length: Number of rows; ``None`` where a file does not tell before it is read.
+        dim: Number of the columns of samples; 0 where there is no matrix.
+        features: Their names, where they have names.
         label_names: Names of the labels beside the rows.
         read: Returns the samples of some rows, in increasing order; of all where ``None``.
         label: Returns the labels of a name, one a row.
+        start: Number of the first row, in a block of a larger table; ``None`` where this is all of it.
+        frame: The data frame that the samples are columns of, where there is one.
+        stream: Yields tables of so many rows, or of all where ``None``: how a file is read that is read in order.
+        origin: What its file keeps of it beside rows, for who writes a copy.
     """
 
     title: str
-    length: int
+    length: int | None
+    dim: int
     features: tuple[str, ...] | None
     label_names: tuple[str, ...]
     read: Callable[[Array | None], Tensor]
     label: Callable[[str], Array]
+    start: int | None = None
+    frame: Any = None
+    stream: Callable[[int | None], Iterator["Table"]] | None = None
+    origin: Any = None
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError(f"{self.title} does not tell its length before it is read")
+        return self.length
+
+    def whole(self) -> "Table":
+        """Return the table with any row at hand: a file that is read in order, as one block."""
+        return self if self.stream is None else next(self.stream(None))
+
+    def blocks(self, rows: int) -> Iterator["Table"]:
+        """Yield consecutive rows, so many at once, as tables."""
+        if self.stream is not None:
+            yield from self.stream(rows)
+            return
+        label = cache(self.label)
+        for start in range(0, len(self), rows):
+            yield self._slice(np.arange(start, min(start + rows, len(self))), label)
+
+    def _slice(self, numbers: Array, label: Callable[[str], Array]) -> "Table":
+        return replace(
+            self, length=len(numbers), start=int(numbers[0]),
+            read=lambda rows: self.read(numbers if rows is None else numbers[rows]),
+            label=lambda name: label(name)[numbers],
+        )  # fmt: skip
 
     def labels(self, argument: str, name: str) -> Array:
         """Return the labels called ``name``, which ``argument`` asks for."""
@@ -57,7 +138,7 @@ class Table:
             return None
         if not isinstance(wanted, Mapping) or not wanted:
             raise TypeError(f"{argument} must map a column to the values to keep, got {wanted!r}")
-        keep = np.ones(self.length, dtype=bool)
+        keep = np.ones(len(self), dtype=bool)
         for name, values in wanted.items():
             labels = as_texts(self.labels(argument, name))
             values = [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
@@ -73,7 +154,7 @@ class Table:
             raise ValueError(f"{argument}={dict(wanted)!r} leaves no row of {self.title}: ask for less at once")
         return np.flatnonzero(keep)
 
-    def samples(self, rows: Array | None) -> Tensor:
+    def samples(self, rows: Array | None = None) -> Tensor:
         """Return the samples of some rows, float64 if they are stored so and float32 otherwise.
 
         Raises:
@@ -86,12 +167,17 @@ class Table:
             raise ValueError(f"{self.title} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
         if samples.numel() == 0:
             raise ValueError(f"{self.title} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
-        refuse_not_finite(self.title, samples, rows, self.features)
+        refuse_not_finite(self.title, samples, rows, self.features, start=self.start)
         return samples
 
 
 def refuse_not_finite(
-    title: str, samples: Tensor, rows: Array | None = None, features: Sequence[str] | None = None
+    title: str,
+    samples: Tensor,
+    rows: Array | None = None,
+    features: Sequence[str] | None = None,
+    *,
+    start: int | None = None,
 ) -> None:
     """Raise for samples that hold NaN or infinity.
 
@@ -100,6 +186,7 @@ def refuse_not_finite(
         samples: ``(n, d)`` samples.
         rows: Numbers of their rows, for the message; by default from 0 on.
         features: Names of the columns, likewise.
+        start: Number of the first row, of a block of a larger table.
 
     Raises:
         ValueError: Some are not finite; the rows are named.
@@ -110,12 +197,13 @@ def refuse_not_finite(
     finite = samples.isfinite()
     bad = (~finite).any(dim=1).nonzero().flatten()
     if len(bad):
-        where = [int(i) if rows is None else int(rows[int(i)]) for i in bad[:5]]
+        where = [(start or 0) + (int(i) if rows is None else int(rows[int(i)])) for i in bad[:5]]
         shown = ", ".join(map(str, where)) + (", ..." if len(bad) > 5 else "")
         column = int((~finite[bad[0]]).nonzero()[0])
         first = f", first in {features[column]!r}" if features else ""
+        of = f"{len(samples)} rows" if start is None else f"the {len(samples)} rows from {start} on"
         raise ValueError(
-            f"{title} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({shown}{first}): "
+            f"{title} holds NaN or infinity in {len(bad)} of {of} ({shown}{first}): "
             "remove or fill them; rows count from 0"
         )
 
@@ -144,12 +232,27 @@ def _text(label: Any) -> str:
     return str(label)
 
 
-def library(name: str, what: str) -> Any:
-    """Return an optional module, or say what installs it."""
+def library(name: str, title: str) -> Any:
+    """Return an optional module that reads or writes a file, or say what installs it."""
+    return extras.library(name, title, "files")
+
+
+@contextmanager
+def readable(title: str, path: Path, kind: str = "") -> Iterator[None]:
+    """Say which file cannot be read where its library refuses it.
+
+    Args:
+        title: How messages call it.
+        path: The file.
+        kind: What it should be, as in ``" as AnnData"``.
+    """
     try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what}: reading it needs {name}: pip install 'lightning_gap[files]'") from error
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{title}: cannot read {str(path)!r}{kind}: {first_line}") from error
 
 
 def there_is(names: Iterable[str]) -> str:
@@ -173,8 +276,3 @@ def as_tensor(array: Array) -> Tensor:
     """Return an array as float64 if it is that, and as float32 otherwise."""
     # A copy: read-only arrays and foreign byte orders are welcome, and later changes to the array do no harm.
     return torch.from_numpy(np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,134 @@
+"""A run as a logger left it, and what the readers of all formats share."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PICTURES", "ROOM", "Format", "Row", "Run", "RunError", "flat", "number", "pictures", "series", "settings"]
+
+# The room of a key of this package, whose ``updates`` are logged with it.
+ROOM = re.compile(r"lightning_gap/(\w+)/")
+PICTURES = ("*.png", "*.jpg", "*.jpeg")
+
+
+class RunError(Exception):
+    """A run that cannot be read, said in one line with what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run logged.
+
+    Args:
+        name: What to call it.
+        kind: Which logger's files it was read from.
+        path: Its folder.
+        config: Hyper-parameters, flat.
+        metrics: For each key ``(n, 2)``: at which update, and the value, finite, in the order logged. The update is
+            the ``updates`` that this package logs with its metrics, and the logger's step for all others.
+        pictures: The latest picture under each key: PNG or JPEG bytes.
+    """
+
+    name: str
+    kind: str
+    path: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+    def last(self, key: str) -> float | None:
+        """Return the last value of a metric; None if it was not logged.
+
+        Args:
+            key: The metric.
+        """
+        return float(self.metrics[key][-1, 1]) if key in self.metrics else None
+
+    @property
+    def updates(self) -> int | None:
+        """After how many updates the last metric was logged; None if the run logged nothing."""
+        ends = [series[-1, 0] for series in self.metrics.values() if math.isfinite(series[-1, 0])]
+        return int(max(ends)) if ends else None
+
+
+@dataclass(frozen=True)
+class Format:
+    """The files of one logger.
+
+    Args:
+        kind: What a table calls it.
+        holds: Whether a folder, of whose files the names are given, is a run of this kind.
+        read: From such a folder to the run.
+        whole: Whether all that lies below the folder belongs to the run.
+    """
+
+    kind: str
+    holds: Callable[[Path, Sequence[str]], bool]
+    read: Callable[[Path], Run]
+    whole: bool = False
+
+
+# The logger's step, and what was logged in one call.
+Row = tuple[float, Mapping[str, float]]
+
+
+def series(rows: Iterable[Row]) -> dict[str, NDArray[np.float64]]:
+    """Return each metric over updates, from the rows in the order logged."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for step, values in rows:
+        for key, value in values.items():
+            room = ROOM.match(key)
+            at = values.get(f"{room.group(0)}updates", step) if room else step
+            if math.isfinite(value):
+                found[key].append((at, value))
+    return {key: np.array(points, dtype=np.float64) for key, points in found.items()}
+
+
+def number(text: Any) -> float | None:
+    """Return a number that was written as text, ``None`` where it is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """Return a flat mapping; what is not plain YAML, as an object of Python, is left out."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return flat(content) if isinstance(content, dict) else {}
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a mapping without mappings in it: keys are joined by slashes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}/")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """Return the latest picture of each key under ``KEY/STEP.png``."""
+    latest = {
+        path.parent.relative_to(folder).as_posix(): path
+        for path in sorted(path for pattern in PICTURES for path in folder.rglob(pattern))
+    }
+    return {key: path.read_bytes() for key, path in latest.items()}

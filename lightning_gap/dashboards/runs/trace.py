@@ -1,0 +1,35 @@
+"""The trace that ``UltraSlowDiffusion`` writes where a run has no logger: ``diffusion.csv``."""
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_gap.dashboards.runs.csv import csv_row
+from lightning_gap.dashboards.runs.run import Format, Run, RunError, series
+
+__all__ = ["TRACE"]
+
+
+def _read(path: Path) -> Run:
+    file = sorted(path.glob("diffusion*.csv"))[-1]
+    with file.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        if not {"updates", "distance"} <= set(reader.fieldnames or ()):
+            raise RunError(f"{file} is not a trace of UltraSlowDiffusion: it lacks the columns updates and distance")
+        rows = [csv_row(row)[1] for row in reader]
+    prefix = "lightning_gap/diffusion/"
+    return Run(
+        path.name,
+        TRACE.kind,
+        path,
+        metrics=series((math.nan, {prefix + key: value for key, value in row.items()}) for row in rows),
+    )
+
+
+def _holds(folder: Path, names: Sequence[str]) -> bool:
+    return any(re.fullmatch(r"diffusion.*\.csv", name) for name in names)
+
+
+TRACE = Format("diffusion.csv", _holds, _read)

@@ -1,0 +1,132 @@
+"""A transport problem, as solvers take it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.checks import check_pair, check_transforms, check_weights, solver_precision
+from lightning_gap.monge.ot.compiling import eager
+from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
+from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
+from lightning_gap.monge.ot.weights import weighing
+
+__all__ = ["Problem", "checked_problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A transport problem whose arguments have been checked.
+
+    Attributes:
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples; ``x`` itself, with ``b`` being ``a``, for a measure against itself.
+        a: ``(n,)`` weights.
+        b: ``(m,)`` weights.
+        cost: The ground cost.
+        epsilon: Regularization.
+        rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
+        uniform: Whether no weights were given, so that none is 0.
+    """
+
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    cost: Cost
+    epsilon: Epsilon
+    rho: float | None = None
+    uniform: bool = False
+
+    @property
+    def to_itself(self) -> bool:
+        """Whether both potentials agree."""
+        return self._one_measure and self.cost.symmetric
+
+    @property
+    def _one_measure(self) -> bool:
+        return self.x is self.y and self.a is self.b
+
+    def resolved_epsilon(self, largest: float, mean: float | None = None) -> float:
+        """Return the epsilon that is given or that a relative one means, in blocks of bounded memory.
+
+        Args:
+            largest: The largest cost, or nearly.
+            mean: The mean cost, where it is known.
+        """
+        if self.epsilon.absolute is None and largest == 0:
+            # All is where it should be, whatever epsilon is; the share of no cost is nearly none.
+            return 4 * torch.finfo(self.x.dtype).tiny
+        scale = mean if self.epsilon.of == "mean" else None
+        return self.epsilon.resolve(self.cost, (Weighted(self.x, self.a), Weighted(self.y, self.b)), scale=scale)
+
+    def detached(self) -> "Problem":
+        """Return the same problem without a graph."""
+        return self._with_both(lambda points, weights: (points.detach(), weights.detach()))
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Return the same problem in another precision, differentiably."""
+        return self._with_both(lambda points, weights: (points.to(dtype), weights.to(dtype)))
+
+    def counted(self) -> "Problem":
+        """Return the problem without its samples of weight 0, itself where there are none."""
+        if self.uniform or (rows := weighing(*((self.a,) if self._one_measure else (self.a, self.b)))) is None:
+            return self
+        every = iter(rows)
+
+        def keep(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            some = next(every)
+            return points[some], weights[some]
+
+        return self._with_both(keep)
+
+    def _with_both(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> "Problem":
+        x, a = change(self.x, self.a)
+        y, b = (x, a) if self._one_measure else change(self.y, self.b)
+        return replace(self, x=x, y=y, a=a, b=b)
+
+
+@eager
+def checked_problem(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor | None],
+    *,
+    cost: CostLike,
+    epsilon: Epsilon,
+    rho: float | None = None,
+    paired: bool = False,
+    one_weights: bool = False,
+    check: bool = True,
+) -> Problem:
+    """Return a problem of the samples, weights and cost that a public function was given, once they have been checked.
+
+    Args:
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples.
+        weights: Weights of both; of ``x`` alone if they are paired.
+        cost: The ground cost.
+        epsilon: Regularization, which has been checked.
+        rho: Strength of soft marginals, likewise.
+        paired: Whether ``y`` are images of ``x``, row by row, so that they share their weights.
+        one_weights: Whether both sets have the same weights.
+        check: Whether to check; not where it has been done, as a device is waited for.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor, or the dtypes differ.
+        ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
+    """
+    y_name, a_name = ("mapped", "weights") if paired else ("y", "weights[0]")
+    cost = resolve(cost)
+    check_transforms(x, y, *weights)
+    if check:
+        check_pair("x", x, y_name, y, same_length=paired)
+        cost.check_domain("x", x)
+        if y is not x:
+            cost.check_domain(y_name, y)
+    x, y = (solver_precision(x),) * 2 if y is x else (solver_precision(x), solver_precision(y))
+    how = {"balanced": rho is None, "check": check}
+    a = check_weights(a_name, weights[0], x, **how)
+    b = a if paired or one_weights else check_weights("weights[1]", weights[1], y, **how)
+    return Problem(x, y, a, b, cost, epsilon, rho, uniform=all(w is None for w in weights))

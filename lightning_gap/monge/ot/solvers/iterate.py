@@ -1,0 +1,69 @@
+"""Sweeps to a marginal error, wherever the vectors are, and leaps where sweeps hardly move."""
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from lightning_gap.monge.ot.solvers.anderson import iterate_on_cpu
+from lightning_gap.monge.ot.solvers.anderson_device import iterate_on_device
+from lightning_gap.monge.ot.solvers.kernel import Kernel
+from lightning_gap.monge.ot.solvers.solution import STUCK, Solution
+from lightning_gap.monge.ot.solvers.vectors import Vector, as_vector
+
+__all__ = ["iterate", "iterate_to_end"]
+
+# Sweeps after which a marginal error that is still large will not become small, how often to leap then, and the sweeps
+# of a leap's line search.
+_PATIENCE, _LEAPS, _LEAP_SWEEPS = 128, 8, 24
+
+
+def iterate(
+    kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int, patience: int | None = None
+) -> Solution:
+    """Sweep until the marginal error of each problem is small enough.
+
+    Raises:
+        FloatingPointError: The costs are too large for epsilon in this floating-point format.
+    """
+    if kernel.on_device:
+        return iterate_on_device(kernel, G, tolerance, max_iterations, patience)
+    with np.errstate(all="ignore"):
+        return iterate_on_cpu(kernel, G, tolerance, max_iterations, patience)
+
+
+def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: float, max_iterations: int) -> Solution:
+    """Sweep as :func:`iterate` does, and leap where that hardly moves."""
+    swept, G = 0, kernel.begin(*start)
+    solved_after = [0] * len(G)
+    for leaps in range(_LEAPS + 1):
+        patience = None if kernel.symmetric or leaps == _LEAPS else _PATIENCE
+        found = iterate(kernel, G, tolerance=tolerance, max_iterations=max_iterations - swept, patience=patience)
+        for i, (sweeps, converged) in enumerate(zip(found.iterations, found.converged, strict=True)):
+            if converged and not solved_after[i]:
+                solved_after[i] = swept + sweeps
+        swept += max(found.iterations)
+        if all(found.converged) or swept >= max_iterations or max(found.marginal_errors) <= STUCK:
+            break
+        G = _leap(kernel, as_vector(found.G))
+    return replace(found, iterations=[after or swept for after in solved_after])
+
+
+def _leap(kernel: Kernel, G: Vector) -> Vector:
+    """Return potentials far along the last residuals, as far as the dual value rises.
+
+    Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises
+    potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
+    """
+    numerics, (step, errors) = kernel.numerics, kernel.sweep(G)
+    # What is nearly solved stays where it is.
+    step = step * (errors > STUCK)[:, None]
+    near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
+    for _ in range(_LEAP_SWEEPS):
+        middle = numerics.where(widening, far, (near + far) / 2)
+        residual, _ = kernel.sweep(kernel.center(G + middle * step))
+        rising = (kernel.b_vector * -numerics.expm1(-residual) * step).sum(1)[:, None] > 0
+        near = numerics.where(rising, middle, near)
+        far = numerics.where(rising & widening, 4 * middle, numerics.where(rising, far, middle))
+        widening = widening & rising
+    return kernel.center(G + near * step)

@@ -1,0 +1,94 @@
+"""Our own entropic solver: kernel, start, sweeps, and what follows from the potentials."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.options import SolverOptions
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.result import OTResult
+from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
+from lightning_gap.monge.ot.solvers.dense import DenseKernel
+from lightning_gap.monge.ot.solvers.gradients import Envelope, with_learned_cost
+from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
+from lightning_gap.monge.ot.solvers.kernel import Kernel
+from lightning_gap.monge.ot.solvers.memory import threads
+from lightning_gap.monge.ot.solvers.warm_start import coarse_start
+from lightning_gap.precision import widest
+
+__all__ = ["solve_entropic"]
+
+# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
+_FLOAT_RATIOS = 1e-2, 1e6
+
+_KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {"dense": DenseKernel, "blocked": BlockedKernel}
+
+
+def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions) -> list[OTResult]:
+    """Solve problems of one shape together."""
+    detached = [p.detached() for p in problems]
+    n, m, dtype = len(detached[0].x), len(detached[0].y), detached[0].x.dtype
+    graph = torch.is_grad_enabled()
+    # What overflows is found by the marginal error, and told with its remedy.
+    with torch.no_grad(), np.errstate(all="ignore"), threads(n * m), _KERNELS[solver].of(detached) as kernel:
+        if dtype != widest(detached[0].x.device) and not kernel.exponents_fit(*_FLOAT_RATIOS):
+            with torch.set_grad_enabled(graph):
+                wide = [p.to(widest(p.x.device)) for p in problems]
+                solved = solve_entropic(wide, solver, options)
+                return [result.of(p) for result, p in zip(solved, detached, strict=True)]
+        zeros = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
+        start = zeros if kernel.symmetric else coarse_start(kernel)
+        found = iterate_to_end(kernel, start, tolerance=options.tolerance, max_iterations=options.max_iterations)
+        results = []
+        for i, (problem, p) in enumerate(zip(problems, detached, strict=True)):
+            epsilon = kernel.epsilons[i]
+            need = graph and problem.x.requires_grad, graph and problem.y.requires_grad
+            gx, gy, mass = _gradients_and_mass(kernel, i, p, need)
+            f, g = found.F[i] * epsilon, found.G[i] * epsilon
+            value = _dual_value(p, f, g, epsilon, mass)
+            f, g = f.to(dtype), g.to(dtype)
+            inputs = problem.x, problem.y, problem.a, problem.b
+            if graph and any(t.requires_grad for t in inputs):
+                with torch.enable_grad():
+                    value = Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
+            outcome = found.marginal_errors[i], found.iterations[i], found.converged[i]
+            given = epsilon if p.epsilon.absolute is None else p.epsilon.absolute
+            results.append(OTResult(value, f, g, given, *outcome, solver, p))
+    return [with_learned_cost(p, result) for p, result in zip(problems, results, strict=True)] if graph else results
+
+
+def _gradients_and_mass(
+    kernel: Kernel, i: int, p: Problem, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the envelope gradients that are needed, and the plan's mass, ``None`` where it is that of the weights."""
+    # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
+    inexact = kernel.symmetric or p.rho is not None
+    plan = kernel.plan_factors(i)
+    gx = gy = None
+    if any(need):
+        gx, gy = p.cost.geometry.plan_gradients(p.x, p.y, plan, (True, False) if kernel.symmetric else need)
+        # The rows' gradient is that of a plan whose rows are exact, the columns' of one whose columns are: what is left
+        # of a marginal error would be multiplied by the displacement, however small the difference that is wanted.
+        factors = kernel.column_factors(i)[:, None].to(p.x.dtype)
+        if kernel.symmetric:
+            assert gx is not None
+            gx = gy = gx * factors
+        elif gy is not None:
+            gy = gy * factors
+    elif inexact:
+        for _ in plan:
+            pass
+    return gx, gy, kernel.mass(i) if inexact else None
+
+
+def _dual_value(p: Problem, f: Tensor, g: Tensor, epsilon: float, mass: Tensor | None) -> Tensor:
+    a, b = p.a.to(f.dtype), p.b.to(f.dtype)
+    if p.rho is None:
+        value = (a @ f) / a.sum() + (b @ g) / b.sum()
+        if mass is not None:
+            value = value - epsilon * (mass - 1)
+    else:
+        assert mass is not None
+        value = -p.rho * (a @ torch.expm1(-f / p.rho) + b @ torch.expm1(-g / p.rho))
+        value = value - epsilon * (mass - a.sum() * b.sum())
+    return value

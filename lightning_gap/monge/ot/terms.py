@@ -1,0 +1,179 @@
+"""Divergences and gaps as sums of transport problems, which are solved together where their shapes agree."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.compiling import eager
+from lightning_gap.monge.ot.costs import CallableCost, CostLike
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon
+from lightning_gap.monge.ot.options import SolverOptions
+from lightning_gap.monge.ot.problem import Problem, checked_problem
+from lightning_gap.monge.ot.result import OTResult
+from lightning_gap.monge.ot.solve import solve_all
+from lightning_gap.monge.ot.weights import counted
+from lightning_gap.precision import widest
+
+__all__ = ["Convention", "Terms", "divergence_problem", "each", "gap_problem", "solve_terms", "stacked"]
+
+Convention = Literal["shannon", "kl", "debiased"]
+
+# A difference smaller than this share of its terms is known to less than a thousandth in float32.
+_CANCELLED = 1e-4
+
+
+class Terms(NamedTuple):
+    """Divergences and gaps that were solved together.
+
+    Attributes:
+        divergences: Scalars.
+        gaps: Scalars.
+        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell.
+        converged: Whether all of them reached the tolerance.
+    """
+
+    divergences: list[Tensor]
+    gaps: list[Tensor]
+    marginal_error: float
+    converged: bool
+
+
+def divergence_problem(
+    mapped: Tensor,
+    y: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    options: SolverOptions,
+    *,
+    cost: CostLike,
+    epsilon: float | None,
+    rho: float | None = None,
+    check: bool = True,
+) -> Problem:
+    """Check the arguments of a Sinkhorn divergence, for :func:`solve_terms`."""
+    regularization = Epsilon.given(options, epsilon, FITTING_SHARE, rho=rho)
+    return checked_problem(mapped, y, weights, cost=cost, epsilon=regularization, rho=rho, check=check)
+
+
+def gap_problem(
+    x: Tensor,
+    mapped: Tensor,
+    weights: Tensor | None,
+    options: SolverOptions,
+    *,
+    cost: CostLike,
+    epsilon: float | None,
+    check: bool = True,
+) -> Problem:
+    """Check the arguments of a Monge gap, for :func:`solve_terms`."""
+    regularization = Epsilon.given(options, epsilon, GAP_SHARE)
+    return checked_problem(x, mapped, [weights], cost=cost, epsilon=regularization, paired=True, check=check)
+
+
+@eager
+def solve_terms(
+    fitting: list[Problem],
+    regularizing: list[Problem],
+    options: SolverOptions,
+    *,
+    convention: Convention = "shannon",
+    silent: bool = False,
+) -> Terms:
+    """Return divergences and gaps.
+
+    Args:
+        fitting: Of :func:`divergence_problem`.
+        regularizing: Of :func:`gap_problem`.
+        options: The solver's.
+        convention: Of the gaps: see :func:`~lightning_gap.monge.ot.gap.monge_gap`.
+        silent: Leave it to the caller to look whether they converged, and take small differences as they are.
+    """
+    problems = fitting + regularizing
+    solved, exact = solve_all(problems, options, silent=silent), options.solver == "exact"
+    debiased = 0 if exact else len(fitting) + (len(regularizing) if convention == "debiased" else 0)
+    to_themselves = _to_themselves(problems[:debiased], solved[:debiased], options, silent)
+    self_terms = [(first.value + second.value) / 2 for first, second in to_themselves]
+    divergences = [result.value for result in solved[: len(fitting)]]
+    if not exact:
+        divergences = [_divergence(*one) for one in zip(fitting, solved, self_terms, strict=False)]
+    gaps = []
+    for k, p in enumerate(regularizing, start=len(fitting)):
+        gap = _paid(p) - solved[k].value
+        if convention == "debiased" and not exact:
+            gap = gap + self_terms[k] - _standing(p)
+        elif convention == "shannon" and not exact:
+            # KL(P | a⊗a) = 2H(a) - H(P)
+            gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
+        gaps.append(gap)
+    everything = solved + [result for pair in to_themselves for result in pair]
+    error = max((result.marginal_error for result in everything), default=0.0)
+    terms = Terms(divergences, gaps, error, all(result.converged for result in everything))
+    if not (silent or exact) and _cancelled(divergences + gaps, problems, solved):
+        # What is left of float32's digits is too little: once more in double.
+        wide_fitting, wide_gaps = ([p.to(torch.float64) for p in part] for part in (fitting, regularizing))
+        terms = solve_terms(wide_fitting, wide_gaps, options, convention=convention)
+    return terms._replace(
+        divergences=[value.to(p.x.dtype) for p, value in zip(fitting, terms.divergences, strict=True)],
+        gaps=[value.to(p.x.dtype) for p, value in zip(regularizing, terms.gaps, strict=True)],
+    )
+
+
+def _cancelled(values: list[Tensor], problems: list[Problem], solved: list[OTResult]) -> bool:
+    """Return whether a value is so small a difference of its terms that float32 costs do not tell it."""
+    if not problems or problems[0].x.dtype != torch.float32 or problems[0].x.device.type != "cpu":
+        return False
+    pairs = zip(values, solved, strict=True)
+    return any(abs(float(value.detach())) < _CANCELLED * abs(float(result.value.detach())) for value, result in pairs)
+
+
+def _paid(p: Problem) -> Tensor:
+    a, x, y = (p.a, p.x, p.y) if p.uniform else counted(p.a, p.x, p.y)
+    return (a * p.cost.paired(x, y)).sum(dtype=widest(x.device))
+
+
+def _standing(p: Problem) -> Tensor | float:
+    """Return what samples and images cost to themselves: nothing, but for a function of the user's."""
+    if not isinstance(p.cost, CallableCost):
+        return 0.0
+    return (p.a * (p.cost.paired(p.x, p.x) + p.cost.paired(p.y, p.y))).sum(dtype=widest(p.x.device)) / 2
+
+
+def _divergence(p: Problem, result: OTResult, self_terms: Tensor) -> Tensor:
+    divergence = result.value - self_terms
+    if p.rho is not None:
+        divergence = divergence + result.epsilon / 2 * (p.a.sum() - p.b.sum()).square()
+    return divergence
+
+
+def _to_themselves(
+    problems: list[Problem], solved: list[OTResult], options: SolverOptions, silent: bool
+) -> list[tuple[OTResult, OTResult]]:
+    """Return the transport of both measures to themselves, for each problem, at the epsilon it was solved at."""
+    both = [
+        Problem(points, points, w, w, p.cost, Epsilon(result.epsilon), p.rho, uniform=p.uniform)
+        for p, result in zip(problems, solved, strict=True)
+        for points, w in ((p.x, p.a), (p.y, p.b))
+    ]
+    results = solve_all(both, options, silent=silent)
+    return list(zip(results[::2], results[1::2], strict=True))
+
+
+def each(name: str, x: Tensor, y: Tensor, *weights: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Return the arguments of each of ``(B, n, d)`` problems, or of the one of ``(n, d)`` samples."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() == 3):
+        return iter([(x, y, *weights)])
+    if len(x) != len(y):
+        raise ValueError(f"x holds {len(x)} problems but {name} {len(y)}: their first dimensions must agree")
+    for w in weights:
+        if w is not None and (w.dim() != 2 or len(w) != len(x)):
+            raise ValueError(f"weights must have shape ({len(x)}, n) for {len(x)} problems, got {tuple(w.shape)}")
+    rows = ([None] * len(x) if w is None else list(w) for w in weights)
+    return zip(x, y, *rows, strict=True)
+
+
+def stacked(values: list[Tensor], x: Tensor) -> Tensor:
+    """Return the value of one problem, or the values of as many as there are."""
+    if x.dim() < 3:
+        return values[0]
+    return torch.stack(values) if values else x.new_zeros(0)

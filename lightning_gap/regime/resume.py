@@ -1,0 +1,120 @@
+"""A checkpoint of a regime: what it holds, whether it fits this run, and how this run takes it up."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_gap.regime.applied import scale
+from lightning_gap.regime.fates import Fate
+from lightning_gap.regime.plan import RegimePlan
+
+if TYPE_CHECKING:
+    from lightning_gap.regime.run import RegimeRun
+    from lightning_gap.regime.takeover import Taken
+
+__all__ = ["check_regime", "refuse_unscaled", "state_of", "take_up"]
+
+
+def state_of(run: "RegimeRun") -> dict[str, Any]:
+    """Return a run's plan and where it is in it, as plain Python."""
+    progress, taken = run.progress, run.taken
+    noise = None if taken is None else taken.noise
+    return {
+        "plan": run.planned.to_dict(),
+        "ticked": progress.ticked,
+        "epoch_start": progress.epoch_start,
+        "samples": progress.samples,
+        "metrics": dict(run.plateaus.metrics),
+        "made": [] if taken is None else [warmup.made for warmup in taken.clock.warmups],
+        "clipped": [int(progress.clipped), progress.clippable],
+        "noise": None if noise is None else [noise.seed, noise.draws],
+    }
+
+
+def check_regime(plan: RegimePlan, saved: dict[str, Any]) -> RegimePlan:
+    """Return the plan that goes on from a saved one.
+
+    Args:
+        plan: The plan of the run.
+        saved: What :meth:`RegimePlan.to_dict` returned when the checkpoint was written.
+
+    Raises:
+        MisconfigurationException: If the checkpoint is of another regime.
+    """
+    plan = plan.with_rate_of(saved)
+    if differences := plan.disagreements(saved):
+        raise MisconfigurationException(
+            f"The checkpoint is of another regime: {'; '.join(differences)}. Resume with the same LargeBatchRegime "
+            "arguments and data, or start a new run from its weights."
+        )
+    return plan
+
+
+def refuse_unscaled(plan: RegimePlan, key: str, callbacks: dict[str, Any]) -> None:
+    """Refuse to resume a run that was not of a regime: its learning rates would silently win.
+
+    Args:
+        plan: The plan of the run.
+        key: The key of the regime's state.
+        callbacks: The states of the checkpoint's callbacks.
+
+    Raises:
+        MisconfigurationException: If the regime is not among them, and changes something.
+    """
+    if (plan.lr_factor != 1.0 or plan.reclocked) and key not in callbacks:
+        raise MisconfigurationException(
+            "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
+            "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
+            "from its weights."
+        )
+
+
+def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str, Any] | None) -> bool:
+    """Take up what a checkpoint left; return whether it is of another batch.
+
+    Args:
+        trainer: The trainer, which has restored everything else.
+        plan: The plan of the run.
+        taken: What has been taken over.
+        saved: What :func:`state_of` returned when the checkpoint was written; ``None`` without one.
+
+    Raises:
+        MisconfigurationException: If it is of another batch, and cannot go on at this one.
+    """
+    if saved is None:
+        return False
+    for warmup, made in zip(taken.clock.warmups, saved["made"], strict=True):
+        warmup.made = made
+    if taken.noise is not None:
+        taken.noise.seed, taken.noise.draws = saved["noise"]
+    before = saved["plan"]
+    if before["batch_size"] == plan.batch_size:
+        return False
+    full = before["updates_per_epoch"]
+    if full and (trainer.global_step - saved["epoch_start"]) % full:
+        raise MisconfigurationException(
+            f"The checkpoint was written within an epoch, at the batch {before['batch_size']}. To go on at "
+            f"{plan.batch_size}, take one from the end of an epoch."
+        )
+    for fate in plan.schedulers:
+        if fate.fate is Fate.THIS_RUNS and fate.interval == "epoch":
+            raise MisconfigurationException(
+                f"{fate.name} has the length of a run at the batch {before['batch_size']}, "
+                "which the checkpoint restores. To go on at another batch, give it the reference run's epochs."
+            )
+    if plan.pace != 1 and any(clock.interval == "step" for clock in taken.clock.clocks):
+        raise MisconfigurationException(
+            "A scheduler of updates, at train_longer=False, cannot go on at another batch: its updates behind it "
+            "were of other lengths. Go on at the batch of the checkpoint, or step it by epochs."
+        )
+    correction = plan.lr_factor / before["lr_factor"]
+    moment_ratio = plan.ratio / before["ratio"] if plan.scales_moments else 1.0
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    scale(trainer.optimizers, schedulers, correction, moment_ratio)
+    rank_zero_info(
+        f"LargeBatchRegime goes on at the batch {plan.batch_size} from {before['batch_size']}: learning rates "
+        f"times {correction:.4g}."
+    )
+    return True

@@ -1,0 +1,322 @@
+"""One fit under a regime, from its plan to its end: in which phase it is, and what it holds."""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.applied import check_unscaled, scale
+from lightning_gap.regime.clock import RegimeClock
+from lightning_gap.regime.fates import Rate
+from lightning_gap.regime.hand_set import check_hand_set_rates, check_hand_stepped
+from lightning_gap.regime.lengths import curve
+from lightning_gap.regime.limits import RunLimits
+from lightning_gap.regime.loader import DataNotReady, same_data
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.planning import RunPlanner
+from lightning_gap.regime.plateaus import ReferencePlateaus
+from lightning_gap.regime.refusals import check_optimizers
+from lightning_gap.regime.resume import check_regime, refuse_unscaled, take_up
+from lightning_gap.regime.sample_noise import output_module
+from lightning_gap.regime.scheduler_checks import check_schedulers, stepping_of
+from lightning_gap.regime.takeover import (
+    Taken,
+    learning_rates,
+    refused_as,
+    take_schedulers,
+    validation_clock,
+)
+from lightning_gap.regime.warmup import Warmup
+
+if TYPE_CHECKING:
+    from lightning_gap.regime.callback import LargeBatchRegime
+
+__all__ = ["Phase", "Progress", "RegimeRun"]
+
+
+class Phase(IntEnum):
+    """How far a fit is."""
+
+    SET_UP = 1  # planned, or about to be once the module has its data; a checkpoint may be read now
+    TAKEN_OVER = 2  # scaled and stepped by us; some strategies restore a checkpoint only now
+    OVER = 3  # all is given back
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        ticked: Up to which update the clocks have been read; ``None`` before training.
+        epoch_start: Updates made before the present epoch.
+        epochs: Epochs of this run that are over.
+        samples: Samples seen.
+        clipped: Gradients that were clipped.
+        clippable: Gradients of which the norm was taken.
+    """
+
+    ticked: int | None = None
+    epoch_start: int = 0
+    epochs: int = 0
+    samples: int = 0
+    clipped: Tensor | int = 0
+    clippable: int = 0
+
+
+class RegimeRun:
+    """A fit under a regime.
+
+    Args:
+        regime: The callback, whose arguments say what to do.
+        keeps_lengths: Whether the run's lengths are to stay the trainer's own.
+
+    Attributes:
+        phase: How far it is.
+        plan: Its plan; ``None`` until the data tell.
+        planner: What measures it.
+        progress: Where it is.
+        taken: What has been taken over; ``None`` before.
+        limits: Of the trainer.
+        plateaus: Schedulers that look at a metric.
+    """
+
+    def __init__(self, regime: "LargeBatchRegime", *, keeps_lengths: bool) -> None:
+        self.regime, self.phase = regime, Phase.SET_UP
+        self.plan: RegimePlan | None = None
+        self.planner = RunPlanner(regime, keeps_lengths=keeps_lengths)
+        self.progress, self.limits, self.plateaus = Progress(), RunLimits(), ReferencePlateaus()
+        self.taken: Taken | None = None
+        self._answers: ReferenceAnswers | None = None
+        self._read = False  # whether a checkpoint has been read
+        self._early: dict[str, Any] | None = None  # its callbacks, if that was before there was a plan
+        self._saved: dict[str, Any] | None = None  # a regime's state in it, until it is taken up
+
+    @property
+    def planned(self) -> RegimePlan:
+        """The plan, once there is one."""
+        assert self.plan is not None, "setup precedes every other hook of fit"
+        return self.plan
+
+    @property
+    def running(self) -> Taken:
+        """What has been taken over."""
+        assert self.taken is not None, "on_fit_start precedes training"
+        return self.taken
+
+    # ------------------------------------------------------------------ plan
+
+    def set_up(self, trainer: Trainer, pl_module: LightningModule, *, longer: bool) -> None:
+        """Plan, and let the trainer answer as in the reference run until its schedulers are made.
+
+        Args:
+            trainer: The trainer, in ``setup``.
+            pl_module: Its module.
+            longer: Whether the run makes more updates than its epochs have.
+        """
+        truth = self.regime.stretch_schedulers is False
+        try:
+            self._make_plan(trainer)
+        except DataNotReady:
+            if truth and longer:
+                raise  # the limits are to be this run's before configure_optimizers asks for them
+        if self.planner.keeps_lengths:
+            return
+        if truth:
+            self._set_limits(trainer)
+            return
+        self._answers = ReferenceAnswers(
+            trainer, lambda: self._lengths(trainer), lambda loader: same_data(loader, self.planner.loader)
+        )
+        self._answers.begin(
+            pl_module,
+            length_holder(self.planner.loader),
+            before=lambda: self._plan_late(trainer),
+            after=lambda: self._set_limits(trainer),
+        )
+
+    def _make_plan(self, trainer: Trainer) -> RegimePlan:
+        if self.plan is None:
+            self.plan = self.planner.plan(trainer)
+        return self.plan
+
+    def _lengths(self, trainer: Trainer) -> dict[str, Any]:
+        return self.planner.reference_lengths(self._make_plan(trainer), self.limits.users(trainer))
+
+    def _plan_late(self, trainer: Trainer) -> None:
+        """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
+        if self.plan is not None:
+            return
+        try:
+            self._make_plan(trainer)
+        except DataNotReady as error:
+            raise error.__cause__ or error from None
+        if self._early is not None:
+            self.read(trainer, self._early)
+            if state := self._early.get(self.regime.state_key):
+                self.load(state)
+
+    def _set_limits(self, trainer: Trainer) -> None:
+        if self.plan is not None and (self.plan.updates_per_epoch is not None or self.regime.train_longer):
+            self.limits.set(trainer, self.plan)
+
+    # ---------------------------------------------------------------- change
+
+    def take_over(self, trainer: Trainer, pl_module: LightningModule, *, rate_found: bool) -> None:
+        """Check all, then scale the learning rates and take over the schedulers' clocks.
+
+        Args:
+            trainer: The trainer, in ``on_fit_start``.
+            pl_module: Its module.
+            rate_found: Whether LearningRateFinder has set the learning rate.
+        """
+        self._plan_late(trainer)
+        plan = self.planned
+        if self._answers is not None:
+            self._answers.end()
+        if plan.rate is Rate.RULED and self._saved is None and rate_found:
+            rank_zero_warn(
+                "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
+                "scaled."
+            )
+            plan = plan.with_found_rate()
+        stretch = self.regime.stretch_schedulers
+        check_optimizers(trainer, plan)
+        if plan.lr_factor != 1.0:
+            check_hand_set_rates(trainer, pl_module)
+            refused_as(check_unscaled, trainer.optimizers)
+        data = self.planner.data
+        if self._answers is not None:
+            self._lengths(trainer)
+        stepping = stepping_of(pl_module, None if self._answers is None else self._answers.at)
+        rollouts = check_schedulers(
+            trainer,
+            plan,
+            stretch,
+            stepping=stepping,
+            batches=() if data is None else data.numbers_of_batches(trainer.accumulate_grad_batches),
+            otherwise=self.planner.otherwise(self._answers, pl_module),
+        )
+        validations = validation_clock(trainer, plan)
+        if plan.reclocked and stretch:
+            check_hand_stepped(trainer, pl_module)
+        _warn_of_kept_optimizers(trainer, pl_module, plan)
+        if not self.planner.keeps_lengths:
+            self._set_limits(trainer)
+        self.limits.lift_updates(trainer)
+        if self._read:
+            self.limits.lift_epochs(trainer)
+        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
+        before = learning_rates(trainer)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scale(trainer.optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
+        clocks, fates = take_schedulers(trainer, plan, self.plateaus, stepping, stretch=stretch)
+        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in trainer.optimizers]
+        self.taken = Taken(RegimeClock(plan, clocks, warmups), validations, groups)
+        if weighted is not None:
+            self.taken.weigh_samples(trainer, weighted, plan.noise_variance)
+        self.plan = replace(
+            plan,
+            learning_rates=tuple(zip(before, learning_rates(trainer), strict=True)),
+            schedulers=fates,
+            companions=self.taken.take_counters(trainer, plan),
+            curve=curve(plan, before[0], rollouts) if before else (),
+        )
+        self.phase = Phase.TAKEN_OVER
+
+    def _weighted_module(self, pl_module: LightningModule) -> nn.Module:
+        name = self.regime.gradient_noise
+        found: tuple[str, nn.Module] = refused_as(output_module, pl_module, name if isinstance(name, str) else None)
+        return found[1]
+
+    def start(self, trainer: Trainer) -> None:
+        """Check that the loaded data is what was planned for, and take up what a checkpoint left."""
+        plan, taken = self.planned, self.running
+        self.planner.check(trainer)
+        saved, self._saved = self._saved, None
+        changed = take_up(trainer, plan, taken, saved)
+        self.limits.begin(trainer, plan, changed=changed)
+        ticked = self.progress.ticked
+        taken.clock.updates = trainer.global_step if ticked is None else ticked
+        self.tick(trainer.global_step)
+        if taken.validations is not None:
+            taken.validations.begin(trainer.global_step)
+        batches = trainer.fit_loop.epoch_loop
+        if batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch and not changed:
+            # A checkpoint of an epoch's last batch, from before its validation: Lightning goes on in the next epoch
+            # without ending this one, nor starting that one. Plateaus still have this one's end before them.
+            taken.set_counters(plan, trainer.global_step)
+        else:
+            self.start_epoch(trainer.global_step if changed else self.progress.epoch_start)
+
+    def start_epoch(self, update: int) -> None:
+        """Say what happens at the end of an epoch of this run.
+
+        Args:
+            update: Updates made before it.
+        """
+        self.progress.epoch_start = update
+        self.running.set_counters(self.planned, update)
+
+    def tick(self, update: int) -> None:
+        """Step the schedulers that the reference run steps up to an update."""
+        self.running.clock.advance(update)
+        self.progress.ticked = update
+
+    # ---------------------------------------------------------------- resume
+
+    def read(self, trainer: Trainer, callbacks: dict[str, Any]) -> None:
+        """Look at the checkpoint that is about to be restored.
+
+        Args:
+            trainer: The trainer.
+            callbacks: The states of its callbacks.
+        """
+        if self.plan is None:
+            self._early = callbacks
+        else:
+            refuse_unscaled(self.plan, self.regime.state_key, callbacks)
+        self._read = True
+        if self.phase is Phase.TAKEN_OVER:
+            self.limits.lift_epochs(trainer)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Check that a checkpoint is of this regime, and go on where it was written.
+
+        Args:
+            state: The regime's state in it.
+        """
+        if self.plan is None:
+            return
+        self.plan = check_regime(self.plan, state["plan"])
+        if state["ticked"] is None:
+            return  # written before training, by LearningRateFinder
+        self._saved, progress = state, self.progress
+        progress.ticked, progress.epoch_start, progress.samples = (
+            state[name] for name in ("ticked", "epoch_start", "samples")
+        )
+        progress.clipped, progress.clippable = state["clipped"]
+        self.plateaus.metrics = state["metrics"]
+
+    def release(self, trainer: Trainer) -> None:
+        """Give everything back that is the user's."""
+        self.phase = Phase.OVER
+        if self._answers is not None:
+            self._answers.end()
+            self._answers = None
+        self.limits.give_back(trainer)
+        if self.taken is not None:
+            self.taken.give_back()
+
+
+def _warn_of_kept_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+    for name, value in vars(pl_module).items():
+        if plan.lr_factor != 1.0 and any(value is optimizer for optimizer in trainer.optimizers):
+            rank_zero_warn(
+                f"LargeBatchRegime: the module keeps its optimizer as {name}, whose learning rates stay scaled "
+                "after fit, for a fit without the callback too. Make a new one in configure_optimizers."
+            )
