@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from lightning_gap.diffusion.distance import tracked_parameters as tracked_parameters
     from lightning_gap.diffusion.distance import weight_displacement as weight_displacement
     from lightning_gap.diffusion.distance import weight_norm as weight_norm
+    from lightning_gap.diffusion.fit import DiffusionFit as DiffusionFit
+    from lightning_gap.diffusion.fit import fit_diffusion as fit_diffusion
+    from lightning_gap.diffusion.forecast import Forecast as Forecast
+    from lightning_gap.diffusion.forecast import forecast_updates as forecast_updates
+    from lightning_gap.diffusion.grid import constant_lr_segments as constant_lr_segments
+    from lightning_gap.diffusion.grid import next_log_update as next_log_update
     from lightning_gap.diffusion.landscape import LandscapeFit as LandscapeFit
     from lightning_gap.diffusion.landscape import estimate_alpha as estimate_alpha
-    from lightning_gap.diffusion.law import DiffusionFit as DiffusionFit
-    from lightning_gap.diffusion.law import Forecast as Forecast
-    from lightning_gap.diffusion.law import constant_lr_segments as constant_lr_segments
-    from lightning_gap.diffusion.law import fit_diffusion as fit_diffusion
-    from lightning_gap.diffusion.law import forecast_updates as forecast_updates
-    from lightning_gap.diffusion.law import next_log_update as next_log_update
     from lightning_gap.diffusion.metrics import UltraSlowDiffusionFit as UltraSlowDiffusionFit
     from lightning_gap.diffusion.metrics import WeightDistance as WeightDistance
     from lightning_gap.diffusion.plot import plot_diffusion as plot_diffusion

@@ -18,7 +18,7 @@ from lightning_gap.diffusion.distance import (
     square_sums,
     tracked_parameters,
 )
-from lightning_gap.diffusion.law import DiffusionFit, fit_diffusion
+from lightning_gap.diffusion.fit import DiffusionFit, fit_diffusion
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.extras import library
 from lightning_gap.precision import widest

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gap.diffusion.law import DiffusionFit, constant_lr_segments
+from lightning_gap.diffusion.fit import DiffusionFit
+from lightning_gap.diffusion.grid import constant_lr_segments
 from lightning_gap.diffusion.reference import ReferenceRun
 from lightning_gap.extras import library
 

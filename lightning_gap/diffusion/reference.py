@@ -9,7 +9,8 @@ from typing import TextIO
 import fsspec
 import numpy as np
 
-from lightning_gap.diffusion.law import Forecast, longest_segment
+from lightning_gap.diffusion.forecast import Forecast
+from lightning_gap.diffusion.grid import longest_segment
 
 __all__ = ["ReferenceRun", "advice", "read_reference", "write_trace"]
 
@@ -43,6 +44,15 @@ class ReferenceRun:
         """
         last = longest_segment(self.updates, self.learning_rates).stop - 1
         return self.updates[last], self.distances[last]
+
+    def mismatch(self, parameters: int) -> str | None:
+        """Return what is to be said where a run measures another number of parameters, or None."""
+        if self.parameters in (0, parameters):
+            return None
+        return (
+            f"measures {parameters} parameters here, and measured {self.parameters} in its reference: the distances "
+            "are not those of the same weights."
+        )
 
     def distance_at(self, update: float) -> float:
         """Return the distance after ``update`` updates, linear in log t between points; NaN outside of them."""

@@ -6,13 +6,19 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_gap.diffusion.law import DiffusionFit
+from lightning_gap.diffusion.fit import DiffusionFit
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.diffusion.reference import ReferenceRun
 from lightning_gap.extras import library
 from lightning_gap.trainer.loggers import log_figure, log_table
 
-__all__ = ["publish", "summary"]
+__all__ = ["laws_to_log", "publish", "summary"]
+
+
+def laws_to_log(fit: DiffusionFit) -> dict[str, float]:
+    """Return the numbers of a fit, and what draws its laws again."""
+    laws = ("log_intercept", "power_coefficient", "first_update", "last_update")
+    return fit.numbers() | {name: getattr(fit, name) for name in laws}
 
 
 def summary(fit: DiffusionFit, *, varied: bool) -> Table:

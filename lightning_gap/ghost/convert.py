@@ -13,13 +13,14 @@ from warnings import warn
 
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_gap.ghost.foreign import is_made, keeps_forward
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_per_sample, check_settings
 from lightning_gap.ghost.hidden import calls_batch_norm, frozen_layers, scripted_layers
-from lightning_gap.ghost.layers import GhostNorm, ghost_class, is_made, keeps_forward, rank_group
+from lightning_gap.ghost.layers import GhostNorm, ghost_class
 from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = [
     "GhostConversion",
@@ -59,7 +60,7 @@ class GhostConversion:
         unable: Names of the layers that cannot be converted, each with the reason.
     """
 
-    layers: dict[str, _BatchNorm]
+    layers: dict[str, BatchNormBase]
     asked_to_skip: tuple[str, ...]
     unable: dict[str, str]
 
@@ -86,7 +87,7 @@ class GhostConversion:
         """
         check_settings(ghost_batch_size, running_stats, grouping)
         rows = self.rows_of_layers(rows_per_sample)
-        ranks = rank_group(process_group)
+        ranks = RankGroup(process_group) if isinstance(process_group, ProcessGroup) else process_group
         channels = {name: layer.num_features for name, layer in self.layers.items()}
         before = [(layer, _settings(layer)) for layer in self.layers.values()]
         for number, (name, layer) in enumerate(self.layers.items()):
@@ -151,18 +152,18 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
         ['1']
     """
     rules = _rules(skip)
-    names: dict[_BatchNorm, list[str]] = {}  # a tied layer has several
+    names: dict[BatchNormBase, list[str]] = {}  # a tied layer has several
     hidden: dict[nn.Module, list[str]] = {}  # modules that normalize without a BatchNorm layer to be seen
     reasons = scripted_layers(module)
     calling = {cls for cls in {type(layer) for layer in module.modules()} if calls_batch_norm(cls)}
     for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, BatchNormBase):
             names.setdefault(layer, []).append(name.replace("_orig_mod.", ""))
         elif layer in reasons or type(layer) in calling:
             hidden.setdefault(layer, []).append(name.replace("_orig_mod.", ""))
 
     used: set[str] = set()
-    layers: dict[str, _BatchNorm] = {}
+    layers: dict[str, BatchNormBase] = {}
     skipped: list[str] = []
     unable: dict[str, str] = {}
     for layer, aliases in names.items():
@@ -305,7 +306,7 @@ def _matches(rule: Skip, name: str, layer: nn.Module) -> bool:
     return bool(rule(name, layer))
 
 
-def _cannot(layer: _BatchNorm) -> str | None:
+def _cannot(layer: BatchNormBase) -> str | None:
     """Say why a layer cannot become a ghost layer by a change of class, or None if it can."""
     if "forward" in vars(layer):
         return "has had its forward replaced"
@@ -319,21 +320,21 @@ def _cannot(layer: _BatchNorm) -> str | None:
     return None
 
 
-def _settings(layer: _BatchNorm) -> _Settings | None:
+def _settings(layer: BatchNormBase) -> _Settings | None:
     return _Settings(*(getattr(layer, name) for name in _Settings._fields)) if isinstance(layer, GhostNorm) else None
 
 
-def _set(layer: _BatchNorm, settings: _Settings) -> None:
+def _set(layer: BatchNormBase, settings: _Settings) -> None:
     if not isinstance(layer, GhostNorm):
         layer.__class__ = ghost_class(type(layer))
     vars(layer).update(settings._asdict())
 
 
-def _revert(layer: _BatchNorm) -> None:
+def _revert(layer: BatchNormBase) -> None:
     cls = type(layer)
     if not issubclass(cls, GhostNorm):
         return
-    if not is_made(cls):
+    if not is_made(cls, GhostNorm):
         warn(f"a {cls.__name__} layer stays a ghost layer: it has no plain class of its own", stacklevel=3)
         return
     layer.__class__ = cls.plain_class

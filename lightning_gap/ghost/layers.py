@@ -1,15 +1,12 @@
 """Ghost batch normalization layers: subclasses of torch's, so that whatever looks for BatchNorm finds it."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
+from lightning_gap.ghost.foreign import class_of, is_made, keeps_forward, normalizing_by
 from lightning_gap.ghost.functional import (
     Grouping,
     RunningStats,
@@ -19,11 +16,12 @@ from lightning_gap.ghost.functional import (
 )
 from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.internals.of_torch import BatchNormBase, check_input_dim
 
 __all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class"]
 
 
-class GhostNorm(_BatchNorm):
+class GhostNorm(BatchNormBase):
     r"""What all ghost batch normalization layers share: training over ghosts, evaluation as plain BatchNorm.
 
     Use :class:`GhostBatchNorm1d`, :class:`GhostBatchNorm2d` or :class:`GhostBatchNorm3d`; test for this class to find
@@ -47,7 +45,7 @@ class GhostNorm(_BatchNorm):
         ValueError: If an argument is out of range.
     """
 
-    plain_class: ClassVar[type[_BatchNorm]]
+    plain_class: ClassVar[type[BatchNormBase]]
     ghost_batch_size: int
     running_stats: RunningStats
     grouping: Grouping
@@ -61,7 +59,7 @@ class GhostNorm(_BatchNorm):
         running_stats: RunningStats = "sequential",
         grouping: Grouping = "contiguous",
         rows_per_sample: int | BatchRows = 1,
-        process_group: torch.distributed.ProcessGroup | RankGroup | None = None,
+        process_group: ProcessGroup | RankGroup | None = None,
         **kwargs: Any,
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
@@ -72,7 +70,7 @@ class GhostNorm(_BatchNorm):
         self.running_stats = running_stats
         self.grouping = grouping
         self.rows_per_sample = rows_per_sample
-        self.process_group = rank_group(process_group)
+        self.process_group = RankGroup(process_group) if isinstance(process_group, ProcessGroup) else process_group
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over ghost batches in training, by the running statistics in evaluation.
@@ -89,8 +87,8 @@ class GhostNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         if not keeps_forward(type(self).plain_class):
-            return self._own_forward(super().forward, input)
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            return normalizing_by(self._over_ghosts, self, super().forward, input)
+        check_input_dim(self, input)
         tracks = self.track_running_stats  # freezing callbacks switch it off while the buffers are still there
         return self._over_ghosts(
             input, self.running_mean if tracks else None, self.running_var if tracks else None, self.weight, self.bias
@@ -121,19 +119,6 @@ class GhostNorm(_BatchNorm):
             process_group=self.process_group,
         )
 
-    def _own_forward(self, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        updates = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
-        redirected: list[bool] = []  # no attribute of the mode: compilers lose those
-        with _OverGhosts(self, updates, redirected):
-            output = forward(input)
-        if not redirected:
-            name = type(self).plain_class.__name__
-            raise RuntimeError(
-                f"the forward of {name} does not call torch.nn.functional.batch_norm with its own running statistics "
-                f"in training, so it cannot normalize over ghosts; convert with skip={name}"
-            )
-        return output
-
     def extra_repr(self) -> str:
         """Describe the layer as BatchNorm does, and its ghosts."""
         own = f"ghost_batch_size={self.ghost_batch_size}, running_stats={self.running_stats}, grouping={self.grouping}"
@@ -146,40 +131,9 @@ class GhostNorm(_BatchNorm):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class that ghost_class made has no importable name: rebuild it from the plain class.
         reduced = super().__reduce_ex__(max(int(protocol), 2))
-        if type(self) in _NAMED or not is_made(type(self)):
+        if type(self) in _NAMED or not is_made(type(self), GhostNorm):
             return reduced
         return (_empty_layer, (self.plain_class,), *reduced[2:])
-
-
-class _OverGhosts(TorchFunctionMode):
-    """Sends the call to ``batch_norm`` that a layer's own forward makes in training to the ghosts."""
-
-    def __init__(self, layer: GhostNorm, updates: Tensor | None, redirected: list[bool]) -> None:
-        super().__init__()
-        self.layer, self.updates, self.redirected = layer, updates, redirected
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **kwargs or {})
-        return self._batch_norm(*args, **kwargs or {})
-
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        self.redirected.append(True)
-        if self.updates is not None and self.layer.num_batches_tracked is not None:
-            self.layer.num_batches_tracked.copy_(self.updates)  # the forward has counted one; the ghosts count theirs
-        return self.layer._over_ghosts(input, running_mean, running_var, weight, bias)
 
 
 class GhostBatchNorm1d(GhostNorm, nn.BatchNorm1d):
@@ -231,36 +185,7 @@ class GhostBatchNorm3d(GhostNorm, nn.BatchNorm3d):
 _NAMED = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
 
 
-def rank_group(process_group: torch.distributed.ProcessGroup | RankGroup | None) -> RankGroup | None:
-    """Return a process group as a :class:`~lightning_gap.trainer.strategy.RankGroup`.
-
-    Args:
-        process_group: A process group, already a rank group, or None for none.
-    """
-    if process_group is None or isinstance(process_group, RankGroup):
-        return process_group
-    return RankGroup(process_group)
-
-
-def keeps_forward(plain: type[_BatchNorm]) -> bool:
-    """Return whether a BatchNorm class has torch's ``forward`` and no other.
-
-    Args:
-        plain: Any BatchNorm class.
-    """
-    return plain.forward is _BatchNorm.forward
-
-
-def is_made(cls: type[nn.Module]) -> bool:
-    """Return whether ``cls`` stands for one plain class, and is no further subclass that someone else derived.
-
-    Args:
-        cls: Any module class.
-    """
-    return issubclass(cls, GhostNorm) and "plain_class" in vars(cls)
-
-
-def ghost_class(plain: type[_BatchNorm]) -> type[GhostNorm]:
+def ghost_class(plain: type[BatchNormBase]) -> type[GhostNorm]:
     """Return the ghost class of a BatchNorm class, made on first use where it is not one of torch's three.
 
     Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses
@@ -275,16 +200,9 @@ def ghost_class(plain: type[_BatchNorm]) -> type[GhostNorm]:
         >>> ghost_class(nn.LazyBatchNorm1d).__name__
         'GhostLazyBatchNorm1d'
     """
-    for cls in plain.__subclasses__():
-        if issubclass(cls, GhostNorm) and is_made(cls):
-            return cls
-    attributes: dict[str, Any] = {"plain_class": plain, "__module__": __name__, "__doc__": plain.__doc__}
-    becomes = getattr(plain, "cls_to_become", None)  # a lazy class turns into this one at its first forward
-    if becomes is not None:
-        attributes["cls_to_become"] = ghost_class(becomes)
-    return type(f"Ghost{plain.__name__}", (GhostNorm, plain), attributes)
+    return class_of(plain, GhostNorm, "Ghost")
 
 
-def _empty_layer(plain: type[_BatchNorm]) -> GhostNorm:
+def _empty_layer(plain: type[BatchNormBase]) -> GhostNorm:  # pickles name it
     cls = ghost_class(plain)
     return cls.__new__(cls)

@@ -5,6 +5,33 @@ from torch import Tensor, nn
 
 from lightning_gap.ranks.group import RankGroup
 
+PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}
+G = 4
+
+
+def make(dim, channels=3, **kwargs):
+    """A plain layer in double precision, its scale and shift drawn."""
+    layer = PLAIN[dim](channels, dtype=torch.float64, **kwargs)
+    if layer.affine:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def randn(n, dim, channels=3, dtype=torch.float64):
+    return torch.randn(n, channels, *SPATIAL[dim], dtype=dtype) * 3 + 2
+
+
+def as_format(x, memory_format):
+    if memory_format == "channels_last" and x.dim() in (4, 5):
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if memory_format == "sliced":  # every second channel of a wider tensor
+        return torch.stack((x, x + 1), 2).flatten(1, 2)[:, ::2]
+    if memory_format == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x
+
 
 def members(n: int, g: int, grouping: str, values: int) -> list[list[int]]:
     """Which samples form each ghost, by dealing them out one at a time."""

@@ -1,13 +1,11 @@
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
-from ghost_reference import TwoRanks, members, one_after_another
+from ghost_reference import SPATIAL, G, as_format, make, members, one_after_another, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gap.ghost import (
@@ -15,34 +13,7 @@ from lightning_gap.ghost import (
     convert_ghost_batchnorm,
     ghost_batch_norm,
     ghost_slices,
-    kernels,
 )
-
-PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-SPATIAL = {2: (), 3: (5,), 4: (3, 4), 5: (2, 3, 2)}
-G = 4
-
-
-def make(dim, channels=3, **kwargs):
-    layer = PLAIN[dim](channels, dtype=torch.float64, **kwargs)
-    if layer.affine:
-        nn.init.normal_(layer.weight)
-        nn.init.normal_(layer.bias)
-    return layer
-
-
-def randn(n, dim, channels=3, dtype=torch.float64):
-    return torch.randn(n, channels, *SPATIAL[dim], dtype=dtype) * 3 + 2
-
-
-def as_format(x, memory_format):
-    if memory_format == "channels_last" and x.dim() in (4, 5):
-        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    if memory_format == "sliced":  # every second channel of a wider tensor
-        return torch.stack((x, x + 1), 2).flatten(1, 2)[:, ::2]
-    if memory_format == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    return x
 
 
 def compare(plain, x, *, g=G, steps=2, memory_format="contiguous", tolerance=1e-12, **kwargs):
@@ -288,62 +259,6 @@ def test_bad_arguments(changes, error, words):
         ghost_batch_norm(**arguments)
 
 
-@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
-@pytest.mark.parametrize("dim", [2, 4])
-def test_formula_equals_kernels(dim, grouping, monkeypatch):
-    # The path of torch.compile and of devices without native kernels, in eager mode.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for n in range(2, 3 * G + 2):
-        compare(make(dim), randn(n, dim), grouping=grouping, steps=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
-@pytest.mark.parametrize("sizes", [{"_LARGE_GHOST": 1}, {"_BLOCK": 1}, {"_BLOCK": 300}])
-def test_every_kernel(sizes, grouping, dtype, monkeypatch):
-    # Large ghosts go one by one, small ones in blocks: of one ghost here, or of a few with a last block of fewer.
-    for name, value in sizes.items():
-        monkeypatch.setattr(kernels, name, value)
-    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
-    for dim in (2, 3, 4, 5):
-        for memory_format in ("contiguous", "channels_last", "transposed"):
-            for n in (5 * G, 6 * G + 1, 7 * G + 3):
-                plain = make(dim) if dtype == torch.float64 else make(dim).float()
-                x = randn(n, dim).to(dtype)
-                compare(plain, x, grouping=grouping, memory_format=memory_format, steps=1, tolerance=tolerance)
-
-
-class Outputs(TorchDispatchMode):
-    """Refuses calls that are given one memory for several outputs: kernels of other devices may use each as they go."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = [argument.name for argument in func._schema.arguments if argument.is_out]
-        places = sorted((out.data_ptr(), out.nbytes) for name in names if (out := (kwargs or {}).get(name)) is not None)
-        assert all(start + size <= then for (start, size), (then, _) in pairwise(places)), func
-        if func is torch.ops.aten.native_batch_norm.out:
-            assert kwargs["save_mean"] is not kwargs["save_invstd"]
-            assert kwargs["save_mean"].shape == kwargs["save_invstd"].shape == (args[0].shape[1],)
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("sizes", [{}, {"_LARGE_GHOST": 1}, {"_BLOCK": 1}])
-def test_no_call_writes_two_outputs_into_one_memory(sizes, monkeypatch):
-    for name, value in sizes.items():
-        monkeypatch.setattr(kernels, name, value)
-
-    with Outputs():
-        for dim in (2, 3, 4, 5):
-            for memory_format in ("contiguous", "channels_last"):
-                for ranks in (None, TwoRanks()):
-                    x = as_format(randn(11, dim), memory_format).requires_grad_()
-                    weight, bias = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-                    for grouping in ("contiguous", "strided"):
-                        y = ghost_batch_norm(
-                            x, None, None, weight, bias, ghost_batch_size=G, grouping=grouping, process_group=ranks
-                        )
-                        y.sum().backward()
-
-
 @pytest.mark.compiler
 @pytest.mark.parametrize("grouping", ["contiguous", "strided"])
 @pytest.mark.parametrize("dim", [2, 4])  # the formula, and the kernels as one operator
@@ -362,21 +277,6 @@ def test_compiled_without_graph_breaks(dim, grouping):
         torch.testing.assert_close(mine.grad, twin.grad, rtol=1e-10, atol=1e-10)
     for name, value in ghost.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize("grouping", ["contiguous", "strided"])
-def test_operator_of_compiled_graphs_is_what_it_declares(grouping):
-    # Shapes, strides and dtypes, as the compiler is told them and as the kernels give them.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    runs = [0, 8, 2, int(grouping == "strided"), 8, 10, 1, 0]
-    for dim, dtype in ((4, torch.float64), (5, torch.float64), (4, torch.bfloat16)):
-        for memory_format in ("contiguous", "channels_last"):
-            x = as_format(randn(10, dim, dtype=dtype), memory_format).requires_grad_()
-            statistics = torch.float32 if dtype == torch.bfloat16 else dtype
-            weight, bias = (torch.randn(3, dtype=statistics, requires_grad=True) for _ in range(2))
-            for arguments in ((x, weight, bias), (x, None, None), (x.detach(), weight, None)):
-                torch.library.opcheck(torch.ops.lightning_gap.ghost_norm, (*arguments, 1e-5, runs), test_utils=checks)
 
 
 @pytest.mark.gpu

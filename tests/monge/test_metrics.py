@@ -210,7 +210,7 @@ def test_energy_distance_has_its_gradient_in_blocks(monkeypatch):
     ("options", "message"),
     [
         ({"solver": "fast"}, "solver must be one of auto, .*, got 'fast'"),
-        ({"solver": "exact", "epsilon": 0.1}, "solver='exact' takes neither epsilon nor reach"),
+        ({"solver": "exact", "epsilon": 0.1}, "solver='exact' takes neither epsilon nor rho"),
         ({"epsilon": -1.0}, "epsilon must be a positive finite number, got -1.0"),
         ({"relative_epsilon": 0.0}, "relative_epsilon must be a positive finite number, got 0.0"),
         ({"cost": "euclid"}, "unknown cost 'euclid'"),
@@ -224,7 +224,7 @@ def test_options_are_checked_when_the_metric_is_made(metric_class, options, mess
 def test_options_of_the_gap():
     with pytest.raises(ValueError, match="convention must be one of shannon, kl, debiased, got 'l2'"):
         MongeGap(convention="l2")
-    with pytest.raises(ValueError, match="reach needs convention='kl' or 'debiased'"):
+    with pytest.raises(ValueError, match="rho needs convention='kl' or 'debiased'"):
         MongeGap(reach=1.0)
 
 

@@ -141,13 +141,7 @@ class Epsilon:
 
 
 def mean_scale(cost: Cost, pairs: Iterable[tuple[Weighted, Weighted]], of: Scale = "mean") -> float:
-    """Return the mean of the scales of the costs between several pairs of sets, such as those of conditions.
-
-    Args:
-        cost: See :func:`cost_scale`.
-        pairs: Both sets of each pair.
-        of: See :func:`cost_scale`.
-    """
+    """Return the mean of the scales of the costs between several pairs of sets, such as those of conditions."""
     return fmean(cost_scale(cost, x.samples, y.samples, (x.weights, y.weights), of) for x, y in pairs)
 
 
@@ -170,19 +164,10 @@ def _evenly(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | No
 
 def _typical(cost: Cost, x: Tensor, a: Tensor | None, y: Tensor, b: Tensor | None) -> float:
     costs = cost.geometry.fill(x.new_empty(len(x), len(y)), x, y).to(widest(x.device)).flatten()
-    mass = torch.ones_like(costs) if a is None and b is None else _outer(x, a, y, b)
+    rows, columns = (costs.new_ones(len(p)) if w is None else w for p, w in ((x, a), (y, b)))
+    mass = torch.outer(rows, columns).flatten()
     ordered, order = costs.sort()
     below = mass[order].cumsum(0)
     quartile = ordered[min(int((below < 0.75 * below[-1]).sum()), len(ordered) - 1)]
     kept = costs <= _OUTLYING * quartile
     return float((costs * mass)[kept].sum() / mass[kept].sum())
-
-
-def _outer(x: Tensor, a: Tensor | None, y: Tensor, b: Tensor | None) -> Tensor:
-    rows, columns = (
-        torch.full((len(points),), 1 / len(points), dtype=widest(points.device), device=points.device)
-        if w is None
-        else w
-        for points, w in ((x, a), (y, b))
-    )
-    return torch.outer(rows, columns).flatten()

@@ -1,7 +1,7 @@
 """A solved transport problem."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class OTResult:
                 for rows, block in self.plan_blocks()
             ]
         return torch.stack(parts).sum()
+
+    def of(self, problem: Problem) -> "OTResult":
+        """Return what was solved in double as the result of the given problem."""
+        f, g = (None if potential is None else potential.to(problem.x.dtype) for potential in (self.f, self.g))
+        return replace(self, f=f, g=g, problem=problem)
 
     @torch.no_grad()
     def plan_blocks(self, *, conditional: bool = False) -> Iterator[tuple[slice, Tensor]]:

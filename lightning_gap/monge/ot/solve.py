@@ -38,7 +38,7 @@ from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
-from lightning_gap.monge.ot.solvers.gradients import once
+from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping
 from lightning_gap.monge.ot.solvers.memory import fits, needed
 from lightning_gap.monge.ot.solvers.sinkhorn import solve_entropic
@@ -177,9 +177,7 @@ def _for_all(whole: Problem, p: Problem, result: OTResult) -> OTResult:
         potentials.append(potential)
     for w, potential, others in zip((whole.a, whole.b), potentials, (kept.b, kept.a), strict=True):
         if torch.is_grad_enabled() and w.requires_grad:
-            slope = potential
-            if p.rho is not None:
-                slope = -(p.rho + epsilon) * torch.expm1(-potential / p.rho) + epsilon * (others.sum() - 1)
+            slope = weight_slope(potential, others, p.rho, epsilon)
             term = torch.where(w.detach() == 0, (w - w.detach()) * slope, 0).sum(dtype=value.dtype)
             value = value + once(term, "in weights of which some are 0: leave those samples out")
     return replace(result, value=value, f=potentials[0], g=potentials[1], problem=q)
@@ -210,14 +208,7 @@ def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
 
 
 def choose_solver(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
-    """Return the solver to take, or raise ``ValueError`` where the one that is named cannot take the problem.
-
-    Args:
-        solver: One of :data:`~lightning_gap.monge.ot.options.Solver`.
-        cost: The ground cost.
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-    """
+    """Return the solver to take, or raise ``ValueError`` where the one that is named cannot take the problem."""
     if solver == "auto":
         return "dense" if len(x) * len(y) <= LIMITS.dense.on(x.device) and fits(x, y) else "blocked"
     if solver in ("online", "multiscale") and cost.keops_formula is None:

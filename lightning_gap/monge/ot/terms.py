@@ -51,18 +51,7 @@ def divergence_problem(
     rho: float | None = None,
     check: bool = True,
 ) -> Problem:
-    """Check the arguments of a Sinkhorn divergence, for :func:`solve_terms`.
-
-    Args:
-        mapped: ``(n, d)`` images.
-        y: ``(m, d)`` samples of the target.
-        weights: ``(n,)`` and ``(m,)`` weights, or ``None`` for uniform ones.
-        options: The solver's.
-        cost: Ground cost.
-        epsilon: Regularization in units of the cost; 5 % of the mean cost if ``None``.
-        rho: Strength of soft marginals, or ``None``.
-        check: Whether to check the samples.
-    """
+    """Check the arguments of a Sinkhorn divergence, for :func:`solve_terms`."""
     regularization = Epsilon.given(options, epsilon, FITTING_SHARE, rho=rho)
     return checked_problem(mapped, y, weights, cost=cost, epsilon=regularization, rho=rho, check=check)
 
@@ -77,17 +66,7 @@ def gap_problem(
     epsilon: float | None,
     check: bool = True,
 ) -> Problem:
-    """Check the arguments of a Monge gap, for :func:`solve_terms`.
-
-    Args:
-        x: ``(n, d)`` samples.
-        mapped: Their images.
-        weights: ``(n,)`` weights, or ``None`` for uniform ones.
-        options: The solver's.
-        cost: Ground cost.
-        epsilon: Regularization in units of the cost; 1 % of the mean cost if ``None``.
-        check: Whether to check the samples.
-    """
+    """Check the arguments of a Monge gap, for :func:`solve_terms`."""
     regularization = Epsilon.given(options, epsilon, GAP_SHARE)
     return checked_problem(x, mapped, [weights], cost=cost, epsilon=regularization, paired=True, check=check)
 
@@ -111,39 +90,33 @@ def solve_terms(
         silent: Leave it to the caller to look whether they converged, and take small differences as they are.
     """
     problems = fitting + regularizing
-    solved = solve_all(problems, options, silent=silent)
-    values = [result.value for result in solved]
-    if options.solver == "exact":
-        divergences = [value.to(p.x.dtype) for p, value in zip(fitting, values, strict=False)]
-        gaps = [(_paid(p) - value).to(p.x.dtype) for p, value in zip(regularizing, values[len(fitting) :], strict=True)]
-        return Terms(divergences, gaps, 0.0, True)
-    debiased = len(fitting) + (len(regularizing) if convention == "debiased" else 0)
+    solved, exact = solve_all(problems, options, silent=silent), options.solver == "exact"
+    debiased = 0 if exact else len(fitting) + (len(regularizing) if convention == "debiased" else 0)
     to_themselves = _to_themselves(problems[:debiased], solved[:debiased], options, silent)
     self_terms = [(first.value + second.value) / 2 for first, second in to_themselves]
-    divergences = [_divergence(*one) for one in zip(fitting, solved, self_terms, strict=False)]
+    divergences = [result.value for result in solved[: len(fitting)]]
+    if not exact:
+        divergences = [_divergence(*one) for one in zip(fitting, solved, self_terms, strict=False)]
     gaps = []
     for k, p in enumerate(regularizing, start=len(fitting)):
         gap = _paid(p) - solved[k].value
-        if convention == "debiased":
+        if convention == "debiased" and not exact:
             gap = gap + self_terms[k] - _standing(p)
-        elif convention == "shannon":
+        elif convention == "shannon" and not exact:
             # KL(P | a⊗a) = 2H(a) - H(P)
             gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
         gaps.append(gap)
-    if not silent and _cancelled(divergences + gaps, problems, solved):
-        # What is left of float32's digits is too little: once more in double.
-        fitting, regularizing = ([p.to(torch.float64) for p in part] for part in (fitting, regularizing))
-        terms = solve_terms(fitting, regularizing, options, convention=convention)
-        narrow = problems[0].x.dtype
-        return terms._replace(
-            divergences=[value.to(narrow) for value in terms.divergences],
-            gaps=[value.to(narrow) for value in terms.gaps],
-        )
     everything = solved + [result for pair in to_themselves for result in pair]
     error = max((result.marginal_error for result in everything), default=0.0)
-    divergences = [value.to(p.x.dtype) for p, value in zip(fitting, divergences, strict=True)]
-    gaps = [value.to(p.x.dtype) for p, value in zip(regularizing, gaps, strict=True)]
-    return Terms(divergences, gaps, error, all(result.converged for result in everything))
+    terms = Terms(divergences, gaps, error, all(result.converged for result in everything))
+    if not (silent or exact) and _cancelled(divergences + gaps, problems, solved):
+        # What is left of float32's digits is too little: once more in double.
+        wide_fitting, wide_gaps = ([p.to(torch.float64) for p in part] for part in (fitting, regularizing))
+        terms = solve_terms(wide_fitting, wide_gaps, options, convention=convention)
+    return terms._replace(
+        divergences=[value.to(p.x.dtype) for p, value in zip(fitting, terms.divergences, strict=True)],
+        gaps=[value.to(p.x.dtype) for p, value in zip(regularizing, terms.gaps, strict=True)],
+    )
 
 
 def _cancelled(values: list[Tensor], problems: list[Problem], solved: list[OTResult]) -> bool:

@@ -1,26 +1,21 @@
 """What a training, validation or test step of a map is given, and how it is drawn."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, Turn
 from lightning_gap.monge.samples.splits import generator
 
 __all__ = [
-    "BatchLoader",
-    "BatchNumbers",
     "HeldOutBatches",
-    "NumberedLoader",
+    "Predicted",
     "UnpairedBatch",
     "UnpairedBatches",
-    "held_out_loader",
-    "own_randomness",
-    "training_loader",
 ]
 
 # First entries of the keys of random draws, so that none is used for two things.
@@ -208,106 +203,31 @@ class HeldOutBatches(Dataset[UnpairedBatch]):
         return self.batches[index]
 
 
-class BatchNumbers(DistributedSampler[Any]):
-    """All batch numbers in turn, on every process, each of which takes its part of each batch.
+@dataclass
+class Predicted(Dataset[Any]):
+    """Raw samples of the source, with conditions as pairs.
 
-    In training these are ``(epoch, step)``, from where a run that resumes within an epoch had stopped.
-
-    Args:
-        batches: What the numbers point into.
-        trainer: The trainer that trains on them; ``None`` for validation and test.
-        epochs: Whether the numbers are pairs with the epoch.
+    Attributes:
+        samples: ``(n, d)`` samples.
+        rows: Rows to map, one after another.
+        codes: Places of their conditions among the names, or ``None`` without conditions.
+        vectors: Vectors of the named conditions, or ``None`` where these are labels.
     """
 
-    def __init__(
-        self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, *, epochs: bool
-    ) -> None:
-        # A distributed sampler, so that Lightning does not wrap another one around it.
-        super().__init__(cast(Dataset[Any], range(batches.steps)), num_replicas=1, rank=0, shuffle=False)
-        self.trainer = trainer
-        self.epochs = epochs
-        self._resumed_at: tuple[int, int] | None = None
+    samples: Tensor
+    rows: Tensor
+    codes: Tensor | None = None
+    vectors: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.rows)
 
-    def __iter__(self) -> Iterator[Any]:
-        numbers = range(self._start(), len(self))
-        return iter([(self.epoch, step) for step in numbers] if self.epochs else numbers)
-
-    def _start(self) -> int:
-        """Return how many batches of this epoch the checkpoint's run has seen."""
-        if self.trainer is None or self.trainer.ckpt_path is None:
-            return 0
-        # Lightning counts batches in the checkpoint, and leaves it to the loader to skip them.
-        here = (self.epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        if self._resumed_at is None:
-            self._resumed_at = here
-        # A callback that goes through the loader later in that epoch sees all of it.
-        return here[1] if here == self._resumed_at else 0
-
-
-class NumberedLoader(DataLoader[Any]):
-    """A loader of batches by their numbers, whatever torch's default device.
-
-    Lightning numbers the dataset's items anew to overfit a few of them. These are batches, and its length is samples.
-    """
-
-    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **options: Any) -> None:
-        if isinstance(sampler, SequentialSampler) and hasattr(dataset, "steps"):
-            sampler = SequentialSampler(range(dataset.steps))
-        super().__init__(dataset, sampler=sampler, **options)
-
-    def __iter__(self) -> Any:
-        # An iterator draws its workers' seed on the default device, by a generator of the CPU.
-        with torch.device("cpu"):
-            return super().__iter__()
-
-
-class BatchLoader(NumberedLoader):
-    """A loader that asks for the first number when the first batch is wanted, and resumes within an epoch.
-
-    Lightning makes the iterator before it tells the epoch, and before it knows whether it resumes.
-    """
-
-    def __iter__(self) -> Iterator[UnpairedBatch]:  # type: ignore[override]
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the trainer's count of batches and the seed are the state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing; that there is a method tells Lightning that this loader resumes."""
-
-
-def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_workers: int) -> BatchLoader:
-    """Return the loader of training batches, for any number of epochs."""
-    numbers = BatchNumbers(batches, trainer, epochs=True)
-    return BatchLoader(
-        batches,
-        sampler=numbers,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        generator=own_randomness(),
-    )
-
-
-def held_out_loader(batches: HeldOutBatches) -> DataLoader[UnpairedBatch]:
-    """Return the loader of validation or test batches."""
-    numbers = BatchNumbers(batches, epochs=False)
-    return NumberedLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
-
-
-def own_randomness() -> torch.Generator:
-    """Return a generator for a loader, which would draw its workers' seed from the global one otherwise."""
-    return torch.Generator(device="cpu").manual_seed(0)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample, or a pair of it and its condition."""
+        sample = self.samples[self.rows[index]]
+        if self.codes is None:
+            return sample
+        return sample, self.codes[index] if self.vectors is None else self.vectors[self.codes[index]]
 
 
 def _joined(pairs: Sequence[tuple[Part, Part]], conditions: Tensor | None) -> UnpairedBatch:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from lightning_gap.monge.ot.checks import check_samples
 from lightning_gap.monge.samples.splits import generator
 
-__all__ = ["FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn"]
+__all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn"]
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -88,6 +88,14 @@ class FiniteSamples:
         """Return a part of the first ``size`` samples, or of all if there are fewer."""
         size = min(size, len(self))
         return self._take(torch.arange(size, device="cpu"), part(size))
+
+    def chosen(self, size: int, draws: torch.Generator) -> Tensor:
+        """Return samples that count alike: drawn by their weights, or else all of them or so many in random order."""
+        if self.weights is not None:
+            rows = torch.multinomial(self.weights.cpu(), size, replacement=True, generator=draws)
+        else:
+            rows = torch.randperm(len(self), generator=draws, device="cpu")[:size]
+        return self.samples[rows.to(self.samples.device)]
 
     def with_features(self, choose: Encode) -> "FiniteSamples":
         """Return the same rows with other columns."""
@@ -257,6 +265,9 @@ class StreamedSamples:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chunks": None, "_rest": None, "_position": 0}
+
+
+Endless = SampledSamples | StreamedSamples
 
 
 def encoded_part(argument: str, raw: Tensor, true_map: Encode | None, encode: Encode | None) -> Part:

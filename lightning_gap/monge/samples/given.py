@@ -2,24 +2,44 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_gap.monge.samples.draws import map_images
+from lightning_gap.monge.samples.draws import Endless, SampledSamples, StreamedSamples, map_images
 from lightning_gap.monge.samples.features import feature_places, listed
 from lightning_gap.monge.samples.files.read import is_file, open_table, read_vector
 from lightning_gap.monge.samples.files.table import Reading, Table, as_texts, titled
 
-__all__ = ["Side", "is_stream", "read_sides"]
+__all__ = ["KnownMap", "Sampler", "Samples", "Side", "is_stream", "read_sides"]
 
 Array = NDArray[Any]
 
 
-@dataclass
+class Sampler(Protocol):
+    """Draws samples."""
+
+    def __call__(self, n: int, generator: torch.Generator, /) -> Any:
+        """Return ``(n, d)`` samples."""
+
+
+class KnownMap(Protocol):
+    """Maps samples."""
+
+    def __call__(self, samples: Tensor, /) -> Any:
+        """Return their images."""
+
+
+# Functions before text: a configuration file names them by their import path. As protocols, since a plain callable
+# would claim all text when a configuration is written.
+Samples: TypeAlias = Sampler | str | Path | ArrayLike | Tensor | Iterable[Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Side:
     """The rows of one population.
 
@@ -40,6 +60,11 @@ class Side:
     conditions: Array | None = None
     groups: Array | None = None
     images: Tensor | None = None
+
+    def moved(self, like: Tensor) -> "Side":
+        """Return the same rows on the device and in the precision of a tensor."""
+        weights, images = (None if x is None else x.to(like) for x in (self.weights, self.images))
+        return replace(self, samples=self.samples.to(like), weights=weights, images=images)
 
 
 def is_stream(data: object) -> bool:
@@ -63,11 +88,11 @@ def read_sides(
     groups: Any = None,
     true_images: Any = None,
     like: Side | None = None,
-) -> tuple[Side | None, Side | None]:
-    """Return both sides; ``None`` for one that is a sampler or a stream.
+) -> tuple[Side | Endless, Side | Endless]:
+    """Return both sides, of rows or endless.
 
     Args:
-        source: Samples, or a path to them.
+        source: Samples, a path to them, a sampler, or a stream.
         target: Likewise; a file that is also the source's is read once.
         reading: How tables are read.
         prefix: Goes before the names of arguments in messages.
@@ -86,39 +111,38 @@ def read_sides(
         name: _pair(prefix + name, given)
         for name, given in (("weights", weights), ("conditions", conditions), ("groups", groups))
     }
-    read: list[Side | None] = []
+    sides: list[Side | Endless] = []
     opened: dict[str, Table] = {}
     for i, (argument, data) in enumerate((("source", source), ("target", target))):
+        labels = {name: pair[i] for name, pair in pairs.items()}
+        images = true_images if i == 0 else None
         if is_stream(data):
-            for name, pair in pairs.items():
-                if pair[i] is not None:
-                    raise ValueError(f"{prefix}{name} are of rows, and {argument} is a sampler: leave them out")
-            if rows[i] is not None:
-                raise ValueError(f"{argument}_rows selects rows, and {argument} is a sampler: leave it out")
-            read.append(None)
+            sides.append(_endless(prefix, argument, data, rows[i], labels, images))
             continue
-        names = [pair[i] for pair in pairs.values() if isinstance(pair[i], str)]
+        names = [given for given in labels.values() if isinstance(given, str)]
         selected = rows[i]
         names += list(selected) if isinstance(selected, Mapping) else []
         key = f"{data} {sorted(names)}"
         if is_file(data) and key in opened:
             table = titled(opened[key], prefix + argument)
         else:
-            table = open_table(prefix + argument, data, replace(reading, labels=names))
-            opened[key] = table
-        images = true_images if i == 0 else None
-        read.append(
-            _read_side(prefix, argument, table, rows[i], {name: pair[i] for name, pair in pairs.items()}, images)
-        )
-    for side in read:
-        if side is not None and like is not None:
-            _take_features(side, like)
-    source_side, target_side = read
-    if true_images is not None and source_side is None and not callable(true_images):
+            table = opened[key] = open_table(prefix + argument, data, replace(reading, labels=names))
+        side = _read_side(prefix, argument, table, selected, labels, images)
+        sides.append(side if like is None else _with_features(side, like))
+    return _aligned(sides[0], sides[1])
+
+
+def _endless(prefix: str, argument: str, data: Any, rows: Any, labels: Mapping[str, Any], true_images: Any) -> Endless:
+    for name, given in labels.items():
+        if given is not None:
+            raise ValueError(f"{prefix}{name} are of rows, and {argument} is a sampler: leave them out")
+    if rows is not None:
+        raise ValueError(f"{argument}_rows selects rows, and {argument} is a sampler: leave it out")
+    if true_images is not None and not callable(true_images):
         raise TypeError(f"{prefix}true_images must be a function where source is a sampler, got an array of images")
-    if source_side is not None and target_side is not None:
-        _align(source_side, target_side)
-    return source_side, target_side
+    if callable(data):
+        return SampledSamples(argument, data, true_images)
+    return StreamedSamples(argument, data, 0, true_images)
 
 
 def _pair(argument: str, given: Any) -> tuple[Any, Any]:
@@ -138,31 +162,40 @@ def _read_side(
     chosen = table.rows(f"{side}_rows", rows)
     found = {name: _of_rows(prefix + name, side, table, given, chosen) for name, given in labels.items()}
     samples = table.samples(chosen)
-    result = Side(table.title, samples, table.features)
-    if found["weights"] is not None:
-        result.weights = _as_weights(f"{prefix}weights of the {side}", found["weights"], samples)
-    result.conditions = _as_names(f"{prefix}conditions of the {side}", found["conditions"], chosen)
-    result.groups = _as_names(f"{prefix}groups of the {side}", found["groups"], chosen)
+    return Side(
+        table.title,
+        samples,
+        table.features,
+        None if found["weights"] is None else _as_weights(f"{prefix}weights of the {side}", found["weights"], samples),
+        _as_names(f"{prefix}conditions of the {side}", found["conditions"], chosen),
+        _as_names(f"{prefix}groups of the {side}", found["groups"], chosen),
+        _images(prefix, side, table, chosen, samples, true_images),
+    )
+
+
+def _images(
+    prefix: str, side: str, table: Table, rows: Array | None, samples: Tensor, true_images: Any
+) -> Tensor | None:
+    """Return the known images of a side's rows, its features in the same order."""
+    if true_images is None:
+        return None
     if callable(true_images):
-        result.images = map_images(side, true_images, samples)
-    elif true_images is not None:
-        images = open_table(f"{prefix}true_images", true_images)
-        if len(images) != len(table):
-            raise ValueError(
-                f"{images.title} has {len(images)} rows and {table.title} {len(table)}: they go together row by row"
-            )
-        places = feature_places(
-            images.title, images.features, table.features, table.title, remedy="to go by place, give an array"
+        return map_images(side, true_images, samples)
+    images = open_table(f"{prefix}true_images", true_images)
+    if len(images) != len(table):
+        raise ValueError(
+            f"{images.title} has {len(images)} rows and {table.title} {len(table)}: they go together row by row"
         )
-        result.images = images.samples(chosen).to(samples)
-        if places is not None:
-            result.images = result.images[:, torch.from_numpy(places).to(samples.device)]
-        if result.images.shape != samples.shape:
-            raise ValueError(
-                f"{images.title} has shape {tuple(result.images.shape)} and {table.title} {tuple(samples.shape)}: "
-                "they must agree"
-            )
-    return result
+    remedy = "to go by place, give an array"
+    places = feature_places(images.title, images.features, table.features, table.title, remedy=remedy)
+    found = images.samples(rows).to(samples)
+    if places is not None:
+        found = found[:, torch.from_numpy(places).to(samples.device)]
+    if found.shape != samples.shape:
+        raise ValueError(
+            f"{images.title} has shape {tuple(found.shape)} and {table.title} {tuple(samples.shape)}: they must agree"
+        )
+    return found
 
 
 def _of_rows(argument: str, side: str, table: Table, given: Any, rows: Array | None) -> Array | None:
@@ -211,38 +244,37 @@ def _as_weights(argument: str, values: Array, samples: Tensor) -> Tensor:
     return (weights / weights.mean()).to(samples)
 
 
-def _align(source: Side, target: Side) -> None:
+def _aligned(source: Side | Endless, target: Side | Endless) -> tuple[Side | Endless, Side | Endless]:
     """Put the target's features in the source's order, and give both one precision."""
+    if not isinstance(source, Side) or not isinstance(target, Side):
+        return source, target
+    here, there = source.features, target.features
     if source.samples.shape[1] != target.samples.shape[1]:
-        only = [name for name in (source.features or ()) if name not in (target.features or ())]
-        only += [name for name in (target.features or ()) if name not in (source.features or ())]
-        named = source.features is not None and target.features is not None and bool(only)
+        only = [name for name in (here or ()) if name not in (there or ())]
+        only += [name for name in (there or ()) if name not in (here or ())]
+        named = here is not None and there is not None and bool(only)
         raise ValueError(
             f"{source.title} has dimension {source.samples.shape[1]} but {target.title} has "
             f"{target.samples.shape[1]}: they must agree"
             + (f"; {listed(only)} is in one of them only: name the features by columns=" if named else "")
         )
-    if source.features is not None and target.features is not None and source.features != target.features:
-        place = {name: i for i, name in enumerate(target.features)}
-        missing = [name for name in source.features if name not in place]
-        if missing or len(place) < len(target.features):
+    if here is not None and there is not None and here != there:
+        place = {name: i for i, name in enumerate(there)}
+        missing = [name for name in here if name not in place]
+        if missing or len(place) < len(there):
             what = f"{target.title} has no {missing[0]!r}" if missing else f"names in {target.title} repeat"
             raise ValueError(f"the features of {source.title} and {target.title} differ: {what}; name them by columns=")
-        target.samples = target.samples[:, [place[name] for name in source.features]]
-        target.features = source.features
-    dtype = torch.promote_types(source.samples.dtype, target.samples.dtype)
-    for side in (source, target):
-        side.samples = side.samples.to(source.samples.device, dtype)
-        side.weights = None if side.weights is None else side.weights.to(side.samples)
-        side.images = None if side.images is None else side.images.to(side.samples)
+        target = replace(target, samples=target.samples[:, [place[name] for name in here]], features=here)
+    like = source.samples.new_empty(0, dtype=torch.promote_types(source.samples.dtype, target.samples.dtype))
+    return source.moved(like), target.moved(like)
 
 
-def _take_features(side: Side, like: Side) -> None:
-    """Give a side the features of another, in its order."""
-    places = feature_places(
-        side.title, side.features, like.features, like.title, remedy="rename them, or give an array to go by place"
-    )
-    if places is not None:
-        index = torch.from_numpy(places).to(side.samples.device)
-        side.samples, side.features = side.samples[:, index], like.features
-        side.images = None if side.images is None else side.images[:, index]
+def _with_features(side: Side, like: Side) -> Side:
+    """Return a side with the features of another, in its order."""
+    remedy = "rename them, or give an array to go by place"
+    places = feature_places(side.title, side.features, like.features, like.title, remedy=remedy)
+    if places is None:
+        return side
+    index = torch.from_numpy(places).to(side.samples.device)
+    images = None if side.images is None else side.images[:, index]
+    return replace(side, samples=side.samples[:, index], features=like.features, images=images)

@@ -1,123 +1,35 @@
 """From what was given to what is drawn: splits, conditions and representation put together."""
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap.monge.samples.batches import Predicted
 from lightning_gap.monge.samples.conditions import condition_names, condition_vectors_of
-from lightning_gap.monge.samples.draws import FiniteSamples, Population, SampledSamples, StreamedSamples, map_images
+from lightning_gap.monge.samples.conditions_kept import ByName, held_out_pairs, trained_pairs
+from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Population, map_images
 from lightning_gap.monge.samples.given import Side
+from lightning_gap.monge.samples.prepared import HeldOut, Prepared
 from lightning_gap.monge.samples.splits import SplitRule, generator, split_rows
+from lightning_gap.monge.samples.stages import Given, Request
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
-__all__ = ["Endless", "HeldOut", "Predicted", "Prepared", "Request", "prepare"]
+__all__ = ["prepare"]
 
 Array = NDArray[Any]
-Endless = SampledSamples | StreamedSamples
-Given = tuple[Side | Endless, Side | Endless]
-# Populations by condition; under None that of a side without labels, which serves every condition.
-ByName = dict[str | None, Population]
 
 _STAGES = ("val", "test")
 # First entries of the keys of random draws, besides those of the training batches.
 _HELD_OUT, _AGAIN, _FIT, _PREDICT = 10, 11, 12, 13
 # Samples that stand for an endless population where the representation is fitted.
 _MANY = 8192
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for of the samples.
-
-    Attributes:
-        rule: What is held out of the given samples.
-        batch_size: Samples of each side and condition in a batch.
-        default_batch: Whether this number is the default, which nobody asked for: it gives way.
-        small_conditions: What becomes of a condition that is smaller: ``"refuse"``, ``"drop"`` or ``"shrink"``.
-        condition_vectors: Vectors of the conditions, or ``None``.
-        standardize: Whether features are divided by their standard deviation.
-        components: Number of principal components, or ``None``.
-        eval_batch_size: Samples that are held out of an endless population.
-    """
-
-    rule: SplitRule
-    batch_size: int
-    default_batch: bool = False
-    small_conditions: str = "refuse"
-    condition_vectors: Any = None
-    standardize: bool = False
-    components: int | None = None
-    eval_batch_size: int = 2048
-
-
-@dataclass
-class HeldOut:
-    """The held-out samples of one stage.
-
-    Attributes:
-        pairs: Source and target of each condition, in random order.
-        again: Training samples of each target, as many as are held out where there are; ``None`` for a condition that
-            is not trained on.
-        codes: Places of the conditions among the names.
-        titles: What messages call each pair.
-    """
-
-    pairs: list[tuple[FiniteSamples, FiniteSamples]]
-    again: list[Tensor | None]
-    codes: list[int]
-    titles: list[str]
-
-
-@dataclass
-class Predicted:
-    """Raw samples of the source.
-
-    Attributes:
-        samples: ``(n, d)`` samples.
-        rows: Rows to map, one after another.
-        codes: Places of their conditions among the names, or ``None`` without conditions.
-    """
-
-    samples: Tensor
-    rows: Tensor
-    codes: Tensor | None
-
-
-@dataclass
-class Prepared:
-    """Everything that batches are drawn from, in encoded space but for what is predicted.
-
-    Attributes:
-        dim: Dimension of the batches.
-        features: Names of the raw features, where they have names.
-        representation: Change of coordinates, or ``None``.
-        batch_size: Samples of each side and condition in a batch, which may have shrunk.
-        names: Names of the conditions, empty without conditions.
-        vectors: ``(K, p)`` vectors of the named conditions, or ``None``.
-        train: Source and target of each condition that is trained on.
-        codes: Places of these conditions among the names.
-        held_out: What is held out for each stage that has something.
-        predicted: What is mapped in prediction.
-    """
-
-    dim: int
-    features: tuple[str, ...] | None
-    representation: AffineRepresentation | None
-    batch_size: int
-    names: tuple[str, ...]
-    vectors: Tensor | None
-    train: list[tuple[Population, Population]]
-    codes: list[int]
-    held_out: dict[str, HeldOut]
-    predicted: Predicted
 
 
 class Encoding:
@@ -149,93 +61,96 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
     stages = _stages(given, explicit, request)
     sides = [side for pair in stages.values() for side, _ in pair]
     dim, dtype = _common_space(sides)
+    # What an endless population yields first is held out, stage by stage.
     drawn = [stage for stage in stages if stage not in explicit]
-    reserved = request.eval_batch_size * (len(drawn) - 1)
-    representation = _fitted(stages["train"], request, reserved, dtype)
-    make = _Maker(request, Encoding(representation, dtype), drawn, reserved)
-    populations = {
-        stage: [make.populations(stage, i, side, rows) for i, (side, rows) in enumerate(pair)]
+    skipped = {stage: request.eval_batch_size * (k - 1) for k, stage in enumerate(drawn)}
+    skipped["train"] = request.eval_batch_size * (len(drawn) - 1)
+    representation = _fitted(stages["train"], request, skipped["train"], dtype)
+    encoding = Encoding(representation, dtype)
+
+    @cache
+    def encoded(side: Side) -> tuple[Tensor, Tensor | None]:
+        return encoding(side.samples), None if side.images is None else encoding(side.images)
+
+    def populations(stage: str, number: int, side: Side | Endless, rows: Array) -> ByName:
+        if not isinstance(side, Side):
+            key = () if stage == "train" else (_STAGES.index(stage), number)
+            return {None: _of_endless(side, key, skipped[stage], request, encoding)}
+        if side.conditions is None:
+            return {None: _of_rows(side, rows, *encoded(side))}
+        labels = side.conditions[rows]
+        return {str(name): _of_rows(side, rows[labels == name], *encoded(side)) for name in np.unique(labels)}
+
+    found = {
+        stage: [populations(stage, i, side, rows) for i, (side, rows) in enumerate(pair)]
         for stage, pair in stages.items()
     }
     names = condition_names(side.conditions for side in sides if isinstance(side, Side))
-    trained, batch_size = _trained(populations["train"], names, request)
-    found = {stage: _held_out_pairs(stage, populations[stage], names, trained, request) for stage in stages}
-    del found["train"]
-    names = tuple(name for name in names if name in trained or any(name in pairs for pairs in found.values()))
+    trained, batch_size = trained_pairs(found.pop("train"), names, request)
+    if (request.conditions_per_batch or 0) > len(trained):
+        raise ValueError(
+            f"conditions_per_batch={request.conditions_per_batch} is more than the {len(trained)} conditions that are "
+            f"trained on: use conditions_per_batch <= {len(trained)}"
+        )
+    held_out = {stage: held_out_pairs(stage, by_side, names, trained, request) for stage, by_side in found.items()}
+    names = tuple(name for name in names if name in trained or any(name in pairs for pairs in held_out.values()))
+    vectors = None
+    if request.condition_vectors is not None:
+        vectors = condition_vectors_of(request.condition_vectors, names, dtype)
     place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+
+    def conditions(places: Sequence[int]) -> Tensor | None:
+        """Return what batches hold of the conditions: labels, or vectors."""
+        index = torch.as_tensor(places, dtype=torch.long, device="cpu")
+        return None if not names else index if vectors is None else vectors[index]
+
+    def again(stage: str, target: Population, size: int) -> Tensor:
+        """Return encoded training samples of a target, the same for every process."""
+        draws = generator(request.rule.seed, _AGAIN, _STAGES.index(stage))
+        if isinstance(target, FiniteSamples):
+            return target.chosen(size, draws)
+        assert isinstance(target, Endless)
+        return encoding(target.raw(size, draws, skip=skipped["train"]))
+
     return Prepared(
         dim=dim if representation is None else representation.encoded_dim,
         features=next((side.features for side in given if isinstance(side, Side) and side.features), None),
         representation=representation,
         batch_size=batch_size,
         names=names,
-        vectors=condition_vectors_of(request.condition_vectors, names, dtype)
-        if request.condition_vectors is not None
-        else None,
+        vectors=vectors,
         train=list(trained.values()),
-        codes=[place[name] for name in trained if name is not None],
+        conditions=conditions([place[name] for name in trained if name is not None]),
         held_out={
             stage: HeldOut(
                 pairs=list(pairs.values()),
-                again=[make.again(stage, trained[name][1], len(pair[1])) if name in trained else None
+                again=[again(stage, trained[name][1], len(pair[1])) if name in trained else None
                        for name, pair in pairs.items()],
-                codes=[place[name] for name in pairs if name is not None],
-                titles=[_title(stage, name) for name in pairs],
+                conditions=conditions([place[name] for name in pairs if name is not None]),
+                titles=[f"the {stage} split" + ("" if name is None else f" of condition {name!r}") for name in pairs],
             )
-            for stage, pairs in found.items()
+            for stage, pairs in held_out.items()
         },
-        predicted=_predicted(given[0], place, request, dtype),
+        predicted=replace(_predicted(given[0], place, request, dtype), vectors=vectors),
     )  # fmt: skip
 
 
-class _Maker:
-    """Makes populations of sides and rows."""
+def _of_rows(side: Side, rows: Array, samples: Tensor, images: Tensor | None) -> FiniteSamples:
+    """Return some rows of a side, which is encoded."""
+    index = torch.from_numpy(rows).to(samples.device)
+    weights = None if side.weights is None else side.weights.to(samples)[index]
+    return FiniteSamples(samples[index], weights, None if images is None else images[index])
 
-    def __init__(self, request: Request, encoding: Encoding, stages: Sequence[str], reserved: int) -> None:
-        self.request = request
-        self.encoding = encoding
-        self.reserved = reserved
-        self.stages = stages
-        self._encoded: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def populations(self, stage: str, i: int, side: Side | Endless, rows: Array) -> ByName:
-        """Return the samples of a side in a stage by condition."""
-        if not isinstance(side, Side):
-            if stage == "train":
-                # Refuse now a stream of which nothing is left.
-                side.raw(1, generator(self.request.rule.seed, _FIT), skip=self.reserved)
-                return {None: side.trained_on(self.encoding, self.reserved)}
-            size = self.request.eval_batch_size
-            draws = generator(self.request.rule.seed, _HELD_OUT, _STAGES.index(stage), i)
-            raw = side.raw(size, draws, skip=size * (self.stages.index(stage) - 1))
-            images = None if side.true_map is None else self.encoding(map_images(side.argument, side.true_map, raw))
-            return {None: FiniteSamples(self.encoding(raw), None, images)}
-        if side.conditions is None:
-            return {None: self._of_rows(side, rows)}
-        names = side.conditions[rows]
-        return {str(name): self._of_rows(side, rows[names == name]) for name in np.unique(names)}
-
-    def again(self, stage: str, target: Population, size: int) -> Tensor:
-        """Return encoded training samples of a target, the same for every process."""
-        draws = generator(self.request.rule.seed, _AGAIN, _STAGES.index(stage))
-        if not isinstance(target, FiniteSamples):
-            assert isinstance(target, Endless)
-            return self.encoding(target.raw(size, draws, skip=self.reserved))
-        if target.weights is not None:
-            # Weights are not carried with them: these are drawn by them.
-            rows = torch.multinomial(target.weights.cpu(), size, replacement=True, generator=draws)
-        else:
-            rows = torch.randperm(len(target), generator=draws, device="cpu")[:size]
-        return target.samples[rows.to(target.samples.device)]
-
-    def _of_rows(self, side: Side, rows: Array) -> FiniteSamples:
-        if id(side) not in self._encoded:
-            images = None if side.images is None else self.encoding(side.images)
-            self._encoded[id(side)] = self.encoding(side.samples), images
-        samples, images = self._encoded[id(side)]
-        index = torch.from_numpy(rows).to(samples.device)
-        weights = None if side.weights is None else side.weights.to(samples)[index]
-        return FiniteSamples(samples[index], weights, None if images is None else images[index])
+def _of_endless(side: Endless, key: tuple[int, ...], skip: int, request: Request, encoding: Encoding) -> Population:
+    """Return what is trained on, or the samples that are held out for the stage and side of a key."""
+    if not key:
+        # Refuse now a stream of which nothing is left.
+        side.raw(1, generator(request.rule.seed, _FIT), skip=skip)
+        return side.trained_on(encoding, skip)
+    raw = side.raw(request.eval_batch_size, generator(request.rule.seed, _HELD_OUT, *key), skip=skip)
+    images = None if side.true_map is None else encoding(map_images(side.argument, side.true_map, raw))
+    return FiniteSamples(encoding(raw), None, images)
 
 
 def _stages(
@@ -294,143 +209,17 @@ def _fitted(
     )
 
 
-def _by_name(populations: Sequence[ByName], name: str | None) -> list[Population | None]:
-    return [by.get(name, by.get(None)) for by in populations]
-
-
-def _size(population: Population | None) -> float:
-    return len(population) if isinstance(population, FiniteSamples) else 0 if population is None else math.inf
-
-
-def _trained(
-    populations: Sequence[ByName], names: Sequence[str], request: Request
-) -> tuple[dict[str | None, tuple[Population, Population]], int]:
-    """Return the pairs of the conditions that are trained on, and the batch size."""
-    pairs: dict[str | None, tuple[Population, Population]] = {}
-    small: dict[str | None, tuple[float, float]] = {}
-    batch_size = request.batch_size
-    for name in names or (None,):
-        source, target = _by_name(populations, name)
-        sizes = _size(source), _size(target)
-        labelled = [size for size, by in zip(sizes, populations, strict=True) if None not in by]
-        if labelled and not any(labelled):
-            # No row of it is trained on. Labels of such a condition would mean nothing to a map; vectors do.
-            if request.condition_vectors is None and request.small_conditions != "drop":
-                raise ValueError(
-                    f"condition {name!r} has no training samples: a map learns nothing of its label; give "
-                    "condition_vectors, hold out less, or leave it out by small_conditions='drop'"
-                )
-            if request.condition_vectors is None:
-                small[name] = sizes
-            continue
-        if min(sizes) < batch_size:
-            small[name] = sizes
-        if min(sizes) > 0:
-            assert source is not None
-            assert target is not None
-            pairs[name] = source, target
-    if small:
-        batch_size = _settle(pairs, small, request)
-    return pairs, batch_size
-
-
-def _settle(
-    pairs: dict[str | None, tuple[Population, Population]],
-    small: Mapping[str | None, tuple[float, float]],
-    request: Request,
-) -> int:
-    """Refuse, drop, or shrink the batch for what is smaller than a batch; return the batch size."""
-    empty = [name for name, sizes in small.items() if min(sizes) < 1]
-    least = int(min(min(sizes) for sizes in small.values()))
-    if None in small:
-        source, target = (f"{size:.0f}" if size < math.inf else "endless" for size in small[None])
-        if (request.small_conditions == "shrink" or request.default_batch) and least > 0:
-            default = "the default " if request.default_batch else ""
-            rank_zero_warn(f"{default}batch_size={request.batch_size} shrinks to {least}, the smaller training set")
-            return least
-        raise ValueError(
-            f"batch_size={request.batch_size} is larger than the training split ({source} source and {target} target "
-            f"samples): use batch_size <= {least}, or hold out less"
-        )
-    listed = ", ".join(f"{name!r} ({a:.0f} source, {b:.0f} target)" for name, (a, b) in list(small.items())[:8])
-    listed += ", ..." if len(small) > 8 else ""
-    if request.small_conditions == "drop":
-        for name in small:
-            pairs.pop(name, None)
-        if not pairs:
-            raise ValueError(f"all conditions are smaller than batch_size={request.batch_size}: {listed}")
-        rank_zero_warn(
-            f"conditions with fewer than batch_size={request.batch_size} training samples are left out: {listed}"
-            + ("; prediction leaves their rows out too" if request.condition_vectors is None else "")
-        )
-        return request.batch_size
-    if empty:
-        a, b = small[empty[0]]
-        raise ValueError(
-            f"condition {empty[0]!r} has {a:.0f} source and {b:.0f} target training samples: it must be on both sides; "
-            "leave it out, or give small_conditions='drop'"
-        )
-    if request.small_conditions == "shrink" or request.default_batch:
-        default = "the default " if request.default_batch else ""
-        rank_zero_warn(
-            f"{default}batch_size={request.batch_size} shrinks to {least}, because of {listed}"
-            + ("; small_conditions='drop' leaves small ones out" if request.default_batch else "")
-        )
-        return least
-    raise ValueError(
-        f"batch_size={request.batch_size} is larger than the training samples of the conditions {listed}: "
-        f"use batch_size <= {least}, or small_conditions='drop' or 'shrink'"
-    )
-
-
-def _held_out_pairs(
-    stage: str,
-    populations: Sequence[ByName],
-    names: Sequence[str],
-    trained: Mapping[str | None, Any],
-    request: Request,
-) -> dict[str | None, tuple[FiniteSamples, FiniteSamples]]:
-    """Return the held-out pairs of the conditions that have some on both sides."""
-    pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]] = {}
-    if stage == "train":
-        return pairs
-    one_sided = []
-    for name in names or (None,):
-        source, target = _by_name(populations, name)
-        if not isinstance(source, FiniteSamples) or not isinstance(target, FiniteSamples):
-            one_sided += [name] if source is not None or target is not None else []
-            continue
-        if name not in trained and request.condition_vectors is None:
-            continue
-        if len(source) and len(target):
-            pairs[name] = source, target
-        else:
-            one_sided.append(name)
-    if not pairs:
-        groups = getattr(request.rule, f"{stage}_groups")
-        what = f"the groups {', '.join(map(repr, groups))} hold" if groups else "there is"
-        raise ValueError(f"{stage}: {what} nothing of both source and target: hold out other samples")
-    if one_sided:
-        listed = ", ".join(map(repr, one_sided))
-        rank_zero_info(f"{stage}: the conditions {listed} are held out on one side only, and are left out of scores")
-    return pairs
-
-
-def _title(stage: str, name: str | None) -> str:
-    return f"the {stage} split" + ("" if name is None else f" of condition {name!r}")
-
-
 def _predicted(
     source: Side | Endless, place: Mapping[str | None, int], request: Request, dtype: torch.dtype
 ) -> Predicted:
-    """Return the raw source; without labels it goes under every condition in turn."""
+    """Return the raw source, and which rows to map under which condition: without labels, under each in turn."""
     if isinstance(source, Side):
         samples, labels = source.samples.to(dtype), source.conditions
     else:
         samples, labels = source.raw(request.eval_batch_size, generator(request.rule.seed, _PREDICT)).to(dtype), None
     rows = torch.arange(len(samples), device="cpu")
     if not place:
-        return Predicted(samples, rows, None)
+        return Predicted(samples, rows)
     if labels is None:
         codes = torch.arange(len(place), device="cpu").repeat_interleave(len(rows))
         return Predicted(samples, rows.repeat(len(place)), codes)

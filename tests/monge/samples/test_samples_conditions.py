@@ -227,7 +227,7 @@ def test_explicit_validation_has_conditions_of_its_own():
         ({"conditions_per_batch": 0}, ValueError, "conditions_per_batch must be at least 1"),
         ({"conditions": None, "conditions_per_batch": 2}, ValueError, "conditions_per_batch is for conditions"),
         ({"conditions": None, "condition_vectors": {}}, ValueError, "condition_vectors is for conditions"),
-        ({"small_conditions": "ignore"}, ValueError, "small_conditions must be 'refuse', 'drop' or 'shrink'"),
+        ({"small_conditions": "ignore"}, ValueError, "small_conditions must be one of refuse, drop, shrink"),
         ({"condition_vectors": {"B": 1, "T": 2}}, ValueError, "no vector of the condition 'NK'; there is 'B', 'T'"),
         ({"condition_vectors": {"B": 1, "T": 2, "NK": [1, 2]}}, ValueError, "one length, got 1 for 'B' and 2 for 'NK'"),
         ({"condition_vectors": {"B": 1, "T": 2, "NK": np.nan}}, ValueError, r"\['NK'\] must be finite"),

@@ -73,25 +73,11 @@ class Geometry:
         return fill
 
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Write the matrix of all costs, without a graph and with little memory beside.
-
-        Args:
-            out: ``(n, m)`` matrix to write to.
-            x: ``(n, d)`` points.
-            y: ``(m, d)`` points.
-
-        Returns:
-            ``out``.
-        """
+        """Write the matrix of all costs, without a graph and with little memory beside."""
         return self.filler(y.detach())(out, x.detach())
 
     def mean(self, x: Tensor, y: Tensor) -> float:
-        """Return the mean of all costs ``c(x_i, y_j)``, detached.
-
-        Args:
-            x: ``(n, d)`` points.
-            y: ``(m, d)`` points.
-        """
+        """Return the mean of all costs ``c(x_i, y_j)``, detached."""
         return self.moment(x.detach(), y.detach())
 
     def moment(

@@ -31,12 +31,7 @@ def row_blocks(x: Tensor, m: int) -> Iterator[slice]:
 
 
 def exponentiate(exponents: Tensor, *, at_most: float = 3e38) -> Tensor:
-    """Replace exponents by their exponentials.
-
-    Args:
-        exponents: A contiguous matrix.
-        at_most: A bound that is known; larger ones become infinite.
-    """
+    """Replace exponents by their exponentials."""
     on_cpu = exponents.device.type == "cpu"
     if on_cpu and (torch.get_num_threads() <= _FEW_THREADS or exponents.numel() <= _FEW_NUMBERS):
         array = exponents.numpy()
@@ -49,16 +44,7 @@ def exponentiate(exponents: Tensor, *, at_most: float = 3e38) -> Tensor:
 
 
 def soft_minimum(x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost, epsilon: float) -> Tensor:
-    r"""Return :math:`-\log \sum_j b_j e^{G_j - c(x_i, y_j)/\varepsilon}` for each row, in blocks.
-
-    Args:
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        b: ``(m,)`` weights.
-        G: ``(m,)`` potential, in units of epsilon.
-        cost: The ground cost.
-        epsilon: Regularization, in units of the cost.
-    """
+    r"""Return :math:`-\log \sum_j b_j e^{G_j - c(x_i, y_j)/\varepsilon}` for each row, in blocks."""
     F, b = x.new_empty(len(x), dtype=widest(x.device)), b.to(x.dtype)
     fill, buffer = cost.geometry.exponents(y, G, epsilon), x.new_empty(min(len(x), block_rows(x, len(y))), len(y))
     for rows in row_blocks(x, len(y)):

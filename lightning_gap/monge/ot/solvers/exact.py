@@ -19,11 +19,7 @@ Duals = tuple[Tensor, Tensor]
 
 
 def solve_exact(problem: Problem) -> OTResult:
-    """Solve a problem without regularization; its value is differentiable in samples and weights.
-
-    Args:
-        problem: The problem, whose epsilon does not count.
-    """
+    """Solve a problem without regularization; its value is differentiable in samples and weights."""
     p = problem.detached()
     x, y = (points.to(widest(points.device)) for points in (p.x, p.y))
     # What has no weight is left out, as it may be infinitely far.

@@ -11,7 +11,9 @@ from lightning_gap.monge.ot.costs import Cost, is_learned
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 
-__all__ = ["Envelope", "once", "with_learned_cost"]
+__all__ = ["Envelope", "once", "weight_slope", "with_learned_cost"]
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Envelope(torch.autograd.Function):
@@ -29,16 +31,10 @@ class Envelope(torch.autograd.Function):
         """Scale the gradient that is known, or derive it as a function of the inputs."""
         (grad,) = grad_outputs
         x, y, a, b, gx, gy, f, g = ctx.saved_tensors
-        grads: tuple[Tensor | None, ...] = (gx, gy, f, g)
+        cost, rho, epsilon = ctx.problem.cost, ctx.problem.rho, ctx.epsilon
         if torch.is_grad_enabled():
-            grads = _implicit_gradients(x, y, a, b, f, g, ctx.problem.cost, ctx.problem.rho, ctx.epsilon)
-        if ctx.problem.rho is not None and grads[2] is not None and grads[3] is not None:
-            rho, epsilon = ctx.problem.rho, ctx.epsilon
-            grads = (
-                *grads[:2],
-                -(rho + epsilon) * torch.expm1(-grads[2] / rho) + epsilon * (b.sum() - 1),
-                -(rho + epsilon) * torch.expm1(-grads[3] / rho) + epsilon * (a.sum() - 1),
-            )
+            gx, gy, f, g = _implicit_gradients((x, y), (a, b), (f, g), cost, rho, epsilon)
+        grads = gx, gy, weight_slope(f, b, rho, epsilon), weight_slope(g, a, rho, epsilon)
         needed = [
             None if part is None or not need else grad.to(part.dtype) * part
             for part, need in zip(grads, ctx.needs_input_grad, strict=False)
@@ -46,12 +42,20 @@ class Envelope(torch.autograd.Function):
         return (*needed, *[None] * (len(ctx.needs_input_grad) - 4))
 
 
+def weight_slope(potential: Tensor, others: Tensor, rho: float | None, epsilon: float) -> Tensor:
+    """Return the value's gradient in weights, from their potential and from the weights of the other side."""
+    if rho is None:
+        return potential
+    return -(rho + epsilon) * torch.expm1(-potential / rho) + epsilon * (others.sum() - 1)
+
+
 def _implicit_gradients(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, cost: Cost, rho: float | None, epsilon: float
+    points: Pair, weights: Pair, potentials: Pair, cost: Cost, rho: float | None, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the envelope gradients as differentiable functions: one Newton step with a constant Jacobian."""
     # Two names for two roles, also where both are the same samples.
-    x, y = x.view_as(x), y.view_as(y)
+    x, y = (p.view_as(p) for p in points)
+    (a, b), (f, g) = weights, potentials
     C = cost.pairwise(x, y)
     P = a[:, None] * b * torch.exp((f[:, None] + g - C) / epsilon)
     rows, columns = P.sum(1) - a, P.sum(0) - b
@@ -75,8 +79,8 @@ def _implicit_gradients(
     f, g = f + step[:n], g + step[n:]
     P = a[:, None] * b * torch.exp((f[:, None] + g - C) / epsilon)
     # The gradient of Σ P C with P held constant, which is still differentiable in P and in the points.
-    points = [t for t in (x, y) if t.requires_grad]
-    found = iter(torch.autograd.grad(C, points, P, create_graph=True)) if points else iter(())
+    moved = [t for t in (x, y) if t.requires_grad]
+    found = iter(torch.autograd.grad(C, moved, P, create_graph=True)) if moved else iter(())
     gx = next(found) if x.requires_grad else torch.zeros_like(x)
     gy = next(found) if y.requires_grad else torch.zeros_like(y)
     return gx, gy, f, g

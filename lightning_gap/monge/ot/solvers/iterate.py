@@ -23,16 +23,6 @@ def iterate(
 ) -> Solution:
     """Sweep until the marginal error of each problem is small enough.
 
-    Args:
-        kernel: The problems, begun at ``G``.
-        G: ``(B, m)`` potentials of the columns to start from, in units of epsilon.
-        tolerance: L1 marginal error at which to stop.
-        max_iterations: Most sweeps.
-        patience: Sweeps after which to give up where an error is still large.
-
-    Returns:
-        The last swept potentials; the kernel's plans are theirs.
-
     Raises:
         FloatingPointError: The costs are too large for epsilon in this floating-point format.
     """
@@ -43,20 +33,7 @@ def iterate(
 
 
 def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: float, max_iterations: int) -> Solution:
-    """Sweep as :func:`iterate` does, and leap where that hardly moves.
-
-    Args:
-        kernel: The problems.
-        start: ``(B, n)`` and ``(B, m)`` potentials of rows and columns to start from, in units of epsilon.
-        tolerance: See :func:`iterate`.
-        max_iterations: See :func:`iterate`.
-
-    Returns:
-        See :func:`iterate`.
-
-    Raises:
-        FloatingPointError: See :func:`iterate`.
-    """
+    """Sweep as :func:`iterate` does, and leap where that hardly moves."""
     swept, G = 0, kernel.begin(*start)
     solved_after = [0] * len(G)
     for leaps in range(_LEAPS + 1):

@@ -86,11 +86,7 @@ class Kernel(ABC):
     @abstractmethod
     @contextmanager
     def coarsened(self, problems: Sequence[Problem]) -> Iterator["Kernel"]:
-        """Lend a kernel of fewer points at the same epsilons.
-
-        Args:
-            problems: Those of the fewer points.
-        """
+        """Lend a kernel of fewer points at the same epsilons."""
 
     def __getitem__(self, part: slice) -> "Kernel":
         """Return some of the problems."""
@@ -107,21 +103,11 @@ class Kernel(ABC):
         return all(size == 0 or least * epsilon <= size <= most * epsilon for size, epsilon in sizes)
 
     def begin(self, F: Tensor, G: Tensor) -> Vector:
-        """Prepare for potentials; return the columns' ones to start from.
-
-        Args:
-            F: ``(B, n)`` potentials that answer ``G``.
-            G: ``(B, m)`` potentials.
-        """
+        """Prepare for potentials; return the columns' ones to start from."""
         return as_vector(G)
 
     def restart(self, i: int, G: Tensor) -> Vector:
-        """Prepare a problem anew for a potential that may be far off; return the one to go on from.
-
-        Args:
-            i: Which problem.
-            G: ``(m,)`` potential.
-        """
+        """Prepare a problem anew for a potential that may be far off; return the one to go on from."""
         return as_vector(G)
 
     def center(self, G: Vector) -> Vector:
@@ -145,22 +131,13 @@ class Kernel(ABC):
         invariant Sinkhorn and 1-D Frank-Wolfe", proposition 1):
         :math:`\lambda = \tfrac{\rho}{2 \varepsilon} \log (\sum_i a_i e^{-\varepsilon F_i / \rho}
         / \sum_j b_j e^{-\varepsilon G_j / \rho})`.
-
-        Args:
-            F: ``(B, n)`` potentials of the rows.
-            G: ``(B, m)`` potentials of the columns.
         """
         rows = (self.a_vector * self.numerics.exp(-self.softness * F)).sum(1)
         columns = (self.b_vector * self.numerics.exp(-self.softness * G)).sum(1)
         return self.numerics.log(rows / columns)[:, None] / (2 * self.softness)
 
     def sweeps(self, G: Tensor, count: int) -> Tensor:
-        """Return ``(B, m)`` potentials of the columns after so many sweeps, on a device, of which nothing is kept.
-
-        Args:
-            G: ``(B, m)`` potentials of the columns.
-            count: How many.
-        """
+        """Return ``(B, m)`` potentials of the columns after so many sweeps, on a device, of which nothing is kept."""
         for _ in range(count):
             residual, _ = self.sweep(G)
             G = G + self.relaxation * residual

@@ -32,14 +32,7 @@ _POOL = _Pool()
 
 @contextmanager
 def buffers(count: int, n: int, m: int, like: Tensor) -> Iterator[list[Tensor]]:
-    """Lend ``count`` uninitialized ``(n, m)`` matrices; on a CPU from memory that this thread used before.
-
-    Args:
-        count: How many.
-        n: Rows.
-        m: Columns.
-        like: Gives dtype and device.
-    """
+    """Lend ``count`` uninitialized ``(n, m)`` matrices; on a CPU from memory that this thread used before."""
     pool = _POOL.free if like.device.type == "cpu" else []
     taken = []
     for _ in range(count):
@@ -83,11 +76,7 @@ def blas_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def threads(numbers: int) -> Iterator[None]:
-    """Let torch and NumPy's BLAS take one thread for small matrices, and as many as torch has for large ones.
-
-    Args:
-        numbers: Size of the matrix.
-    """
+    """Let torch and NumPy's BLAS take one thread for small matrices, and as many as torch has for large ones."""
     before = torch.get_num_threads()
     count = 1 if numbers <= _ONE_THREAD_NUMBERS else before
     if count != before:

@@ -1,7 +1,5 @@
 """Our own entropic solver: kernel, start, sweeps, and what follows from the potentials."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,13 +25,7 @@ _KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {"dense": DenseKe
 
 
 def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions) -> list[OTResult]:
-    """Solve problems of one shape together.
-
-    Args:
-        problems: The problems; one, if blocked.
-        solver: ``"dense"`` or ``"blocked"``.
-        options: When to stop.
-    """
+    """Solve problems of one shape together."""
     detached = [p.detached() for p in problems]
     n, m, dtype = len(detached[0].x), len(detached[0].y), detached[0].x.dtype
     graph = torch.is_grad_enabled()
@@ -43,7 +35,7 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
             with torch.set_grad_enabled(graph):
                 wide = [p.to(widest(p.x.device)) for p in problems]
                 solved = solve_entropic(wide, solver, options)
-                return [_narrowed(*pair) for pair in zip(solved, detached, strict=True)]
+                return [result.of(p) for result, p in zip(solved, detached, strict=True)]
         zeros = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         start = zeros if kernel.symmetric else coarse_start(kernel)
         found = iterate_to_end(kernel, start, tolerance=options.tolerance, max_iterations=options.max_iterations)
@@ -63,14 +55,6 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
             given = epsilon if p.epsilon.absolute is None else p.epsilon.absolute
             results.append(OTResult(value, f, g, given, *outcome, solver, p))
     return [with_learned_cost(p, result) for p, result in zip(problems, results, strict=True)] if graph else results
-
-
-def _narrowed(result: OTResult, p: Problem) -> OTResult:
-    """Return what was solved in double as that of the given problem."""
-    assert result.f is not None
-    assert result.g is not None
-    dtype = p.x.dtype
-    return replace(result, f=result.f.to(dtype), g=result.g.to(dtype), problem=p)
 
 
 def _gradients_and_mass(

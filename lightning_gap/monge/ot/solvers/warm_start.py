@@ -17,14 +17,7 @@ _STRIDE = 4
 
 
 def coarse_start(kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Return first potentials of rows and columns.
-
-    Args:
-        kernel: The kernel of B problems.
-
-    Returns:
-        ``(B, n)`` and ``(B, m)`` potentials, in units of epsilon.
-    """
+    """Return first potentials of rows and columns."""
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
     count, steep = len(F), kernel.steep()
     # Problems that are all to be started are so together, others one by one.

@@ -8,8 +8,7 @@ loss differences grow as E(L(w₁) − L(w₂))² ~ ‖w₁ − w₂‖^α moves
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,22 +16,15 @@ from torch import Tensor
 
 from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.bootstrap import Model, Vector, autocorrelation, bootstrap, effective_points
+from lightning_gap.diffusion.grid import longest_segment
+from lightning_gap.diffusion.laws import least_squares_line, least_squares_power, line_law, power_law
 from lightning_gap.precision import widest
 
-__all__ = [
-    "DiffusionFit",
-    "Forecast",
-    "constant_lr_segments",
-    "fit_diffusion",
-    "forecast_updates",
-    "longest_segment",
-    "next_log_update",
-]
+__all__ = ["DiffusionFit", "fit_diffusion", "fit_with_replicates", "interval", "vector"]
 
 _MINIMUM_POINTS = 5
 # log log t changes fastest where the walk is not yet a walk; these first updates would decide alpha by themselves.
 _ALPHA_FROM_UPDATE = 10
-
 Interval = tuple[float, float]
 
 
@@ -103,20 +95,6 @@ class DiffusionFit:
         return self.power_coefficient * _wide(updates) ** self.power_exponent
 
 
-class Forecast(NamedTuple):
-    """When a run will have travelled a given distance.
-
-    Attributes:
-        update: t at which the preferred law reaches it; infinite if it never does.
-        low: Lower end of the interval.
-        high: Upper end of the interval, infinite if it may never be reached.
-    """
-
-    update: float
-    low: float
-    high: float
-
-
 def fit_diffusion(
     updates: Sequence[float] | Tensor,
     distances: Sequence[float] | Tensor,
@@ -164,117 +142,10 @@ def fit_diffusion(
         >>> fit.preferred, round(fit.power_exponent, 6), round(fit.power_r2, 6)
         ('power', 0.5, 1.0)
     """
-    return _fit(updates, distances, learning_rates, minimum_decades, confidence, resamples)[0]
+    return fit_with_replicates(updates, distances, learning_rates, minimum_decades, confidence, resamples)[0]
 
 
-def forecast_updates(
-    updates: Sequence[float] | Tensor,
-    distances: Sequence[float] | Tensor,
-    target: float,
-    *,
-    learning_rates: Sequence[float] | None = None,
-    minimum_decades: float = 2.0,
-    confidence: float = 0.95,
-    resamples: int = 999,
-) -> Forecast:
-    """Return the update at which a walk will have travelled ``target``, if its learning rate stays what it is.
-
-    The estimate is that of the preferred law. The interval mixes the bootstrap's curves of both laws by their Akaike
-    weights, so that it is wide where the data cannot tell them apart.
-
-    Args:
-        updates: As in :func:`fit_diffusion`.
-        distances: As in :func:`fit_diffusion`.
-        target: The distance to be reached, positive.
-        learning_rates: As in :func:`fit_diffusion`.
-        minimum_decades: As in :func:`fit_diffusion`.
-        confidence: Of the interval.
-        resamples: As in :func:`fit_diffusion`.
-
-    Returns:
-        The update, counted from the start of training, and its interval; none of them before the last point.
-
-    Raises:
-        ValueError: As in :func:`fit_diffusion`, or ``target`` is not positive and finite.
-
-    Example:
-        >>> t = [1, 3, 10, 30, 100, 300, 1000]
-        >>> round(forecast_updates(t, [2.0 * math.log(u) for u in t], 2.0 * math.log(5000)).update)
-        5000
-    """
-    if not 0 < target < math.inf:
-        raise ValueError(f"target must be a positive finite distance, got {target!r}")
-    fit, log_replicates, power_replicates = _fit(
-        updates, distances, learning_rates, minimum_decades, confidence, resamples
-    )
-    from_log = round(fit.log_weight * resamples)
-    log, power = log_replicates[:from_log], power_replicates[: resamples - from_log]
-    times = np.concatenate([_log_time(log[:, 0], log[:, 1], target), _power_time(power[:, 0], power[:, 1], target)])
-    low, high = _interval(times, confidence)
-    one = np.ones(1)
-    if fit.preferred == "log":
-        update = _log_time(fit.log_intercept * one, fit.log_slope * one, target)
-    else:
-        update = _power_time(fit.power_coefficient * one, fit.power_exponent * one, target)
-    last = float(_vector("updates", updates)[-1])
-    return Forecast(*(max(last, t) for t in (float(update[0]), low, high)))
-
-
-def constant_lr_segments(learning_rates: Sequence[float]) -> list[slice]:
-    """Return the maximal runs of equal learning rate, in order; together they cover the trace.
-
-    Args:
-        learning_rates: The learning rate at each recorded point. Values are equal if they differ by less than 1e-9
-            relative to the first of the run. NaN equals nothing.
-
-    Example:
-        >>> constant_lr_segments([0.1, 0.1, 0.1, 0.01, 0.01])
-        [slice(0, 3, None), slice(3, 5, None)]
-    """
-    starts = [0] if learning_rates else []
-    for i, rate in enumerate(learning_rates):
-        if i > 0 and not math.isclose(rate, learning_rates[starts[-1]], rel_tol=1e-9):
-            starts.append(i)
-    return [slice(a, b) for a, b in pairwise([*starts, len(learning_rates)])]
-
-
-def longest_segment(updates: Sequence[float], learning_rates: Sequence[float]) -> slice:
-    """Return the run of equal learning rate that spans the most decades of ``updates``.
-
-    Args:
-        updates: t, positive and increasing: (n,), n ≥ 1.
-        learning_rates: The learning rate at each: (n,).
-
-    Example:
-        >>> longest_segment([1, 10, 100, 1000, 2000], [0.1, 0.1, 0.1, 0.01, 0.01])
-        slice(0, 3, None)
-    """
-    return max(constant_lr_segments(learning_rates), key=lambda s: updates[s.stop - 1] / updates[s.start])
-
-
-def next_log_update(t: int, points_per_decade: int) -> int:
-    """Return the smallest point after ``t`` of the grid of integers round(10^(k / points_per_decade)), k = 0, 1, ...
-
-    The grid is absolute: it does not depend on where a run was stopped and resumed.
-
-    Args:
-        t: Updates done, 0 or more.
-        points_per_decade: Points in every factor of ten; fewer where integers are too sparse.
-
-    Example:
-        >>> grid = [0]
-        >>> while grid[-1] < 40:
-        ...     grid.append(next_log_update(grid[-1], 5))
-        >>> grid[1:]
-        [1, 2, 3, 4, 6, 10, 16, 25, 40]
-    """
-    k = 0 if t < 1 else max(0, math.floor(points_per_decade * math.log10(t)) - 1)
-    while (point := round(10 ** (k / points_per_decade))) <= t:
-        k += 1
-    return point
-
-
-def _fit(
+def fit_with_replicates(
     updates: Sequence[float] | Tensor,
     distances: Sequence[float] | Tensor,
     learning_rates: Sequence[float] | None,
@@ -286,7 +157,7 @@ def _fit(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
     check_integer("resamples", resamples)
-    t, d = _vector("updates", updates), _vector("distances", distances)
+    t, d = vector("updates", updates), vector("distances", distances)
     _check(t, d)
     if learning_rates is not None:
         if len(learning_rates) != len(t):
@@ -299,13 +170,13 @@ def _fit(
     log_t = np.log(t)
     centre = float(log_t.mean())
     x = log_t - centre
-    line, power = _line(x, d), _power(x, d)
-    log_ssr, power_ssr = (_squares(d - law(p[None], x)[0][0]) for law, p in ((_line_law, line), (_power_law, power)))
+    line, power = least_squares_line(x, d), least_squares_power(x, d)
+    log_ssr, power_ssr = (_squares(d - law(p[None], x)[0][0]) for law, p in ((line_law, line), (power_law, power)))
     total, n = _squares(d - d.mean()), len(t)
-    law, parameters = (_line_law, line) if log_ssr <= power_ssr else (_power_law, power)
+    law, parameters = (line_law, line) if log_ssr <= power_ssr else (power_law, power)
     points = _effective_points(law, parameters, x, d)
-    log_replicates = bootstrap(_line_law, line, x, d, resamples=resamples, confidence=confidence)
-    power_replicates = bootstrap(_power_law, power, x, d, resamples=resamples, confidence=confidence)
+    log_replicates = bootstrap(line_law, line, x, d, resamples=resamples, confidence=confidence)
+    power_replicates = bootstrap(power_law, power, x, d, resamples=resamples, confidence=confidence)
     alpha, alpha_interval = _alpha(t, d, resamples, confidence)
 
     def uncentred(both: Vector, *, exponential: bool) -> Vector:
@@ -323,8 +194,8 @@ def _fit(
         power_r2=1 - power_ssr / total,
         log_weight=_akaike_weight(log_ssr, power_ssr, points, floor=total * np.finfo(np.float64).eps ** 2),
         alpha=alpha,
-        log_slope_interval=_interval(log_replicates[:, 1], confidence),
-        power_exponent_interval=_interval(power_replicates[:, 1], confidence),
+        log_slope_interval=interval(log_replicates[:, 1], confidence),
+        power_exponent_interval=interval(power_replicates[:, 1], confidence),
         alpha_interval=alpha_interval,
         confidence=confidence,
         first_update=float(t[0]),
@@ -342,7 +213,8 @@ def _wide(values: Sequence[float] | Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
-def _vector(name: str, values: Sequence[float] | Tensor) -> Vector:
+def vector(name: str, values: Sequence[float] | Tensor) -> Vector:
+    """Return finite numbers as a vector in double precision, or raise ``ValueError`` in the argument's name."""
     vector: Vector = _wide(values.cpu() if isinstance(values, Tensor) else values).detach().numpy()
     if vector.ndim != 1:
         raise ValueError(f"{name} must be one vector (n,), got shape {vector.shape}: flatten it, or fit each row")
@@ -378,38 +250,8 @@ def _check_span(t: Vector, d: Vector, minimum_decades: float) -> None:
         raise ValueError(f"distances are all {d[0]:g}: there is no law to fit; check the learning rate")
 
 
-def _line_law(parameters: Vector, x: Vector) -> tuple[Vector, Vector, Vector]:
-    values = parameters[:, :1] + parameters[:, 1:] * x
-    return values, np.ones_like(values), np.broadcast_to(x, values.shape)
-
-
-def _power_law(parameters: Vector, x: Vector) -> tuple[Vector, Vector, Vector]:
-    shape = np.exp(parameters[:, 1:] * x)
-    values = parameters[:, :1] * shape
-    return values, shape, values * x
-
-
 def _squares(residuals: Vector) -> float:
     return float(residuals @ residuals)
-
-
-def _line(x: Vector, y: Vector) -> Vector:
-    """Return intercept and slope of the least-squares line."""
-    centred = x - x.mean()
-    slope = centred @ y / (centred @ centred)
-    return np.array([y.mean() - slope * x.mean(), slope])
-
-
-def _power(x: Vector, d: Vector) -> Vector:
-    """Return C and p of the least-squares C·exp(p·x), by variable projection on C."""
-    low, high = -8.0, 8.0
-    for _ in range(5):  # each round narrows the bracket 128 times
-        p = np.linspace(low, high, 257)
-        shape = np.exp(p[:, None] * x)
-        c = (shape @ d) / (shape * shape).sum(1)
-        best = int(((d - c[:, None] * shape) ** 2).sum(1).argmin())
-        low, high = p[max(best - 1, 0)], p[min(best + 1, 256)]
-    return np.array([c[best], p[best]])
 
 
 def _effective_points(law: Model, parameters: Vector, x: Vector, d: Vector) -> float:
@@ -430,15 +272,16 @@ def _alpha(t: Vector, d: Vector, resamples: int, confidence: float) -> tuple[flo
     if late.sum() < 3:
         return math.nan, (math.nan, math.nan)
     x, y = np.log(np.log(t[late])), np.log(d[late])
-    line = _line(x, y)
+    line = least_squares_line(x, y)
     if line[1] <= 0:
         return math.nan, (math.nan, math.nan)
-    slopes = bootstrap(_line_law, line, x, y, resamples=resamples, confidence=confidence, growing=False)[:, 1]
-    low, high = _interval(slopes, confidence)
+    slopes = bootstrap(line_law, line, x, y, resamples=resamples, confidence=confidence, growing=False)[:, 1]
+    low, high = interval(slopes, confidence)
     return 2 / float(line[1]), (2 / high, 2 / low if low > 0 else math.inf)
 
 
-def _interval(replicates: Vector, confidence: float) -> Interval:
+def interval(replicates: Vector, confidence: float) -> Interval:
+    """Return the quantiles between which the share ``confidence`` of the replicates lies."""
     edges = (1 - confidence) / 2, (1 + confidence) / 2
     replicates = replicates[~np.isnan(replicates)]
     if not len(replicates):
@@ -446,13 +289,3 @@ def _interval(replicates: Vector, confidence: float) -> Interval:
     # "nearest" does not interpolate between a finite and an infinite replicate.
     low, high = np.quantile(replicates, edges, method="nearest")
     return float(low), float(high)
-
-
-def _log_time(a: Vector, b: Vector, target: float) -> Vector:
-    with np.errstate(all="ignore"):
-        return np.where(b > 0, np.exp((target - a) / b), math.inf)
-
-
-def _power_time(c: Vector, p: Vector, target: float) -> Vector:
-    with np.errstate(all="ignore"):
-        return np.where((c > 0) & (p > 0), np.exp(np.log(target / c) / p), math.inf)

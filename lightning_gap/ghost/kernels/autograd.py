@@ -1,0 +1,124 @@
+"""The eager kernels under autograd: which run of a batch goes to which kernel, forward and backward."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gap.ghost.kernels.as_channels import AS_CHANNELS, gradients_as_channels
+from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula
+from lightning_gap.ghost.kernels.layout import (
+    LIMITS,
+    Kernel,
+    Limits,
+    Maybe,
+    Run,
+    Tables,
+    channels_inside,
+    dense_like,
+    flat_view,
+    statistics_dtype,
+)
+from lightning_gap.ghost.kernels.native import positions_as_channels
+from lightning_gap.ghost.kernels.one_by_one import ONE_BY_ONE
+from lightning_gap.ghost.kernels.side_by_side import SIDE_BY_SIDE
+from lightning_gap.ghost.transforms import looks_into_operations
+
+__all__ = ["forward_over_ghosts", "gradients_over_ghosts", "over_ghosts", "where_wanted"]
+
+
+def gradients_over_ghosts(
+    x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, runs: list[Run], wanted: bool, limits: Limits = LIMITS
+) -> tuple[Maybe, Tensor]:
+    """Return the gradient of x, if wanted, and those of weight and bias, (2, C)."""
+    inside = channels_inside(x)
+    flat = flat_view(x, inside)
+    flat_grad = flat_view(dense_like(grad_y, inside), inside)
+    parts = _parts(flat, runs, limits)
+    if len(parts) == 1 and parts[0].kernel is AS_CHANNELS and not positions_as_channels(flat):
+        grad_x, total = gradients_as_channels(parts[0].run, flat, flat_grad, weight, tables, wanted)
+        return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
+    own = torch.empty_like(x) if wanted else None
+    out = None if own is None else flat_view(own, inside)
+    total = tables.mean.new_zeros(2, x.shape[1])
+    for run, rows, which, kernel in parts:
+        target = None if out is None else out[rows]
+        part = Tables(*(t[which] for t in tables))
+        total += kernel.backward(run, flat[rows], flat_grad[rows], weight, part, target, limits)
+    return own, total
+
+
+class _Part(NamedTuple):
+    """A run of a batch, and the kernel for it."""
+
+    run: Run
+    rows: slice  # of the flat view
+    ghosts: slice  # of the tables of statistics
+    kernel: Kernel
+
+
+def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[_Part]:
+    parts, first = [], 0
+    per_sample = len(flat) // runs[-1].stop
+    for run in runs:
+        rows = slice(run.start * per_sample, run.stop * per_sample)
+        ghost = flat[rows].numel() // run.ghosts
+        if run.strided and per_sample == 1:
+            kernel = AS_CHANNELS
+        elif run.ghosts == 1 or (ghost >= limits.large_ghost and not run.strided):
+            kernel = ONE_BY_ONE
+        else:
+            kernel = SIDE_BY_SIDE
+        parts.append(_Part(run, rows, slice(first, first + run.ghosts), kernel))
+        first += run.ghosts
+    return parts
+
+
+def where_wanted(ctx: Any, gradients: Tensor) -> list[Maybe]:
+    """Return the gradients of weight and bias that autograd asks for."""
+    wanted = ctx.needs_input_grad[1:3]
+    return [gradient if yes else None for yes, gradient in zip(wanted, gradients, strict=True)]
+
+
+def forward_over_ghosts(
+    x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits = LIMITS
+) -> tuple[Tensor, ...]:
+    """Return the output, and means, unbiased variances and 1/σ of all ghosts, each (ghosts, C)."""
+    y, inside = torch.empty_like(x), channels_inside(x)
+    ghosts = sum(run.ghosts for run in runs)
+    tables = [x.new_zeros(ghosts, x.shape[1], dtype=statistics_dtype(x)) for _ in range(3)]
+    flat = flat_view(x, inside)
+    flat_y = flat_view(y, inside)
+    for run, rows, which, kernel in _parts(flat, runs, limits):
+        part = Tables(*(t[which] for t in tables))
+        kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, part, limits)
+    return y, *tables
+
+
+class _GhostNorm(torch.autograd.Function):
+    """The eager kernels; a second derivative goes through the formula."""
+
+    forward = staticmethod(forward_over_ghosts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, ctx.eps, ctx.runs, ctx.limits = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, bias, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Maybe, ...]:
+        x, weight, bias, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled() or looks_into_operations(grad_y):
+            gradients = gradients_of_formula(
+                lambda: formula(x, weight, bias, ctx.eps, ctx.runs)[0], ctx, (x, weight, bias), grad_y
+            )
+            return *gradients, None, None, None
+        grad_x, total = gradients_over_ghosts(
+            x, grad_y, weight, Tables(*tables), ctx.runs, ctx.needs_input_grad[0], ctx.limits
+        )
+        return grad_x, *where_wanted(ctx, total), None, None, None
+
+
+over_ghosts: Callable[..., tuple[Tensor, ...]] = _GhostNorm.apply

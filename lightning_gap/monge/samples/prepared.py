@@ -1,0 +1,153 @@
+"""What batches are drawn from, and what there is of it to see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.samples.batches import Predicted
+from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, Turn
+from lightning_gap.monge.samples.splits import generator
+from lightning_gap.monge.samples.standardize import AffineRepresentation
+
+__all__ = ["HeldOut", "Prepared", "Split"]
+
+P = TypeVar("P", bound=Population)
+
+_ENDLESS_STEPS = 100
+_START = 20  # first entry of the key of random draws
+
+
+class Split(NamedTuple):
+    """Samples of a stage: ``(n, d)`` of the source, ``(m, d)`` of the target."""
+
+    source: Tensor
+    target: Tensor
+
+
+@dataclass
+class HeldOut:
+    """The held-out samples of one stage.
+
+    Attributes:
+        pairs: Source and target of each condition, in random order.
+        again: Training samples of each target, as many as are held out where there are; ``None`` for a condition that
+            is not trained on.
+        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs, or ``None`` without conditions.
+        titles: What messages call each pair.
+    """
+
+    pairs: list[tuple[FiniteSamples, FiniteSamples]]
+    again: list[Tensor | None]
+    conditions: Tensor | None
+    titles: list[str]
+
+
+@dataclass
+class Prepared:
+    """Everything that batches are drawn from, in encoded space but for what is predicted.
+
+    Attributes:
+        dim: Dimension of the batches.
+        features: Names of the raw features, where they have names.
+        representation: Change of coordinates, or ``None``.
+        batch_size: Samples of each side and condition in a batch, which may have shrunk.
+        names: Names of the conditions, empty without conditions.
+        vectors: ``(K, p)`` vectors of the named conditions, or ``None``.
+        train: Source and target of each condition that is trained on.
+        conditions: Labels or vectors of these conditions, or ``None`` without conditions.
+        held_out: What is held out for each stage that has something.
+        predicted: What is mapped in prediction.
+    """
+
+    dim: int
+    features: tuple[str, ...] | None
+    representation: AffineRepresentation | None
+    batch_size: int
+    names: tuple[str, ...]
+    vectors: Tensor | None
+    train: list[tuple[Population, Population]]
+    conditions: Tensor | None
+    held_out: dict[str, HeldOut]
+    predicted: Predicted
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of the finite sets that are trained on."""
+        return [len(x) for pair in self.train for x in pair if isinstance(x, FiniteSamples)]
+
+    @property
+    def endless(self) -> bool:
+        """Whether a side is drawn anew for each batch."""
+        return len(self.sizes) < 2 * len(self.train)
+
+    def steps(self, size: int, per_batch: int | None) -> int:
+        """Return the batches of one pass through the largest set, or some number where all are endless.
+
+        Args:
+            size: Samples of each side and condition in a batch.
+            per_batch: Conditions in a batch; all by default.
+        """
+        if not self.sizes:
+            return _ENDLESS_STEPS
+        conditions = len(self.train)
+        return max(1, max(self.sizes) // size * conditions // (per_batch or conditions))
+
+    def training_part(self, population: Population, side: int, seed: int, size: int) -> Part:
+        """Return a finite set, or some samples of an endless one, the same ones each time.
+
+        Args:
+            population: One side of a pair that is trained on.
+            side: 0 for the source, 1 for the target.
+            seed: Seed of the draw.
+            size: How many of an endless one.
+        """
+        if isinstance(population, FiniteSamples):
+            return Part(population.samples, population.weights)
+        return population.draw(Turn((seed, _START, side), 0, 0, 1, size, slice(None)))
+
+    def training_pairs(self, seed: int, size: int) -> list[tuple[Part, Part]]:
+        """Return the samples and weights of each condition in turn.
+
+        Args:
+            seed: Seed of the draws.
+            size: How many of an endless side.
+        """
+        part = self.training_part
+        return [(part(source, 0, seed, size), part(target, 1, seed, size)) for source, target in self.train]
+
+    def training_samples(self, seed: int, size: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the samples of each side, of all conditions, in random order.
+
+        Args:
+            seed: Seed of draws and order.
+            size: How many of an endless side.
+            most: Largest number of each side; all of a finite set by default.
+        """
+        sides = []
+        for i in range(2):
+            parts = [self.training_part(x, i, seed, size).samples for x in _distinct(self.train, i)]
+            samples = torch.cat(parts)
+            order = torch.randperm(len(samples), generator=generator(seed, _START, i), device="cpu")[:most]
+            sides.append(samples[order.to(samples.device)])
+        return sides[0], sides[1]
+
+    def splits(self, seed: int, size: int) -> dict[str, Split]:
+        """Return the samples of all stages, of all conditions.
+
+        Args:
+            seed: Seed of draws and order in training.
+            size: How many of an endless side are shown of training.
+        """
+        parts = {"train": Split(*self.training_samples(seed, size))}
+        for stage, held_out in self.held_out.items():
+            sides = (torch.cat([x.samples for x in _distinct(held_out.pairs, i)]) for i in range(2))
+            parts[stage] = Split(*sides)
+        return parts
+
+
+def _distinct(pairs: Sequence[tuple[P, P]], side: int) -> list[P]:
+    """Return one side of pairs: one without labels is in the pair of every condition."""
+    return list({id(pair[side]): pair[side] for pair in pairs}.values())
