@@ -138,6 +138,10 @@ class Anchor:
         device = next(iter(local.values())).device
         return sum_over_ranks(share.to(widest(device)).to(device)).cpu().double()
 
+    def tracked_in(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the module's parameters that have a w_0."""
+        return {name: p.detach() for name, p in module.named_parameters() if name in self.weights}
+
     def displacement(self, squares: Tensor, rows: Tensor | slice = slice(None)) -> WeightDisplacement:
         """Return the displacement of all tensors, or of a group, from what :meth:`squares` returned."""
         rounding, start2 = self.start_squares[rows].sum(0)

@@ -344,7 +344,7 @@ class UltraSlowDiffusion(Callback):
                 f"started ({late[0]}, ...): they have no initial weights to be compared with."
             )
         try:
-            squares = anchor.squares({name: p.detach() for name, p in pl_module.named_parameters()})
+            squares = anchor.squares(anchor.tracked_in(pl_module))
         except ValueError as error:
             self._recording = False
             rank_zero_warn(f"UltraSlowDiffusion stops recording at update {self._step}, the model was changed: {error}")

@@ -28,10 +28,6 @@ __all__ = [
     "weight_norm",
 ]
 
-# Elements handled at once. On a CPU the difference then stays in the second-level cache, so that both copies are read
-# from memory once; an accelerator needs larger pieces to be busy. Either way the temporary is small beside the model.
-_CPU_PIECE = 1 << 17
-_ACCELERATOR_PIECE = 1 << 22
 # Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
 _ROW = 1 << 11
 
@@ -179,12 +175,20 @@ def weight_displacement(
     return displacement_from_squares(distance2, norm2, anchor_norm)
 
 
-def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
+def square_sums(
+    weights: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    cpu_piece: int = 1 << 17,
+    accelerator_piece: int = 1 << 22,
+) -> Tensor:
     """Return ‖w_t − w_0‖² and ‖w_t‖² of each tensor: (tensors, 2), float64, on the CPU.
 
     Args:
         weights: w_t, or this rank's shards of it, name -> tensor.
         anchor: w_0, the same names and shapes.
+        cpu_piece: Elements handled at once. The difference then stays in a CPU's second-level cache, so that both
+            copies are read from memory once; it is small beside the model.
+        accelerator_piece: The same of an accelerator, which needs larger pieces to be busy.
     """
     sums: list[tuple[float, float]] = []
     waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -194,10 +198,10 @@ def square_sums(weights: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> 
         # The difference of two bfloat16 is not a bfloat16.
         dtype = torch.float64 if now.dtype == torch.float64 else torch.float32
         if now.device.type == "cpu":
-            sums.append(_cpu_square_sums(now, start, dtype, scratch))
+            sums.append(_cpu_square_sums(now, start, dtype, scratch, cpu_piece))
             continue
         sums.append((0.0, 0.0))
-        for w, a in zip(now.split(_ACCELERATOR_PIECE), start.split(_ACCELERATOR_PIECE), strict=True):
+        for w, a in zip(now.split(accelerator_piece), start.split(accelerator_piece), strict=True):
             w, a = w.to(dtype), a.to(w.device, non_blocking=True).to(dtype)
             norms = torch.stack([torch.linalg.vector_norm(w - a), torch.linalg.vector_norm(w)])
             waiting.setdefault(w.device, []).append((row, norms))
@@ -243,17 +247,18 @@ def _flat(tensor: Tensor, layout: Tensor) -> Tensor:
     return tensor.permute(sorted(range(layout.ndim), key=layout.stride, reverse=True)).reshape(-1)
 
 
-def _cpu_square_sums(now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[float, float]:
+def _cpu_square_sums(
+    now: Tensor, start: Tensor, dtype: torch.dtype, scratch: Scratch, piece: int
+) -> tuple[float, float]:
     """‖now − start‖² and ‖now‖² of vectors, by NumPy, whose calls cost less than torch's."""
     if dtype not in scratch:
-        scratch[dtype] = torch.empty(
-            3, _CPU_PIECE, dtype=dtype, device="cpu"
-        )  # new memory for each piece would cost page faults
+        # New memory for each piece would cost page faults.
+        scratch[dtype] = torch.empty(3, piece, dtype=dtype, device="cpu")
     difference = scratch[dtype][2].numpy()
     distance2 = norm2 = 0.0
-    for first in range(0, len(now), _CPU_PIECE):
+    for first in range(0, len(now), piece):
         w, a = (
-            _as_numpy(vector[first : first + _CPU_PIECE], buffer)
+            _as_numpy(vector[first : first + piece], buffer)
             for vector, buffer in zip((now, start), scratch[dtype], strict=False)
         )
         moved = np.subtract(w, a, out=difference[: len(w)])

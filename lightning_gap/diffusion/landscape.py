@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.distance import ParameterFilter, check_filter, tracked_parameters
 from lightning_gap.diffusion.plot import axes_or_new
+from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = ["LandscapeFit", "estimate_alpha"]
 
@@ -191,7 +191,7 @@ def _forked_generators(weights: Mapping[str, Tensor]) -> Any:
 def _set_modes(module: nn.Module, batch_norm: str) -> None:
     module.eval()
     for part in module.modules():
-        if isinstance(part, _BatchNorm) and batch_norm == "batch":
+        if isinstance(part, BatchNormBase) and batch_norm == "batch":
             part.train()
 
 

@@ -22,6 +22,7 @@ from lightning_gap.diffusion.fit import DiffusionFit, fit_diffusion
 from lightning_gap.diffusion.plot import plot_diffusion
 from lightning_gap.extras import library
 from lightning_gap.precision import widest
+from lightning_gap.trainer.internals.of_lightning import default_states, plot_metric
 
 __all__ = ["UltraSlowDiffusionFit", "WeightDistance"]
 
@@ -36,8 +37,9 @@ class _WideMetric(Metric):
             def narrowed(state: Any) -> Any:
                 return state.to(dtype) if isinstance(state, Tensor) else [part.to(dtype) for part in state]
 
-            for name, default in self._defaults.items():
-                self._defaults[name] = narrowed(default)
+            defaults = default_states(self)
+            for name, default in defaults.items():
+                defaults[name] = narrowed(default)
                 setattr(self, name, narrowed(getattr(self, name)))
         return super()._apply(fn, exclude_state)
 
@@ -130,7 +132,7 @@ class WeightDistance(_WideMetric):
             ModuleNotFoundError: Matplotlib is not installed.
         """
         library("matplotlib", f"{type(self).__name__}.plot()", "plots")
-        return self._plot(val, ax)
+        return plot_metric(self, val, ax)
 
 
 class UltraSlowDiffusionFit(_WideMetric):

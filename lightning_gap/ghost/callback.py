@@ -7,23 +7,24 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from rich.table import Table
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
 
 from lightning_gap.checks import check_count
 from lightning_gap.ghost.convert import (
     GhostConversion,
     NoBatchNormError,
     Skip,
+    plain_layers,
     plan_ghost_batchnorm,
     revert_ghost_batchnorm,
 )
 from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
 from lightning_gap.ghost.joined_statistics import RunningStatisticsSync
 from lightning_gap.ghost.layers import GhostNorm
-from lightning_gap.ghost.layout import describe, falls_short, ranks_that_fill_a_ghost
+from lightning_gap.ghost.ranks import GhostsOverRanks
 from lightning_gap.ghost.recalibrate import recalibrate_in_training
+from lightning_gap.ghost.report import other_reference, rows_in_words, table_of, unfit_in_words
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import own_loader
 from lightning_gap.ranks.group import RankGroup
@@ -155,23 +156,23 @@ class GhostBatchNorm(Callback):
         self.sync_running_stats = sync_running_stats
         self.recalibrate = recalibrate
         self.missing = missing
-        self._plan: GhostConversion | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._undo: list[Callable[[], None]] = []
-        self._plan = None
+        self._plan: GhostConversion | None = None
         self._rows: list[BatchRows] = []  # of our layers, and of no others: copies of layers share them
         self._left: set[nn.Module] = set()  # BatchNorm layers that stay what they are
         self._ranks: RankGroup | None = None
         self._sync: RunningStatisticsSync | None = None
         self._largest: int | None = None  # samples of this rank in a ghost over ranks
-        self._facts: tuple[int, str] | None = None  # of the table, until the first batch has passed
+        self._ghosts: GhostsOverRanks | None = None  # from the first batch on
         self._told: set[nn.Module] = set()  # layers that have been warned of
         self._batches = 0
         self._known: list[GhostNorm] = []
         self._trained: list[GhostNorm] = []  # those whose statistics the last batch has changed
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer under which the layers would not do what is asked, before it builds anything."""
         if stage != "fit":
@@ -192,7 +193,6 @@ class GhostBatchNorm(Callback):
                 f"ranks_per_ghost={self.ranks_per_ghost} does not divide the {data_parallel_size(trainer)} ranks that "
                 "see different samples; use a divisor of their number, or 'auto'"
             )
-
         if self.recalibrate is not None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "GhostBatchNorm(recalibrate=...) runs training_step for its statistics alone, and with manual "
@@ -200,11 +200,13 @@ class GhostBatchNorm(Callback):
                 "forward=...) after the fit"
             )
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert the layers; by now every strategy has built, moved and wrapped the model."""
         self._restore(pl_module)
         try:
             plan = plan_ghost_batchnorm(pl_module, self.skip)
+            self._apply(plan)
         except NoBatchNormError as error:
             if self.missing == "error":
                 raise MisconfigurationException(f"GhostBatchNorm: {error}; or set missing='warn'") from error
@@ -212,12 +214,8 @@ class GhostBatchNorm(Callback):
             return
         except ValueError as error:
             raise MisconfigurationException(f"GhostBatchNorm: {error}") from error
-        try:
-            self._apply(plan)
-        except ValueError as error:
-            raise MisconfigurationException(f"GhostBatchNorm: {error}") from error
         self._plan = plan
-        self._left = {layer for layer in pl_module.modules() if _is_plain(layer)}
+        self._left = plain_layers(pl_module)
         for name, reason in plan.unable.items():
             rank_zero_warn(
                 f"GhostBatchNorm leaves layer {name!r} as it is: it {reason}; add it to skip to silence this warning"
@@ -231,11 +229,12 @@ class GhostBatchNorm(Callback):
         self._rows += {id(each): each for each in rows.values() if isinstance(each, BatchRows)}.values()
 
     def _layers(self, module: nn.Module) -> dict[str, GhostNorm]:
-        """Return our layers, those among them that training has copied or added too."""
+        """Return our layers, also those that training has copied or added."""
         ours = {id(rows) for rows in self._rows}
         named = {name: layer for name, layer in module.named_modules() if isinstance(layer, GhostNorm)}
         return {name: layer for name, layer in named.items() if id(layer.rows_per_sample) in ours}
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a loader that cannot be copied to recalibrate with."""
         if self._plan is not None and self.recalibrate is not None:
@@ -247,22 +246,24 @@ class GhostBatchNorm(Callback):
                     f"cannot be copied ({error}): use a map-style data set, or recalibrate=None"
                 ) from error
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Convert the layers that have been added since the last epoch."""
-        if self._plan is None or not any(_is_plain(layer) and layer not in self._left for layer in pl_module.modules()):
+        if self._plan is None or not (new := plain_layers(pl_module) - self._left):
             return
         try:
             found = plan_ghost_batchnorm(pl_module, self.skip)
-            layers = {n: layer for n, layer in found.layers.items() if _is_plain(layer) and layer not in self._left}
+            layers = {name: layer for name, layer in found.layers.items() if layer in new}
             if layers:
                 self._apply(GhostConversion(layers, (), {}))
                 rank_zero_info(f"GhostBatchNorm converts what has been added during training: {', '.join(layers)}")
         except ValueError as error:
             rank_zero_warn(f"GhostBatchNorm leaves what has been added during training as it is: {error}")
-        self._left = {layer for layer in pl_module.modules() if _is_plain(layer)}
+        self._left = plain_layers(pl_module)
         if self._batches:
             self._join_ranks(pl_module)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch's samples, and see at the first batch how the ghosts lie over the ranks."""
         if self._plan is None:
@@ -281,6 +282,7 @@ class GhostBatchNorm(Callback):
         if self._sync is not None:
             self._sync.remember()
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Join the ranks' running statistics, where asked or needed; say once what was done."""
         if self._plan is None:
@@ -288,7 +290,9 @@ class GhostBatchNorm(Callback):
         if self._sync is not None:
             self._sync.join()
         for rows in self._rows:
-            self._warn_of_rows(pl_module, rows)
+            if new := {layer: unfit for layer, unfit in rows.unfit.items() if layer not in self._told}:
+                self._told.update(new)
+                rank_zero_warn(unfit_in_words(pl_module, new, self.ghost_batch_size))
             rows.samples, rows.watching = None, False
         if not self._batches:
             self._report(trainer, pl_module, self._plan)
@@ -296,15 +300,17 @@ class GhostBatchNorm(Callback):
         if self.recalibrate is not None:  # frozen ones are in evaluation mode
             self._trained = [layer for layer in self._known if layer.training and layer.track_running_stats]
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the running statistics anew, where asked."""
         self._recalibrate(trainer, pl_module)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked and no validation ever does so."""
         if not trainer.enable_validation:
             self._recalibrate(trainer, pl_module)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked and no validation has done so since the last update."""
         self._recalibrate(trainer, pl_module)
@@ -320,19 +326,15 @@ class GhostBatchNorm(Callback):
         if ranks is not None:
             sizes = ranks.gather(torch.tensor(sizes[0], device=trainer.strategy.root_device)).tolist()
         strided = self.grouping == "strided"
-        together = self.ranks_per_ghost
-        if together == "auto":
-            together = ranks_that_fill_a_ghost(sizes, self.ghost_batch_size, strided=strided)
-        if together > 1:
-            self._ranks = data_parallel_subgroup(trainer, together, strided=strided)
+        ghosts = GhostsOverRanks.of(sizes, self.ghost_batch_size, self.ranks_per_ghost, strided=strided)
+        if ghosts.together > 1:
+            self._ranks = data_parallel_subgroup(trainer, ghosts.together, strided=strided)
             self._largest = micro_batch
-        if short := falls_short(sizes, self.ghost_batch_size, together, trainer.accumulate_grad_batches):
+        if short := ghosts.falls_short(trainer.accumulate_grad_batches):
             rank_zero_warn(f"GhostBatchNorm(ghost_batch_size={self.ghost_batch_size}): {short}")
         wanted = shards_by_dtensor(trainer) if self.sync_running_stats is None else self.sync_running_stats
         if ranks is not None and wanted:
-            parts = len(sizes) // together
-            one_of_each = range(parts) if strided else range(0, len(sizes), together)
-            self._sync = RunningStatisticsSync([], ranks, one_of_each)
+            self._sync = RunningStatisticsSync([], ranks, ghosts.representatives)
         self._join_ranks(pl_module)
         if micro_batch is None and any(rows.fixed is None for rows in self._rows):
             rank_zero_warn(
@@ -340,7 +342,7 @@ class GhostBatchNorm(Callback):
                 f"so each row of a layer's input counts as one of ghost_batch_size={self.ghost_batch_size}; set "
                 "rows_per_sample to the rows that a sample has, 1 if this is right"
             )
-        self._facts = together, describe(sizes, self.ghost_batch_size, together)
+        self._ghosts = ghosts
 
     def _join_ranks(self, pl_module: LightningModule) -> None:
         layers = self._layers(pl_module)
@@ -352,26 +354,13 @@ class GhostBatchNorm(Callback):
         if self._sync is not None:
             self._sync = RunningStatisticsSync(layers.values(), self._sync.ranks, self._sync.representatives)
 
-    def _warn_of_rows(self, pl_module: LightningModule, rows: BatchRows) -> None:
-        new = {layer: unfit for layer, unfit in rows.unfit.items() if layer not in self._told}
-        if not new:
-            return
-        self._told.update(new)
-        names = {layer: name for name, layer in pl_module.named_modules()}
-        each = ", ".join(
-            f"{names.get(layer)!r} ({n} rows for {samples} samples)" for layer, (n, samples) in new.items()
-        )
-        rank_zero_warn(
-            f"GhostBatchNorm cannot tell how many rows a sample has in the input of layer {each}: each row counts as "
-            f"one of ghost_batch_size={self.ghost_batch_size}; set rows_per_sample={{name: rows}}, 1 if this is right"
-        )
-
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the layers back after a failed fit; Lightning calls no teardown then."""
         self._restore(pl_module)
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the layers back."""
         self._restore(pl_module)
 
     def _restore(self, pl_module: LightningModule) -> None:
@@ -383,43 +372,21 @@ class GhostBatchNorm(Callback):
 
     @rank_zero_only
     def _report(self, trainer: Trainer, pl_module: LightningModule, plan: GhostConversion) -> None:
-        assert self._facts is not None
+        assert self._ghosts is not None
         facts: dict[str, int | str] = {
             "ghost_batch_size": self.ghost_batch_size,
             "running_stats": self.running_stats,
             "grouping": self.grouping,
             "converted_layers": len(plan.layers),
             "skipped_layers": len(plan.asked_to_skip) + len(plan.unable),
-            "ranks_per_ghost": self._facts[0],
-            "ghosts": self._facts[1],
+            "ranks_per_ghost": self._ghosts.together,
+            "ghosts": self._ghosts.describe(),
         }
         if self.recalibrate is not None:
             facts["recalibrate"] = self.recalibrate
-        table = Table(title="Ghost batch normalization", title_justify="left", show_header=False)
-        for name, value in facts.items():
-            table.add_row(name, str(value))
-        for name, layer in self._layers(pl_module).items():
-            seen = sorted(set().union(*(rows.seen.get(layer, ()) for rows in self._rows)) - {1})
-            if seen:
-                table.add_row(name, f"{' or '.join(map(str, seen))} rows a sample")
-        for name in plan.asked_to_skip:
-            table.add_row(name, "left as it is: in skip")
-        for name, reason in plan.unable.items():
-            table.add_row(name, f"left as it is: {reason}")
-        for reference in _other_references(trainer, self.ghost_batch_size):
-            table.add_row("note", f"the reference run of LargeBatchRegime has {reference} samples a batch, a ghost "
-                          f"{self.ghost_batch_size}")  # fmt: skip
-        say(table)
+        layers = self._layers(pl_module)
+        notes = rows_in_words(layers, self._rows) | plan.left_in_words()
+        if other := other_reference(trainer.callbacks, self.ghost_batch_size):  # type: ignore[attr-defined]
+            notes["note"] = other
+        say(table_of(facts, notes))
         log_facts(trainer.loggers, "lightning_gap/ghost/", facts)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and not isinstance(layer, GhostNorm)
-
-
-def _other_references(trainer: Trainer, ghost_batch_size: int) -> list[int]:
-    """Return the batch sizes of reference runs that are not the ghosts'."""
-    from lightning_gap.regime import LargeBatchRegime  # here: most runs with ghosts have it, and others need not pay
-
-    regimes = [callback for callback in trainer.callbacks if isinstance(callback, LargeBatchRegime)]  # type: ignore[attr-defined]
-    return [r.reference_batch_size for r in regimes if r.reference_batch_size != ghost_batch_size]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lightning_gap.ghost.foreign import is_made, keeps_forward
-from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_per_sample, check_settings
+from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_per_sample, check_settings, rank_group
 from lightning_gap.ghost.hidden import calls_batch_norm, frozen_layers, scripted_layers
 from lightning_gap.ghost.layers import GhostNorm, ghost_class
 from lightning_gap.ghost.samples import BatchRows
@@ -27,6 +27,7 @@ __all__ = [
     "NoBatchNormError",
     "Skip",
     "convert_ghost_batchnorm",
+    "plain_layers",
     "plan_ghost_batchnorm",
     "revert_ghost_batchnorm",
 ]
@@ -87,7 +88,7 @@ class GhostConversion:
         """
         check_settings(ghost_batch_size, running_stats, grouping)
         rows = self.rows_of_layers(rows_per_sample)
-        ranks = RankGroup(process_group) if isinstance(process_group, ProcessGroup) else process_group
+        ranks = None if process_group is None else rank_group(process_group)
         channels = {name: layer.num_features for name, layer in self.layers.items()}
         before = [(layer, _settings(layer)) for layer in self.layers.values()]
         for number, (name, layer) in enumerate(self.layers.items()):
@@ -102,6 +103,11 @@ class GhostConversion:
                     _set(layer, settings)
 
         return undo
+
+    def left_in_words(self) -> dict[str, str]:
+        """Return why layers are left as they are, by name."""
+        skipped = dict.fromkeys(self.asked_to_skip, "left as it is: in skip")
+        return skipped | {name: f"left as it is: {reason}" for name, reason in self.unable.items()}
 
     def rows_of_layers(
         self, rows_per_sample: RowsPerSample, otherwise: int | BatchRows = 1
@@ -283,6 +289,13 @@ def revert_ghost_batchnorm(module: Module) -> Module:
         if isinstance(layer, GhostNorm):
             _revert(layer)
     return module
+
+
+def plain_layers(module: nn.Module) -> set[nn.Module]:
+    """Return the BatchNorm layers of a module that are no ghost layers."""
+    return {
+        layer for layer in module.modules() if isinstance(layer, BatchNormBase) and not isinstance(layer, GhostNorm)
+    }
 
 
 def _rules(skip: Skip | Iterable[Skip]) -> list[Skip]:

@@ -22,10 +22,8 @@ __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
 
 RunningStats = Literal["sequential", "per_step"]
 Grouping = Literal["contiguous", "strided"]
-_RUNNING_STATS, _GROUPINGS = (
-    get_args(RunningStats),
-    get_args(Grouping),
-)  # here: compilers of older torch trace no get_args
+# Here: compilers of older torch trace no get_args.
+_RUNNING_STATS, _GROUPINGS = get_args(RunningStats), get_args(Grouping)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -72,6 +70,11 @@ def check_rows_per_sample(rows_per_sample: object) -> None:
         ValueError: If it is below 1.
     """
     check_count("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
+
+
+def rank_group(process_group: ProcessGroup | RankGroup) -> RankGroup:
+    """Return a process group, or what is one already, as a :class:`~lightning_gap.ranks.group.RankGroup`."""
+    return process_group if isinstance(process_group, RankGroup) else RankGroup(process_group)
 
 
 def ghost_slices(
@@ -219,7 +222,7 @@ def ghost_batch_norm(
         raise ValueError(f"eps must be positive in training, got {eps!r}")
 
     if process_group is not None:
-        ranks = process_group if isinstance(process_group, RankGroup) else RankGroup(process_group)
+        ranks = rank_group(process_group)
         if ranks.size > 1:
             spanning: tuple[Tensor, Tensor, Tensor] = normalize_over_ranks(x, weight, bias, eps, ranks)
             _update(running_mean, running_var, *spanning[1:], momentum, running_stats, num_batches_tracked)

@@ -13,6 +13,7 @@ from lightning_gap.ghost.functional import (
     check_rows_per_sample,
     check_settings,
     ghost_batch_norm,
+    rank_group,
 )
 from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.ranks.group import RankGroup
@@ -70,7 +71,7 @@ class GhostNorm(BatchNormBase):
         self.running_stats = running_stats
         self.grouping = grouping
         self.rows_per_sample = rows_per_sample
-        self.process_group = RankGroup(process_group) if isinstance(process_group, ProcessGroup) else process_group
+        self.process_group = None if process_group is None else rank_group(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize over ghost batches in training, by the running statistics in evaluation.

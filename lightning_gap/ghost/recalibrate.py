@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import leaving_no_trace, own_batches, own_randomness, step_of
 from lightning_gap.precision import widest
 from lightning_gap.ranks.group import sum_over_ranks, unwrapped
+from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = ["average_statistics", "recalibrate_batchnorm", "recalibrate_in_training"]
 
@@ -29,7 +29,9 @@ def recalibrate_batchnorm(
     forward: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
 ) -> Module:
-    r"""Recompute the running statistics of all BatchNorm layers, plain or ghost, as plain averages over ``loader``.
+    r"""Go beyond ``torch.optim.swa_utils.update_bn``: over ghosts, ranks, batches of any form, and undone on error.
+
+    The running statistics of all BatchNorm layers, plain or ghost, become plain averages over ``loader``.
 
     A running average over the last few updates is noisy, the more so with ghosts, and lags behind the weights. With the
     weights fixed, each layer's statistics become the average over all B batches (or ghosts) that it sees,
@@ -70,7 +72,7 @@ def recalibrate_batchnorm(
     """
     inner = unwrapped(module)
     layers = [
-        layer for layer in inner.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+        layer for layer in inner.modules() if isinstance(layer, BatchNormBase) and layer.running_mean is not None
         and layer.track_running_stats
     ]  # fmt: skip
     if not layers:
@@ -101,7 +103,7 @@ def recalibrate_batchnorm(
 
 @torch.no_grad()
 def average_statistics(
-    module: nn.Module, layers: Sequence[_BatchNorm], batches: Iterable[Any], run: Callable[[Any, int], Any]
+    module: nn.Module, layers: Sequence[BatchNormBase], batches: Iterable[Any], run: Callable[[Any, int], Any]
 ) -> None:
     """Give BatchNorm layers the plain averages of their statistics over batches; collective.
 
@@ -154,7 +156,7 @@ def average_statistics(
             _restore(layer, buffers)
 
 
-def recalibrate_in_training(trainer: Trainer, layers: Sequence[_BatchNorm], batches: int) -> None:
+def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], batches: int) -> None:
     """Take the statistics of layers anew from training batches, and change nothing else of the run; collective.
 
     Args:
@@ -182,12 +184,12 @@ def recalibrate_in_training(trainer: Trainer, layers: Sequence[_BatchNorm], batc
         _updates(layer).copy_(count)
 
 
-def _updates(layer: _BatchNorm) -> Tensor:
+def _updates(layer: BatchNormBase) -> Tensor:
     assert layer.num_batches_tracked is not None
     return layer.num_batches_tracked
 
 
-def _average_over_ranks(layers: Sequence[_BatchNorm]) -> None:
+def _average_over_ranks(layers: Sequence[BatchNormBase]) -> None:
     for layer in layers:
         mean, var, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
         assert mean is not None

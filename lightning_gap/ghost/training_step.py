@@ -15,13 +15,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "step_of"]
+from lightning_gap.trainer.internals.of_lightning import prepared_batch, training_loaders
+from lightning_gap.trainer.internals.of_torch import MODULE_TABLES, tree_map, version_of
 
-# What belongs to wrappers and to torch: parameters stay as they are, and sharded ones change places by themselves.
-_NOT_STATE = ("_parameters", "_modules")
+__all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "step_of"]
 
 
 def step_of(module: LightningModule) -> Callable[[Any, int], Any]:
@@ -52,8 +51,9 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
         layers: Layers whose buffers may change.
     """
     changing = set(layers)
+    # Parameters stay as they are, and sharded ones change places by themselves.
     kept = [
-        (submodule, {name: (v, _content(v)) for name, v in vars(submodule).items() if name not in _NOT_STATE})
+        (submodule, {name: (v, _content(v)) for name, v in vars(submodule).items() if name not in MODULE_TABLES})
         for submodule in module.modules()
     ]
     buffers = [(b, _content(b)) for m in module.modules() if m not in changing for b in m.buffers(recurse=False)]
@@ -63,7 +63,7 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
     finally:
         with torch.no_grad():
             for submodule, attributes in kept:
-                for name in vars(submodule).keys() - attributes.keys() - set(_NOT_STATE):
+                for name in vars(submodule).keys() - attributes.keys() - set(MODULE_TABLES):
                     del vars(submodule)[name]
                 for name, (value, content) in attributes.items():
                     _refill(value, content)
@@ -78,7 +78,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return None if value.is_inference() else (value._version, value.detach().clone())
+        return None if value.is_inference() else (version_of(value), value.detach().clone())
     return copy.copy(value) if isinstance(value, list | dict | set | deque) else None
 
 
@@ -87,7 +87,7 @@ def _refill(value: Any, content: Any) -> None:
     if content is None:
         return
     if isinstance(value, Tensor):
-        if value._version != content[0]:
+        if version_of(value) != content[0]:
             value.detach().copy_(content[1])
     elif isinstance(value, list | deque):
         if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
@@ -120,9 +120,8 @@ def own_loader(trainer: Trainer) -> CombinedLoader:
     Args:
         trainer: The trainer that runs.
     """
-    combined = trainer.fit_loop._combined_loader
-    assert combined is not None
-    return CombinedLoader(tree_map(_own, combined.iterables), combined._mode)
+    loaders, mode = training_loaders(trainer)
+    return CombinedLoader(tree_map(_own, loaders), mode)  # type: ignore[arg-type]
 
 
 def _own(loader: Any) -> Any:
@@ -145,5 +144,5 @@ def own_batches(trainer: Trainer, count: int) -> Iterator[Any]:
     """
     module = trainer.lightning_module
     for batch, _, _ in islice(iter(own_loader(trainer)), count):
-        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        batch = prepared_batch(module, trainer.precision_plugin.convert_input(batch))
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

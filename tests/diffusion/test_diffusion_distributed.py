@@ -118,8 +118,9 @@ def sharded(folder, world):
         "reference": reference.displacement,
         "bf16": half.trace,
         "bf16 reference": exact.displacement,
-        "held": sum(p.numel() for p in resumed._anchor.values()),
+        "held": sum(p.numel() for p in resumed._anchor.weights.values()),
         "saved": sorted(stopped.state_dict()),
+        "anchor": stopped.state_dict()["anchor"],
         "copies": [shard_copies(p) for p in (split, replicated, torch.ones(4))],
     }
 
@@ -171,7 +172,8 @@ def assert_shards_equal_the_whole_weights_in_float64(ranks, world):
         for whole, first, last in zip(seen["trace"]["distance"], *layers, strict=True):
             assert whole == pytest.approx((first**2 + last**2) ** 0.5)
         assert seen["resumed"] == seen["trace"]
-        assert seen["saved"] == ["anchor_folder", "shapes", "start_squares", "stem", "trace"]  # no weights
+        assert seen["saved"] == ["anchor", "anchor_folder", "shapes", "start_squares", "stem", "trace"]
+        assert seen["anchor"] is None  # no weights
         assert seen["copies"] == [1, world, world]
     held = {2: [4 * 5 + 8, 3 * 5], 4: [2 * 5 + 8, 2 * 5, 2 * 5, 5]}[world]
     assert [rank["sharded"]["held"] for rank in ranks[world]] == held

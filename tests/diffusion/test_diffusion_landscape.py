@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lightning_gap.diffusion import estimate_alpha, norms_and_biases
-from lightning_gap.diffusion import landscape as landscape_module
 
 
 class RandomPotential(nn.Module):
@@ -226,8 +225,6 @@ def test_bad_losses_are_refused(loss, message):
         estimate_alpha(nn.Linear(3, 1), loss, radius=1.0)
 
 
-def test_sharded_parameters_are_refused(monkeypatch):
-    monkeypatch.setattr(landscape_module, "DTensor", nn.Parameter)
-    monkeypatch.setattr(landscape_module, "tracked_parameters", lambda module, exclude: dict(module.named_parameters()))
+def test_sharded_parameters_are_refused(sharded_layer):
     with pytest.raises(ValueError, match="probe a copy that is not sharded"):
-        estimate_alpha(nn.Linear(3, 1), lambda m: m.weight.sum(), radius=1.0)
+        estimate_alpha(sharded_layer, lambda m: m.weight.sum(), radius=1.0)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap import GhostBatchNorm, convert_ghost_batchnorm, recalibrate_batchnorm, revert_ghost_batchnorm
 from lightning_gap.ghost import GhostBatchNorm1d, GhostNorm, RunningStatisticsSync, ghost_batch_norm
-from lightning_gap.ghost.layout import ranks_that_fill_a_ghost
 from lightning_gap.ranks.group import RankGroup
 
 RANKS = 4
@@ -286,16 +284,3 @@ def worker(rank, port, folder):
 def test_four_processes_equal_one(tmp_path):
     port = free_port()
     mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
-
-
-def test_groups_of_ranks_that_fill_a_ghost():
-    assert ranks_that_fill_a_ghost([32] * 8, 128) == 4
-    assert ranks_that_fill_a_ghost([32] * 8, 32) == 1  # no rank needs another
-    assert ranks_that_fill_a_ghost([64] * 8, 32) == 1
-    assert ranks_that_fill_a_ghost([32] * 6, 128) == 1  # four does not divide six
-    assert ranks_that_fill_a_ghost([20, 12, 8, 24], 32) == 2
-    assert ranks_that_fill_a_ghost([20, 8, 12, 24], 32, strided=True) == 2
-    assert ranks_that_fill_a_ghost([20, 8, 12, 24], 32) == 1
-    assert ranks_that_fill_a_ghost([0, 0], 32) == 1  # not known
-    found = [ranks_that_fill_a_ghost([16] * 16, 16 * k) for k in (1, 2, 4, 8, 16)]
-    assert all(b % a == 0 for a, b in pairwise(found))

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gap import precision
 from lightning_gap.diffusion import UltraSlowDiffusionFit, WeightDistance, fit_diffusion, norms_and_biases
-from lightning_gap.diffusion import metrics as metric_module
 
 
 def move(module, by):
@@ -55,16 +54,18 @@ def test_anchor_is_in_the_state_of_the_module_that_holds_the_metric():
     assert sum(p.numel() for p in first.parameters()) == 16  # the anchor is no parameter
 
 
-def test_other_modules_are_refused(monkeypatch):
+def test_other_modules_are_refused():
     with pytest.raises(ValueError, match="must have the parameters of the one at the start, bias is not there"):
         WeightDistance(nn.Linear(3, 4)).update(nn.Linear(3, 4, bias=False))
     with pytest.raises(ValueError, match="exclude less"):
         WeightDistance(nn.Linear(3, 4), exclude=".")
     with pytest.raises(ValueError, match="not a regular expression"):
         WeightDistance(nn.Linear(3, 4), exclude="(")
-    monkeypatch.setattr(metric_module, "DTensor", torch.Tensor)
+
+
+def test_sharded_parameters_are_refused(sharded_layer):
     with pytest.raises(ValueError, match="sharded parameters"):
-        WeightDistance(nn.Linear(3, 4))
+        WeightDistance(sharded_layer)
 
 
 def test_fit_of_points_in_any_order_and_repeated():

@@ -3,26 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusion_curves import correlated_noise, log_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gap.diffusion import constant_lr_segments, fit_diffusion, forecast_updates, next_log_update
+from lightning_gap.diffusion import fit_diffusion
 from lightning_gap.diffusion.bootstrap import autocorrelation
-
-
-def log_grid(last, points_per_decade=20):
-    grid = [1]
-    while grid[-1] < last:
-        grid.append(next_log_update(grid[-1], points_per_decade))
-    return torch.tensor(grid, dtype=torch.float64)
-
-
-def correlated_noise(points, generator, correlation=0.5):
-    noise = [torch.randn((), generator=generator, dtype=torch.float64)]
-    for _ in range(points - 1):
-        fresh = torch.randn((), generator=generator, dtype=torch.float64)
-        noise.append(correlation * noise[-1] + math.sqrt(1 - correlation**2) * fresh)
-    return torch.stack(noise)
 
 
 @settings(deadline=None, max_examples=50)
@@ -137,26 +123,6 @@ def test_constant_stretch_that_spans_most_is_fitted():
         fit_diffusion(t, d, learning_rates=rates[1:])
 
 
-def test_forecast_of_noisy_walks_covers_the_truth():
-    t, target = log_grid(1_000), 0.5 + math.log(5_000)
-    covered = 0
-    for seed in range(30):
-        d = 0.5 + t.log() + 0.2 * correlated_noise(len(t), torch.Generator().manual_seed(seed))
-        forecast = forecast_updates(t, d, target, resamples=399)
-        assert forecast.low < forecast.update < forecast.high
-        covered += forecast.low <= 5_000 <= forecast.high
-    assert covered >= 27
-
-
-def test_forecast_says_never_and_not_before_now():
-    t = log_grid(1_000)
-    assert forecast_updates(t, 10 - t.log(), 20.0).update == math.inf
-    assert forecast_updates(t, 1 + t.log(), 2.0) == (1_000, 1_000, 1_000)
-    assert forecast_updates(t, 0.1 * t**0.5, 10.0).update == pytest.approx(10_000, rel=1e-3)
-    with pytest.raises(ValueError, match="target must be a positive finite distance, got nan"):
-        forecast_updates(t, 1 + t.log(), math.nan)
-
-
 def test_brownian_weights_have_exponent_one_half():
     t = log_grid(10_000)
     spread = torch.diff(t, prepend=torch.zeros(1)).sqrt()  # exact: a Brownian path seen at the grid only
@@ -215,25 +181,9 @@ def test_bad_data_are_refused_in_words(updates, distances, message):
     ("name", "value"), [("confidence", 1.0), ("confidence", 0.0), ("resamples", 0), ("resamples", 2.5)]
 )
 def test_bad_options_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must .*, got {value}"):
         fit_diffusion(log_grid(1_000), log_grid(1_000), **{name: value})
 
 
 def test_minimum_decades_can_be_lowered():
     assert fit_diffusion([10, 20, 40, 60, 99], [1, 2, 3, 4, 5], minimum_decades=0.9).points == 5
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 50), st.integers(0, 20_000))
-def test_log_grid_is_absolute(points_per_decade, t):
-    grid = sorted({round(10 ** (k / points_per_decade)) for k in range(5 * points_per_decade + 1)})
-    assert next_log_update(t, points_per_decade) == min(g for g in grid if g > t)
-
-
-def test_constant_lr_segments():
-    assert constant_lr_segments([]) == []
-    assert constant_lr_segments([0.1] * 4) == [slice(0, 4)]
-    warm_then_drop = [0.02, 0.06, 0.1, 0.1, 0.1, 0.01]
-    assert constant_lr_segments(warm_then_drop) == [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)]
-    drift = [0.1 * (1 - 3e-10 * i) for i in range(12)]
-    assert len(constant_lr_segments(drift)) == 3, "a slow drift must not pass as constant"
