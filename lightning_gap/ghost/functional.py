@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
 from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.ranks.group import RankGroup
@@ -24,21 +24,6 @@ RunningStats = Literal["sequential", "per_step"]
 Grouping = Literal["contiguous", "strided"]
 # Here: compilers of older torch trace no get_args.
 _RUNNING_STATS, _GROUPINGS = get_args(RunningStats), get_args(Grouping)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of ``choices``.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The value to judge.
-        choices: The allowed values.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_settings(ghost_batch_size: object, running_stats: object, grouping: object) -> None:
@@ -54,7 +39,7 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
         ValueError: If a value is out of range.
     """
     what = "the samples that share statistics, in the paper the small batch size, 128"
-    check_count("ghost_batch_size", ghost_batch_size, what=what)
+    check_integer("ghost_batch_size", ghost_batch_size, what=what)
     check_choice("running_stats", running_stats, _RUNNING_STATS)
     check_choice("grouping", grouping, _GROUPINGS)
 
@@ -69,7 +54,7 @@ def check_rows_per_sample(rows_per_sample: object) -> None:
         TypeError: If it is not an int.
         ValueError: If it is below 1.
     """
-    check_count("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
+    check_integer("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
 
 
 def rank_group(process_group: ProcessGroup | RankGroup) -> RankGroup:

@@ -383,7 +383,7 @@ def test_a_model_without_batchnorm_trains_as_it_is_where_asked():
         assert torch.equal(mine, theirs)
     with pytest.raises(MisconfigurationException, match="or set missing='warn'"):
         trainer(GhostBatchNorm(4)).fit(net(WithoutNorms), data(), data())
-    with pytest.raises(ValueError, match="missing must be 'error' or 'warn', got 'ignore'"):
+    with pytest.raises(ValueError, match="missing must be one of error, warn, got 'ignore'"):
         GhostBatchNorm(4, missing="ignore")
     model = net()
     model.net[1] = nn.SyncBatchNorm(8)  # something is wrong, not missing
