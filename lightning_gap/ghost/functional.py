@@ -29,11 +29,6 @@ _RUNNING_STATS, _GROUPINGS = get_args(RunningStats), get_args(Grouping)
 def check_settings(ghost_batch_size: object, running_stats: object, grouping: object) -> None:
     """Raise unless the three arguments that describe ghost batches are usable.
 
-    Args:
-        ghost_batch_size: Samples that share statistics, an int of at least 1.
-        running_stats: ``"sequential"`` or ``"per_step"``.
-        grouping: ``"contiguous"`` or ``"strided"``.
-
     Raises:
         TypeError: If ``ghost_batch_size`` is not an int.
         ValueError: If a value is out of range.
@@ -46,9 +41,6 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
 
 def check_rows_per_sample(rows_per_sample: object) -> None:
     """Raise unless ``rows_per_sample`` is a positive int.
-
-    Args:
-        rows_per_sample: Rows of a layer's input that are one sample.
 
     Raises:
         TypeError: If it is not an int.

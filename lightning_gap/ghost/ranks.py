@@ -68,9 +68,6 @@ class GhostsOverRanks:
     def falls_short(self, accumulate_grad_batches: int = 1) -> str | None:
         """Return what is to be said where ghosts have other sizes than was asked for, or None.
 
-        Args:
-            accumulate_grad_batches: Micro-batches of an update.
-
         Example:
             >>> GhostsOverRanks([128, 128], 128).falls_short()
             >>> GhostsOverRanks([32, 32], 128, 2).falls_short()

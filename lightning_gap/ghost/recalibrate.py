@@ -107,12 +107,6 @@ def average_statistics(
 ) -> None:
     """Give BatchNorm layers the plain averages of their statistics over batches; collective.
 
-    Args:
-        module: What holds the layers.
-        layers: Those with running statistics, which alone are in training mode meanwhile.
-        batches: The batches.
-        run: What to do with a batch and its number.
-
     Raises:
         ValueError: If there is no batch. After an error the statistics are those of before.
     """
@@ -157,13 +151,7 @@ def average_statistics(
 
 
 def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], batches: int) -> None:
-    """Take the statistics of layers anew from training batches, and change nothing else of the run; collective.
-
-    Args:
-        trainer: The trainer that runs.
-        layers: Layers of its module, with running statistics.
-        batches: How many batches.
-    """
+    """Take the statistics of layers anew from training batches, and change nothing else of the run; collective."""
     module, stage = trainer.lightning_module, trainer.state.stage
     step = step_of(module)
     updates = [(layer, _updates(layer).clone()) for layer in layers if layer.momentum is not None]
