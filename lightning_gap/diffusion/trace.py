@@ -99,11 +99,7 @@ class Trace:
 class LiveComparison:
     """Where a run that is under way stands beside another, with a forecast at each point of the logarithmic grid.
 
-    Args:
-        reference: The other run.
-        points_per_decade: Of that grid.
-        from_update: When it begins.
-        resamples: Of a forecast, fewer than at the end: it is made again soon.
+    A forecast has fewer resamples than at the end: it is made again soon.
     """
 
     def __init__(

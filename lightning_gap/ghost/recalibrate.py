@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_gap.ghost.layers import GhostNorm
+from lightning_gap.ghost.layers import GhostNorm, statistics_of
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import leaving_no_trace, own_batches, own_randomness, step_of
 from lightning_gap.precision import widest
@@ -154,7 +154,7 @@ def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], b
     """Take the statistics of layers anew from training batches, and change nothing else of the run; collective."""
     module, stage = trainer.lightning_module, trainer.state.stage
     step = step_of(module)
-    updates = [(layer, _updates(layer).clone()) for layer in layers if layer.momentum is not None]
+    updates = [(layer, statistics_of(layer)[2].clone()) for layer in layers if layer.momentum is not None]
     trainer.training = True  # for the hooks that make batches ready
     try:
         with (
@@ -169,20 +169,12 @@ def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], b
     finally:
         trainer.state.stage = stage
     for layer, count in updates:  # of training
-        _updates(layer).copy_(count)
-
-
-def _updates(layer: BatchNormBase) -> Tensor:
-    assert layer.num_batches_tracked is not None
-    return layer.num_batches_tracked
+        statistics_of(layer)[2].copy_(count)
 
 
 def _average_over_ranks(layers: Sequence[BatchNormBase]) -> None:
     for layer in layers:
-        mean, var, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        assert mean is not None
-        assert var is not None
-        assert updates is not None
+        mean, var, updates = statistics_of(layer)
         total = sum_over_ranks(updates)
         share = (updates.to(widest(mean.device)) / total.clamp(min=1)).to(mean.dtype)  # int by int would be float32
         updates.copy_(total)
