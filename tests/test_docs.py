@@ -22,7 +22,7 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
     # The demo takes minutes, and has its own tests; commands of maps need each other: test_examples.py; and plans of a
-    # configuration an example: test_cli_plan.py.
+    # configuration an example: test_plan_command.py.
     if re.match(r"lightning-gap (?!demo|fit|validate|test|predict|transport|plan --config)", line)
 ]
 

@@ -29,7 +29,7 @@ BELOW = {
     "diffusion": {"trainer", "ranks", "checks", "precision", "faces", "extras"},
     "dashboards": {"checks", "extras", "trainer"},
     "monge": {"trainer", "ranks", "checks", "precision", "faces", "extras"},
-    "monge.ot": {"checks", "precision", "ranks", "trainer.internals", "extras"},
+    "monge.ot": {"checks", "precision", "ranks", "trainer.internals", "extras", "faces"},
     "monge.maps": {"monge.ot", "checks", "precision", "trainer.internals"},
     "monge.scores": {"monge.ot", "checks", "precision", "extras", "ranks", "trainer"},
     "monge.samples": {"monge.ot", "checks", "precision", "extras", "ranks", "trainer"},

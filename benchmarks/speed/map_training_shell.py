@@ -177,14 +177,17 @@ def parts(size: int, dim: int, steps: int) -> dict[str, float]:
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
     from torch.optim.optimizer import Optimizer
 
-    from lightning_gap.monge import module
+    from lightning_gap.monge import module, training_loss
     from lightning_gap.monge.objective import MapObjective
+    from lightning_gap.monge.training_log import TrainingLog
 
     stopwatch = Stopwatch()
     for owner, names in (
         (_TrainingEpochLoop, ["advance"]),
-        (MongeMap, ["training_step", "_unpack", "_decide_epsilons", "_images", "log_dict", "backward"]),
-        (module, ["data_parallel_group", "_displacement"]),
+        (MongeMap, ["training_step", "backward"]),
+        (module, ["checked", "training_loss"]),
+        (training_loss, ["images", "data_parallel_group"]),
+        (TrainingLog, ["keep", "write"]),
         (MapObjective, ["terms"]),
         (Optimizer, ["zero_grad"]),
     ):

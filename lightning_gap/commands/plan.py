@@ -9,10 +9,9 @@ from typing import Any
 
 from lightning_gap.commands.parsing import CommandError, at_least, between, numbers, positive
 from lightning_gap.commands.trainer import require_jsonargparse
+from lightning_gap.regime.rules import RULE_NAMES
 
 __all__ = ["add", "names_config", "plan_config"]
-
-_RULES = ("sqrt", "linear", "adam", "none")
 
 
 def add(commands: Any) -> None:
@@ -56,7 +55,9 @@ def add(commands: Any) -> None:
     regime.add_argument("--validate-every", type=at_least(1), metavar="N", help="epochs between its validations")
     regime.add_argument("--patience", type=at_least(1), metavar="N", help="validations without progress that end it")
     change = plan.add_argument_group("the change")
-    change.add_argument("--rule", choices=_RULES, default="sqrt", help="how the rate follows the batch (default: sqrt)")
+    change.add_argument(
+        "--rule", choices=RULE_NAMES, default="sqrt", help="how the rate follows the batch (default: sqrt)"
+    )
     change.add_argument(
         "--train-longer", type=between(0, 1), metavar="SHARE",
         help="from 0, the reference run's epochs, to 1, its updates (default: 1; 0 for linear and adam)",

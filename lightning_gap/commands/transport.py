@@ -3,6 +3,8 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def _transport(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     try:
         model = load_map(options.checkpoint, device=device)
-        with _Progress() as progress:
+        with _progress() as progress:
             rows = transport_file(
                 model,
                 options.source,
@@ -76,7 +78,7 @@ def _transport(options: argparse.Namespace) -> None:
                 columns=options.columns,
                 batch_size=options.batch_size,
                 overwrite=options.overwrite,
-                progress=progress.show,
+                progress=progress,
             )
     except MisconfigurationException as error:
         raise CommandError(f"{options.checkpoint}: {error}") from None
@@ -98,24 +100,15 @@ def _device(name: str) -> Any:
     return device
 
 
-class _Progress:
-    """A bar on a terminal's stderr, and nothing in a log file."""
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None] | None]:
+    """Yield what moves a bar on a terminal's stderr, and nothing in a log file."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def __enter__(self) -> "_Progress":
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("rows", total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, done: int, total: int | None) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rows", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -79,12 +79,13 @@ def style() -> Iterator[None]:
         yield
 
 
-def _new(size: tuple[float, float] = _SIZE) -> "tuple[Figure, Axes]":
+def _new(size: tuple[float, float] = _SIZE, *, logx: bool = False, **labels: str) -> "tuple[Figure, Axes]":
     # A Figure of its own instead of pyplot: no global state, no window, no backend chosen for the user.
     figure = library("matplotlib.figure", "a report", "plots").Figure(figsize=size)
     figure.patch.set_alpha(0.0)
     axes = figure.subplots()
     axes.patch.set_alpha(0.0)
+    axes.set(**labels, **({"xscale": "log"} if logx else {}))
     return figure, axes
 
 
@@ -128,37 +129,19 @@ def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabe
         digits: Decimals of the written mean.
     """
     with style():
-        figure, axes = _new((_SIZE[0], 0.8 + 0.72 * len(values)))
+        figure, axes = _new((_SIZE[0], 0.8 + 0.72 * len(values)), xlabel=xlabel)
         for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours, strict=False)):
             mean = float(np.mean(numbers))
             axes.plot(numbers, [row] * len(numbers), "o", color=colour, ms=7.5, alpha=0.55, mec="none")
             axes.plot([mean, mean], [row - 0.2, row + 0.2], color=colour, lw=3, solid_capstyle="round")
-            axes.annotate(
-                label,
-                (0, row),
-                (0, 14),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                color=INK,
-                weight="bold",
-                size=9.5,
-            )
-            axes.annotate(
-                f"{mean:.{digits}f}",
-                (1, row),
-                (0, 14),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                color=colour,
-                weight="bold",
-            )
+            where: Any = {"xytext": (0, 14), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(label, (0, row), **where, color=INK, weight="bold", size=9.5)
+            axes.annotate(f"{mean:.{digits}f}", (1, row), **where, ha="right", color=colour, weight="bold")
         axes.set_ylim(len(values) - 0.55, -0.85)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
-        axes.set_xlabel(xlabel)
     return figure
 
 
@@ -176,19 +159,15 @@ def curves(
             the rest.
     """
     with style():
-        figure, axes = _new()
+        figure, axes = _new(logx=logx, xlabel=xlabel, ylabel=ylabel)
         for line in lines:
             seeds = np.atleast_2d(line.y)
             axes.plot(line.x, seeds.mean(0), color=line.colour, label=line.label, marker="o", ms=3.2)
             axes.fill_between(line.x, seeds.min(0), seeds.max(0), color=line.colour, alpha=0.16, lw=0)
-        if logx:
-            axes.set_xscale("log")
         if floor_quantile is not None:
             everything = np.concatenate([np.ravel(line.y) for line in lines])
             top, low = everything.max(), np.quantile(everything, floor_quantile)
             axes.set_ylim(low - 0.05 * (top - low), top + 0.08 * (top - low))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
         axes.legend(loc="lower right")
     return figure
 
@@ -220,7 +199,7 @@ def overlay(
             the first steps do not flatten the rest.
     """
     with style():
-        figure, axes = _new((10.4, 4.2) if wide else _SIZE)
+        figure, axes = _new((10.4, 4.2) if wide else _SIZE, logx=logx, xlabel=xlabel, ylabel=ylabel)
         for index, line in zip(styles, lines, strict=True):
             few = len(line.x) <= 40
             axes.plot(
@@ -232,8 +211,6 @@ def overlay(
                 intercept, slope, first, last = law
                 t = np.geomspace(first, last, 60)
                 axes.plot(t, intercept + slope * np.log(t), color=INK, lw=0.9, ls=(0, (4, 2)), zorder=3 + index)
-        if logx:
-            axes.set_xscale("log")
         if logy:
             axes.set_yscale("log")
         elif floor_quantile is not None and lines:
@@ -243,8 +220,6 @@ def overlay(
             if len(inside) and high > low:
                 margin = 0.08 * (high - low)
                 axes.set_ylim(low - margin, high + margin)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
     return figure
 
 
@@ -260,7 +235,7 @@ def scatter(points: Sequence[tuple[float, float]], styles: Sequence[int], *, xla
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     with style():
-        figure, axes = _new()
+        figure, axes = _new(xlabel=xlabel, ylabel=ylabel)
         for index, (x, y) in zip(styles, points, strict=True):
             axes.plot([x], [y], "o", ms=9, alpha=0.85, mec="none", color=SERIES[index % len(SERIES)])
         axes.set_xscale("log", base=2)
@@ -268,8 +243,6 @@ def scatter(points: Sequence[tuple[float, float]], styles: Sequence[int], *, xla
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.margins(x=0.12, y=0.15)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
     return figure
 
 
@@ -283,14 +256,11 @@ def log_law(lines: Sequence[Curve], laws: Sequence[tuple[float, float]], *, xlab
         ylabel: What the ordinate is.
     """
     with style():
-        figure, axes = _new()
+        figure, axes = _new(logx=True, xlabel=xlabel, ylabel=ylabel)
         for line, (intercept, slope) in zip(lines, laws, strict=True):
             axes.plot(line.x, line.y, "o", color=line.colour, ms=3.6, mec="none", alpha=0.85, label=line.label)
             axes.plot(line.x, intercept + slope * np.log(line.x), color=line.colour, lw=1.1, ls=(0, (4, 2)))
-        axes.set_xscale("log")
         axes.set_ylim(bottom=0.0)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
         axes.legend(loc="upper left")
     return figure
 

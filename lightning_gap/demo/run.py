@@ -7,7 +7,6 @@ import math
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from lightning_gap.demo.datasets import DemoError, load_images, photographs
 from lightning_gap.demo.large_batch import LargeBatchSettings, TrainingRun, images_to_pass, train_all
 from lightning_gap.demo.report import DemoResults, tell
 from lightning_gap.demo.tables import accuracy_table, colour_table
+from lightning_gap.trainer.terminal import quiet
 
 __all__ = ["DemoSettings", "run_demo"]
 
@@ -52,19 +52,8 @@ class DemoSettings:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning's notices and the callbacks' own tables off the screen while many short fits run."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet(logging.ERROR), redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextmanager

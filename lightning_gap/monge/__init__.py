@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
     from lightning_gap.monge.module import MongeMap as MongeMap
-    from lightning_gap.monge.objective import unbalanced_weights as unbalanced_weights
     from lightning_gap.monge.ot.divergence import divergence_and_gap as divergence_and_gap
     from lightning_gap.monge.ot.divergence import sinkhorn_divergence as sinkhorn_divergence
     from lightning_gap.monge.ot.energy import energy_distance as energy_distance
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.ot.result import ConvergenceWarning as ConvergenceWarning
     from lightning_gap.monge.ot.result import OTResult as OTResult
     from lightning_gap.monge.ot.solve import optimal_transport as optimal_transport
+    from lightning_gap.monge.ot.unbalanced import unbalanced_weights as unbalanced_weights
     from lightning_gap.monge.plot import plot_map as plot_map
     from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule

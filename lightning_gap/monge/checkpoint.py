@@ -1,9 +1,11 @@
 """Objects as plain Python, so that a checkpoint which is loaded with ``weights_only=True`` can make them again."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,12 +13,30 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_gap.monge.ot.costs import Cost, resolve
+from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Anneal
+from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR
 
-__all__ = ["Forgotten", "build", "describe"]
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = ["Forgotten", "build", "build_cost", "build_representation", "describe", "described_map", "hyper_parameters"]
 
 # A checkpoint names classes; only those of these packages are imported for it.
 _PACKAGES = ("torch.optim.", "lightning_gap.")
+# The face of this package keeps its names, wherever their modules go.
+_FACE = "lightning_gap.monge"
+# Arguments that a map keeps as they were given.
+_AS_THEY_ARE = (
+    "conservative_weight",
+    "conservative_probes",
+    "lr_scheduler_monitor",
+    "global_batch",
+    "condition_names",
+    "feature_names",
+    "condition_range",
+)
 _OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
 # And of these what a map is made of: others may read or write files when they are made.
 _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
@@ -41,11 +61,11 @@ def describe(thing: Any) -> dict[str, Any] | None:
     if positional and isinstance(positional[-1], type) and getattr(made, "__module__", "").startswith("jsonargparse."):
         # What a command line makes of a class that is still to be called: its own function, and the class.
         made, positional = positional[-1], ()
-    path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
+    path = _path(made)
     arguments = getattr(thing, "keywords", {}) if factory else getattr(thing, "hparams", None)
     if not path.startswith(_PACKAGES) or positional or not isinstance(arguments, Mapping) or not _plain(arguments):
         return {"name": getattr(thing, "__qualname__", None) or repr(thing)[:200]}
-    return {"class_path": path, "init_args": _plain_copy(arguments), "partial": factory}
+    return {"class_path": path, "init_args": json.loads(json.dumps(arguments)), "partial": factory}
 
 
 def build(argument: str, description: Any) -> Any:
@@ -69,9 +89,8 @@ def build(argument: str, description: Any) -> Any:
         raise ValueError(f"{argument}: {path!r} is not of {_OF_WHOM}: {remedy}")
     if not isinstance(arguments, Mapping) or not _plain(arguments) or _describes(arguments):
         raise ValueError(f"{argument}: the arguments of {path!r} are no plain numbers and names: {remedy}")
-    module, _, name = path.rpartition(".")
     try:
-        made = getattr(import_module(module), name)
+        made = _found(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{argument}: there is no class {path!r} here: {error}") from error
     if not isinstance(made, type) or not f"{made.__module__}.".startswith(_PACKAGES):
@@ -84,28 +103,86 @@ def build(argument: str, description: Any) -> Any:
     return made(**arguments)
 
 
-class Forgotten:
-    """Stands for a function that a checkpoint knows by name only, and says so when it is needed.
+def _path(made: Any) -> str:
+    name, face = getattr(made, "__qualname__", ""), import_module(_FACE)
+    public = name in face.__all__ and getattr(face, name) is made
+    return f"{_FACE if public else getattr(made, '__module__', '')}.{name}"
 
-    Args:
-        argument: The argument that it was given for.
-        name: What is known of it.
+
+def _found(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        face = import_module(_FACE)
+        if path.startswith(f"{_FACE}.") and name in face.__all__:  # as an older version called it
+            return getattr(face, name)
+        raise
+
+
+def build_cost(argument: str, cost: Any) -> Cost:
+    """Return a cost, or say how to give one that a checkpoint knows by name only."""
+    try:
+        return resolve(cost)
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: {error}. A checkpoint holds only the name of a cost of your own: give it again, "
+            f"as in MongeMap.load_from_checkpoint(path, {argument}=...)"
+        ) from error
+
+
+def described_map(net: nn.Module | None) -> dict[str, Any] | None:
+    """Return what a network is made from; ``None`` for one of the user's own.
+
+    That one is asked for when its weights are there: see ``MongeMap.on_load_checkpoint``.
     """
+    described = describe(net)
+    return described if described is not None and "class_path" in described else None
+
+
+def build_representation(given: Any) -> AffineRepresentation | None:
+    """Return a representation as it was given, by itself or by its arguments."""
+    return AffineRepresentation(**given) if isinstance(given, Mapping) else given
+
+
+def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None) -> dict[str, Any]:
+    """Return a map's arguments as plain Python, from the map and the dimension and the network that were given."""
+    objective, reference, described = model.objective, model.gap_reference, described_map(given)
+    epsilons: dict[str, float | None] = {}
+    for name, epsilon in model.epsilons.given.items():
+        epsilons |= {name: epsilon.absolute, f"relative_{name}": epsilon.share}
+    functions: dict[str, Any] = {name: getattr(model, name) for name in ("epsilon_factor", "gap_weight")}
+    functions["fitting_loss"] = objective.fitting_loss
+    return {
+        # Of a network that is not described, nothing is made in its place.
+        "dim": dim if given is None or described is not None else None,
+        "map": described,
+        "hidden": list(model.hidden),
+        "cost": str(objective.cost),
+        "fitting_cost": str(objective.fitting_cost),
+        "fitting_loss": describe(objective.fitting_loss)
+        if callable(objective.fitting_loss)
+        else objective.fitting_loss,
+        **epsilons,
+        **{name: describe(value) if callable(value) else value for name, value in functions.items()},
+        "gap_reference": None if reference is None else {"shape": list(reference.shape)},
+        **{name: getattr(objective, name) for name in ("gap_on", "rho", "reweight")},
+        **{name: describe(getattr(model, name)) for name in ("optimizer", "lr_scheduler")},
+        **asdict(objective.options),
+        "representation": None if model.representation is None else model.representation.hparams,
+        **{name: getattr(model, name) for name in _AS_THEY_ARE},
+    }
+
+
+class Forgotten:
+    """Stands for a function that a checkpoint knows by name only, and says so when it is called."""
 
     def __init__(self, argument: str, name: str) -> None:
         self.argument = argument
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            MisconfigurationException: Always.
-        """
+        """Raise ``MisconfigurationException``."""
         raise MisconfigurationException(
             f"the checkpoint holds only the name of {self.argument}, {self.name}: give it again, "
             f"as in MongeMap.load_from_checkpoint(path, {self.argument}=...)"
@@ -126,11 +203,5 @@ def _plain(value: Any) -> bool:
 def _describes(value: Any) -> bool:
     """Return whether there is a description within."""
     if isinstance(value, Mapping):
-        return any(key in ("class_path", "_instantiator") or _describes(item) for key, item in value.items())
+        return any(key in ("class_path", INSTANTIATOR) or _describes(item) for key, item in value.items())
     return isinstance(value, list | tuple) and any(map(_describes, value))
-
-
-def _plain_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_copy(item) for key, item in value.items()}
-    return [_plain_copy(item) for item in value] if isinstance(value, list | tuple) else value

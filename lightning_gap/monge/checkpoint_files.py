@@ -3,15 +3,53 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import torch
+from lightning.pytorch import LightningModule
 
-__all__ = ["check_hyper_parameters", "hyper_parameters_of", "read_checkpoint"]
+from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR, restricted_classmethod
+
+__all__ = ["SafelyLoaded", "read_checkpoint"]
 
 _HYPER_PARAMETERS = "hyper_parameters"
 # What LightningCLI writes there. It would import whatever class is named beside it, so it is passed over, not called.
 _LIGHTNINGS_OWN = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+
+
+class SafelyLoaded(LightningModule):
+    """A module whose checkpoints may come from anywhere."""
+
+    @restricted_classmethod
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return the map of a checkpoint. Nothing that the file names is imported or called but this package's maps.
+
+        Args:
+            checkpoint_path: A path or a URL, or an open file.
+            map_location: Where to put the weights; by default where they were.
+            hparams_file: A YAML or CSV file of hyperparameters, instead of the checkpoint's.
+            strict: Whether the weights must be those of the network, no more and no less.
+            weights_only: Whether the file may hold no more than tensors and plain Python, as by default; ``False`` is
+                for a file that you trust as you trust a program.
+            **kwargs: Arguments that go before those of the checkpoint, such as a network of your own.
+
+        Raises:
+            ValueError: The checkpoint asks for anything else.
+        """
+        if weights_only is not False:
+            weights_only = True
+            kwargs = _arguments_of(checkpoint_path, kwargs)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict=strict, weights_only=weights_only, **kwargs
+        )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -33,41 +71,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or "fitting_epsilon" not in state:
         raise ValueError(f"{str(path)!r} is no checkpoint of a MongeMap: give one that `lightning-gap fit` wrote")
-    check_hyper_parameters(checkpoint.get(_HYPER_PARAMETERS))
+    _check_hyper_parameters(checkpoint.get(_HYPER_PARAMETERS))
     return cast(dict[str, Any], checkpoint)
 
 
-def hyper_parameters_of(file: str | Path | IO[bytes]) -> Any:
-    """Return the hyperparameters in a checkpoint; of a file on this machine its tensors are not read.
+def _arguments_of(file: str | Path | IO[bytes], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which Lightning is to make a map from a checkpoint, whose hyperparameters are checked.
 
-    Args:
-        file: A path, or an open file, which is read from where it stands and put back there. Of a URL, None.
-
-    Raises:
-        ValueError: It holds more than tensors and plain Python.
+    Of a file on this machine the tensors are not read.
     """
-    if isinstance(file, str | Path):
-        path = Path(file)
-        checkpoint = _read(path) if path.is_file() else None
-    else:
+    checkpoint = None
+    if not isinstance(file, str | Path):
         start = file.tell()
         checkpoint = _read(file)
         file.seek(start)
-    return checkpoint.get(_HYPER_PARAMETERS) if isinstance(checkpoint, dict) else None
+    elif Path(file).is_file():
+        checkpoint = _read(Path(file))
+    found = checkpoint.get(_HYPER_PARAMETERS) if isinstance(checkpoint, dict) else None
+    _check_hyper_parameters(found)
+    if isinstance(found, Mapping) and "rho" not in found and "reach" not in given:  # as it was called before
+        given = {"rho": found.get("reach"), **given, "reach": None}
+    # Lightning's own function would import the classes that are named beside it.
+    return {**given, INSTANTIATOR: None}
 
 
-def check_hyper_parameters(found: Any) -> None:
-    """Refuse hyperparameters that ask for more than this package's own classes.
-
-    Args:
-        found: What a checkpoint holds of them, or None.
-
-    Raises:
-        ValueError: They name a function that is to make the model, or a file that is to be read.
-    """
+def _check_hyper_parameters(found: Any) -> None:
+    """Refuse hyperparameters that ask for more than this package's own classes."""
     if not isinstance(found, Mapping):
         return
-    instantiator = found.get("_instantiator")
+    instantiator = found.get(INSTANTIATOR)
     if instantiator is not None and instantiator not in _LIGHTNINGS_OWN:
         raise ValueError(
             f"the checkpoint wants {instantiator!r} to make the model, which is not run: make it yourself, as in "

@@ -1,107 +1,156 @@
-"""What a training decides once: relative epsilons, and their values beside the buffers that keep them."""
+"""The epsilons of a map's training: decided once, plain numbers from then on, which its checkpoints keep."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.epsilon import cost_scale
-from lightning_gap.monge.scores.priority_sampling import priority_sample
+from lightning_gap.checks import check_number
+from lightning_gap.monge.objective import MapObjective
+from lightning_gap.monge.ot.checks import check_epsilon
+from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
+from lightning_gap.monge.ot.priority_sampling import few_of
 
-__all__ = ["Decisions", "Weighted", "by_condition", "few_of", "share_of_typical_cost", "typical_cost"]
+__all__ = ["KeptEpsilons", "by_condition", "given_epsilon"]
 
-# Samples of each side that tell the scale of costs; of many conditions each has its part of them.
-_ENOUGH, _LEAST = 1024, 128
-
-
-class Weighted(NamedTuple):
-    """Samples ``(n, d)``, and their ``(n,)`` weights, or ``None`` for uniform ones."""
-
-    samples: Tensor
-    weights: Tensor | None = None
+FITTING, GAP, STARTED = "fitting_epsilon", "gap_epsilon", "started"
 
 
-class Decisions:
-    """Scalar buffers of a module that are decided once, with their values at hand as Python numbers.
+class KeptEpsilons:
+    """Both epsilons of a map, and whether it has started, as numbers on the host.
 
-    They are buffers, so that checkpoints hold them; a step that asked them for their values would wait for the device
-    each time. Callbacks that average weights average buffers too, and exchange them through ``.data`` in validation:
-    that leaves the numbers here as they are, and :meth:`restore` gives them back to the buffers.
+    Buffers of the module, by which every strategy's checkpoints hold them, are read when a run is set up or a state is
+    loaded. In between the numbers go before: callbacks that average weights average buffers too, and exchange them in
+    validation.
 
     Args:
-        module: The module.
-        names: Its scalar buffers.
+        module: The module, which gets the buffers.
+        fitting: What was given for the fitting loss.
+        gap: What was given for the gap.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, fitting: Epsilon, gap: Epsilon) -> None:
+        self.given: Mapping[str, Epsilon] = {FITTING: fitting, GAP: gap}
         self._module = module
-        self.names = tuple(names)
-        self._known: dict[str, tuple[Tensor, int, float]] = {}
+        for name, epsilon in self.given.items():
+            number = math.nan if epsilon.absolute is None else epsilon.absolute
+            module.register_buffer(name, torch.tensor(number))
+        module.register_buffer(STARTED, torch.zeros(()))  # a number, for callbacks that average buffers
+        module.register_load_state_dict_post_hook(self._loaded)
+        self.read()
 
-    def __getitem__(self, name: str) -> float:
-        """Return a buffer's value, read again only where it was written to or replaced."""
-        buffer: Tensor = getattr(self._module, name)
-        if buffer.is_inference():  # such tensors do not tell when they were written to
-            return float(buffer)
-        known = self._known.get(name)
-        if known is None or known[0] is not buffer or known[1] != buffer._version:
-            known = self._known[name] = (buffer, buffer._version, float(buffer))
-        return known[2]
-
-    def decided(self, name: str) -> float | None:
-        """Return the number, or ``None`` where it has not been decided.
-
-        Args:
-            name: Of the buffer.
-        """
-        value = self[name]
-        return value if math.isfinite(value) else None
-
-    def decide(self, name: str, value: float) -> None:
-        """Set a buffer.
-
-        Args:
-            name: Of the buffer.
-            value: Its value.
-        """
-        with torch.no_grad():
-            getattr(self._module, name).fill_(value)
-        self[name]
+    def _loaded(self, module: nn.Module, incompatible: Any) -> None:
+        self.read()
 
     def read(self) -> None:
-        """Take the buffers' values, before anything exchanges them."""
-        for name in self.names:
-            self[name]
+        """Take the buffers' values."""
+        self._numbers = {name: float(getattr(self._module, name)) for name in (FITTING, GAP, STARTED)}
 
     def restore(self) -> None:
         """Give the buffers their values back, after averages were copied over them."""
-        for name in self.names:
-            self.decide(name, self[name])
+        for name, number in self._numbers.items():
+            getattr(self._module, name).fill_(number)
 
-    def write_to(self, state: Mapping[str, Any]) -> None:
-        """Give the entries of a state dictionary, which may be that of an average, the values.
-
-        Args:
-            state: The dictionary, whose tensors are replaced.
-        """
-        for name in self.names:
+    def write_to(self, state: MutableMapping[str, Any]) -> None:
+        """Give the entries of a state dictionary, which may be that of an average, the values."""
+        for name, number in self._numbers.items():
             if name in state:
-                state[name] = torch.full_like(state[name], self[name])  # type: ignore[index]
+                state[name] = torch.full_like(state[name], number)
+
+    @property
+    def fitting(self) -> float | None:
+        """That of the fitting loss; ``None`` where it has not been decided."""
+        return self._decided(FITTING)
+
+    @property
+    def gap(self) -> float | None:
+        """That of the gap, likewise."""
+        return self._decided(GAP)
+
+    @property
+    def started(self) -> bool:
+        """Whether the map has taken its start from the samples."""
+        return bool(self._numbers[STARTED])
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be decided."""
+        return self.started and None not in (self.fitting, self.gap)
+
+    def annealed(self, factor: float) -> dict[str, float | None]:
+        """Return both as arguments of an objective, multiplied by a factor."""
+        return {name: None if (e := self._decided(name)) is None else e * factor for name in (FITTING, GAP)}
+
+    def start(self) -> None:
+        """Note that the map has taken its start."""
+        self._keep(STARTED, 1.0)
+
+    def decide(
+        self,
+        pairs: Sequence[tuple[Weighted, Weighted]],
+        objective: MapObjective,
+        *,
+        gap_counts: bool,
+        again: bool,
+        take: Callable[[Tensor], Tensor],
+        agreed: Callable[[float], float],
+    ) -> list[str]:
+        """Decide what was not given as shares of typical costs, and return in words what other samples have decided.
+
+        Once, so that the loss does not change under the optimizer's feet: what has been decided is only compared, if
+        these are all training samples (``again``) and not a batch. ``take`` brings samples to where the map takes them,
+        and ``agreed`` returns the number that all processes take.
+
+        Raises:
+            ValueError: One that is needed cannot be decided.
+        """
+        if all(epsilon.absolute is not None for epsilon in self.given.values()):
+            return []
+        by_fit = objective.fitting_loss == "sinkhorn" or objective.reweight
+        pairs = few_of(pairs, take)
+        kept = []
+        for name, needed, cost, sets in (
+            (FITTING, by_fit, objective.fitting_cost, [(y, y) for _, y in pairs]),
+            (GAP, gap_counts, objective.cost, pairs),
+        ):
+            before = self._decided(name)
+            if self.given[name].absolute is not None or (before is not None and not again):
+                continue
+            try:
+                value = agreed(self.given[name].resolve(cost, *sets))
+            except ValueError as error:
+                if needed and before is None:
+                    where = "the training samples" if again else "the first training batch"
+                    raise ValueError(f"{name} cannot be decided from {where}: {error}, {name}=...") from error
+                continue
+            if before is None:
+                self._keep(name, value)
+            elif not 0.9 < before / value < 1.1:
+                kept.append(f"{name}={before:.3g}, which would be {value:.3g} by these samples")
+        return kept
+
+    def _decided(self, name: str) -> float | None:
+        number = self._numbers[name]
+        return number if math.isfinite(number) else None
+
+    def _keep(self, name: str, value: float) -> None:
+        buffer: Tensor = getattr(self._module, name)
+        # As a checkpoint holds it, so that a run that goes on from one takes the same number.
+        self._numbers[name] = float(buffer.fill_(value))
+
+
+def given_epsilon(name: str, absolute: float | None, share: float) -> Epsilon:
+    """Return what was given for an epsilon."""
+    check_number(f"relative_{name}", share, above=0)
+    return Epsilon(check_epsilon(name, absolute), float(share), "typical")
 
 
 def by_condition(
     source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
 ) -> list[tuple[Weighted, Weighted]]:
-    """Return source and target of each condition.
-
-    Args:
-        source: ``(n, d)`` samples and their weights, or ``(K, n, d)`` samples of K conditions.
-        target: Those of the target.
-    """
+    """Return source and target of each condition."""
     if source[0].dim() == 2:
         return [(Weighted(*source), Weighted(*target))]
     sides = [
@@ -109,73 +158,3 @@ def by_condition(
         for samples, weights in (source, target)
     ]
     return list(zip(*sides, strict=True))
-
-
-def few_of(
-    pairs: Sequence[tuple[Weighted, Weighted]], take: Callable[[Tensor], Tensor]
-) -> list[tuple[Weighted, Weighted]]:
-    """Return as many samples of each pair as tell the scale of their costs, the same in whatever order they come.
-
-    Args:
-        pairs: Source and target of each condition.
-        take: Brings what was chosen to where it is needed.
-    """
-    most = max(_LEAST, int(_ENOUGH / math.sqrt(len(pairs))))
-    found: dict[int, Weighted] = {}  # a side without labels is in the pair of every condition
-
-    def of(side: Weighted) -> Weighted:
-        if id(side.samples) not in found:
-            few, weights = priority_sample(*side, most)
-            found[id(side.samples)] = Weighted(take(few), weights)
-        return found[id(side.samples)]
-
-    return [(of(x), of(y)) for x, y in pairs]
-
-
-def share_of_typical_cost(share: float, cost: Cost, pairs: Sequence[tuple[Weighted, Weighted]]) -> float:
-    """Return an epsilon that is a share of the typical cost, the mean over pairs of sets of samples.
-
-    Outliers do not decide it: see :func:`~lightning_gap.monge.ot.epsilon.cost_scale`.
-
-    Args:
-        share: A positive number.
-        cost: The ground cost.
-        pairs: Source and target of each condition.
-
-    Raises:
-        ValueError: The costs are 0 or not finite, so that no share of them is an epsilon.
-
-    Example:
-        >>> import torch
-        >>> from lightning_gap.monge.ot.costs import SqEuclidean
-        >>> x = torch.linspace(-1, 1, 201)[:, None]
-        >>> y = x.clone()
-        >>> y[0] = 1e4
-        >>> sets = [(Weighted(x), Weighted(x))], [(Weighted(y), Weighted(y))]
-        >>> [round(share_of_typical_cost(0.05, SqEuclidean(), pairs), 3) for pairs in sets]
-        [0.034, 0.033]
-    """
-    scale = typical_cost(cost, pairs)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(
-            f"the typical {cost} cost is {scale}, so no share of it can be epsilon: give an absolute epsilon"
-        )
-    return share * scale
-
-
-def typical_cost(cost: Cost, pairs: Sequence[tuple[Weighted, Weighted]]) -> float:
-    """Return the mean over pairs of sets of samples of the costs between them but for outlying ones.
-
-    Args:
-        cost: The ground cost.
-        pairs: Source and target of each condition.
-    """
-    return fmean(_typical(cost, x, y) for x, y in pairs)
-
-
-def _typical(cost: Cost, x: Weighted, y: Weighted) -> float:
-    weights = x.weights, y.weights
-    # Where most samples coincide, what is typical is 0.
-    return cost_scale(cost, x.samples, y.samples, weights, "typical") or cost_scale(
-        cost, x.samples, y.samples, weights, "mean"
-    )

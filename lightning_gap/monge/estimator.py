@@ -1,9 +1,6 @@
 """MongeMap as a scikit-learn transformer."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +13,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_gap.monge.epsilons import Weighted, few_of, share_of_typical_cost
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.ot.costs import CostLike, resolve
 from lightning_gap.monge.ot.divergence import sinkhorn_divergence
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Weighted
+from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.features import columns_like
+from lightning_gap.trainer.terminal import quiet
 
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
@@ -159,7 +158,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             torch.from_numpy(np.array(representation.transform(samples), dtype=np.float32))
             for samples in (source, target)
         )
-        with isolate_rng(), _quietly():
+        with isolate_rng(), quiet():
             torch.manual_seed(seed)
             data = SamplesDataModule(
                 x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
@@ -234,7 +233,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         target = torch.from_numpy(np.array(self._target(y, X), dtype=np.float64))
         cost = resolve(self.fitting_cost)
         within = few_of([(Weighted(target), Weighted(target))], lambda few: few)
-        epsilon = share_of_typical_cost(0.05, cost, within)
+        epsilon = Epsilon(None, FITTING_SHARE, "typical").resolve(cost, *within)
         return -float(sinkhorn_divergence(images, target, cost=cost, epsilon=epsilon))
 
     def _target(self, y: Any, X: Any) -> NDArray[Any]:
@@ -253,20 +252,3 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         tags.target_tags.required = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep Lightning's remarks on a run, which nobody here can act on, from the user."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message=".*GPU available but not used")
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,7 +1,7 @@
 """What a transport map is trained by, as one function of samples and their images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
-from lightning_gap.monge.ot.solve import optimal_transport
 from lightning_gap.monge.ot.terms import divergence_problem, gap_problem, solve_terms
+from lightning_gap.monge.ot.unbalanced import normalized, unbalanced_weights
 
-__all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms", "unbalanced_weights"]
+__all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms"]
 
 FittingLoss = Literal["sinkhorn", "energy"] | Callable[..., Tensor]
 GapOn = Literal["source", "reference", "both"]
 Weights = tuple[Tensor | None, Tensor | None]
 
-# The solver lets no sample keep less than exp(-70) of its mass: what is left of nothing.
-_NOTHING = 1e-20
+# Names of the fitting losses where they are logged.
+_LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
 class ObjectiveTerms(NamedTuple):
@@ -53,29 +53,45 @@ class MapObjective:
         fitting_cost: Ground cost of the Sinkhorn divergence, and of the plan that reweights.
         fitting_loss: :math:`\Delta`: ``"sinkhorn"``, ``"energy"``, or a function of ``(n, d)`` images and ``(m, d)``
             target samples, and of a keyword ``weights``, a pair, where there are weights.
-        reach: Strength of soft marginals, in units of the fitting cost; ``None`` for balanced transport.
-        reweight: Whether ``reach`` weighs the samples by the unbalanced plan between source and target (see
+        rho: Strength of soft marginals, in units of the fitting cost; ``None`` for balanced transport.
+        reweight: Whether ``rho`` weighs the samples by the unbalanced plan between source and target (see
             :func:`unbalanced_weights`), rather than softening the divergence's marginals.
         gap_on: Where the gap is measured: on the source samples, on the reference's, or on both as one sample.
-        solver: See :func:`optimal_transport`.
-        tolerance: L1 marginal error at which the solver stops.
-        max_iterations: Most sweeps of the solver.
+        options: The solver of both terms; not ``"exact"``, which has no epsilon.
+
+    Raises:
+        ValueError: A choice is not known, or two do not go together.
     """
 
     cost: Cost
     fitting_cost: Cost
     fitting_loss: FittingLoss = "sinkhorn"
-    reach: float | None = None
+    rho: float | None = None
     reweight: bool = False
     gap_on: GapOn = "source"
-    solver: Solver = "auto"
-    tolerance: float = 1e-5
-    max_iterations: int = 2000
+    options: SolverOptions = field(default_factory=SolverOptions)
 
-    def __call__(self, source: Tensor, mapped: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the fitting loss and the gap of :meth:`terms`, which takes the same arguments."""
-        terms = self.terms(source, mapped, target, **options)
-        return terms.loss, terms.gap
+    def __post_init__(self) -> None:
+        loss = self.fitting_loss
+        if not (callable(loss) or loss in _LOSS_NAMES):
+            raise ValueError(f"fitting_loss must be one of {', '.join(_LOSS_NAMES)}, or a function, got {loss!r}")
+        if self.reweight and self.rho is None:
+            raise ValueError("reweight=True needs rho, the strength of the soft marginals: give rho=..., or neither")
+        if self.rho is not None and not self.reweight and loss != "sinkhorn":
+            raise ValueError(
+                "rho softens the marginals of the Sinkhorn divergence only: give reweight=True for another "
+                "fitting_loss, or leave rho out"
+            )
+        if self.options.solver == "exact":
+            raise ValueError(
+                "solver='exact' has no epsilon, and MongeMap trains with one: leave it out, and score a trained map by "
+                "monge_gap(x, model.transport(x), solver='exact')"
+            )
+
+    @property
+    def loss_name(self) -> str:
+        """The fitting loss where it is logged."""
+        return "fitting_loss" if callable(self.fitting_loss) else _LOSS_NAMES[self.fitting_loss]
 
     def terms(
         self,
@@ -91,6 +107,8 @@ class MapObjective:
     ) -> ObjectiveTerms:
         """Return the fitting loss and the gap, each the mean over the conditions.
 
+        All but the costs' domains has been checked.
+
         Args:
             source: ``(n, d)`` samples, or ``(K, n, d)`` of K conditions.
             mapped: Their images, of the same shape.
@@ -102,11 +120,10 @@ class MapObjective:
             with_gap: Whether the gap is wanted.
 
         Raises:
-            TypeError: An argument is no floating-point tensor, or the dtypes differ.
-            ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
+            ValueError: A cost is not defined at some samples.
+            FloatingPointError: A problem cannot be solved.
         """
-        options = SolverOptions(self.solver, self.tolerance, self.max_iterations)
-        many = source.dim() == 3
+        many, options = source.dim() == 3, self.options
         each: list[list[Any]] = [
             [None] * (len(source) if many else 1) if part is None else list(part) if many else [part]
             for part in (source, mapped, target, *weights, *(reference or (None, None)))
@@ -114,18 +131,26 @@ class MapObjective:
         fitting: list[Problem] = []
         regularizing: list[Problem] = []
         other: list[Tensor] = []
-        soft = None if self.reweight else self.reach
+        soft = None if self.reweight else self.rho
         for x, t, y, a, b, r, tr in zip(*each, strict=True):
             if self.reweight:
-                assert self.reach is not None  # checked with the arguments of MongeMap
                 a, b = unbalanced_weights(
-                    x, y, cost=self.fitting_cost, epsilon=fitting_epsilon, reach=self.reach, weights=(a, b),
-                    solver=self.solver,
-                )  # fmt: skip
+                    x,
+                    y,
+                    cost=self.fitting_cost,
+                    epsilon=fitting_epsilon,
+                    rho=self.rho,
+                    weights=(a, b),
+                    solver=options.solver,
+                )
             a, b = normalized(a), normalized(b)
             if self.fitting_loss == "sinkhorn":
+                for name, points in (("mapped", t), ("target", y)):
+                    self.fitting_cost.check_domain(name, points)
                 fitting.append(
-                    divergence_problem(t, y, (a, b), options, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=soft)
+                    divergence_problem(
+                        t, y, (a, b), options, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=soft, check=False
+                    )
                 )
             elif self.fitting_loss == "energy":
                 other.append(energy_distance(t, y, weights=(a, b)))
@@ -134,7 +159,9 @@ class MapObjective:
                 other.append(self.fitting_loss(t, y, **weighted))
             if with_gap:
                 where = self._gap_samples(x, t, a, r, tr)
-                regularizing.append(gap_problem(*where, options, cost=self.cost, epsilon=gap_epsilon))
+                for name, points in (("source", where[0]), ("mapped", where[1])):
+                    self.cost.check_domain(name, points)
+                regularizing.append(gap_problem(*where, options, cost=self.cost, epsilon=gap_epsilon, check=False))
         terms = solve_terms(fitting, regularizing, options, silent=True)
         loss = torch.stack(terms.divergences or other).mean()
         gap = torch.stack(terms.gaps).mean() if with_gap else None
@@ -151,77 +178,3 @@ class MapObjective:
             return r, r_mapped, None
         halves = [check_weights("weights", w, s) / 2 for w, s in ((weights, x), (None, r))]
         return torch.cat([x, r]), torch.cat([mapped, r_mapped]), torch.cat(halves)
-
-
-def normalized(weights: Tensor | None) -> Tensor | None:
-    """Return weights that sum to 1.
-
-    Args:
-        weights: ``(n,)`` non-negative weights, not all 0, or ``None``.
-    """
-    return None if weights is None else weights / weights.sum()
-
-
-@torch.no_grad()
-def unbalanced_weights(
-    x: Tensor,
-    y: Tensor,
-    *,
-    reach: float,
-    cost: Cost | str = "sqeuclidean",
-    epsilon: float | None = None,
-    weights: Weights = (None, None),
-    solver: Solver = "auto",
-) -> tuple[Tensor, Tensor]:
-    r"""Return how much of each sample takes part in unbalanced transport, as weights that sum to 1.
-
-    The plan P of unbalanced transport leaves aside mass that would have to travel further than it is worth. Its
-    marginals, which its potentials give without the plan,
-
-    .. math::
-        P \mathbf 1 = a\, e^{-f / \rho}, \qquad P^\top \mathbf 1 = b\, e^{-g / \rho},
-
-    weigh the samples: outliers and dead cells count for little, and populations whose shares changed are matched by
-    their shapes (Eyring et al. 2024, "Unbalancedness in neural Monge maps improves unpaired domain translation").
-
-    Args:
-        x: ``(n, d)`` source samples.
-        y: ``(m, d)`` target samples.
-        reach: Strength :math:`\rho` of the soft marginals, in units of the cost: mass whose cost is well above it is
-            left aside.
-        cost: Ground cost.
-        epsilon: Regularization in units of the cost; 5 % of the mean cost by default.
-        weights: ``(n,)`` and ``(m,)`` weights before; uniform by default.
-        solver: See :func:`optimal_transport`.
-
-    Returns:
-        ``(n,)`` and ``(m,)`` weights, detached.
-
-    Raises:
-        TypeError: An argument is no floating-point tensor.
-        ValueError: Shapes do not fit, values are not finite, or an option is unknown.
-        FloatingPointError: No mass is left: all samples are further apart than ``reach`` allows.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor([[0.0], [1.0], [100.0]])
-        >>> unbalanced_weights(x, x[:2], reach=10.0, epsilon=0.1)[0].round(decimals=2)
-        tensor([0.5000, 0.5000, 0.0000])
-    """
-    a, b = (normalized(w) for w in weights)
-    result = optimal_transport(
-        x, y, cost=cost, epsilon=epsilon, weights=(a, b), rho=reach, solver=solver, tolerance=1e-3
-    )
-    if result.f is None or result.g is None:
-        raise ValueError(f"solver={solver!r} has no soft marginals: use 'dense', 'blocked' or 'auto'")
-    found = []
-    for w, potential, samples in ((a, result.f, x), (b, result.g, y)):
-        mass = check_weights("weights", w, samples) * (-potential / reach).to(samples.dtype).exp()
-        total = float(mass.sum())
-        if not total > _NOTHING:
-            raise FloatingPointError(
-                f"reach={reach:.3g} leaves no mass: the samples are further apart than that, raise it to the scale of "
-                "the costs between source and target"
-            )
-        found.append(mass / total)
-    return found[0], found[1]

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from lightning_gap.checks import check_count
+from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-__all__ = ["Anneal", "Schedule"]
+from lightning_gap.checks import check_choice, check_integer, check_number
+
+__all__ = ["Anneal", "Schedule", "counts", "now", "number_or_schedule", "stepped"]
 
 Schedule = Callable[[int], float]
 """A function from the number of optimizer updates so far to a number."""
@@ -47,9 +50,8 @@ class Anneal:
     shape: Shape = "geometric"
 
     def __post_init__(self) -> None:
-        if self.shape not in get_args(Shape):
-            raise ValueError(f"shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
-        check_count("updates", self.updates)
+        check_choice("shape", self.shape, get_args(Shape))
+        check_integer("updates", self.updates)
         for name, value in (("start", self.start), ("end", self.end)):
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (self.shape == "geometric" and value == 0):
@@ -75,3 +77,28 @@ class Anneal:
         if self.shape == "linear":
             return float((1 - s) * self.start + s * self.end)
         return float(self.end + (self.start - self.end) * (1 + math.cos(math.pi * s)) / 2)
+
+
+def number_or_schedule(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None
+) -> float | Schedule:
+    """Return a number that is checked, or a schedule."""
+    return cast(Schedule, value) if callable(value) else check_number(name, value, least=least, above=above)
+
+
+def now(value: float | Schedule, updates: int) -> float:
+    """Return what a number or a schedule is after so many updates."""
+    return float(value(updates)) if callable(value) else value
+
+
+def counts(weight: float | Schedule) -> bool:
+    """Return whether what a weight is of is trained by, rather than only measured."""
+    return callable(weight) or weight > 0
+
+
+def stepped(scheduler: LRScheduler, monitor: str, trainer: Trainer) -> dict[str, Any]:
+    """Return how Lightning is to step a scheduler: after every update, and one of plateaus after every validation."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "step"}
+    every = trainer.check_val_every_n_epoch or 1
+    return {"scheduler": scheduler, "interval": "epoch", "frequency": every, "monitor": monitor}

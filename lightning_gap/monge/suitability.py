@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -13,14 +14,25 @@ from torch.nn.functional import normalize
 from lightning_gap.monge.maps.residual import StartedMap, TransportMap
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.ot.costs import CallableCost, Cosine, Cost, Geodesic, SqEuclidean, TranslationInvariantCost
+from lightning_gap.monge.schedules import counts
 
-__all__ = ["check_costs_of_map", "modules_of_cost", "refuse_learned_cost", "share_optimal_maps"]
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = [
+    "_check_costs_of_map",
+    "check_costs",
+    "check_run",
+    "modules_of_cost",
+    "refuse_learned_cost",
+    "share_optimal_maps",
+]
 
 _PROBES = 64
 _TOLERANCE = 1e-4
 
 
-def check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *, gap_counts: bool) -> None:
+def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *, gap_counts: bool) -> None:
     """Refuse costs that a map of this package is not made for, and say where one suits it badly.
 
     Args:
@@ -63,6 +75,33 @@ def check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *,
         rank_zero_warn(
             f"{kind}(start='gaussian') starts at the map that is optimal for the cost sqeuclidean, and training has "
             f"to leave it for cost={str(cost)!r}: start='mean' is optimal for every cost h(x - y)"
+        )
+
+
+def check_costs(model: "MongeMap", *, of_checkpoint: bool = False) -> None:
+    """Refuse costs that are to be learned, and those that a map is not made for."""
+    for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
+        refuse_learned_cost(name, cost)
+    if not of_checkpoint:
+        _check_costs_of_map(model.map, model.cost, model.fitting_cost, gap_counts=counts(model.gap_weight))
+
+
+def check_run(model: "MongeMap") -> None:
+    """Refuse a run that a map cannot be in."""
+    net, precision, weight = model.map, model.trainer.precision, model.conservative_weight
+    if str(precision) in ("16-true", "bf16-true"):
+        raise MisconfigurationException(
+            f"precision={precision!r} would round epsilons and the representation to sixteen bits: use 'bf16-mixed' or "
+            "'16-mixed', where the network alone is in half precision"
+        )
+    if net is None:
+        raise MisconfigurationException(
+            "MongeMap has no network: give dim=, the dimension of the samples, or map=, a network"
+        )
+    if weight and not isinstance(getattr(net, "field", None), nn.Module):
+        raise MisconfigurationException(
+            f"conservative_weight={weight:g} regularizes the vector field of a structured map, and "
+            f"{type(net).__name__} has none: give map=StructuredMap(...), or conservative_weight=0"
         )
 
 
@@ -111,7 +150,7 @@ def share_optimal_maps(
 
 
 def _is_of_the_package(cost: Cost) -> bool:
-    return not isinstance(cost, CallableCost) and type(cost).__module__ == Cost.__module__
+    return not isinstance(cost, CallableCost) and type(cost).__module__.startswith("lightning_gap.")
 
 
 def _on_sphere(points: Tensor) -> Tensor:
@@ -146,11 +185,7 @@ def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> 
 
 
 def modules_of_cost(cost: Cost) -> list[nn.Module]:
-    """Return the modules that a cost of the user's own is computed by.
-
-    Args:
-        cost: The cost.
-    """
+    """Return the modules that a cost of the user's own is computed by."""
     return [thing for thing in _held(cost) if isinstance(thing, nn.Module)]
 
 

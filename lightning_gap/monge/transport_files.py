@@ -4,25 +4,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_integer
 from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.samples.conditions import label_indices, place_of
+from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.read import open_file
 from lightning_gap.monge.samples.files.table import Reading, Table, as_texts
 from lightning_gap.monge.samples.files.write import Output
 
 __all__ = ["load_map", "transport_file"]
 
-# The condition of each row of a block, of its labels; or one for all.
-Conditions = Callable[[Table, NDArray[Any]], Tensor | None]
+# The condition of each row of a block, or one for all.
+Conditions = Callable[[Table], Tensor | None]
 
 # Numbers of a block: 16 MiB in single precision.
 _NUMBERS = 2**22
@@ -97,15 +96,15 @@ def transport_file(
         >>> transport_file(load_map("map.ckpt"), "control.npy", "predicted.npy")  # doctest: +SKIP
         10000000
     """
-    check_count("batch_size", batch_size)
+    check_integer("batch_size", batch_size)
     if block_size is not None:
-        check_count("block_size", block_size)
-    labels = _label_columns(model, condition)
+        check_integer("block_size", block_size)
+    labels = [] if condition is None or place_of(condition, _known(model)) is not None else _words(model, condition)
     reading = Reading(columns, labels=labels, wanted=model.feature_names, texts_pass=columns is None)
     table = open_file("IN", str(source), reading)
     if table.dim == 0 or table.length == 0:
         table.samples()  # says what is wrong
-    beside, conditions = _conditions(model, table, condition)
+    conditions = _conditions(model, table, condition)
     _check_dim(model, table)
     if table.features is None and model.feature_names is not None:
         table = replace(table, features=tuple(model.feature_names))
@@ -113,7 +112,7 @@ def transport_file(
         block_size = max(1, _NUMBERS // max(table.dim, len(table.label_names)) // batch_size) * batch_size
     written = Output("OUT", str(output), table, overwrite=overwrite)
     try:
-        done = _transport(model, table, block_size, beside, conditions, written, batch_size, progress)
+        done = _transport(model, table, block_size, conditions, written, batch_size, progress)
         written.keep()
     except BaseException:
         written.discard()
@@ -125,7 +124,6 @@ def _transport(
     model: MongeMap,
     table: Table,
     block_size: int,
-    beside: Sequence[str],
     conditions: Conditions,
     written: Output,
     batch_size: int,
@@ -133,20 +131,17 @@ def _transport(
 ) -> int:
     blocks, done = table.blocks(block_size), 0
 
-    def read() -> tuple[Table, Tensor, NDArray[Any]] | None:
+    def read() -> tuple[Table, Tensor, Tensor | None] | None:
         block = next(blocks, None)
-        if block is None:
-            return None
-        columns = [block.labels("--condition", name) for name in beside]
-        return block, block.samples(), np.stack(columns, axis=1) if columns else np.empty((len(block), 0))
+        return None if block is None else (block, block.samples(), conditions(block))
 
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
         ahead = reading.submit(read)
         behind: Future[None] | None = None
         while (found := ahead.result()) is not None:
-            block, samples, labels = found
+            block, samples, condition = found
             ahead = reading.submit(read)
-            images = model.transport(samples, conditions(block, labels), batch_size=batch_size).numpy()
+            images = model.transport(samples, condition, batch_size=batch_size).numpy()
             if behind is not None:
                 behind.result()
             behind = writing.submit(written.write, block, images)
@@ -167,10 +162,8 @@ def _check_dim(model: MongeMap, table: Table) -> None:
         raise ValueError(f"the map takes {dim} features, and {table.title} has {table.dim}{named}{remedy}")
 
 
-def _label_columns(model: MongeMap, given: str | None) -> list[str]:
-    """Return the columns that a condition may name."""
-    if given is None or place_of(given, _known(model)) is not None:
-        return []
+def _words(model: MongeMap, given: str) -> list[str]:
+    """Return the columns that a condition may name: several, for the numbers of a vector."""
     return [given] if getattr(model.map, "condition_dim", None) is None else [word.strip() for word in given.split(",")]
 
 
@@ -181,59 +174,55 @@ def _known(model: MongeMap) -> list[str]:
     return list(model.condition_names or ()) or [str(i) for i in range(getattr(model.map, "conditions", None) or 0)]
 
 
-def _conditions(model: MongeMap, table: Table, given: str | None) -> tuple[list[str], Conditions]:
-    """Return which labels are wanted, and what makes conditions of them."""
-    names = list(model.condition_names or ())
+def _conditions(model: MongeMap, table: Table, given: str | None) -> Conditions:
+    """Return what makes conditions of a block's labels, or one for all rows."""
+    known, dim = _known(model), getattr(model.map, "condition_dim", None)
     if not getattr(model.map, "conditional", False):
         if given is not None:
             raise ValueError(f"--condition {given}: this map has no conditions: leave it out")
-        return [], lambda block, labels: None
-    vector_dim = getattr(model.map, "condition_dim", None)
+        return lambda block: None
     if given is None:
-        what = f"one of {', '.join(map(repr, names[:12]))}" if names and vector_dim is None else "numbers"
+        what = f"one of {listed(known, 12)}" if known and model.condition_names else "numbers"
         raise ValueError(f"this map is conditional: give --condition, {what}, or a column of IN")
-    if vector_dim is not None:
-        return _vectors(table, given, vector_dim)
-    known = _known(model)
+    words = _words(model, given)
+    if dim is not None and len(words) != dim:
+        raise ValueError(f"--condition {given}: this map's conditions are {dim} numbers, got {len(words)}")
     place = place_of(given, known)
-    if place is not None:
-        label = torch.tensor([place], device="cpu")
-        return [], lambda block, labels: label
-    if given not in table.label_names:
+    if place is None and all(word in table.label_names for word in words):
+        if dim is not None:
+            return lambda block: _vectors(block, words, given)
+        return lambda block: label_indices("--condition", block.label(given), known)
+    if dim is None and place is None:
         columns = f", nor has {table.title} such a column" if table.label_names else ""
         raise ValueError(
-            f"--condition {given}: the map has no such condition{columns}; its conditions are "
-            f"{', '.join(map(repr, known[:12]))}"
+            f"--condition {given}: the map has no such condition{columns}; its conditions are {listed(known, 12)}"
         )
-    return [given], lambda block, labels: label_indices("--condition", labels[:, 0], known)
+    one = torch.tensor([place], device="cpu") if dim is None else _vector(table, words, given)
+    return lambda block: one
 
 
-def _vectors(table: Table, given: str, dim: int) -> tuple[list[str], Conditions]:
-    words = [word.strip() for word in given.split(",")]
-    if len(words) != dim:
-        raise ValueError(f"--condition {given}: this map's conditions are {dim} numbers, got {len(words)}")
-    if all(word in table.label_names for word in words):
-        return words, lambda block, labels: _numbers(block, labels, given)
+def _vector(table: Table, words: Sequence[str], given: str) -> Tensor:
     try:
         vector = torch.tensor([[float(word) for word in words]], device="cpu")
     except ValueError:
         raise ValueError(
-            f"--condition {given}: neither {dim} numbers nor columns of {table.title}: give one or the other"
+            f"--condition {given}: neither {len(words)} numbers nor columns of {table.title}: give one or the other"
         ) from None
     if not bool(vector.isfinite().all()):
         raise ValueError(f"--condition {given}: give finite numbers")
-    return [], lambda block, labels: vector
+    return vector
 
 
-def _numbers(block: Table, labels: NDArray[Any], given: str) -> Tensor:
+def _vectors(block: Table, words: Sequence[str], given: str) -> Tensor:
+    labels = np.stack([as_texts(block.label(word)) for word in words], axis=1)
     try:
-        numbers: NDArray[Any] = np.array(as_texts(labels.ravel()), dtype=np.float64)
+        numbers = labels.astype(np.float64)
     except ValueError:
-        numbers = np.full(labels.size, np.nan)
+        numbers = np.full(labels.shape, np.nan)
     if not np.isfinite(numbers).all():
         start = block.start or 0
         raise ValueError(
             f"--condition {given}: {block.title} has something else than a finite number there, in rows "
             f"{start} to {start + len(labels) - 1}: correct it"
         )
-    return torch.from_numpy(numbers.reshape(labels.shape)).float()
+    return torch.from_numpy(numbers).float()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.regime.plan import updates_in_epoch
-from lightning_gap.trainer.internals.of_lightning import training_source
-from lightning_gap.trainer.strategy import data_parallel_size, injects_sampler
+from lightning_gap.trainer.internals.of_lightning import shards_loaders, training_source
+from lightning_gap.trainer.strategy import data_parallel_size
 
 __all__ = [
     "DataNotReady",
@@ -188,7 +188,7 @@ def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = N
     if isinstance(sampler, DistributedSampler):
         samples = len(cast(Sized, sampler.dataset))
     elif replicas > 1:
-        if not injects_sampler(trainer):
+        if not shards_loaders(trainer):
             raise MisconfigurationException(
                 f"use_distributed_sampler=False with a {type(sampler).__name__} on {replicas} replicas does not tell "
                 "whether replicas share the samples. Use torch's DistributedSampler, use_distributed_sampler=True, "
@@ -215,7 +215,7 @@ def _declared_pass(trainer: Trainer, loader: Any, samples: int) -> Pass:
         batches = updates_in_epoch(samples, loader_batch_size(loader) * replicas)
     else:
         sharded = isinstance(getattr(loader, "sampler", None), DistributedSampler)
-        if replicas > 1 and not sharded and injects_sampler(trainer):
+        if replicas > 1 and not sharded and shards_loaders(trainer):
             batches = updates_in_epoch(batches, replicas)
     return Pass(samples=samples, drop_last=False, batches=batches, batch_size=updates_in_epoch(samples, batches))
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_gap.checks import check_count
 from lightning_gap.ranks.group import mean_over_ranks
@@ -21,6 +22,7 @@ from lightning_gap.regime.noise_scale import (
     normalization_note,
     plan_verdict,
 )
+from lightning_gap.regime.reports import PREFIX
 from lightning_gap.regime.sample_noise import mixing_layers
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import (
@@ -35,7 +37,6 @@ from lightning_gap.trainer.terminal import say
 
 __all__ = ["GradientNoiseScale"]
 
-_PREFIX = "lightning_gap/regime/"
 # Measurements after which the first verdict is said; fewer are mostly noise.
 _FIRST_VERDICT = 10
 
@@ -108,6 +109,7 @@ class GradientNoiseScale(Callback):
         self._micro_batches = 0
         self._full = True  # whether the last batch of an epoch is as large as the others
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured."""
         if stage != "fit":
@@ -141,6 +143,7 @@ class GradientNoiseScale(Callback):
         self.estimate, self._note, self._told = NoiseScaleEstimate(self.decay), "", False
         self._fitting = True
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an update of one micro-batch, and gradients that keep the loss scale."""
         if trainer.accumulate_grad_batches * data_parallel_size(trainer) < 2:
@@ -155,6 +158,7 @@ class GradientNoiseScale(Callback):
                     "fused=False to it, or use bf16-mixed."
                 )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse batches of unknown size, and find out whether the last one of an epoch is smaller than the others."""
         try:
@@ -171,6 +175,7 @@ class GradientNoiseScale(Callback):
         else:
             self._full = epoch.drop_last or epoch.samples % epoch.batch_size == 0
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start to measure if this is the first batch of an update that is due."""
         if self._micro_batches == 0:
@@ -183,10 +188,12 @@ class GradientNoiseScale(Callback):
                 if self._measuring:
                     self._gradients.listen(parameters)
 
+    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a micro-batch."""
         self._micro_batches += 1
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare the gradients of the update's micro-batches with their mean."""
         micro_batches, self._micro_batches = self._micro_batches, 0
@@ -215,6 +222,7 @@ class GradientNoiseScale(Callback):
             if self._note:
                 rank_zero_warn(f"GradientNoiseScale: {self._note}")
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -228,11 +236,12 @@ class GradientNoiseScale(Callback):
             "critical_batch_size": critical,
             "batch_over_critical": self._batch(trainer) / critical if critical > 0 else float("nan"),
         }
-        log_now(trainer, pl_module.device, _PREFIX, facts)
+        log_now(trainer, pl_module.device, PREFIX, facts)
         if not self._told and self.estimate.measurements >= _FIRST_VERDICT and critical > 0:
             self._told = True
             self._say(trainer, f"Gradient noise scale after {trainer.global_step} updates")
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which side of the critical batch this run was on."""
         self._say(trainer, "Gradient noise scale")
@@ -253,10 +262,12 @@ class GradientNoiseScale(Callback):
             sentences.append(plan_verdict(plan.batch_size, plan.reference_batch_size, self.estimate, planned=made))
         say(f"{when}: {' '.join(filter(None, [*sentences, self._note]))}")
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, as plain Python."""
         return vars(self.estimate).copy()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the averages up where a checkpoint left them.
 
@@ -266,10 +277,12 @@ class GradientNoiseScale(Callback):
         if self._fitting:
             self.estimate = NoiseScaleEstimate(**{**state_dict, "decay": self.decay})
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening to gradients."""
         self._stop()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening to gradients after an exception, for there is no teardown then."""
         self._stop()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_gap.ranks.gradients import gradient_values
 from lightning_gap.ranks.group import RankGroup, sum_over_ranks
 from lightning_gap.ranks.shards import local_shard, shard_copies
-from lightning_gap.trainer.internals.of_lightning import replaces_batchnorm, shards_loaders
+from lightning_gap.trainer.internals.of_lightning import replaces_batchnorm
 from lightning_gap.trainer.internals.of_torch import group_timeout, loss_scale_without_waiting, unscales_in_step
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "from_rank_zero",
     "gradients_stay_scaled",
     "holds_whole_weights",
-    "injects_sampler",
     "leaves_updates_to_torch",
     "loss_scale",
     "replaces_batchnorm_by_syncbatchnorm",
@@ -100,11 +99,6 @@ def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
     Only strategies with several ranks heed ``sync_batchnorm=True``; one device ignores it.
     """
     return replaces_batchnorm(trainer.strategy)
-
-
-def injects_sampler(trainer: Trainer) -> bool:
-    """Return whether the trainer shards a training loader among the replicas, by a distributed sampler of its own."""
-    return shards_loaders(trainer)
 
 
 def data_parallel_group(trainer: Trainer) -> RankGroup | None:

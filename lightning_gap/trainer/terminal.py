@@ -1,12 +1,16 @@
 """What callbacks say: tables and lines, once, on rank zero, in a terminal, a notebook or a log file."""
 
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-__all__ = ["say"]
+__all__ = ["quiet", "say"]
 
 
 @rank_zero_only
@@ -33,3 +37,24 @@ def say(*what: Any) -> None:
             with console.capture() as captured:
                 console.print(each, soft_wrap=isinstance(each, str), markup=False)
             sys.stdout.write(captured.get().encode(error.encoding, "replace").decode(error.encoding))
+
+
+@contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep Lightning's remarks on a run, which nobody here can act on, from the user.
+
+    Args:
+        level: Of the remarks that are let through.
+    """
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            for message in ("does not have many workers", "GPU available but not used", "LeafSpec"):
+                warnings.filterwarnings("ignore", message=f".*{message}")
+            for logger in loggers:
+                logger.setLevel(level)
+            yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)

@@ -103,7 +103,7 @@ MAPS = {
     "squared": {},
     "euclidean": {"cost": "euclidean"},
     "no gap": {"gap_weight": 0.0},
-    "unbalanced": {"reach": 5.0},
+    "unbalanced": {"rho": 5.0},
 }
 
 

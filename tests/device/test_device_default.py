@@ -74,7 +74,7 @@ ENTRIES = {
     "plan": lambda: optimal_transport(X.cuda(), Y.cuda()).plan(),
     "energy distance": on_device(energy_distance),
     "marginal": on_device(marginal_wasserstein),
-    "unbalanced weights": on_device(unbalanced_weights, reach=2.0),
+    "unbalanced weights": on_device(unbalanced_weights, rho=2.0),
     "gaussian map": on_device(gaussian_map),
     "residual map": lambda: ResidualMLP(2)(X.cuda()),
     "conditional map": lambda: ConditionalMap(2, conditions=2)(X.cuda(), torch.zeros(24, dtype=torch.long)),

@@ -64,7 +64,7 @@ MAPS = {
     "plain": {},
     "euclidean": {"cost": "euclidean", "fitting_cost": "euclidean"},
     "elastic": {"cost": "elastic", "map": lambda: StructuredMap(2, hidden=(16,), cost="elastic")},
-    "unbalanced": {"reach": 5.0, "gap_weight": 0.5},
+    "unbalanced": {"rho": 5.0, "gap_weight": 0.5},
     "blocked": {"solver": "blocked"},
     "no gap": {"gap_weight": 0.0},
     "reference": {"gap_reference": clouds(40)[0]},

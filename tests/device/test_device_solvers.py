@@ -88,7 +88,7 @@ def test_second_derivatives(device):
         energy_distance,
         marginal_wasserstein,
         lambda x, y: minibatch_energy_distance(x, y[: len(x)]),
-        lambda x, y: unbalanced_weights(x, y, reach=2.0)[0],
+        lambda x, y: unbalanced_weights(x, y, rho=2.0)[0],
     ],
     ids=["exact gap", "exact", "energy", "marginal", "minibatch energy", "unbalanced weights"],
 )

@@ -132,7 +132,7 @@ def test_a_checkpoint_reloads_with_nothing_else_given(tmp_path, dim):
         cost=costs.PNorm(np.float64(1.5)),
         fitting_cost="euclidean",
         gap_weight=2,
-        reach=50.0,
+        rho=50.0,
         solver="blocked",
     )
     run = trainer()
@@ -142,7 +142,7 @@ def test_a_checkpoint_reloads_with_nothing_else_given(tmp_path, dim):
     x = torch.randn(50, 2)
     assert torch.equal(loaded.transport(x), model.transport(x))
     assert not torch.equal(loaded.transport(x), x)
-    for name in ("cost", "fitting_cost", "gap_weight", "reach", "solver", "hidden"):
+    for name in ("cost", "fitting_cost", "gap_weight", "rho", "solver", "hidden"):
         assert getattr(loaded, name) == getattr(model, name)
     assert torch.equal(loaded.gap_epsilon, model.gap_epsilon)
     assert torch.equal(loaded.fitting_epsilon, model.fitting_epsilon)
@@ -343,7 +343,7 @@ def test_data_of_another_dimension_are_refused():
         ({"gap_weight": True}, ValueError, "gap_weight must be a finite number"),
         ({"fitting_epsilon": 0}, ValueError, "fitting_epsilon must be a positive finite number, got 0"),
         ({"gap_epsilon": -1.0}, ValueError, "gap_epsilon must be a positive finite number, got -1.0"),
-        ({"reach": math.nan}, ValueError, "reach must be a positive finite number"),
+        ({"rho": math.nan}, ValueError, "rho must be a positive finite number"),
         ({"cost": "manhattan"}, ValueError, "cost: unknown cost 'manhattan'"),
         ({"cost": 3}, TypeError, "cost must be a name"),
         ({"fitting_cost": "pnorm"}, ValueError, "fitting_cost: cost 'pnorm' cannot be read"),

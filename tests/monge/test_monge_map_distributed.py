@@ -49,7 +49,7 @@ def run(folder: Path, devices: int, steps: int, **options) -> list[tuple[list[fl
     ("devices", "steps"),
     [pytest.param(2, 12), pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(4, 50, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("options", [{}, {"reach": 50.0, "reweight": True}, {"gap_reference": gaussians(90)[0]}])
+@pytest.mark.parametrize("options", [{}, {"rho": 50.0, "reweight": True}, {"gap_reference": gaussians(90)[0]}])
 def test_several_processes_train_as_one_does(tmp_path, devices, steps, options):
     ((expected, expected_weights),) = run(tmp_path / "one", 1, steps, **options)
     every = run(tmp_path / "several", devices, steps, **options)

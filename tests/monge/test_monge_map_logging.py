@@ -1,51 +1,74 @@
 """MongeMap hands its values on to loggers and callbacks, step by step."""
 
+import csv
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from monge_runs import Metrics, fit_batch, gaussians, samples, small, trainer
+from monge_runs import FAST, Metrics, fit_batch, gaussians, samples, small, trainer
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap
 from lightning_gap.monge import Anneal, UnpairedBatch
 
 
-def logged(folder, **options):
-    """What a logger's file and a callback saw of two epochs of three batches with two validations each."""
-    watch = Metrics()
-    run = trainer(
-        max_epochs=2, callbacks=[watch], logger=CSVLogger(folder), log_every_n_steps=1, val_check_interval=2, **options
-    )
-    model = small(gap_weight=Anneal(2.0, 1.0, updates=4), lr_scheduler=partial(StepLR, step_size=2))
+class Twice(MongeMap):
+    """Lets Lightning log each value of a step once more, under ``again`` in the place of ``train``."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        values = {name: value for name, value in self.trainer.callback_metrics.items() if "/train_" in name}
+        self.log_dict({name.replace("/train_", "/again_"): value for name, value in values.items()})
+        return loss
+
+
+class Each(Callback):
+    """Keeps what callbacks see of each batch, by the names that ``Twice`` gives."""
+
+    def __init__(self) -> None:
+        self.seen = {"train": [], "again": []}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for stage, seen in self.seen.items():
+            for metrics in (trainer.callback_metrics, trainer.logged_metrics):
+                seen.append({n.partition(f"/{stage}_")[2]: float(v) for n, v in metrics.items() if f"/{stage}_" in n})
+
+
+def rows(table: str, stage: str) -> list[tuple[str, str, dict[str, str]]]:
+    """Return step, epoch and values of each row of a logger's file that holds values of a stage."""
+    found = []
+    for row in csv.DictReader(table.splitlines()):
+        values = {name.partition(f"/{stage}_")[2]: v for name, v in row.items() if f"/{stage}_" in name and v}
+        if values:
+            found.append((row["step"], row["epoch"], values))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({}, range(9)), ({"accumulate_grad_batches": 2}, range(6)), ({"log_every_n_steps": 2}, (1, 3, 5, 7))],
+)
+def test_each_step_is_logged_as_lightning_would(tmp_path, options, steps):
+    """Two epochs of three batches with validations within, and a third one in a second fit."""
+    watch = Each()
+    given = {"max_epochs": 2, "log_every_n_steps": 1, "val_check_interval": 2, **options}
+    run = trainer(callbacks=[watch], logger=CSVLogger(tmp_path), **given)
+    torch.manual_seed(0)
+    model = Twice(2, hidden=(8,), gap_weight=Anneal(2.0, 1.0, updates=4), optimizer=FAST)
     run.fit(model, samples())
     run.fit_loop.max_epochs = 3
     run.fit(model, samples())
-    return (folder / "lightning_logs" / "version_0" / "metrics.csv").read_text(), watch.train
-
-
-def by_log_dict(self, values, batch_idx, batch_size):
-    self._log("train", values, batch_size=batch_size)
-
-
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
-def test_each_step_is_logged_as_lightning_would(tmp_path, monkeypatch, options):
-    found = logged(tmp_path / "ours", **options)
-    monkeypatch.setattr(MongeMap, "_log_step", by_log_dict)
-    expected = logged(tmp_path / "lightning", **options)
-    assert found == expected
-    assert len({step["train_loss"] for step in found[1]}) == len(found[1]) == 9
-
-
-def test_steps_are_logged_where_the_trainer_keeps_its_results_elsewhere(tmp_path, monkeypatch):
-    expected = logged(tmp_path / "known")
-    monkeypatch.setattr("lightning_gap.monge.module._results_of", lambda trainer: None)
-    assert logged(tmp_path / "unknown") == expected
+    assert watch.seen["train"] == watch.seen["again"]
+    assert len({step["loss"] for step in watch.seen["train"]}) == 9
+    (table,) = (file.read_text() for file in tmp_path.rglob("metrics.csv"))
+    assert rows(table, "train") == rows(table, "again")
+    assert [int(step) for step, _, _ in rows(table, "train")] == list(steps)
+    ours = [row for row in csv.DictReader(table.splitlines()) if row["lightning_gap/monge/train_loss"]]
+    assert [float(row["lightning_gap/monge/updates"]) for row in ours] == list(steps)
 
 
 def test_an_interrupted_validation_leaves_nothing_for_the_next():

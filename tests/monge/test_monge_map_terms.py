@@ -109,7 +109,7 @@ def test_outliers_are_left_aside():
     options = {"optimizer": STILL, "fitting_epsilon": 0.5, "gap_epsilon": 0.1}
     clean = terms(small(**options), (source, target))["train_sinkhorn_divergence"]
     fooled = terms(small(**options), (dirty, target))["train_sinkhorn_divergence"]
-    robust = terms(small(reach=200.0, reweight=True, **options), (dirty, target))["train_sinkhorn_divergence"]
+    robust = terms(small(rho=200.0, reweight=True, **options), (dirty, target))["train_sinkhorn_divergence"]
     assert robust == pytest.approx(clean, rel=0.05)
     assert fooled > 10 * clean
 
@@ -250,8 +250,8 @@ def test_samples_are_encoded_and_images_decoded():
     ("options", "error", "message"),
     [
         ({"fitting_loss": "mmd"}, ValueError, "fitting_loss must be one of sinkhorn, energy, or a function, got 'mmd'"),
-        ({"reweight": True}, ValueError, "reweight=True needs reach"),
-        ({"reach": 1.0, "fitting_loss": "energy"}, ValueError, "reach softens .* Sinkhorn divergence only"),
+        ({"reweight": True}, ValueError, "reweight=True needs rho"),
+        ({"rho": 1.0, "fitting_loss": "energy"}, ValueError, "rho softens .* Sinkhorn divergence only"),
         ({"gap_on": "reference"}, ValueError, "gap_on='reference' needs gap_reference"),
         ({"gap_on": "target"}, ValueError, "gap_on must be one of source, reference, both, got 'target'"),
         ({"gap_reference": [[math.nan, 0.0]]}, ValueError, "gap_reference holds NaN or infinity in 1 of 1 rows"),

@@ -43,7 +43,8 @@ class Epsilons(Callback):
         self.seen: set[tuple[float, ...]] = set()
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.seen.add(tuple(pl_module._decisions[name] for name in NAMES))
+        kept = pl_module.epsilons
+        self.seen.add((kept.fitting, kept.gap, float(kept.started)))
 
     def on_validation_batch_end(self, trainer, pl_module, *_):
         scores = pl_module.scores["val"]
@@ -114,7 +115,7 @@ def test_truth_values_of_older_checkpoints_are_taken():
         started = {n: torch.tensor(True) for n in state if n.endswith("started")}
         model.load_state_dict({**state, **started})
         assert bool(model.started)
-        assert model._decisions["started"] == 1
+        assert model.epsilons.started
         if hasattr(model.map, "started"):
             assert bool(model.map.started)
 
@@ -125,7 +126,8 @@ def test_averages_of_torch_itself():
     trainer(max_steps=2, max_epochs=-1).fit(model, samples())
     for _ in range(3):
         averaged.update_parameters(model)
-    assert averaged.module._decisions["fitting_epsilon"] == pytest.approx(float(model.fitting_epsilon))
+    trainer().validate(averaged.module, samples(), verbose=False)
+    assert averaged.module.epsilons.fitting == pytest.approx(float(model.fitting_epsilon))
     x = gaussians(5)[0]
     torch.testing.assert_close(averaged.module.transport(x), model.transport(x))
 

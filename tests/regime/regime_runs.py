@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader, TensorDataset
@@ -143,3 +144,27 @@ SCHEDULES = {
     "SWALR": lambda o, unit: SWALR(o, swa_lr=5e-4, anneal_epochs=3 * unit),
 }
 EPOCH_SCHEDULES = {name: partial(schedule, unit=1) for name, schedule in SCHEDULES.items()}
+
+
+def sharded(trainer):
+    """Give a trainer a strategy that this machine may have no device for."""
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    return trainer
+
+
+class Tunable(Regression):
+    def __init__(self):
+        super().__init__(lr=1e-3)
+        self.batch_size = 2
+        self.learning_rate = 1e-3
+
+    def train_dataloader(self):
+        return loader(self.batch_size)
+
+    def val_dataloader(self):
+        return loader(30)
+
+
+class Listed(Regression):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0] if isinstance(batch[0], (list, tuple)) else batch, batch_idx)

@@ -15,10 +15,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_gap.trainer.internals import PrivateNameGoneError, bound, private, set_private
 from lightning_gap.trainer.internals import of_lightning as lightning
 from lightning_gap.trainer.internals import of_others as others
 from lightning_gap.trainer.internals import of_torch as internals
+from lightning_gap.trainer.internals.guard import PrivateNameGoneError, bound, private, set_private
 
 
 class Asks(Callback):

@@ -20,8 +20,6 @@ __all__ = ["FORMATS", "find_runs", "read_runs"]
 # A folder with the files of several is a run of the first.
 FORMATS = (CSV, TENSORBOARD, WANDB, MLFLOW)
 _BY_KIND = {each.kind: each for each in (*FORMATS, TRACE)}
-# Runs that have names of their own.
-_NAMED = {WANDB.kind, MLFLOW.kind}
 _SKIPPED = {"node_modules", "__pycache__", ".git", ".venv", ".trash"}
 _INSIDE_A_RUN = {"checkpoints", "figures", "tables"}
 # Folders whose names say nothing about a run.
@@ -111,7 +109,7 @@ def _read(kind: Format, folder: Path) -> Run:
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Give runs without a name of their own what tells their folders apart."""
-    named = [run.kind in _NAMED for run in runs]
+    named = [_BY_KIND[run.kind].whole for run in runs]
     folders = [run.path.resolve() for run, own in zip(runs, named, strict=True) if not own]
     shared = len(Path(os.path.commonpath(folders)).parts) if len(folders) > 1 else 0
     labels = []

@@ -1,6 +1,5 @@
 """MLflow's local file store: a folder a run, a file a metric."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,4 @@ def _plain(text: str) -> Any:
     return text if value is None else int(value) if value.is_integer() else value
 
 
-def _holds(folder: Path, names: Sequence[str]) -> bool:
-    return "meta.yaml" in names and "run_id" in settings(folder / "meta.yaml")
-
-
-MLFLOW = Format("MLflow", _holds, _read, whole=True)
+MLFLOW = Format("MLflow", r"meta\.yaml", _read, True, lambda folder: "run_id" in settings(folder / "meta.yaml"))

@@ -64,15 +64,21 @@ class Format:
 
     Args:
         kind: What a table calls it.
-        holds: Whether a folder, of whose files the names are given, is a run of this kind.
+        pattern: Of the name of a file by which a folder is known as such a run.
         read: From such a folder to the run.
-        whole: Whether all that lies below the folder belongs to the run.
+        whole: Whether a run has a name of its own, and all that lies below its folder.
+        known: What else must be true of the folder.
     """
 
     kind: str
-    holds: Callable[[Path, Sequence[str]], bool]
+    pattern: str
     read: Callable[[Path], Run]
     whole: bool = False
+    known: Callable[[Path], bool] = lambda folder: True
+
+    def holds(self, folder: Path, names: Sequence[str]) -> bool:
+        """Return whether a folder, of whose files the names are given, is a run of this kind."""
+        return any(re.fullmatch(self.pattern, name) for name in names) and self.known(folder)
 
 
 # The logger's step, and what was logged in one call.

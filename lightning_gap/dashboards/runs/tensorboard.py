@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +39,4 @@ def _read(path: Path) -> Run:
     return Run(path.name, TENSORBOARD.kind, path, settings(path / "hparams.yaml"), found, pictures)
 
 
-def _holds(folder: Path, names: Sequence[str]) -> bool:
-    return any(name.startswith("events.out.tfevents") for name in names)
-
-
-TENSORBOARD = Format("TensorBoard", _holds, _read)
+TENSORBOARD = Format("TensorBoard", r"events\.out\.tfevents.*", _read)

@@ -2,8 +2,6 @@
 
 import csv
 import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_gap.dashboards.runs.csv import csv_row
@@ -28,8 +26,4 @@ def _read(path: Path) -> Run:
     )
 
 
-def _holds(folder: Path, names: Sequence[str]) -> bool:
-    return any(re.fullmatch(r"diffusion.*\.csv", name) for name in names)
-
-
-TRACE = Format("diffusion.csv", _holds, _read)
+TRACE = Format("diffusion.csv", r"diffusion.*\.csv", _read)

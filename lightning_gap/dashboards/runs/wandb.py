@@ -5,7 +5,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,4 @@ def _items(items: Iterable[Any]) -> dict[str, Any]:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
-def _holds(folder: Path, names: Sequence[str]) -> bool:
-    return any(name.startswith("run-") and name.endswith(".wandb") for name in names)
-
-
-WANDB = Format("W&B", _holds, _read, whole=True)
+WANDB = Format("W&B", r"run-.*\.wandb", _read, whole=True)

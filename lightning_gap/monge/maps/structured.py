@@ -87,7 +87,7 @@ class StructuredMap(StartedMap):
         kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
         kinds["embedding_dim"] = embedding_dim
         # A cost of the user's own has no name by which it could be made again.
-        name = str(resolved) if type(resolved).__module__ == TranslationInvariantCost.__module__ else None
+        name = str(resolved) if type(resolved).__module__.startswith("lightning_gap.") else None
         super().__init__(dim, hidden, activation, start, cost=name, potential=potential, **kinds)
         self.cost = resolved
         if isinstance(resolved, Mahalanobis) and len(resolved.factor[0]) != dim:

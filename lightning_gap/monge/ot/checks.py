@@ -39,15 +39,7 @@ def check_samples(name: str, samples: Tensor) -> None:
 
 
 def check_all_samples(samples: Mapping[str, Tensor]) -> None:
-    """Do :func:`check_samples` for several tensors, for whose values a device is waited for once.
-
-    Args:
-        samples: What the caller was given, by argument.
-
-    Raises:
-        TypeError: One is not a tensor, or not of a floating-point type.
-        ValueError: One has another shape, is empty, or holds NaN or infinity.
-    """
+    """Do :func:`check_samples` for several tensors, for whose values a device is waited for once."""
     for name, x in samples.items():
         _check_form(name, x)
     _check_finite(samples)
@@ -181,21 +173,13 @@ def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
 
 
 def solver_precision(samples: Tensor) -> Tensor:
-    """Return half-precision samples as float32: exponentials of costs do not fit in sixteen bits.
-
-    Args:
-        samples: Floating-point samples.
-    """
+    """Return half-precision samples as float32: exponentials of costs do not fit in sixteen bits."""
     return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
 
 
 @eager
 def check_transforms(*inputs: Any) -> None:
-    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation.
-
-    Args:
-        inputs: What is about to be read.
-    """
+    """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation."""
     for tensor in inputs:
         if not isinstance(tensor, Tensor):
             continue
@@ -209,11 +193,7 @@ def check_transforms(*inputs: Any) -> None:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent.
-
-    Args:
-        tensor: Any.
-    """
+    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

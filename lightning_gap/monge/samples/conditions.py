@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.files.read import is_file, open_frame
-from lightning_gap.monge.samples.files.table import as_texts
+from lightning_gap.monge.samples.files.table import as_texts, there_is
 
 __all__ = ["condition_names", "condition_vectors_of", "conditions_of", "label_indices", "place_of"]
 
@@ -55,8 +55,7 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
     vectors: list[Tensor] = []
     for name in names:
         if name not in table:
-            listed = ", ".join(map(repr, list(table)[:12]))
-            raise ValueError(f"condition_vectors has no vector of the condition {name!r}; there is {listed}")
+            raise ValueError(f"condition_vectors has no vector of the condition {name!r}; {there_is(table)}")
         try:
             vector = torch.as_tensor(table[name], dtype=torch.float64, device="cpu").reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -101,12 +100,10 @@ def conditions_of(
         if array.dtype.kind in "iu" and vector_dim is None:
             _refuse_ambiguous(array, names)
         if array.dtype.kind in "USO":
-            wanted = [str(name) for name in array.ravel()]
-            places = [place_of(name, names) for name in wanted]
-            if None in places:
+            array, unknown = _places(np.array([str(name) for name in array.ravel()]), names)
+            if unknown is not None:
                 known = ", ".join(names) or "without names"
-                raise ValueError(f"condition {wanted[places.index(None)]!r} is not known; the conditions are {known}")
-            array = np.array(places)
+                raise ValueError(f"condition {unknown!r} is not known; the conditions are {known}")
         elif array.dtype.kind == "f" and vector_dim is None and array.ndim < 2:
             array = _named_numbers(array, names, labels)
         given = torch.from_numpy(np.array(array))
@@ -131,14 +128,14 @@ def conditions_of(
 
 def _named_numbers(numbers: NDArray[Any], names: Sequence[str], labels: bool) -> NDArray[Any]:
     """Return the labels whose names are numbers: 0.1 is the name "0.1"; the numbers themselves where they are none."""
-    places = [place_of(text, names) for text in as_texts(np.atleast_1d(numbers)).tolist()]
-    if None not in places:
-        return np.array(places)
+    places, unknown = _places(as_texts(np.atleast_1d(numbers)), names)
+    if unknown is None:
+        return places
     if labels:
         known = ", ".join(map(repr, names)) or "without names"
         raise ValueError(
-            f"condition {np.atleast_1d(numbers)[places.index(None)]} is no name of a condition; the conditions are "
-            f"{known}: give a name, or labels as a tensor of integers"
+            f"condition {unknown} is no name of a condition; the conditions are {known}: give a name, or labels as a "
+            "tensor of integers"
         )
     return numbers
 
@@ -168,14 +165,21 @@ def label_indices(argument: str, labels: NDArray[Any], names: Sequence[str]) -> 
     Raises:
         ValueError: A label is no such name.
     """
-    distinct, places = np.unique(as_texts(labels), return_inverse=True)
-    found = [place_of(name, names) for name in distinct.tolist()]
-    for name, place in zip(distinct.tolist(), found, strict=True):
-        if place is None:
-            raise ValueError(
-                f"{argument}: the map has no condition {name!r}; its conditions are {', '.join(map(repr, names[:12]))}"
-            )
-    return torch.tensor(found, device="cpu")[torch.from_numpy(places)]
+    places, unknown = _places(as_texts(labels), names)
+    if unknown is not None:
+        raise ValueError(
+            f"{argument}: the map has no condition {unknown!r}; its conditions are {', '.join(map(repr, names[:12]))}"
+        )
+    return torch.from_numpy(places)
+
+
+def _places(texts: NDArray[Any], names: Sequence[str]) -> tuple[NDArray[Any], str | None]:
+    """Return the place of each text among the names, and a text that is no such name."""
+    distinct, inverse = np.unique(texts, return_inverse=True)
+    found = {text: place_of(text, names) for text in distinct.tolist()}
+    unknown = next((text for text, place in found.items() if place is None), None)
+    places = np.array([-1 if place is None else place for place in found.values()], dtype=np.int64)
+    return places[inverse], unknown
 
 
 def place_of(label: Any, names: Sequence[str]) -> int | None:

@@ -15,10 +15,6 @@ __all__ = ["ByName", "held_out_pairs", "trained_pairs"]
 ByName = dict[str | None, Population]
 
 
-def _by_name(populations: Sequence[ByName], name: str | None) -> list[Population | None]:
-    return [by.get(name, by.get(None)) for by in populations]
-
-
 def _size(population: Population | None) -> float:
     return len(population) if isinstance(population, FiniteSamples) else 0 if population is None else math.inf
 
@@ -31,7 +27,7 @@ def trained_pairs(
     small: dict[str | None, tuple[float, float]] = {}
     batch_size = request.batch_size
     for name in names or (None,):
-        source, target = _by_name(populations, name)
+        source, target = (by.get(name, by.get(None)) for by in populations)
         sizes = _size(source), _size(target)
         labelled = [size for size, by in zip(sizes, populations, strict=True) if None not in by]
         if labelled and not any(labelled):
@@ -61,45 +57,42 @@ def _settle(
     request: Request,
 ) -> int:
     """Refuse, drop, or shrink the batch for what is smaller than a batch; return the batch size."""
-    empty = [name for name, sizes in small.items() if min(sizes) < 1]
-    least = int(min(min(sizes) for sizes in small.values()))
-    if None in small:
-        source, target = (f"{size:.0f}" if size < math.inf else "endless" for size in small[None])
-        if (request.small_conditions == "shrink" or request.default_batch) and least > 0:
-            default = "the default " if request.default_batch else ""
-            rank_zero_warn(f"{default}batch_size={request.batch_size} shrinks to {least}, the smaller training set")
-            return least
-        raise ValueError(
-            f"batch_size={request.batch_size} is larger than the training split ({source} source and {target} target "
-            f"samples): use batch_size <= {least}, or hold out less"
-        )
-    listed = ", ".join(f"{name!r} ({a:.0f} source, {b:.0f} target)" for name, (a, b) in list(small.items())[:8])
-    listed += ", ..." if len(small) > 8 else ""
-    if request.small_conditions == "drop":
+    wanted, whole = f"batch_size={request.batch_size}", None in small
+    listed = ", ".join(
+        f"{name!r} ({source:.0f} source, {target:.0f} target)" for name, (source, target) in list(small.items())[:8]
+    ) + (", ..." if len(small) > 8 else "")
+    if request.small_conditions == "drop" and not whole:
         for name in small:
             pairs.pop(name, None)
         if not pairs:
-            raise ValueError(f"all conditions are smaller than batch_size={request.batch_size}: {listed}")
+            raise ValueError(f"all conditions are smaller than {wanted}: {listed}")
         rank_zero_warn(
-            f"conditions with fewer than batch_size={request.batch_size} training samples are left out: {listed}"
+            f"conditions with fewer than {wanted} training samples are left out: {listed}"
             + ("; prediction leaves their rows out too" if request.condition_vectors is None else "")
         )
         return request.batch_size
-    if empty:
-        a, b = small[empty[0]]
+    name, sizes = min(small.items(), key=lambda item: min(item[1]))
+    source, target = (f"{size:.0f}" if size < math.inf else "endless" for size in sizes)
+    least = int(min(sizes))
+    if least < 1 and not whole:
         raise ValueError(
-            f"condition {empty[0]!r} has {a:.0f} source and {b:.0f} target training samples: it must be on both sides; "
+            f"condition {name!r} has {source} source and {target} target training samples: it must be on both sides; "
             "leave it out, or give small_conditions='drop'"
         )
-    if request.small_conditions == "shrink" or request.default_batch:
-        default = "the default " if request.default_batch else ""
+    if least > 0 and (request.small_conditions == "shrink" or request.default_batch):
+        drop = "; small_conditions='drop' leaves small ones out" if request.default_batch else ""
         rank_zero_warn(
-            f"{default}batch_size={request.batch_size} shrinks to {least}, because of {listed}"
-            + ("; small_conditions='drop' leaves small ones out" if request.default_batch else "")
+            f"{'the default ' if request.default_batch else ''}{wanted} shrinks to {least}, "
+            + ("the smaller training set" if whole else f"because of {listed}{drop}")
         )
         return least
+    if whole:
+        raise ValueError(
+            f"{wanted} is larger than the training split ({source} source and {target} target samples): "
+            f"use batch_size <= {least}, or hold out less"
+        )
     raise ValueError(
-        f"batch_size={request.batch_size} is larger than the training samples of the conditions {listed}: "
+        f"{wanted} is larger than the training samples of the conditions {listed}: "
         f"use batch_size <= {least}, or small_conditions='drop' or 'shrink'"
     )
 
@@ -113,11 +106,9 @@ def held_out_pairs(
 ) -> dict[str | None, tuple[FiniteSamples, FiniteSamples]]:
     """Return the held-out pairs of the conditions that have some on both sides."""
     pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]] = {}
-    if stage == "train":
-        return pairs
     one_sided = []
     for name in names or (None,):
-        source, target = _by_name(populations, name)
+        source, target = (by.get(name, by.get(None)) for by in populations)
         if not isinstance(source, FiniteSamples) or not isinstance(target, FiniteSamples):
             one_sided += [name] if source is not None or target is not None else []
             continue

@@ -19,13 +19,7 @@ from lightning_gap.monge.samples.draws import Part
 from lightning_gap.monge.samples.features import feature_places
 from lightning_gap.monge.samples.files.table import Reading
 from lightning_gap.monge.samples.given import KnownMap, Samples
-from lightning_gap.monge.samples.loaders import (
-    NumberedLoader,
-    fitting_batch_size,
-    held_out_loader,
-    own_randomness,
-    training_loader,
-)
+from lightning_gap.monge.samples.loaders import NumberedLoader, batch_loader, fitting_batch_size, own_randomness
 from lightning_gap.monge.samples.prepare import prepare
 from lightning_gap.monge.samples.prepared import Split
 from lightning_gap.monge.samples.rearrangement import with_features
@@ -341,7 +335,7 @@ class SamplesDataModule(LightningDataModule):
             num_replicas=replicas,
             rank=rank,
         )
-        return training_loader(batches, self.trainer, self.num_workers)
+        return batch_loader(batches, self.trainer, self.num_workers)
 
     @override
     def val_dataloader(self) -> DataLoader[UnpairedBatch] | list[DataLoader[UnpairedBatch]]:
@@ -377,7 +371,7 @@ class SamplesDataModule(LightningDataModule):
         if most > self.eval_batch_size:
             rank_zero_info(f"{stage}: {self.eval_batch_size} of up to {most} held-out samples are compared at once")
         replicas, rank = self._replicas()
-        return held_out_loader(
+        return batch_loader(
             HeldOutBatches(
                 held_out.pairs,
                 held_out.again,

@@ -120,14 +120,35 @@ class FiniteSamples:
         return self._orders[key]
 
 
-class SampledSamples:
+class _Endless:
+    """Samples without an end, of which some are raw.
+
+    Args:
+        argument: The caller's argument, for messages.
+        true_map: Known map of raw samples, or ``None``.
+        encode: Applied to samples and images.
+    """
+
+    def __init__(self, argument: str, true_map: Encode | None, encode: Encode | None) -> None:
+        self.argument = argument
+        self.true_map = true_map
+        self.encode = encode
+
+    def part(self, raw: Tensor) -> Part:
+        """Return samples and their known images in encoded space."""
+        images = None if self.true_map is None else map_images(self.argument, self.true_map, raw)
+        if self.encode is None:
+            return Part(raw, None, images)
+        return Part(self.encode(raw), None, None if images is None else self.encode(images))
+
+
+class SampledSamples(_Endless):
     """Fresh samples for each batch from a function of their number and a generator.
 
     Args:
         argument: The caller's argument, for messages.
         sampler: ``(n, generator) -> (n, d)`` samples, which depend on the generator alone.
-        true_map: Known map of raw samples, or ``None``.
-        encode: Applied to samples and images.
+        true_map: As for all endless samples; so ``encode``.
     """
 
     def __init__(
@@ -137,10 +158,8 @@ class SampledSamples:
         true_map: Encode | None = None,
         encode: Encode | None = None,
     ) -> None:
-        self.argument = argument
+        super().__init__(argument, true_map, encode)
         self.sampler = sampler
-        self.true_map = true_map
-        self.encode = encode
         try:
             inspect.signature(sampler).bind(1, torch.Generator(device="cpu"))
         except TypeError as error:
@@ -153,8 +172,7 @@ class SampledSamples:
 
     def draw(self, turn: Turn) -> Part:
         """Return this process's part of a global batch."""
-        raw = self.raw(turn.size, generator(*turn.key, turn.epoch, turn.step))[turn.part]
-        return encoded_part(self.argument, raw, self.true_map, self.encode)
+        return self.part(self.raw(turn.size, generator(*turn.key, turn.epoch, turn.step))[turn.part])
 
     def raw(self, size: int, draws: torch.Generator, skip: int = 0) -> Tensor:
         """Return ``size`` samples as they are drawn."""
@@ -165,7 +183,7 @@ class SampledSamples:
         return SampledSamples(self.argument, self.sampler, self.true_map, encode)
 
 
-class StreamedSamples:
+class StreamedSamples(_Endless):
     """Samples in the order in which something iterable yields them, again from its start when it ends.
 
     Every process reads the whole stream and takes its part of each batch.
@@ -174,8 +192,7 @@ class StreamedSamples:
         argument: The caller's argument, for messages.
         stream: Yields ``(n, d)`` samples, ``(d,)`` single ones, or tuples that start with them.
         reserved: How many samples at the start are held out.
-        true_map: Known map of raw samples, or ``None``.
-        encode: Applied to samples and images.
+        true_map: As for all endless samples; so ``encode``.
     """
 
     def __init__(
@@ -196,11 +213,9 @@ class StreamedSamples:
                 f"{argument} is a DataLoader that shuffles, so that held-out samples would be trained on in the next "
                 "epoch: give shuffle=False, or the samples themselves, which are shuffled here"
             )
-        self.argument = argument
+        super().__init__(argument, true_map, encode)
         self.stream = stream
         self.reserved = reserved
-        self.true_map = true_map
-        self.encode = encode
         self._chunks: Iterator[Tensor] | None = None
         self._rest: Tensor | None = None
         self._position = 0
@@ -209,12 +224,12 @@ class StreamedSamples:
         """Return this process's part of a global batch."""
         start = (turn.epoch * turn.steps + turn.step) * turn.size
         if self._chunks is None or start < self._position:
-            self._chunks, self._rest, self._position = self._endless(), None, 0
+            self._chunks, self._rest, self._position = self._again(), None, 0
         while self._position < start:
             self._position += len(self._take(min(turn.size, start - self._position)))
         raw = self._take(turn.size)
         self._position += turn.size
-        return encoded_part(self.argument, raw[turn.part], self.true_map, self.encode)
+        return self.part(raw[turn.part])
 
     def raw(self, size: int, draws: torch.Generator, skip: int = 0) -> Tensor:
         """Return the first ``size`` samples after ``skip``, as they are; fewer where the stream ends."""
@@ -235,7 +250,7 @@ class StreamedSamples:
         """Return the same stream, encoded, without its first ``reserved`` samples."""
         return StreamedSamples(self.argument, self.stream, reserved, self.true_map, encode)
 
-    def _endless(self) -> Iterator[Tensor]:
+    def _again(self) -> Iterator[Tensor]:
         """Yield what is not held out, again and again."""
         while True:
             skip, found = self.reserved, False
@@ -268,14 +283,6 @@ class StreamedSamples:
 
 
 Endless = SampledSamples | StreamedSamples
-
-
-def encoded_part(argument: str, raw: Tensor, true_map: Encode | None, encode: Encode | None) -> Part:
-    """Return samples and their known images in encoded space."""
-    images = None if true_map is None else map_images(argument, true_map, raw)
-    if encode is None:
-        return Part(raw, None, images)
-    return Part(encode(raw), None, None if images is None else encode(images))
 
 
 def map_images(argument: str, true_map: Callable[[Tensor], Any], samples: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Features by their names, wherever samples come from: which column is which."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,14 +113,15 @@ def columns_like(title: str, data: Any, like: Any, whose: str) -> Any:
     return data if places is None else data[[data.columns[i] for i in places]]
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Iterable[Any], most: int = 5) -> str:
     """Return the first names, and how many there are.
 
     Args:
         names: The names.
+        most: How many are shown.
     """
-    shown = ", ".join(map(repr, names[:5]))
-    return shown if len(names) <= 5 else f"{shown}, ... ({len(names)} in all)"
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:most]) + (f", ... ({len(shown)} in all)" if len(shown) > most else "")
 
 
 def _repeated(names: Sequence[str]) -> str | None:

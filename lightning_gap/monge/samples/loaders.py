@@ -10,28 +10,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from lightning_gap.monge.samples.batches import HeldOutBatches, UnpairedBatch, UnpairedBatches
 
-__all__ = [
-    "BatchLoader",
-    "BatchNumbers",
-    "NumberedLoader",
-    "fitting_batch_size",
-    "held_out_loader",
-    "own_randomness",
-    "training_loader",
-]
+__all__ = ["BatchLoader", "BatchNumbers", "NumberedLoader", "batch_loader", "fitting_batch_size", "own_randomness"]
 
 
 def fitting_batch_size(batch_size: int, smallest: int, replicas: int, *, default: bool) -> int:
-    """Return the samples of each set in a device's batch: so many, or fewer where nobody asked for them.
-
-    Args:
-        batch_size: How many.
-        smallest: Size of the smallest set.
-        replicas: How many devices share a batch.
-        default: Whether it is the default, which gives way.
+    """Return the batch size of a device, which gives way to the smallest set where it is the default.
 
     Raises:
-        ValueError: The smallest set has fewer than all devices need.
+        ValueError: The smallest set has fewer samples than all devices need.
     """
     if default and batch_size * replicas > smallest >= replicas:
         batch_size = smallest // replicas
@@ -53,16 +39,13 @@ class BatchNumbers(DistributedSampler[Any]):
     Args:
         batches: What the numbers point into.
         trainer: The trainer that trains on them; ``None`` for validation and test.
-        epochs: Whether the numbers are pairs with the epoch.
     """
 
-    def __init__(
-        self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, *, epochs: bool
-    ) -> None:
+    def __init__(self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None) -> None:
         # A distributed sampler, so that Lightning does not wrap another one around it.
         super().__init__(cast(Dataset[Any], range(batches.steps)), num_replicas=1, rank=0, shuffle=False)
         self.trainer = trainer
-        self.epochs = epochs
+        self.epochs = isinstance(batches, UnpairedBatches)
         self._resumed_at: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -118,24 +101,19 @@ class BatchLoader(NumberedLoader):
         """Take nothing; that there is a method tells Lightning that this loader resumes."""
 
 
-def training_loader(batches: UnpairedBatches, trainer: Trainer | None, num_workers: int) -> BatchLoader:
-    """Return the loader of training batches, for any number of epochs."""
-    numbers = BatchNumbers(batches, trainer, epochs=True)
-    return BatchLoader(
+def batch_loader(
+    batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, num_workers: int = 0
+) -> NumberedLoader:
+    """Return the loader of batches: of training, for any number of epochs, or else of validation or test."""
+    return (BatchLoader if isinstance(batches, UnpairedBatches) else NumberedLoader)(
         batches,
-        sampler=numbers,
+        sampler=BatchNumbers(batches, trainer),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         generator=own_randomness(),
     )
-
-
-def held_out_loader(batches: HeldOutBatches) -> DataLoader[UnpairedBatch]:
-    """Return the loader of validation or test batches."""
-    numbers = BatchNumbers(batches, epochs=False)
-    return NumberedLoader(batches, sampler=numbers, batch_size=None, collate_fn=_as_it_is, generator=own_randomness())
 
 
 def own_randomness() -> torch.Generator:

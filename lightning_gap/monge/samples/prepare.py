@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gap.monge.samples.batches import Predicted
 from lightning_gap.monge.samples.conditions import condition_names, condition_vectors_of
 from lightning_gap.monge.samples.conditions_kept import ByName, held_out_pairs, trained_pairs
-from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Population, map_images
+from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Population
 from lightning_gap.monge.samples.given import Side
 from lightning_gap.monge.samples.prepared import HeldOut, Prepared
 from lightning_gap.monge.samples.splits import SplitRule, generator, split_rows
@@ -149,8 +149,8 @@ def _of_endless(side: Endless, key: tuple[int, ...], skip: int, request: Request
         side.raw(1, generator(request.rule.seed, _FIT), skip=skip)
         return side.trained_on(encoding, skip)
     raw = side.raw(request.eval_batch_size, generator(request.rule.seed, _HELD_OUT, *key), skip=skip)
-    images = None if side.true_map is None else encoding(map_images(side.argument, side.true_map, raw))
-    return FiniteSamples(encoding(raw), None, images)
+    samples, _, images = side.trained_on(encoding, skip).part(raw)
+    return FiniteSamples(samples, None, images)
 
 
 def _stages(

@@ -49,6 +49,8 @@ class HeldOut:
 class Prepared:
     """Everything that batches are drawn from, in encoded space but for what is predicted.
 
+    Methods that ask for a ``size`` take so many samples of an endless side, the same ones for the same seed.
+
     Attributes:
         dim: Dimension of the batches.
         features: Names of the raw features, where they have names.
@@ -84,63 +86,35 @@ class Prepared:
         return len(self.sizes) < 2 * len(self.train)
 
     def steps(self, size: int, per_batch: int | None) -> int:
-        """Return the batches of one pass through the largest set, or some number where all are endless.
-
-        Args:
-            size: Samples of each side and condition in a batch.
-            per_batch: Conditions in a batch; all by default.
-        """
+        """Return the batches of one pass through the largest set, or some number where all are endless."""
         if not self.sizes:
             return _ENDLESS_STEPS
         conditions = len(self.train)
         return max(1, max(self.sizes) // size * conditions // (per_batch or conditions))
 
-    def training_part(self, population: Population, side: int, seed: int, size: int) -> Part:
-        """Return a finite set, or some samples of an endless one, the same ones each time.
-
-        Args:
-            population: One side of a pair that is trained on.
-            side: 0 for the source, 1 for the target.
-            seed: Seed of the draw.
-            size: How many of an endless one.
-        """
+    def _training_part(self, population: Population, side: int, seed: int, size: int) -> Part:
+        """Return a finite set, or some samples of an endless one, the same ones each time."""
         if isinstance(population, FiniteSamples):
             return Part(population.samples, population.weights)
         return population.draw(Turn((seed, _START, side), 0, 0, 1, size, slice(None)))
 
     def training_pairs(self, seed: int, size: int) -> list[tuple[Part, Part]]:
-        """Return the samples and weights of each condition in turn.
-
-        Args:
-            seed: Seed of the draws.
-            size: How many of an endless side.
-        """
-        part = self.training_part
+        """Return the samples and weights of each condition in turn."""
+        part = self._training_part
         return [(part(source, 0, seed, size), part(target, 1, seed, size)) for source, target in self.train]
 
     def training_samples(self, seed: int, size: int, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the samples of each side, of all conditions, in random order.
-
-        Args:
-            seed: Seed of draws and order.
-            size: How many of an endless side.
-            most: Largest number of each side; all of a finite set by default.
-        """
+        """Return all samples of each side, or ``most`` of each, of all conditions in random order."""
         sides = []
         for i in range(2):
-            parts = [self.training_part(x, i, seed, size).samples for x in _distinct(self.train, i)]
+            parts = [self._training_part(x, i, seed, size).samples for x in _distinct(self.train, i)]
             samples = torch.cat(parts)
             order = torch.randperm(len(samples), generator=generator(seed, _START, i), device="cpu")[:most]
             sides.append(samples[order.to(samples.device)])
         return sides[0], sides[1]
 
     def splits(self, seed: int, size: int) -> dict[str, Split]:
-        """Return the samples of all stages, of all conditions.
-
-        Args:
-            seed: Seed of draws and order in training.
-            size: How many of an endless side are shown of training.
-        """
+        """Return the samples of all stages, of all conditions."""
         parts = {"train": Split(*self.training_samples(seed, size))}
         for stage, held_out in self.held_out.items():
             sides = (torch.cat([x.samples for x in _distinct(held_out.pairs, i)]) for i in range(2))

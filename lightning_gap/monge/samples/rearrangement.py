@@ -34,15 +34,17 @@ def with_features(prepared: Prepared, places: NDArray[Any]) -> Prepared:
         )
     raw = _Chosen(places)
     # Coordinates along components do not depend on the features' order.
-    choose = _as_it_is if components else raw
+    choose = None if components else raw
     made: dict[int, Population] = {}
 
     def population(given: Any) -> Any:
+        if choose is None:
+            return given
         if id(given) not in made:
             made[id(given)] = (
                 given.with_features(choose)
                 if isinstance(given, FiniteSamples)
-                else given.trained_on(_After(given.encode, choose), getattr(given, "reserved", 0))
+                else given.trained_on(_Chosen(places, given.encode), getattr(given, "reserved", 0))
             )
         return made[id(given)]
 
@@ -56,7 +58,7 @@ def with_features(prepared: Prepared, places: NDArray[Any]) -> Prepared:
             stage: replace(
                 held_out,
                 pairs=[(population(source), population(target)) for source, target in held_out.pairs],
-                again=[None if further is None else choose(further) for further in held_out.again],
+                again=[further if further is None or choose is None else choose(further) for further in held_out.again],
             )
             for stage, held_out in prepared.held_out.items()
         },
@@ -73,26 +75,12 @@ def _of_chosen(representation: AffineRepresentation, choose: "_Chosen") -> Affin
 
 
 class _Chosen:
-    """Takes columns of samples."""
+    """Takes columns of samples, as they are or of what a function makes of them."""
 
-    def __init__(self, places: NDArray[Any]) -> None:
+    def __init__(self, places: NDArray[Any], first: Any = None) -> None:
         self.places = torch.from_numpy(np.array(places))
-
-    def __call__(self, samples: Tensor) -> Tensor:
-        return samples[..., self.places.to(samples.device)]
-
-
-class _After:
-    """One function of samples after another."""
-
-    def __init__(self, first: Any, then: Any) -> None:
         self.first = first
-        self.then = then
 
     def __call__(self, samples: Tensor) -> Tensor:
-        result: Tensor = self.then(samples if self.first is None else self.first(samples))
-        return result
-
-
-def _as_it_is(samples: Tensor) -> Tensor:
-    return samples
+        made: Tensor = samples if self.first is None else self.first(samples)
+        return made[..., self.places.to(made.device)]

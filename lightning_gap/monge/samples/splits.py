@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.table import as_texts
 
 __all__ = ["SplitRule", "generator", "named_groups", "split_rows"]
@@ -80,7 +81,7 @@ def named_groups(
             raise ValueError(f"{argument} is empty: name a group, or leave it out")
         for name in names:
             if name not in available:
-                raise ValueError(f"{argument} names {name!r}, which is no group; there is {_listed(available)}")
+                raise ValueError(f"{argument} names {name!r}, which is no group; there is {listed(available, 12)}")
             if names.count(name) > 1:
                 raise ValueError(f"{argument} names {name!r} twice")
         named[argument] = names
@@ -97,7 +98,7 @@ def named_groups(
             named[argument], free = tuple(sorted(free[:count])), free[count:]
     if not free:
         held = named["val_groups"] + named["test_groups"]
-        raise ValueError(f"val_groups and test_groups hold out all groups ({_listed(held)}): leave one to train on")
+        raise ValueError(f"val_groups and test_groups hold out all groups ({listed(held, 12)}): leave one to train on")
     return named["val_groups"], named["test_groups"]
 
 
@@ -157,7 +158,3 @@ def split_rows(
         stage: rows[torch.randperm(len(rows), generator=draws, device="cpu").numpy()].astype(np.int64)
         for stage, rows in rows_of.items()
     }
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:12])) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")

@@ -60,9 +60,9 @@ def read_stages(
         source: Samples, a path to them, a sampler, or a stream.
         target: Likewise.
         reading: How tables are read.
-        fractions: Shares of the rows that are held out for validation and for the test.
-        held_groups: Groups that are held out whole, likewise.
-        explicit: Samples that are given for these stages.
+        fractions: Shares of the rows that are held out for validation and for the test; so for the other two pairs:
+        held_groups: Groups that are held out whole, and
+        explicit: Samples that are given apart.
         seed: Seed of the split.
         options: Further arguments of :func:`~lightning_gap.monge.samples.given.read_sides`.
 

@@ -12,14 +12,15 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
-from lightning_gap.monge.epsilons import Weighted, few_of, typical_cost
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair, solver_precision
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
 from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.energy import energy_distance
+from lightning_gap.monge.ot.epsilon import Weighted, mean_scale
 from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
 from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.scores.metrics import DisplacementCosine, UnexplainedVariance, pooled, pooling_weights
 
 __all__ = ["MapScores"]
@@ -415,7 +416,7 @@ def _share(share: float, cost: Cost, pools: Sequence[_Pool], *pairs: tuple[str, 
         sides = [
             [Weighted(p.sets[n], p.target_weights if n == "target" else p.source_weights) for n in names] for p in pools
         ]
-        if (typical := typical_cost(cost, few_of([(x, y) for x, y in sides], solver_precision))) > 0:
+        if (typical := mean_scale(cost, few_of([(x, y) for x, y in sides], solver_precision), "typical")) > 0:
             return share * typical
     return None
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning_gap.trainer.internals import private, set_private
+from lightning_gap.trainer.internals.guard import private, set_private
 
 __all__ = [
     "INSTANTIATOR",

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_gap.trainer.internals import private
+from lightning_gap.trainer.internals.guard import private
 
 __all__ = ["commands_of", "options_of", "workspace_model"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_gap.trainer.internals import PrivateNameGoneError, bound, private
+from lightning_gap.trainer.internals.guard import PrivateNameGoneError, bound, private
 
 try:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase

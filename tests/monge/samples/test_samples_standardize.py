@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gap.monge import AffineRepresentation
-from lightning_gap.monge.samples.components import moments, principal_components
+from lightning_gap.monge.samples.standardize import moments, principal_components
 
 
 def correlated(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

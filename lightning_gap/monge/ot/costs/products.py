@@ -106,14 +106,7 @@ def _matrix_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 class Squares:
-    """Writes ``offset + scale * |x - y|²`` as scalar products of augmented points.
-
-    Args:
-        y: ``(m, d)`` points.
-        offset: ``(m,)`` numbers, or ``None``.
-        scale: Factor of the squares.
-        image: What the points are replaced by, in the widest format.
-    """
+    """Writes ``offset + scale * |x - y|²`` as scalar products of augmented points."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -48,15 +48,12 @@ class BlockedKernel(Kernel):
         largest = checked_size(p, least, most)
         yield cls(problems, [bounded_epsilon(p, p.resolved_epsilon(largest), most - least)], [largest])
 
-    @contextmanager
-    def coarsened(self, problems: Sequence[Problem]) -> Iterator[Kernel]:
+    def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager[Kernel]:
         """Lend a kernel of fewer points, in memory where it fits."""
         (p,) = problems
-        if len(p.x) * len(p.y) > LIMITS.dense.on(p.x.device):
-            yield BlockedKernel(problems, self.epsilons, self.largest)
-            return
-        with DenseKernel.at(problems, self) as kernel:
-            yield kernel
+        if len(p.x) * len(p.y) <= LIMITS.dense.on(p.x.device):
+            return DenseKernel.at(problems, self)
+        return nullcontext(BlockedKernel(problems, self.epsilons, self.largest))
 
     def sweep(self, G: Vector) -> tuple[Vector, Vector]:
         """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""

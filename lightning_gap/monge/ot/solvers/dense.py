@@ -1,7 +1,7 @@
 """Sinkhorn updates with kernel matrices in memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -29,12 +29,12 @@ class DenseKernel(Kernel):
     "Stabilized sparse scaling algorithms"): a sweep is two matrix-vector products, not :math:`2 n^2` exponentials.
 
     Args:
-        problems: See :class:`Kernel`.
+        problems: See :class:`Kernel`, as for the others.
         C: ``(B, n, m)`` costs.
         K: ``(B, n, m)`` buffer.
-        epsilons: See :class:`Kernel`.
-        largest: See :class:`Kernel`.
-        weights: See :class:`Kernel`.
+        epsilons: B regularizations.
+        largest: B largest costs.
+        weights: Weights that are not the problems'.
     """
 
     def __init__(
@@ -97,11 +97,9 @@ class DenseKernel(Kernel):
                 p.cost.geometry.fill(costs, p.x, p.y)
             yield cls(problems, C, K, like.epsilons, like.largest)
 
-    @contextmanager
-    def coarsened(self, problems: Sequence[Problem]) -> Iterator[Kernel]:
+    def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager[Kernel]:
         """Lend matrices of the fewer points."""
-        with self.at(problems, self) as kernel:
-            yield kernel
+        return self.at(problems, self)
 
     def begin(self, F: Tensor, G: Tensor) -> Vector:
         """Form the kernels around the potentials."""

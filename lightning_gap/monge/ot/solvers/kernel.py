@@ -12,7 +12,7 @@ one, in float32, would be an error of the plan.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -84,8 +84,7 @@ class Kernel(ABC):
         return iter(())
 
     @abstractmethod
-    @contextmanager
-    def coarsened(self, problems: Sequence[Problem]) -> Iterator["Kernel"]:
+    def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager["Kernel"]:
         """Lend a kernel of fewer points at the same epsilons."""
 
     def __getitem__(self, part: slice) -> "Kernel":

@@ -38,13 +38,7 @@ def array_table(title: str, data: Any, reading: Reading) -> Table:
 
 
 def plain_table(title: str, data: Any, read: Any) -> Table:
-    """Return a table without names, of something that has a shape.
-
-    Args:
-        title: How messages call it.
-        data: What has the shape.
-        read: Returns the samples of some rows.
-    """
+    """Return a table without names, of the shape of ``data``."""
     length = int(data.shape[0]) if data.shape else 0
     return Table(title, length, dim_of(data), None, (), read, lambda name: np.empty(0))
 

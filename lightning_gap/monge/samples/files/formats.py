@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_gap.monge.samples.files.table import Reading, Table
 
-__all__ = ["Format", "FrameFile", "RowWriter", "refuse_columns"]
+__all__ = ["Format", "FrameFile", "RowWriter"]
 
 
 class RowWriter(Protocol):
@@ -67,9 +67,3 @@ class Format:
     holds_named: bool = False
     holds_anndata: bool = False
     copies: type | None = None
-
-
-def refuse_columns(title: str, reading: Reading) -> None:
-    """Raise for columns that are named of a file without names."""
-    if reading.columns is not None:
-        raise ValueError(f"columns are names, but {title} has none: use a .csv or .parquet file, or select before")

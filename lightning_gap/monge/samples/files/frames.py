@@ -26,13 +26,7 @@ def frame_format(
     writer: Callable[[Path, str, Table, Array], RowWriter],
     libraries: tuple[str, ...],
 ) -> Format:
-    """Return a format of files of data frames.
-
-    Args:
-        open_file: Opens a file, of its title and path.
-        writer: Makes what writes one.
-        libraries: Optional modules that it needs.
-    """
+    """Return a format of files of data frames, of what opens and what writes one, and the modules that it needs."""
     opened = partial(_open_checked, open_file)
     return Format(
         lambda title, path, within, reading: _file_table(title, opened(title, path), reading),
@@ -109,13 +103,7 @@ def frame_table(title: str, frame: Any, reading: Reading, *, start: int | None =
 
 
 def frame_with_images(block: Table, features: Sequence[str], images: Array) -> Any:
-    """Return the data frame of a block with images in place of the samples, or one of images alone.
-
-    Args:
-        block: The block.
-        features: Names of the features.
-        images: Their images.
-    """
+    """Return the data frame of a block with images in place of the features, or one of images alone."""
     mapped = library("pandas", "OUT").DataFrame(images, columns=list(features))
     if block.frame is None:
         return mapped

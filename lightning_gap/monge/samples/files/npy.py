@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gap.monge.samples.files.arrays import check_real, dim_of, plain_table
-from lightning_gap.monge.samples.files.formats import Format, refuse_columns
+from lightning_gap.monge.samples.files.formats import Format
 from lightning_gap.monge.samples.files.table import Reading, Table, as_tensor, readable, there_is
 
 __all__ = ["NPY", "NPZ", "load_array"]
@@ -17,14 +17,7 @@ Array = NDArray[Any]
 
 
 def load_array(title: str, path: Path, within: str | None, *, mmap: bool = False) -> Array:
-    """Return an array of a file: the one there is, or the one of a name.
-
-    Args:
-        title: How messages call it.
-        path: An ``.npy`` or ``.npz`` file.
-        within: The name in an ``.npz`` file.
-        mmap: Whether an ``.npy`` file's pages are read as they are needed.
-    """
+    """Return an array of an ``.npy`` or ``.npz`` file: the one there is, or the one of a name within."""
     if not path.name.lower().endswith(".npz"):
         with readable(title, path):
             array: Array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
@@ -36,7 +29,7 @@ def load_array(title: str, path: Path, within: str | None, *, mmap: bool = False
 
 
 def _open_npy(title: str, path: Path, within: str | None, reading: Reading) -> Table:
-    refuse_columns(title, reading)
+    _refuse_columns(title, reading)
 
     def read(rows: Array | None) -> Any:
         # Opened anew: pages of a mapped file count as memory until it is closed.
@@ -49,7 +42,7 @@ def _open_npy(title: str, path: Path, within: str | None, reading: Reading) -> T
 
 
 def _open_npz(title: str, path: Path, within: str | None, reading: Reading) -> Table:
-    refuse_columns(title, reading)
+    _refuse_columns(title, reading)
     shapes = _npz_shapes(title, path)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     if within is None:
@@ -98,6 +91,11 @@ def _npz_shapes(title: str, path: Path) -> dict[str, tuple[int, ...]]:
     if not shapes:
         raise ValueError(f"{title} holds no arrays")
     return shapes
+
+
+def _refuse_columns(title: str, reading: Reading) -> None:
+    if reading.columns is not None:
+        raise ValueError(f"columns are names, but {title} has none: use a .csv or .parquet file, or select before")
 
 
 class _NpyWriter:

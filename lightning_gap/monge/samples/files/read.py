@@ -52,10 +52,8 @@ def open_table(argument: str, data: Any, reading: Reading = _DEFAULT) -> Table:
         reading: Which of its columns are samples.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ModuleNotFoundError: The library that reads such files is not installed.
         TypeError: Samples are no real numbers.
-        ValueError: The file is of another kind, or has no such array, layer, embedding or column.
+        ValueError: There is no such array, layer, embedding or column.
     """
     if is_file(data):
         return open_file(argument, str(data), reading).whole()

@@ -239,13 +239,7 @@ def library(name: str, title: str) -> Any:
 
 @contextmanager
 def readable(title: str, path: Path, kind: str = "") -> Iterator[None]:
-    """Say which file cannot be read where its library refuses it.
-
-    Args:
-        title: How messages call it.
-        path: The file.
-        kind: What it should be, as in ``" as AnnData"``.
-    """
+    """Say which file cannot be read, ``" as AnnData"`` for one, where its library refuses it."""
     try:
         yield
     except ModuleNotFoundError:
@@ -257,10 +251,8 @@ def readable(title: str, path: Path, kind: str = "") -> Iterator[None]:
 
 def there_is(names: Iterable[str]) -> str:
     """Return the names as the end of a message."""
-    shown = [repr(name) for name in names]
-    if not shown:
-        return "it has no names"
-    return "there is " + ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")
+    shown = listed(names, 12)
+    return f"there is {shown}" if shown else "it has no names"
 
 
 def objects(series: Any) -> Array:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_gap.monge.scores.priority_sampling import priority_sample
+from lightning_gap.monge.ot.priority_sampling import priority_sample
 
 
 def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:

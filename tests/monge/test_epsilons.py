@@ -126,7 +126,7 @@ def test_what_a_fit_does_not_use_need_not_be_decidable(loss):
     model = small(gap_weight=0, fitting_epsilon=1.0)
     trainer(max_steps=2, max_epochs=-1).fit(model, SamplesDataModule(point, point, batch_size=32))
     with pytest.raises(ValueError, match="fitting_epsilon cannot be decided from the training samples"):
-        decided(SOURCE, point, model={"fitting_loss": loss, "reach": 5.0, "reweight": True})
+        decided(SOURCE, point, model={"fitting_loss": loss, "rho": 5.0, "reweight": True})
 
 
 def test_most_samples_at_one_place_leave_a_scale():
@@ -196,15 +196,16 @@ def test_a_step_reads_back_no_more_than_whether_the_batch_is_finite():
     assert max(model.reads[1:]) == 2  # one on a device where each waits, see check_all_samples
 
 
-def test_values_follow_the_buffers():
+def test_numbers_follow_states_that_are_loaded_and_buffers_before_a_run():
     model = small(fitting_epsilon=0.5)
-    assert model._decisions["fitting_epsilon"] == 0.5
-    model.fitting_epsilon.fill_(0.25)
-    assert model._decisions["fitting_epsilon"] == 0.25
+    assert model.epsilons.fitting == 0.5
     model.load_state_dict({**model.state_dict(), "fitting_epsilon": torch.tensor(2.0)})
-    assert model._decisions["fitting_epsilon"] == 2.0
-    assert model.double()._decisions["fitting_epsilon"] == 2.0
-    assert model._decisions.decided("gap_epsilon") is None
+    assert model.epsilons.fitting == model.double().epsilons.fitting == 2.0
+    assert model.epsilons.gap is None
+    model = small(gap_epsilon=0.5)
+    model.gap_epsilon.fill_(0.25)
+    trainer(max_steps=1).fit(model, SamplesDataModule(SOURCE, TARGET, batch_size=32))
+    assert model.epsilons.gap == float(model.gap_epsilon) == 0.25
 
 
 @pytest.mark.parametrize("plain", [False, True])

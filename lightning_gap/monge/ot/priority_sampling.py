@@ -1,10 +1,18 @@
 """A few samples that stand for many: the same few in whatever order they come."""
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-__all__ = ["priority_sample"]
+from lightning_gap.monge.ot.epsilon import Weighted
+
+__all__ = ["few_of", "priority_sample"]
+
+# Samples of each side that tell the scale of costs; of many conditions each has its part of them.
+_ENOUGH, _LEAST = 1024, 128
 
 # Samples count as one where they agree to so many bits of the size of a typical one: more than rounding leaves alone,
 # as where they were centred on a mean that was summed in another order.
@@ -52,6 +60,22 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
         kept = largest.indices[:most]
         row, mass = row[kept], mass[kept].clamp_min(float(largest.values[-1]))
     return points[row.to(points.device)], mass.to(points.device, points.dtype)
+
+
+def few_of(
+    pairs: Sequence[tuple[Weighted, Weighted]], take: Callable[[Tensor], Tensor]
+) -> list[tuple[Weighted, Weighted]]:
+    """Return as many samples of each pair as tell the scale of their costs, brought by ``take`` to where it is told."""
+    most = max(_LEAST, int(_ENOUGH / math.sqrt(len(pairs))))
+    found: dict[int, Weighted] = {}  # a side without labels is in the pair of every condition
+
+    def of(side: Weighted) -> Weighted:
+        if id(side.samples) not in found:
+            few, weights = priority_sample(*side, most)
+            found[id(side.samples)] = Weighted(take(few), weights)
+        return found[id(side.samples)]
+
+    return [(of(x), of(y)) for x, y in pairs]
 
 
 def _hashes(points: Tensor) -> Tensor:

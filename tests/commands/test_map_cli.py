@@ -278,7 +278,7 @@ def test_weights_of_another_network_are_refused_in_one_line(capsys):
 def test_a_fault_of_a_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(Doubled, "training_step", lambda self, batch, batch_idx: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
-        main(["fit", *DATA, *QUIET, "--trainer.max_steps=1", "--trainer.logger=false", "--model=test_cli_fit.Doubled"])
+        main(["fit", *DATA, *QUIET, "--trainer.max_steps=1", "--trainer.logger=false", "--model=test_map_cli.Doubled"])
 
 
 def test_a_run_goes_on_from_its_checkpoint():
@@ -302,8 +302,8 @@ def test_predictions_are_written_and_none_is_overwritten(capsys):
 
 def test_classes_of_the_user_s_own():
     cli = fit(config("""
-        model: {class_path: test_cli_fit.Doubled, init_args: {factor: 3.0, dim: 2}}
-        data: {class_path: test_cli_fit.Shifted, init_args: {shift: 1.0}}
+        model: {class_path: test_map_cli.Doubled, init_args: {factor: 3.0, dim: 2}}
+        data: {class_path: test_map_cli.Shifted, init_args: {shift: 1.0}}
         """), data=[])  # fmt: skip
     assert cli.model.factor == 3.0
     assert cli.datamodule.shift == 1.0
@@ -311,7 +311,7 @@ def test_classes_of_the_user_s_own():
 
 
 def test_a_class_of_the_user_s_own_by_words():
-    cli = fit("--model=test_cli_fit.Doubled", "--model.factor=4", "--model.hidden=[4]")
+    cli = fit("--model=test_map_cli.Doubled", "--model.factor=4", "--model.hidden=[4]")
     assert cli.model.factor == 4.0
     assert cli.model.map.hparams["hidden"] == [4]
 

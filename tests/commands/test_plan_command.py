@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from test_cli_commands import _rows, _said
+from test_commands import _rows, _said
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap import LargeBatchRegime
@@ -62,8 +62,8 @@ REGIME = {"class_path": "LargeBatchRegime", "init_args": {"reference_batch_size"
 def settings(**trainer):
     trainer = {"max_epochs": 6, "accelerator": "cpu", "devices": 1, "callbacks": [REGIME], **trainer}
     return {
-        "model": {"class_path": "test_cli_plan.Model", "init_args": {"lr": 0.02}},
-        "data": {"class_path": "test_cli_plan.Data", "init_args": {"batch_size": 16}},
+        "model": {"class_path": "test_plan_command.Model", "init_args": {"lr": 0.02}},
+        "data": {"class_path": "test_plan_command.Data", "init_args": {"batch_size": 16}},
         "trainer": trainer,
     }
 
@@ -72,7 +72,7 @@ def settings(**trainer):
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setitem(sys.modules, "test_cli_plan", sys.modules[__name__])
+    monkeypatch.setitem(sys.modules, "test_plan_command", sys.modules[__name__])
     return tmp_path
 
 
@@ -121,7 +121,7 @@ def test_later_words_win(capsys, place):
 def test_a_file_of_arguments_alone_is_that_of_the_classes_named(capsys, place, equals):
     config = settings()
     config["model"], config["data"] = {"lr": 0.04}, {"batch_size": 10}
-    words = ["--model", "test_cli_plan.Model", "--data", "test_cli_plan.Data"]
+    words = ["--model", "test_plan_command.Model", "--data", "test_plan_command.Data"]
     words = [f"{words[0]}={words[1]}", f"{words[2]}={words[3]}"] if equals else words
     rows, _ = planned(capsys, place, config, *words)
     assert rows["batch (samples per update)"] == ["4", "10"]
@@ -168,13 +168,13 @@ def test_loggers_checkpoints_and_finders_leave_no_trace(capsys, place):
     assert "reference epoch" in rows["ModelCheckpoint"][1]
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", re.findall(r"^lightning-gap (plan --config .*)$", PAGE, flags=re.MULTILINE))
 def test_the_pages_plans_of_an_example(capsys, place, line):
     pytest.importorskip("sklearn")
-    shutil.copytree(Path(__file__).parents[1] / "examples", place / "examples")
+    shutil.copytree(Path(__file__).parents[2] / "examples", place / "examples")
     before = set(place.rglob("*"))
     out = _said(capsys, *line.split())
     assert {path for path in set(place.rglob("*")) - before if "__pycache__" not in path.parts} == set()
@@ -190,10 +190,10 @@ class WithData(Model):
 
 @pytest.mark.parametrize("rest", [{}, {"data": None, "ckpt_path": "lost.ckpt"}])
 def test_a_module_with_data_of_its_own_is_planned(capsys, place, rest):
-    config = {"model": {"class_path": "test_cli_plan.WithData"}, "trainer": settings()["trainer"], **rest}
+    config = {"model": {"class_path": "test_plan_command.WithData"}, "trainer": settings()["trainer"], **rest}
     rows, _ = planned(capsys, place, config)
     assert rows["batch (samples per update)"] == ["4", "10"]
-    rows, _ = planned(capsys, place, {**config, "model": {}}, "--model", "test_cli_plan.WithData")
+    rows, _ = planned(capsys, place, {**config, "model": {}}, "--model", "test_plan_command.WithData")
     assert rows["batch (samples per update)"] == ["4", "10"]
 
 
@@ -205,7 +205,7 @@ class Bare(Model):
 
 def test_an_optimizer_of_the_configuration_is_planned(capsys, place):
     config = settings()
-    config["model"] = {"class_path": "test_cli_plan.Bare"}
+    config["model"] = {"class_path": "test_plan_command.Bare"}
     config["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
     config["lr_scheduler"] = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
     rows, _ = planned(capsys, place, config)
@@ -268,7 +268,7 @@ def test_the_curve_is_that_of_training(capsys, place, schedule, longer):
     config["trainer"]["callbacks"] = [
         {"class_path": "LargeBatchRegime", "init_args": {"reference_batch_size": 4, "train_longer": float(longer)}}
     ]
-    config["model"] = {"class_path": "test_cli_plan.Scheduled", "init_args": {"schedule": schedule}}
+    config["model"] = {"class_path": "test_plan_command.Scheduled", "init_args": {"schedule": schedule}}
     rows, _ = planned(capsys, place, config)
     found = {name: cells for name, cells in _rows(out).items() if name.startswith("learning rate, ")}
     assert len(found) == 6

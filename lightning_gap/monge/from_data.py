@@ -1,0 +1,258 @@
+"""What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_gap.checks import check_choice
+from lightning_gap.monge.border import as_network_takes
+from lightning_gap.monge.checkpoint import described_map
+from lightning_gap.monge.epsilons import by_condition
+from lightning_gap.monge.maps.conditional import ConditionalMap
+from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.objective import GapOn
+from lightning_gap.monge.ot.checks import check_weights
+from lightning_gap.monge.ot.epsilon import Weighted
+from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.samples.features import feature_places, match_features
+from lightning_gap.monge.samples.files.read import open_table
+from lightning_gap.monge.samples.standardize import AffineRepresentation
+from lightning_gap.monge.schedules import counts
+from lightning_gap.monge.signs import unused_conditions
+from lightning_gap.monge.suitability import refuse_learned_cost
+from lightning_gap.monge.training_loss import gathered
+from lightning_gap.trainer.internals.of_lightning import trainer_if_any
+from lightning_gap.trainer.strategy import data_parallel_group, from_rank_zero
+
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = [
+    "adopt",
+    "begin",
+    "begin_with_batch",
+    "check_gap_on",
+    "chosen_map",
+    "feature_texts",
+    "note_conditions",
+    "read_reference",
+    "take_from_checkpoint",
+]
+
+Pairs = Sequence[tuple[Weighted, Weighted]]
+
+
+def _data_of(model: "MongeMap") -> Any:
+    """Return the data module of the run, or ``None``."""
+    return getattr(model.trainer, "datamodule", None)
+
+
+def adopt(model: "MongeMap") -> None:
+    """Take from the data what was not given, and refuse what contradicts it."""
+    data, fitting = _data_of(model), model.trainer.state.fn == TrainerFn.FITTING
+    # A map that was trained by place has no names; other data than it was trained on cannot tell them.
+    names = getattr(data, "feature_names", None)
+    if model.feature_names is None and names is not None and (fitting or not model.epsilons.started):
+        _set_names(model, "feature_names", names)
+    match_features(data, model.feature_names)
+    _order_reference(model)
+    _adopt_representation(model, data)
+    conditions = getattr(data, "condition_names", ())
+    if conditions and model.condition_names is None:
+        _set_names(model, "condition_names", conditions)
+    _check_condition_names(model, data)
+    dim = getattr(data, "dim", None)
+    if model.map is None and dim is not None:
+        model.map = _default_map(data, dim, model.hidden)
+        model.hparams.update({"dim": dim, "map": described_map(model.map)})
+
+
+def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
+    """Take what a checkpoint's weights mean; older ones, trained without a start, are told that they have it."""
+    state = checkpoint.get("state_dict", {})  # a strategy that shards models has loaded it already
+    if model.map is None and any(name.startswith("map.") for name in state):
+        raise MisconfigurationException(
+            "the checkpoint holds the weights of a network of your own, and not the network: "
+            "give it again, as in MongeMap.load_from_checkpoint(path, map=...)"
+        )
+    state.setdefault("started", torch.tensor(True))
+    if trainer_if_any(model) is None:
+        return
+    data, found = _data_of(model), checkpoint.get("hyper_parameters") or {}
+    if found.get("feature_names"):
+        _set_names(model, "feature_names", found["feature_names"])
+        match_features(data, model.feature_names)
+    if found.get("condition_names"):
+        _set_names(model, "condition_names", found["condition_names"])
+        _check_condition_names(model, data)
+
+
+def note_conditions(model: "MongeMap") -> None:
+    """Say where the conditions of a fit are not heeded, and widen the range of trained ones to that of the fit."""
+    data = _data_of(model)
+    if getattr(data, "condition_names", ()):
+        model.remarks.say("conditions", lambda: unused_conditions(model.map))
+    vectors: Tensor | None = getattr(data, "trained_vectors", None)
+    if vectors is None:
+        return
+    ends = [vectors.amin(0).tolist(), vectors.amax(0).tolist()]
+    if model.condition_range is not None and len(model.condition_range[0]) == len(ends[0]):
+        wider = zip((min, max), model.condition_range, ends, strict=True)
+        ends = [list(map(choose, before, now)) for choose, before, now in wider]
+    model.condition_range = model.hparams["condition_range"] = ends
+
+
+def begin(model: "MongeMap") -> bool:
+    """Start the map and decide the epsilons, once, by all training samples; return whether the data tell them."""
+    data = _data_of(model)
+    pairs = _training_pairs(data, decided=model.epsilons.complete)
+    if pairs:
+        _begin(model, pairs, data.training_samples, again=True)
+    return bool(pairs)
+
+
+def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
+    """Do :func:`begin` with the first batch of all devices, so that all begin alike; return that it is done."""
+    group = data_parallel_group(model.trainer)
+    source, target = gathered(b.source, group), gathered(b.target, group)
+    weights = (gathered(w, group, -1) for w in (b.source_weights, b.target_weights))
+    if b.condition is not None:
+        model.remarks.say("conditions", lambda: unused_conditions(model.map))
+    pairs = by_condition(*zip((source, target), weights, strict=True))
+    for sides in pairs:
+        for name, side in zip(("source_weights", "target_weights"), sides, strict=True):
+            check_weights(name, side.weights, side.samples, balanced=False)
+    _begin(model, pairs, lambda: (source, target), again=False)
+    return True
+
+
+@torch.no_grad()
+def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tensor, Tensor]], *, again: bool) -> None:
+    def taken(x: Tensor) -> Tensor:
+        return as_network_takes(model, x.to(model.device))
+
+    for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
+        refuse_learned_cost(name, cost, taken(pairs[0][0].samples[:1]))
+    if not model.epsilons.started:
+        if callable(start := getattr(model.map, "start", None)):
+            start(*(taken(part.flatten(0, -2)) for part in all_samples()))
+        model.epsilons.start()
+    kept = model.epsilons.decide(
+        pairs, model.objective, gap_counts=counts(model.gap_weight), again=again, take=taken,
+        agreed=partial(from_rank_zero, model.trainer),
+    )  # fmt: skip
+    if kept:
+        rank_zero_warn(
+            f"MongeMap goes on from an earlier fit on other samples, with its start and {', '.join(kept)}: "
+            "make a new MongeMap for other samples, or give the epsilons"
+        )
+
+
+def _training_pairs(data: Any, *, decided: bool) -> list[tuple[Weighted, Weighted]]:
+    """Return source and target of each condition; nothing where all is decided and they would have to be drawn."""
+    if not hasattr(data, "training_samples") or (decided and getattr(data, "endless", False)):
+        return []
+    if hasattr(data, "training_pairs"):
+        return [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+    source, target = data.training_samples()
+    return by_condition((source, None), (target, None))
+
+
+def read_reference(samples: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Return the samples, and the names of their features where they have names."""
+    if samples is None:
+        return None, None
+    if isinstance(samples, Mapping):
+        return torch.zeros(samples["shape"]), None
+    table = open_table("gap_reference", samples)
+    return table.samples(None), table.features
+
+
+def check_gap_on(gap_on: GapOn | None, reference: Tensor | None) -> GapOn:
+    """Return where the gap is measured."""
+    chosen = gap_on or ("source" if reference is None else "reference")
+    check_choice("gap_on", chosen, get_args(GapOn))
+    if chosen != "source" and reference is None:
+        raise ValueError(f"gap_on={gap_on!r} needs gap_reference, samples of the reference measure: give them")
+    return chosen
+
+
+def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) -> nn.Module | None:
+    """Return the network that was given, or the default one where the dimension is known."""
+    if given is None:
+        return None if dim is None else ResidualMLP(dim, hidden)
+    made_with = getattr(given, "dim", None)
+    if dim is not None and isinstance(made_with, int) and made_with != dim:
+        raise ValueError(f"dim={dim}, but the map was made with dim={made_with}: leave dim out, the map tells it")
+    return given
+
+
+def feature_texts(names: Sequence[str] | None, dim: int | None) -> list[str] | None:
+    """Return names of features as text."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"feature_names must be a list of names, got {names!r}: write [{names!r}]")
+    found = [str(name) for name in names]
+    if dim is not None and len(found) != dim:
+        raise ValueError(f"feature_names has {len(found)} names for dim={dim}: give one for each feature")
+    return found
+
+
+def _set_names(model: "MongeMap", kind: str, names: Sequence[Any]) -> None:
+    texts = [str(name) for name in names]
+    setattr(model, kind, texts)
+    model.hparams[kind] = texts
+
+
+def _order_reference(model: "MongeMap") -> None:
+    """Put the features of the gap's reference samples in the map's order."""
+    places = feature_places("gap_reference", model.reference_features, model.feature_names, "the map")
+    if places is not None and model.gap_reference is not None:
+        model.gap_reference = model.gap_reference[:, torch.from_numpy(places).to(model.gap_reference.device)]
+        model.reference_features = tuple(model.feature_names or ())
+        model.hparams["gap_reference"] = {"shape": list(model.gap_reference.shape)}
+
+
+def _adopt_representation(model: "MongeMap", data: Any) -> None:
+    theirs = getattr(data, "representation", None)
+    if model.representation is None:
+        if theirs is None:
+            return
+        if model.epsilons.started:
+            raise MisconfigurationException(
+                "this map was trained on raw samples, and the data module encodes them: give "
+                "SamplesDataModule(standardize=False, components=None), or train a new map"
+            )
+        model.representation = AffineRepresentation(**theirs.hparams).to(model.device)
+        model.representation.load_state_dict(theirs.state_dict())
+        model.hparams["representation"] = theirs.hparams
+    elif data is not None and not model.representation.agrees_with(theirs):
+        raise MisconfigurationException(
+            "the data module encodes samples otherwise than in this map's training: give it the samples, the split and "
+            "the options of then"
+        )
+
+
+def _check_condition_names(model: "MongeMap", data: Any) -> None:
+    """Refuse labels that mean other conditions than in training; vectors mean the same everywhere."""
+    names = [str(name) for name in getattr(data, "condition_names", ())]
+    mine = model.condition_names or []
+    if getattr(data, "condition_vectors", None) is None and names != mine[: len(names)]:
+        raise MisconfigurationException(
+            f"the labels of the data mean the conditions {', '.join(names)}, and those of this map {', '.join(mine)}: "
+            "give the data module the same conditions, or condition_vectors"
+        )
+
+
+def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
+    names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
+    if vectors is not None:
+        return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
+    return ConditionalMap(dim, conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)

@@ -1,0 +1,99 @@
+"""The scores of a map over all samples of a validation or a test."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_gap.monge.border import checked, images
+from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.schedules import now
+from lightning_gap.monge.scores.map_scores import MapScores
+from lightning_gap.monge.signs import drawn_together
+from lightning_gap.monge.training_log import log_scores
+from lightning_gap.trainer.strategy import data_parallel_group
+
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = ["HeldOut"]
+
+
+class HeldOut:
+    """Keeps the samples and images of a stage in ``model.scores[stage]`` until its end, and no longer."""
+
+    def __init__(self, model: "MongeMap") -> None:
+        self._model = model
+        self._losses: list[Tensor] = []  # of a fitting loss of the user's own, a batch each
+
+    def forget(self, stage: str) -> None:
+        """Forget what a stage that was interrupted has left."""
+        self._losses.clear()
+        if stage in self._model.scores:
+            del self._model.scores[stage]
+
+    def keep(self, stage: str, batch: Any) -> None:
+        """Keep a batch and the images of its source."""
+        model = self._model
+        b = checked(model, batch)
+        mapped = images(model, b.source, b.condition)
+        if stage not in model.scores:
+            model.scores[stage] = self._new(named=b.condition is not None and not b.condition.is_floating_point())
+        if callable(model.objective.fitting_loss):
+            weights = b.source_weights, b.target_weights
+            terms = model.objective.terms(
+                b.source, mapped, b.target, weights=weights, with_gap=False, fitting_epsilon=model.epsilons.fitting,
+                gap_epsilon=None,
+            )  # fmt: skip
+            self._losses.append(terms.loss)
+        cast(MapScores, model.scores[stage]).update(
+            b.source,
+            mapped,
+            b.target,
+            source_weights=b.source_weights,
+            target_weights=b.target_weights,
+            parts_of=self._sizes_of_whole(b),
+            condition=b.condition,
+            true_images=b.true_images,
+            target_again=b.target_again,
+        )
+
+    def log(self, stage: str) -> None:
+        """Log the scores, and the loss among them; nothing without a single batch."""
+        model = self._model
+        if stage not in model.scores:
+            return
+        scores = cast(MapScores, model.scores.pop(stage))
+        values = scores.compute()
+        name = model.objective.loss_name
+        if self._losses:
+            values[name] = torch.stack(self._losses).mean()
+            self._losses.clear()
+        values["loss"] = values[name] + now(model.gap_weight, model.global_step) * values["monge_gap"]
+        log_scores(model, stage, values)
+        fitting = model.trainer.state.fn == TrainerFn.FITTING and not model.trainer.sanity_checking
+        if fitting and model.objective.fitting_loss == "sinkhorn":
+            model.remarks.say("drawn together", lambda: drawn_together(scores, values))
+
+    def _new(self, *, named: bool) -> MapScores:
+        model = self._model
+        scores = MapScores(
+            cost=model.cost,
+            fitting_cost=model.fitting_cost,
+            fitting_epsilon=model.epsilons.fitting,
+            gap_epsilon=model.epsilons.gap,
+            reach=None if model.objective.reweight else model.objective.rho,
+            solver=model.solver,
+            conditions=model.condition_names if named else None,
+        )
+        return scores.to(model.device)
+
+    def _sizes_of_whole(self, b: UnpairedBatch) -> tuple[int, int] | None:
+        """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
+        group = data_parallel_group(self._model.trainer)
+        if group is None or (b.source_weights is None and b.target_weights is None):
+            return None
+        sizes = torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=self._model.device)
+        n, m = group.sum(sizes).tolist()
+        return n, m
