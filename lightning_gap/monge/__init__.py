@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
     from lightning_gap.monge.maps.conservativity import conservativity as conservativity
-    from lightning_gap.monge.maps.residual import MLP as MLP
+    from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
