@@ -195,7 +195,7 @@ def test_raw_samples_are_encoded_and_decoded(x):
 
 @pytest.fixture
 def conditional():
-    return moved(MongeMap(map=ConditionalMap(2, [8], conditions=2), condition_names=["a", "b"]))
+    return moved(MongeMap(map=ConditionalMap(2, [8], num_conditions=2), condition_names=["a", "b"]))
 
 
 def test_one_condition_for_all(conditional, x):
