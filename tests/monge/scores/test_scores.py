@@ -133,7 +133,7 @@ def test_integer_weights_are_repetitions(case):
     repeated.update(*(d.repeat_interleave(c, dim=0) for d, c in zip(data, counts, strict=True)))
     plain.update(*data)
     if case == "gap":  # the Shannon entropy knows of repetitions
-        weighted.options["convention"] = repeated.options["convention"] = "kl"
+        weighted.convention = repeated.convention = "kl"
     torch.testing.assert_close(weighted.compute(), repeated.compute(), rtol=2e-3, atol=1e-4)
     assert (weighted.compute() - plain.compute()).abs().max() > 1e-5
 
