@@ -20,7 +20,7 @@ from lightning_gap.monge.signs import out_of_range
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["as_network_takes", "checked", "flat", "images", "mapped", "predicted", "transport"]
+__all__ = ["as_network_takes", "checked", "flat", "images", "mapped", "on_device", "predicted", "transport"]
 
 
 def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
@@ -28,6 +28,11 @@ def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None else x.dtype
     return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+
+
+def on_device(model: "MongeMap", x: Tensor) -> Tensor:
+    """Return samples where the network is, in its precision."""
+    return as_network_takes(model, x.to(model.device))
 
 
 def checked(model: "MongeMap", batch: Any) -> UnpairedBatch:

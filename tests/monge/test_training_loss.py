@@ -275,6 +275,15 @@ def test_batches_that_do_not_fit_are_refused(source, target):
         fit_batch(small(), (torch.zeros(source), torch.zeros(target)))
 
 
+@pytest.mark.parametrize(("weight", "message"), [(-1.0, "got -1.0 in row 2"), (math.nan, "got nan")])
+def test_weights_of_a_plain_loader_are_looked_at_once(weight, message):
+    source, target = gaussians(8)
+    weights = torch.full((8,), 1 / 8)
+    weights[2] = weight
+    with pytest.raises(ValueError, match=f"target_weights must be .*{message}"):
+        fit_batch(small(), UnpairedBatch(source, target, target_weights=weights))
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_batches_of_held_out_samples_are_predicted_from_the_coordinates_they_are_in(conditional):
     source, target = gaussians(120)
