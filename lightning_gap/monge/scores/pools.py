@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.checks import check_pair
+from lightning_gap.monge.ot.checks import check_pair, solver_precision
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.epsilon import Weighted, mean_scale
+from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.ot.subsets import fixed_rows
 from lightning_gap.monge.scores.pooling import pooled, pooling_weights
 
-__all__ = ["Pool", "by_condition", "check_labels", "labels_of", "pools_of", "rows_to_keep"]
+__all__ = ["Pool", "by_condition", "check_labels", "labels_of", "pools_of", "rows_to_keep", "typical_share"]
 
 # Whose conditions the samples of a set have.
 _CONDITION_OF = {
@@ -176,3 +179,14 @@ def check_labels(labels: Tensor, names: Sequence[str]) -> None:
             f"condition holds the label {int(labels[bad][0])}, but there are {len(names)} names in "
             "conditions: name them all"
         )
+
+
+def typical_share(share: float, cost: Cost, pools: Sequence[Pool], *pairs: tuple[str, str]) -> float | None:
+    """Return a share of the first pair's typical cost that is not 0, averaged over the conditions."""
+    for names in pairs:
+        sides = [
+            [Weighted(p.sets[n], p.target_weights if n == "target" else p.source_weights) for n in names] for p in pools
+        ]
+        if (typical := mean_scale(cost, few_of([(x, y) for x, y in sides], solver_precision), "typical")) > 0:
+            return share * typical
+    return None
