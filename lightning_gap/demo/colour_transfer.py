@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Trainer, seed_everything
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_divergence
+from lightning_gap.demo.large_batch import Watch
 
 __all__ = ["ColourSettings", "ColourTransfer", "Scores", "recolour", "transfer_colours"]
 
@@ -91,19 +91,6 @@ class ColourTransfer:
     held_out: tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-class _Watch(Callback):
-    """Tell the progress bar that a step is done."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance = advance
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance the bar by one step."""
-        self.advance(1)
-
-
 def _pixels(photograph: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(photograph.reshape(-1, 3).astype(np.float32) / 255)
 
@@ -159,7 +146,7 @@ def fit_map(
         max_steps=settings.iterations,
         max_epochs=-1,
         limit_val_batches=0,
-        callbacks=[_Watch(tick)],
+        callbacks=[Watch(lambda pixels: tick(1))],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -22,7 +22,7 @@ from lightning_gap.demo.f1 import F1
 from lightning_gap.diffusion import DiffusionFit, constant_lr_segments, fit_diffusion
 from lightning_gap.regime import RegimePlan
 
-__all__ = ["RECIPES", "Classifier", "LargeBatchSettings", "Recipe", "TrainingRun", "train_all"]
+__all__ = ["RECIPES", "Classifier", "LargeBatchSettings", "Recipe", "TrainingRun", "Watch", "train_all"]
 
 
 class Classifier(LightningModule):
@@ -152,7 +152,7 @@ class TrainingRun:
     plan: RegimePlan | None
 
 
-class _Watch(Callback):
+class Watch(Callback):
     """Tell the progress bar how many images have passed, and keep the accuracy curve."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
@@ -203,7 +203,7 @@ def train(
     batch_size = settings.large_batch if recipe.large else settings.small_batch
     added = recipe.callbacks(settings)
     regime = next((callback for callback in added if isinstance(callback, LargeBatchRegime)), None)
-    watch, diffusion = _Watch(advance), UltraSlowDiffusion(points_per_decade=20)
+    watch, diffusion = Watch(advance), UltraSlowDiffusion(points_per_decade=20)
     trainer = Trainer(
         max_epochs=settings.epochs,
         callbacks=[*added, diffusion, watch],

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.checks import check_integer
-from lightning_gap.monge.maps.networks import check_labels
+from lightning_gap.monge.maps.conditioning import check_labels
 from lightning_gap.monge.ot.checks import check_all_samples
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.conditions import conditions_of

@@ -242,4 +242,4 @@ def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
     names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
     if vectors is not None:
         return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
-    return ConditionalMap(dim, conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)
+    return ConditionalMap(dim, num_conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)

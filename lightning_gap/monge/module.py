@@ -18,7 +18,7 @@ from lightning_gap.monge.checkpoint import build, build_cost, build_representati
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
-from lightning_gap.monge.maps.residual import TransportMap
+from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.compiling import eager

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_gap.monge.maps.residual import StartedMap, TransportMap
+from lightning_gap.monge.maps.base import StartedMap, TransportMap
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.ot.costs import CallableCost, Cosine, Cost, Geodesic, SqEuclidean, TranslationInvariantCost
 from lightning_gap.monge.schedules import counts

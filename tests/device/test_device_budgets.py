@@ -120,7 +120,7 @@ def test_map(name):
 
 
 def test_conditional_map():
-    network = ConditionalMap(2, conditions=3).to("cuda")
+    network = ConditionalMap(2, num_conditions=3).to("cuda")
     x, labels = torch.rand(8, 2, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
     with counting() as counts:
         network(x, labels).sum().backward()
