@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gap.checks import check_choice
 from lightning_gap.monge.maps.conditioning import check_condition
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths
 from lightning_gap.monge.maps.starts import Start, affine_start
@@ -88,8 +89,7 @@ class StartedMap(TransportMap):
     started: Tensor
 
     def __init__(self, dim: int, hidden: Sequence[int], activation: Activation, start: Start, **others: Any) -> None:
-        if start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
+        check_choice("start", start, get_args(Start))
         super().__init__(dim, hidden, activation, start=start, **others)
         self.starts_at = start
         if start != "identity":
