@@ -13,8 +13,9 @@ DATA ?= mnist-5k
 CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/commands/test_map_cli.py \
   tests/trainer/test_loggers.py tests/dashboards/test_runs.py tests/diffusion/test_diffusion_fit.py \
   tests/diffusion/test_diffusion_reference.py \
-  tests/ghost/test_ghost_functional.py tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py tests/monge/test_metrics.py \
-  tests/monge/test_monge_map.py tests/monge/test_monge_map_checkpoint.py tests/monge/samples/files/test_samples_files.py \
+  tests/ghost/test_ghost_functional.py tests/ghost/test_ghost_callback.py tests/monge/test_estimator.py \
+  tests/monge/scores/test_metrics.py tests/monge/test_monge_map.py tests/monge/test_checkpoint.py \
+  tests/monge/samples/files/test_samples_files.py \
   tests/monge/test_transport_files.py tests/regime/test_regime_schedules.py
 QUICK := not compiler and not slow and not gpu and not distributed
 

@@ -203,7 +203,7 @@ def _write_samples(folder):
     (folder / "folder.npy").mkdir()
     for name, model in (
         ("map", MongeMap(map=ResidualMLP(2, [4]))),
-        ("drugs", MongeMap(map=ConditionalMap(2, [4], conditions=2), condition_names=["a", "b"])),
+        ("drugs", MongeMap(map=ConditionalMap(2, [4], num_conditions=2), condition_names=["a", "b"])),
         ("other", BoringModel()),
     ):
         fit = Trainer(logger=False, accelerator="cpu", barebones=True)

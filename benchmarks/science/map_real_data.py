@@ -168,7 +168,7 @@ def fit(task: Task, options: Options, seed: int) -> Map:
     net: nn.Module
     if options.by_type:
         names = len(data.condition_names)
-        net = ConditionalMap(data.dim, options.hidden, conditions=names, start=options.start)
+        net = ConditionalMap(data.dim, options.hidden, num_conditions=names, start=options.start)
     elif options.start == "none":
         net = MLP(data.dim, options.hidden)
     else:

@@ -126,7 +126,7 @@ def against_truth(x: Tensor, mapped: Tensor, true: Tensor, variance: float) -> d
 def recipe(dim: int, updates: int) -> MongeMap:
     """Return the model for the benchmark's pairs; the learning rate decays over the updates."""
     return MongeMap(
-        map=BrenierMap(dim, HIDDEN, start="plan", plan_epsilon=PLAN_EPSILON, plan_steps=PLAN_STEPS),
+        map=BrenierMap(dim, HIDDEN, start="plan", plan_relative_epsilon=PLAN_EPSILON, plan_steps=PLAN_STEPS),
         fitting_loss=partial(minibatch_energy_distance, relative_epsilon=SHARE),
         gap_weight=0,
         optimizer=partial(Adam, lr=LR),

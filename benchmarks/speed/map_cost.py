@@ -52,7 +52,7 @@ def main() -> None:
         "StructuredMap, sqeuclidean, potential": StructuredMap(d, potential=True),
         "StructuredMap, sqeuclidean, potential, softplus": StructuredMap(d, activation="softplus", potential=True),
         "SphereMap": SphereMap(d),
-        "ConditionalMap, labels": ConditionalMap(d, conditions=10),
+        "ConditionalMap, labels": ConditionalMap(d, num_conditions=10),
         "ConditionalMap, vectors": ConditionalMap(d, condition_dim=10),
     }
     x = torch.nn.functional.normalize(torch.randn(n, d), dim=-1)

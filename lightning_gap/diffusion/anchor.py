@@ -38,13 +38,6 @@ class Anchor:
         groups: Which tensors are measured together too, by name.
         per_layer: Whether each module that owns tensors is such a group.
 
-    Attributes:
-        weights: The copy, name -> tensor.
-        shapes: Name -> the whole tensor's shape.
-        start_squares: ‖w_0 − copy‖², which is zero unless rounded, and ‖w_0‖² of each tensor: (tensors, 2).
-        groups: Name -> the numbers of the tensors that it is made of.
-        folder: Where the shards have been written; None where the state holds the copy itself.
-
     Raises:
         ValueError: There are no weights, or too large ones for ``dtype``; a group has none, or the name of a layer.
 
@@ -76,7 +69,8 @@ class Anchor:
         self.weights = {name: _copy(local_shard(tensor), device, dtype) for name, tensor in start.items()}
         self.shapes = {name: list(tensor.shape) for name, tensor in start.items()}
         self.sharded = sharded
-        self.folder: str | None = None
+        self.folder: str | None = None  # where the shards have been written
+        # ‖w_0 − copy‖², which is zero unless rounded, and ‖w_0‖², a row for each tensor.
         self.start_squares = self.squares(start)
         if not self.start_squares[:, 0].isfinite().all() and self.start_squares[:, 1].isfinite().all():
             raise ValueError(
@@ -87,14 +81,7 @@ class Anchor:
     def resumed(
         cls, state: Mapping[str, Any], weights: Mapping[str, Tensor], folder: str | None = None, **options: Any
     ) -> "Anchor":
-        """Return the anchor of a state, in the shards of the model's weights. Collective.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            weights: The weights as they are now, of :func:`weights_of`.
-            folder: Where its shards are now, if that is where they are.
-            options: As for the class.
-        """
+        """Return the anchor of a state, in the shards of the model's weights. Collective."""
         if folder is None:
             start = {name: shard_like(state["anchor"][name], weight) for name, weight in weights.items()}
         else:
@@ -170,11 +157,6 @@ def weights_of(
 ) -> dict[str, Tensor]:
     """Return the weights of a module that belong to an anchor.
 
-    Args:
-        module: The module.
-        shapes: Those of the anchor.
-        exclude: What is not measured now.
-
     Raises:
         ValueError: It has not all of them, or in other shapes, or some are excluded.
     """
@@ -193,10 +175,6 @@ def weights_of(
 
 def folder_of_shards(folder: str, checkpoint: Any) -> str:
     """Return the anchor's folder where it was written, or beside the checkpoint if that was moved.
-
-    Args:
-        folder: Where it was written.
-        checkpoint: The path of the checkpoint that names it.
 
     Raises:
         ValueError: It is in neither place.

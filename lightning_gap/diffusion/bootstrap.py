@@ -34,15 +34,6 @@ def bootstrap(
 
     Plain blocks of residuals would have to be longer than their correlation, and then only a handful of independent
     blocks fit into the hundred points of a curve; intervals come out too short.
-
-    Args:
-        model: The law.
-        parameters: Its least-squares parameters: (2,).
-        x: Abscissae: (n,).
-        y: What was measured there: (n,).
-        resamples: R.
-        confidence: Of the intervals that will be read off, 0 to 1.
-        growing: Whether the residuals' scale may grow with the curve.
     """
     fitted, *gradient = (row[0] for row in model(parameters[None], x))
     residuals = y - fitted
@@ -72,10 +63,6 @@ def autocorrelation(residuals: Vector, design: Vector) -> float:
     Residuals look less correlated than the errors, because the fit has taken out what it could. That bias is undone:
     for errors of covariance Σ_ρ and residuals M·error the expected autocorrelation is tr(M A M Σ_ρ) / tr(M Σ_ρ), where
     A shifts by one, and ρ is found at which this is the one observed.
-
-    Args:
-        residuals: (n,).
-        design: The derivatives of the fit by its parameters: (n, 2).
     """
     n = len(residuals)
     observed = float(residuals[1:] @ residuals[:-1] / (residuals @ residuals))

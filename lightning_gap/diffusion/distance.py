@@ -15,18 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
-    "ParameterFilter",
-    "WeightDisplacement",
-    "check_filter",
-    "holds_values",
-    "layer_of",
-    "matches",
-    "norms_and_biases",
-    "present_parameters",
-    "tracked_parameters",
-    "weight_displacement",
-    "weight_norm",
-]
+    "ParameterFilter", "WeightDisplacement", "check_filter", "holds_values", "layer_of", "matches", "norms_and_biases",
+    "present_parameters", "tracked_parameters", "weight_displacement", "weight_norm",
+]  # fmt: skip
 
 # Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
 _ROW = 1 << 11
@@ -181,15 +172,9 @@ def square_sums(
     cpu_piece: int = 1 << 17,
     accelerator_piece: int = 1 << 22,
 ) -> Tensor:
-    """Return ‖w_t − w_0‖² and ‖w_t‖² of each tensor: (tensors, 2), float64, on the CPU.
-
-    Args:
-        weights: w_t, or this rank's shards of it, name -> tensor.
-        anchor: w_0, the same names and shapes.
-        cpu_piece: Elements handled at once. The difference then stays in a CPU's second-level cache, so that both
-            copies are read from memory once; it is small beside the model.
-        accelerator_piece: The same of an accelerator, which needs larger pieces to be busy.
-    """
+    """Return ‖w_t − w_0‖² and ‖w_t‖² of each tensor: (tensors, 2), float64, on the CPU."""
+    # The difference of a piece stays in a CPU's second-level cache, so that both copies are read from memory once; an
+    # accelerator needs larger pieces to be busy. Either way it is small beside the model.
     sums: list[tuple[float, float]] = []
     waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
     scratch: Scratch = {}

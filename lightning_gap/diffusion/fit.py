@@ -132,6 +132,7 @@ def fit_diffusion(
         ValueError: Not equal-length vectors of at least 5 points, NaN or infinite values, updates that are not
             positive and strictly increasing, negative distances, distances that are all equal, a range of
             ``updates`` under ``minimum_decades``, or ``confidence`` or ``resamples`` out of range.
+        TypeError: ``resamples`` is not an int.
 
     Example:
         >>> t = [1, 3, 10, 30, 100, 300, 1000]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_gap.checks import check_integer
+from lightning_gap.checks import check_choice, check_integer, check_number
 from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.distance import ParameterFilter, check_filter, tracked_parameters
 from lightning_gap.diffusion.plot import axes_or_new
@@ -135,7 +135,15 @@ def estimate_alpha(
         >>> abs(fit.alpha - 2) < 0.15
         True
     """
-    _check_arguments(radius, samples, bins, statistic, batch_norm, exclude, confidence)
+    check_number("radius", radius, above=0)
+    check_integer("samples", samples, 3 * _FEWEST_IN_BIN)
+    check_integer("bins", bins, 3)
+    check_choice("statistic", statistic, ("std", "rms"))
+    check_choice("batch_norm", batch_norm, ("batch", "running"))
+    if exclude is not None:
+        check_filter("exclude", exclude)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
     weights = tracked_parameters(module, exclude=exclude)
     if not weights:
         raise ValueError("module has no parameter with requires_grad=True that is not excluded: exclude less")
@@ -265,26 +273,3 @@ def _spread(times: Vector, member: Vector, z: Vector, deviation: Vector, statist
     mean_x, mean_y, xx, yy, xy = (times @ (member * v[:, None]) / counts for v in (x, y, x * x, y * y, x * y))
     along = (xy - mean_x * mean_y) ** 2 / (xx - mean_x**2)
     return counts, np.sqrt(np.maximum(yy - mean_y**2 - along, 0.0) * counts / (counts - 2))
-
-
-def _check_arguments(
-    radius: float,
-    samples: int,
-    bins: int,
-    statistic: str,
-    batch_norm: str,
-    exclude: ParameterFilter | None,
-    confidence: float,
-) -> None:
-    if not 0 < radius < math.inf:
-        raise ValueError(f"radius must be a positive finite distance, got {radius!r}")
-    check_integer("samples", samples, 3 * _FEWEST_IN_BIN)
-    check_integer("bins", bins, 3)
-    if statistic not in ("std", "rms"):
-        raise ValueError(f"statistic must be 'std' or 'rms', got {statistic!r}")
-    if batch_norm not in ("batch", "running"):
-        raise ValueError(f"batch_norm must be 'batch' or 'running', got {batch_norm!r}")
-    if exclude is not None:
-        check_filter("exclude", exclude)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")

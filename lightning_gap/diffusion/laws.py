@@ -6,14 +6,7 @@ import numpy as np
 
 from lightning_gap.diffusion.bootstrap import Vector
 
-__all__ = [
-    "least_squares_line",
-    "least_squares_power",
-    "line_law",
-    "line_time",
-    "power_law",
-    "power_time",
-]
+__all__ = ["least_squares_line", "least_squares_power", "line_law", "line_time", "power_law", "power_time"]
 
 
 def line_law(parameters: Vector, x: Vector) -> tuple[Vector, Vector, Vector]:

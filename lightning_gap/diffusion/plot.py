@@ -57,9 +57,6 @@ def plot_diffusion(
 def axes_or_new(ax: Any) -> Any:
     """Return Matplotlib axes, new ones where there are none.
 
-    Args:
-        ax: The axes, or None.
-
     Raises:
         ModuleNotFoundError: New ones are needed, and Matplotlib is not installed.
     """

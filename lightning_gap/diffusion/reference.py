@@ -114,28 +114,14 @@ def read_reference(path: str) -> ReferenceRun:
 
 
 def write_trace(file: TextIO, trace: Mapping[str, Sequence[float]], parameters: int) -> None:
-    """Write a trace as CSV, a row for each point, with the number of parameters measured as the last column.
-
-    Args:
-        file: An open text file.
-        trace: Columns of equal length.
-        parameters: How many parameters were measured.
-    """
+    """Write a trace as CSV, a row for each point, with the number of parameters measured as the last column."""
     rows = csv.writer(file)
     rows.writerow([*trace, "parameters"])
     rows.writerows([*values, parameters] for values in zip(*trace.values(), strict=True))
 
 
 def advice(reference: ReferenceRun, update: float, distance: float, forecast: Forecast | None) -> str:
-    """Say in a sentence or two where a run stands beside its reference, and how much longer it should train.
-
-    Args:
-        reference: The other run.
-        update: The last update of this run.
-        distance: How far it has travelled.
-        forecast: When it will have travelled as far as the reference's :attr:`ReferenceRun.target`; None where this
-            run is too short for one.
-    """
+    """Say in a sentence or two where a run stands beside its reference, and how much longer it should train."""
     goal_update, goal = reference.target
     stood = reference.update_at(distance)
     if math.isfinite(stood):

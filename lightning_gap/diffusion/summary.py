@@ -50,16 +50,7 @@ def publish(
     fit: DiffusionFit | None,
     reference: ReferenceRun | None,
 ) -> None:
-    """Send the trace as a table, and its figure, to the loggers.
-
-    Args:
-        loggers: Lightning's loggers.
-        prefix: What keys begin with.
-        step: Logged with both.
-        trace: Columns of equal length.
-        fit: Drawn into the figure.
-        reference: Drawn into the figure.
-    """
+    """Send the trace as a table, and its figure, to the loggers."""
     loggers = list(loggers)
     rows = [list(row) for row in zip(*trace.values(), strict=True)]
     log_table(loggers, f"{prefix}trace", list(trace), rows, step)

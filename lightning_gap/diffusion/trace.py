@@ -89,12 +89,7 @@ class Trace:
             return None
 
     def write(self, path: str, parameters: int) -> None:
-        """Write the trace as CSV, here or elsewhere.
-
-        Args:
-            path: Of the file, whose folder is made.
-            parameters: How many parameters were measured.
-        """
+        """Write the trace as CSV, here or elsewhere."""
         filesystem, place = fsspec.core.url_to_fs(path)
         filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
         with filesystem.open(place, "w") as file:
@@ -104,11 +99,7 @@ class Trace:
 class LiveComparison:
     """Where a run that is under way stands beside another, with a forecast at each point of the logarithmic grid.
 
-    Args:
-        reference: The other run.
-        points_per_decade: Of that grid.
-        from_update: When it begins.
-        resamples: Of a forecast, fewer than at the end: it is made again soon.
+    A forecast has fewer resamples than at the end: it is made again soon.
     """
 
     def __init__(
@@ -128,11 +119,7 @@ class LiveComparison:
 
 
 def free_stem(folder: str) -> str:
-    """Return ``diffusion``, or with ``-v1``, ``-v2``, ... what no other run in this folder has taken.
-
-    Args:
-        folder: Where the trace goes.
-    """
+    """Return ``diffusion``, or with ``-v1``, ``-v2``, ... what no other run in this folder has taken."""
     stem, version = "diffusion", 0
     filesystem, place = fsspec.core.url_to_fs(folder)
     while any(filesystem.exists(f"{place}/{stem}{end}") for end in (".csv", "_anchor")):

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ghost.convert import (
     GhostConversion,
     NoBatchNormError,
@@ -19,7 +19,7 @@ from lightning_gap.ghost.convert import (
     plan_ghost_batchnorm,
     revert_ghost_batchnorm,
 )
-from lightning_gap.ghost.functional import Grouping, RunningStats, check_choice, check_rows_per_sample, check_settings
+from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_per_sample, check_settings
 from lightning_gap.ghost.joined_statistics import RunningStatisticsSync
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.ranks import GhostsOverRanks
@@ -140,13 +140,13 @@ class GhostBatchNorm(Callback):
     ) -> None:
         check_settings(ghost_batch_size, running_stats, grouping)
         if recalibrate is not None:
-            check_count("recalibrate", recalibrate, what="the training batches to average statistics over, or None")
+            check_integer("recalibrate", recalibrate, what="the training batches to average statistics over, or None")
         check_choice("missing", missing, ("error", "warn"))
         for rows in rows_per_sample.values() if isinstance(rows_per_sample, Mapping) else [rows_per_sample]:
             if rows != "auto":
                 check_rows_per_sample(rows)
         if ranks_per_ghost != "auto":
-            check_count("ranks_per_ghost", ranks_per_ghost, what="the ranks that share a ghost, or 'auto'")
+            check_integer("ranks_per_ghost", ranks_per_ghost, what="the ranks that share a ghost, or 'auto'")
         self.ghost_batch_size = ghost_batch_size
         self.running_stats: RunningStats = running_stats
         self.grouping: Grouping = grouping

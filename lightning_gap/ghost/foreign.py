@@ -17,32 +17,17 @@ Normalization = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, T
 
 
 def keeps_forward(plain: type[BatchNormBase]) -> bool:
-    """Return whether a BatchNorm class has torch's ``forward`` and no other.
-
-    Args:
-        plain: Any BatchNorm class.
-    """
+    """Return whether a BatchNorm class has torch's ``forward`` and no other."""
     return plain.forward is BatchNormBase.forward
 
 
 def is_made(cls: type, base: type[BatchNormBase]) -> bool:
-    """Return whether ``cls`` stands for one plain class, and is no further subclass that someone else derived.
-
-    Args:
-        cls: Any module class.
-        base: What all layers of the new kind are.
-    """
+    """Return whether ``cls`` stands for one plain class, and is no further subclass that someone else derived."""
     return issubclass(cls, base) and "plain_class" in vars(cls)
 
 
 def class_of(plain: type[BatchNormBase], base: type[Layer], prefix: str) -> type[Layer]:
-    """Return the class of a new kind of layer that stands for a plain one, made on first use.
-
-    Args:
-        plain: A BatchNorm class.
-        base: What all layers of the new kind are.
-        prefix: What the name of a made class begins with.
-    """
+    """Return the class of a new kind of layer that stands for a plain one, made on first use."""
     for cls in plain.__subclasses__():
         if issubclass(cls, base) and is_made(cls, base):
             return cls
@@ -57,12 +42,6 @@ def normalizing_by(
     normalization: Normalization, layer: Any, forward: Callable[[Tensor], Tensor], input: Tensor
 ) -> Tensor:
     """Call a layer's own forward, and have another normalization where it calls ``batch_norm`` in training.
-
-    Args:
-        normalization: It counts its updates itself.
-        layer: The layer, of a class that :func:`class_of` made.
-        forward: The forward of its plain class.
-        input: What comes in.
 
     Raises:
         RuntimeError: If it makes no such call.

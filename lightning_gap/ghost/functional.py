@@ -6,15 +6,15 @@ averages the statistics of all into the running ones.
 
 from itertools import pairwise
 from math import prod
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_gap.checks import check_count
-from lightning_gap.ghost.kernels import Run, normalize, normalize_over_ranks
+from lightning_gap.checks import check_choice, check_integer
+from lightning_gap.ghost.kernels import Maybe, Run, normalize, normalize_over_ranks
 from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.ranks.group import RankGroup
 
@@ -26,35 +26,15 @@ Grouping = Literal["contiguous", "strided"]
 _RUNNING_STATS, _GROUPINGS = get_args(RunningStats), get_args(Grouping)
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of ``choices``.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The value to judge.
-        choices: The allowed values.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
 def check_settings(ghost_batch_size: object, running_stats: object, grouping: object) -> None:
     """Raise unless the three arguments that describe ghost batches are usable.
-
-    Args:
-        ghost_batch_size: Samples that share statistics, an int of at least 1.
-        running_stats: ``"sequential"`` or ``"per_step"``.
-        grouping: ``"contiguous"`` or ``"strided"``.
 
     Raises:
         TypeError: If ``ghost_batch_size`` is not an int.
         ValueError: If a value is out of range.
     """
     what = "the samples that share statistics, in the paper the small batch size, 128"
-    check_count("ghost_batch_size", ghost_batch_size, what=what)
+    check_integer("ghost_batch_size", ghost_batch_size, what=what)
     check_choice("running_stats", running_stats, _RUNNING_STATS)
     check_choice("grouping", grouping, _GROUPINGS)
 
@@ -62,14 +42,11 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
 def check_rows_per_sample(rows_per_sample: object) -> None:
     """Raise unless ``rows_per_sample`` is a positive int.
 
-    Args:
-        rows_per_sample: Rows of a layer's input that are one sample.
-
     Raises:
         TypeError: If it is not an int.
         ValueError: If it is below 1.
     """
-    check_count("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
+    check_integer("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
 
 
 def rank_group(process_group: ProcessGroup | RankGroup) -> RankGroup:
@@ -221,15 +198,16 @@ def ghost_batch_norm(
     if not eps > 0:
         raise ValueError(f"eps must be positive in training, got {eps!r}")
 
+    running = _Running(running_mean, running_var, momentum, running_stats, num_batches_tracked)
     if process_group is not None:
         ranks = rank_group(process_group)
         if ranks.size > 1:
             spanning: tuple[Tensor, Tensor, Tensor] = normalize_over_ranks(x, weight, bias, eps, ranks)
-            _update(running_mean, running_var, *spanning[1:], momentum, running_stats, num_batches_tracked)
+            _update(running, *spanning[1:])
             return spanning[0]
     n, values = x.shape[0], prod(x.shape[2:])
     if n <= ghost_batch_size * rows_per_sample or x.numel() == 0:
-        return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
+        return _one_ghost(x, weight, bias, eps, running)
     if rows_per_sample != 1 and grouping == "strided":
         # Samples are dealt out, not rows: their rows become positions.
         if n % rows_per_sample:
@@ -252,7 +230,7 @@ def ghost_batch_norm(
     full, rest = n // ghost_batch_size, n % ghost_batch_size  # divmod is not for symbolic sizes
     lone = rest * values == 1
     if full == 1 and lone:
-        return _one_ghost(x, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked)
+        return _one_ghost(x, weight, bias, eps, running)
     order = None
     if lone and grouping == "strided":
         # The last sample joins the first ghost: a view cannot say so.
@@ -261,8 +239,18 @@ def ghost_batch_norm(
     y, mean, var = normalize(x, weight, bias, eps, _runs(full, rest, ghost_batch_size, lone, grouping))
     if order is not None:
         y = y.index_select(0, order.argsort())
-    _update(running_mean, running_var, mean, var, momentum, running_stats, num_batches_tracked)
+    _update(running, mean, var)
     return y
+
+
+class _Running(NamedTuple):
+    """Running statistics, and how they are averaged."""
+
+    mean: Maybe
+    var: Maybe
+    momentum: float | None
+    running_stats: RunningStats
+    updates: Maybe
 
 
 def _runs(full: int, rest: int, size: int, lone: bool, grouping: Grouping) -> list[Run]:
@@ -276,16 +264,9 @@ def _runs(full: int, rest: int, size: int, lone: bool, grouping: Grouping) -> li
     return [Run(0, whole - size, full - 1), Run(whole - size, whole + 1, 1)]
 
 
-def _update(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | None,
-    running_stats: RunningStats,
-    num_batches_tracked: Tensor | None,
-) -> None:
+def _update(running: _Running, mean: Tensor, var: Tensor) -> None:
     """Average the statistics (ghosts, C) into the running ones."""
+    running_mean, running_var, momentum, running_stats, num_batches_tracked = running
     ghosts = mean.shape[0]
     new = ghosts if running_stats == "sequential" else 1
     followed = looks_into_operations()
@@ -318,23 +299,15 @@ def _update(
         ) from error
 
 
-def _one_ghost(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _one_ghost(x: Tensor, weight: Maybe, bias: Maybe, eps: float, running: _Running) -> Tensor:
     """Normalize as ``torch.nn.BatchNorm`` does, bit for bit but where that would wait, or transforms look in."""
+    running_mean, running_var, momentum, _, num_batches_tracked = running
     waits = momentum is None and num_batches_tracked is not None and num_batches_tracked.device.type != "cpu"
     if running_mean is not None and x.numel() and (waits or looks_into_operations()):
         if x.shape[0] * prod(x.shape[2:]) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         y, mean, var = normalize(x, weight, bias, eps, [Run(0, x.shape[0], 1)])
-        _update(running_mean, running_var, mean, var, momentum, "sequential", num_batches_tracked)
+        _update(running._replace(running_stats="sequential"), mean, var)
         return y
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)

@@ -13,11 +13,7 @@ __all__ = ["calls_batch_norm", "frozen_layers", "scripted_layers"]
 
 
 def scripted_layers(module: nn.Module) -> dict[nn.Module, str]:
-    """Return the outermost modules of ``torch.jit`` that hold BatchNorm layers, with what is to be said of them.
-
-    Args:
-        module: Any module.
-    """
+    """Return the outermost modules of ``torch.jit`` that hold BatchNorm layers, with what is to be said of them."""
     found: dict[nn.Module, str] = {}
     inside: set[nn.Module] = set()
     for outer in module.modules():  # parents come first
@@ -30,22 +26,14 @@ def scripted_layers(module: nn.Module) -> dict[nn.Module, str]:
 
 
 def frozen_layers(module: nn.Module) -> str:
-    """Return what a module has of frozen batch normalization, as in detection backbones: ``"4 FrozenBatchNorm2d"``.
-
-    Args:
-        module: Any module.
-    """
+    """Return what a module has of frozen batch normalization, as in detection backbones: ``"4 FrozenBatchNorm2d"``."""
     names = (type(layer).__name__ for layer in module.modules())
     counts = Counter(name for name in names if "FrozenBatchNorm" in name)
     return " and ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def calls_batch_norm(cls: type[nn.Module]) -> bool:
-    """Return whether a method of a module class, one of torch's own left out, calls torch's ``batch_norm``.
-
-    Args:
-        cls: Any module class.
-    """
+    """Return whether a method of a module class, one of torch's own left out, calls torch's ``batch_norm``."""
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.partition(".")[0] in ("torch", "lightning"):
             continue

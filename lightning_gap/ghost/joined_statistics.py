@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gap.ghost.layers import GhostNorm
+from lightning_gap.ghost.layers import GhostNorm, statistics_of
 from lightning_gap.precision import widest
 from lightning_gap.ranks.group import RankGroup
 
@@ -14,21 +14,13 @@ __all__ = ["RunningStatisticsSync"]
 
 
 class _Layout(NamedTuple):
-    """What is known of the layers beside their statistics, on their device.
+    """What is known of the layers beside their statistics, on their device."""
 
-    Attributes:
-        layer_of: Of each statistic, the number of its layer.
-        momenta: Of each layer, 1 - η, and 1 where there is none.
-        cumulative: Of each layer, whether it has no momentum.
-        per_step: Of each layer, whether a batch is one update.
-        representatives: The ranks whose ghosts count.
-    """
-
-    layer_of: Tensor
-    momenta: Tensor
-    cumulative: Tensor
-    per_step: Tensor
-    representatives: Tensor
+    layer_of: Tensor  # of each statistic, the number of its layer
+    momenta: Tensor  # of each layer, 1 - η, and 1 where there is none
+    cumulative: Tensor  # of each layer, whether it has no momentum
+    per_step: Tensor  # of each layer, whether a batch is one update
+    representatives: Tensor  # the ranks whose ghosts count
 
 
 class RunningStatisticsSync:
@@ -121,31 +113,21 @@ class RunningStatisticsSync:
 
     def _read(self) -> tuple[Tensor, Tensor]:
         """Return the statistics of all layers in one row, and the numbers of their updates."""
-        wide = widest(_updates(self.layers[0]).device)
-        buffers = [buffer.to(wide) for layer in self.layers for buffer in _running(layer)]
-        return torch.cat(buffers), torch.stack([_updates(layer) for layer in self.layers])
+        buffers = [statistics_of(layer) for layer in self.layers]
+        wide = widest(buffers[0][0].device)
+        running = [each.to(wide) for mean, var, _ in buffers for each in (mean, var)]
+        return torch.cat(running), torch.stack([updates for _, _, updates in buffers])
 
     def _write(self, statistics: Tensor, updates: Tensor) -> None:
-        sizes = [len(buffer) for layer in self.layers for buffer in _running(layer)]
-        parts = iter(statistics.split(sizes))
+        parts = iter(statistics.split([layer.num_features for layer in self.layers for _ in range(2)]))
         with torch.no_grad():
             for layer, count in zip(self.layers, updates, strict=True):
-                for buffer in _running(layer):
-                    buffer.copy_(next(parts))
-                _updates(layer).copy_(count)
+                mean, var, counted = statistics_of(layer)
+                mean.copy_(next(parts))
+                var.copy_(next(parts))
+                counted.copy_(count)
 
 
 def _keep(layout: _Layout, counted: Tensor, steps: Tensor) -> Tensor:
     """Return the weight that each layer's old statistics keep through so many updates."""
     return torch.where(layout.cumulative, counted / (counted + steps).clamp(min=1), layout.momenta**steps)
-
-
-def _running(layer: GhostNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
-
-
-def _updates(layer: GhostNorm) -> Tensor:
-    assert layer.num_batches_tracked is not None
-    return layer.num_batches_tracked

@@ -19,7 +19,7 @@ from lightning_gap.ghost.samples import BatchRows
 from lightning_gap.ranks.group import RankGroup
 from lightning_gap.trainer.internals.of_torch import BatchNormBase, check_input_dim
 
-__all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class"]
+__all__ = ["GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d", "GhostNorm", "ghost_class", "statistics_of"]
 
 
 class GhostNorm(BatchNormBase):
@@ -181,6 +181,13 @@ class GhostBatchNorm3d(GhostNorm, nn.BatchNorm3d):
     """
 
     plain_class = nn.BatchNorm3d
+
+
+def statistics_of(layer: BatchNormBase) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a layer's running mean and variance, which it has, and the number of their updates."""
+    mean, var, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    assert mean is not None and var is not None and updates is not None  # noqa: PT018
+    return mean, var, updates
 
 
 _NAMED = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)

@@ -9,19 +9,12 @@ __all__ = ["GhostsOverRanks"]
 
 @dataclass(frozen=True)
 class GhostsOverRanks:
-    """Which ranks share a ghost.
+    """Which ranks share a ghost."""
 
-    Attributes:
-        sizes: Samples of each rank's micro-batch, 0 where that is not known.
-        ghost_batch_size: Samples of a ghost.
-        together: Ranks that share one.
-        strided: Whether these lie at equal distances, and not side by side.
-    """
-
-    sizes: Sequence[int]
+    sizes: Sequence[int]  # samples of each rank's micro-batch, 0 where that is not known
     ghost_batch_size: int
-    together: int = 1
-    strided: bool = False
+    together: int = 1  # ranks that share one
+    strided: bool = False  # whether these lie at equal distances, and not side by side
 
     @classmethod
     def of(
@@ -67,9 +60,6 @@ class GhostsOverRanks:
 
     def falls_short(self, accumulate_grad_batches: int = 1) -> str | None:
         """Return what is to be said where ghosts have other sizes than was asked for, or None.
-
-        Args:
-            accumulate_grad_batches: Micro-batches of an update.
 
         Example:
             >>> GhostsOverRanks([128, 128], 128).falls_short()

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_gap.ghost.layers import GhostNorm
+from lightning_gap.ghost.layers import GhostNorm, statistics_of
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import leaving_no_trace, own_batches, own_randomness, step_of
 from lightning_gap.precision import widest
@@ -107,12 +107,6 @@ def average_statistics(
 ) -> None:
     """Give BatchNorm layers the plain averages of their statistics over batches; collective.
 
-    Args:
-        module: What holds the layers.
-        layers: Those with running statistics, which alone are in training mode meanwhile.
-        batches: The batches.
-        run: What to do with a batch and its number.
-
     Raises:
         ValueError: If there is no batch. After an error the statistics are those of before.
     """
@@ -157,16 +151,10 @@ def average_statistics(
 
 
 def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], batches: int) -> None:
-    """Take the statistics of layers anew from training batches, and change nothing else of the run; collective.
-
-    Args:
-        trainer: The trainer that runs.
-        layers: Layers of its module, with running statistics.
-        batches: How many batches.
-    """
+    """Take the statistics of layers anew from training batches, and change nothing else of the run; collective."""
     module, stage = trainer.lightning_module, trainer.state.stage
     step = step_of(module)
-    updates = [(layer, _updates(layer).clone()) for layer in layers if layer.momentum is not None]
+    updates = [(layer, statistics_of(layer)[2].clone()) for layer in layers if layer.momentum is not None]
     trainer.training = True  # for the hooks that make batches ready
     try:
         with (
@@ -181,20 +169,12 @@ def recalibrate_in_training(trainer: Trainer, layers: Sequence[BatchNormBase], b
     finally:
         trainer.state.stage = stage
     for layer, count in updates:  # of training
-        _updates(layer).copy_(count)
-
-
-def _updates(layer: BatchNormBase) -> Tensor:
-    assert layer.num_batches_tracked is not None
-    return layer.num_batches_tracked
+        statistics_of(layer)[2].copy_(count)
 
 
 def _average_over_ranks(layers: Sequence[BatchNormBase]) -> None:
     for layer in layers:
-        mean, var, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        assert mean is not None
-        assert var is not None
-        assert updates is not None
+        mean, var, updates = statistics_of(layer)
         total = sum_over_ranks(updates)
         share = (updates.to(widest(mean.device)) / total.clamp(min=1)).to(mean.dtype)  # int by int would be float32
         updates.copy_(total)

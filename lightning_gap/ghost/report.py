@@ -37,13 +37,7 @@ def other_reference(callbacks: Iterable[Any], ghost_batch_size: int) -> str | No
 
 
 def unfit_in_words(module: nn.Module, unfit: Mapping[nn.Module, tuple[int, int]], ghost_batch_size: int) -> str:
-    """Say of which layers it cannot be told how many rows a sample has.
-
-    Args:
-        module: What holds the layers.
-        unfit: Rows and samples that each has seen.
-        ghost_batch_size: Samples of a ghost.
-    """
+    """Say of which layers it cannot be told how many rows a sample has."""
     names = {layer: name for name, layer in module.named_modules()}
     each = ", ".join(f"{names.get(layer)!r} ({n} rows for {samples} samples)" for layer, (n, samples) in unfit.items())
     return (

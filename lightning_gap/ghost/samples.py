@@ -40,12 +40,7 @@ class BatchRows:
         self.unfit: dict[nn.Module, tuple[int, int]] = {}
 
     def of(self, layer: nn.Module, rows: int) -> int:
-        """Return how many of a layer's rows are one sample; 1 where that cannot be told.
-
-        Args:
-            layer: The layer.
-            rows: The first dimension of its input.
-        """
+        """Return how many of a layer's rows are one sample; 1 where that cannot be told."""
         answer = 1
         if self.fixed is not None:
             answer = self.fixed
@@ -73,9 +68,6 @@ def samples_in(batch: Any) -> int | None:
 
     They are the length of the first dimension, if all tensors in the batch agree on it, or else of the batch's members,
     tensors and lists, if these agree.
-
-    Args:
-        batch: Tensors in any lists, dictionaries and dataclasses.
 
     Example:
         >>> samples_in({"image": torch.zeros(8, 3), "boxes": [torch.zeros(n, 4) for n in range(8)]})

@@ -26,9 +26,6 @@ __all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "s
 def step_of(module: LightningModule) -> Callable[[Any, int], Any]:
     """Return a module's training step as a function of a batch and its number.
 
-    Args:
-        module: The module.
-
     Raises:
         ValueError: If the step is none: with manual optimization it would train.
     """
@@ -44,12 +41,7 @@ def step_of(module: LightningModule) -> Callable[[Any, int], Any]:
 
 @contextmanager
 def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> Iterator[None]:
-    """Undo what happens to a module meanwhile, but to some layers: logs, attributes and buffers of all submodules.
-
-    Args:
-        module: The module; nothing that it logs arrives.
-        layers: Layers whose buffers may change.
-    """
+    """Undo what happens to a module meanwhile, but to some layers: logs, attributes and buffers of all submodules."""
     changing = set(layers)
     # Parameters stay as they are, and sharded ones change places by themselves.
     kept = [
@@ -102,11 +94,7 @@ def _refill(value: Any, content: Any) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Draw random numbers from a seed, and go on with those of before.
-
-    Args:
-        seed: The seed.
-    """
+    """Draw random numbers from a seed, and go on with those of before."""
     with isolate_rng():
         torch.manual_seed(seed)
         random.seed(seed)
@@ -115,11 +103,7 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 def own_loader(trainer: Trainer) -> CombinedLoader:
-    """Return a copy of the training loader that shares data sets, and no position or random state, with it.
-
-    Args:
-        trainer: The trainer that runs.
-    """
+    """Return a copy of the training loader that shares data sets, and no position or random state, with it."""
     loaders, mode = training_loaders(trainer)
     return CombinedLoader(tree_map(_own, loaders), mode)  # type: ignore[arg-type]
 
@@ -136,12 +120,7 @@ def _own(loader: Any) -> Any:
 
 
 def own_batches(trainer: Trainer, count: int) -> Iterator[Any]:
-    """Yield batches of a copy of the training loader, as the training step gets them.
-
-    Args:
-        trainer: The trainer that runs.
-        count: How many, or fewer if there are fewer.
-    """
+    """Yield batches of a copy of the training loader, as the training step gets them."""
     module = trainer.lightning_module
     for batch, _, _ in islice(iter(own_loader(trainer)), count):
         batch = prepared_batch(module, trainer.precision_plugin.convert_input(batch))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
     from lightning_gap.monge.maps.conservativity import conservativity as conservativity
-    from lightning_gap.monge.maps.residual import MLP as MLP
+    from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
     from lightning_gap.monge.schedules import Anneal as Anneal
+    from lightning_gap.monge.scores.distances import EnergyDistance as EnergyDistance
+    from lightning_gap.monge.scores.distances import MarginalWasserstein as MarginalWasserstein
+    from lightning_gap.monge.scores.divergence import SinkhornDivergence as SinkhornDivergence
+    from lightning_gap.monge.scores.gap import MongeGap as MongeGap
     from lightning_gap.monge.scores.map_scores import MapScores as MapScores
-    from lightning_gap.monge.scores.metrics import DisplacementCosine as DisplacementCosine
-    from lightning_gap.monge.scores.metrics import EnergyDistance as EnergyDistance
-    from lightning_gap.monge.scores.metrics import MarginalWasserstein as MarginalWasserstein
-    from lightning_gap.monge.scores.metrics import MongeGap as MongeGap
-    from lightning_gap.monge.scores.metrics import SinkhornDivergence as SinkhornDivergence
-    from lightning_gap.monge.scores.metrics import UnexplainedVariance as UnexplainedVariance
+    from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine
+    from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
+    from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine
+    from lightning_gap.monge.scores.truth import unexplained_variance as unexplained_variance
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.checks import check_integer
-from lightning_gap.monge.maps.networks import check_labels
+from lightning_gap.monge.maps.conditioning import check_labels
 from lightning_gap.monge.ot.checks import check_all_samples
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.conditions import conditions_of
@@ -20,7 +20,7 @@ from lightning_gap.monge.signs import out_of_range
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["as_network_takes", "checked", "flat", "images", "mapped", "predicted", "transport"]
+__all__ = ["as_network_takes", "checked", "flat", "images", "mapped", "on_device", "predicted", "transport"]
 
 
 def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
@@ -28,6 +28,11 @@ def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None else x.dtype
     return x.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+
+
+def on_device(model: "MongeMap", x: Tensor) -> Tensor:
+    """Return samples where the network is, in its precision."""
+    return as_network_takes(model, x.to(model.device))
 
 
 def checked(model: "MongeMap", batch: Any) -> UnpairedBatch:

@@ -43,15 +43,10 @@ _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
 
 
 def describe(thing: Any) -> dict[str, Any] | None:
-    """Return what :func:`build` makes ``thing`` from, as plain Python.
+    """Return what :func:`build` makes ``thing`` from, as plain Python; ``None`` for ``None``.
 
-    Args:
-        thing: None, an object of this package with ``hparams``, or a class of ``torch.optim`` or a partial of one with
-            plain arguments.
-
-    Returns:
-        ``{"class_path": ..., "init_args": ..., "partial": ...}``, the last one telling a class that is still to be
-        called; ``{"name": ...}`` for what cannot be described; None for None.
+    Of objects of this package with ``hparams``, and of classes of ``torch.optim`` or partials of them, which are still
+    to be called (``partial``); of anything else its name alone.
     """
     if thing is None:
         return None
@@ -70,10 +65,6 @@ def describe(thing: Any) -> dict[str, Any] | None:
 
 def build(argument: str, description: Any) -> Any:
     """Return what was described; anything that is no description is returned as it is.
-
-    Args:
-        argument: The argument that it was given for, for messages.
-        description: What :func:`describe` returned.
 
     Raises:
         ValueError: The class is not one of this package's or of ``torch.optim``'s, is no network, optimizer or
@@ -160,9 +151,6 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
         "hidden": list(model.hidden),
         "cost": str(objective.cost),
         "fitting_cost": str(objective.fitting_cost),
-        "fitting_loss": describe(objective.fitting_loss)
-        if callable(objective.fitting_loss)
-        else objective.fitting_loss,
         **epsilons,
         **{name: describe(value) if callable(value) else value for name, value in functions.items()},
         "gap_reference": None if reference is None else {"shape": list(reference.shape)},

@@ -55,9 +55,6 @@ class SafelyLoaded(LightningModule):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return what a checkpoint of a :class:`MongeMap` holds, on the CPU.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, holds more than tensors and plain Python, or is no such checkpoint.
@@ -89,8 +86,8 @@ def _arguments_of(file: str | Path | IO[bytes], given: Mapping[str, Any]) -> dic
         checkpoint = _read(Path(file))
     found = checkpoint.get(_HYPER_PARAMETERS) if isinstance(checkpoint, dict) else None
     _check_hyper_parameters(found)
-    if isinstance(found, Mapping) and "rho" not in found and "reach" not in given:  # as it was called before
-        given = {"rho": found.get("reach"), **given, "reach": None}
+    if isinstance(found, Mapping) and {"rho", "reach"} & set(found) == {"reach"} and "reach" not in given:
+        given = {"rho": found["reach"], **given, "reach": None}  # as it was called before
     # Lightning's own function would import the classes that are named beside it.
     return {**given, INSTANTIATOR: None}
 

@@ -1,17 +1,24 @@
 """The epsilons of a map's training: decided once, plain numbers from then on, which its checkpoints keep."""
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.checks import check_number
-from lightning_gap.monge.objective import MapObjective
+from lightning_gap.monge.border import on_device
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
 from lightning_gap.monge.ot.priority_sampling import few_of
+from lightning_gap.monge.schedules import counts
+from lightning_gap.trainer.strategy import from_rank_zero
+
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
 
 __all__ = ["KeptEpsilons", "by_condition", "given_epsilon"]
 
@@ -24,21 +31,16 @@ class KeptEpsilons:
     Buffers of the module, by which every strategy's checkpoints hold them, are read when a run is set up or a state is
     loaded. In between the numbers go before: callbacks that average weights average buffers too, and exchange them in
     validation.
-
-    Args:
-        module: The module, which gets the buffers.
-        fitting: What was given for the fitting loss.
-        gap: What was given for the gap.
     """
 
-    def __init__(self, module: nn.Module, fitting: Epsilon, gap: Epsilon) -> None:
+    def __init__(self, model: "MongeMap", fitting: Epsilon, gap: Epsilon) -> None:
         self.given: Mapping[str, Epsilon] = {FITTING: fitting, GAP: gap}
-        self._module = module
+        self._model = model
         for name, epsilon in self.given.items():
             number = math.nan if epsilon.absolute is None else epsilon.absolute
-            module.register_buffer(name, torch.tensor(number))
-        module.register_buffer(STARTED, torch.zeros(()))  # a number, for callbacks that average buffers
-        module.register_load_state_dict_post_hook(self._loaded)
+            model.register_buffer(name, torch.tensor(number))
+        model.register_buffer(STARTED, torch.zeros(()))  # a number, for callbacks that average buffers
+        nn.Module.register_load_state_dict_post_hook(model, self._loaded)
         self.read()
 
     def _loaded(self, module: nn.Module, incompatible: Any) -> None:
@@ -46,12 +48,12 @@ class KeptEpsilons:
 
     def read(self) -> None:
         """Take the buffers' values."""
-        self._numbers = {name: float(getattr(self._module, name)) for name in (FITTING, GAP, STARTED)}
+        self._numbers = {name: float(getattr(self._model, name)) for name in (FITTING, GAP, STARTED)}
 
     def restore(self) -> None:
         """Give the buffers their values back, after averages were copied over them."""
         for name, number in self._numbers.items():
-            getattr(self._module, name).fill_(number)
+            getattr(self._model, name).fill_(number)
 
     def write_to(self, state: MutableMapping[str, Any]) -> None:
         """Give the entries of a state dictionary, which may be that of an average, the values."""
@@ -87,39 +89,30 @@ class KeptEpsilons:
         """Note that the map has taken its start."""
         self._keep(STARTED, 1.0)
 
-    def decide(
-        self,
-        pairs: Sequence[tuple[Weighted, Weighted]],
-        objective: MapObjective,
-        *,
-        gap_counts: bool,
-        again: bool,
-        take: Callable[[Tensor], Tensor],
-        agreed: Callable[[float], float],
-    ) -> list[str]:
-        """Decide what was not given as shares of typical costs, and return in words what other samples have decided.
+    def decide(self, pairs: Sequence[tuple[Weighted, Weighted]], *, again: bool) -> None:
+        """Decide what was not given as shares of the typical costs between the samples of each pair.
 
-        Once, so that the loss does not change under the optimizer's feet: what has been decided is only compared, if
-        these are all training samples (``again``) and not a batch. ``take`` brings samples to where the map takes them,
-        and ``agreed`` returns the number that all processes take.
+        Once, so that the loss does not change under the optimizer's feet: what has been decided is only compared, where
+        these are all training samples (``again``) and not a batch, and what differs is warned of.
 
         Raises:
             ValueError: One that is needed cannot be decided.
         """
         if all(epsilon.absolute is not None for epsilon in self.given.values()):
-            return []
+            return
+        model, objective = self._model, self._model.objective
         by_fit = objective.fitting_loss == "sinkhorn" or objective.reweight
-        pairs = few_of(pairs, take)
+        pairs = few_of(pairs, partial(on_device, model))
         kept = []
         for name, needed, cost, sets in (
             (FITTING, by_fit, objective.fitting_cost, [(y, y) for _, y in pairs]),
-            (GAP, gap_counts, objective.cost, pairs),
+            (GAP, counts(model.gap_weight), objective.cost, pairs),
         ):
             before = self._decided(name)
             if self.given[name].absolute is not None or (before is not None and not again):
                 continue
             try:
-                value = agreed(self.given[name].resolve(cost, *sets))
+                value = from_rank_zero(model.trainer, self.given[name].resolve(cost, *sets))
             except ValueError as error:
                 if needed and before is None:
                     where = "the training samples" if again else "the first training batch"
@@ -129,14 +122,18 @@ class KeptEpsilons:
                 self._keep(name, value)
             elif not 0.9 < before / value < 1.1:
                 kept.append(f"{name}={before:.3g}, which would be {value:.3g} by these samples")
-        return kept
+        if kept:
+            rank_zero_warn(
+                f"MongeMap goes on from an earlier fit on other samples, with its start and {', '.join(kept)}: "
+                "make a new MongeMap for other samples, or give the epsilons"
+            )
 
     def _decided(self, name: str) -> float | None:
         number = self._numbers[name]
         return number if math.isfinite(number) else None
 
     def _keep(self, name: str, value: float) -> None:
-        buffer: Tensor = getattr(self._module, name)
+        buffer: Tensor = getattr(self._model, name)
         # As a checkpoint holds it, so that a run that goes on from one takes the same number.
         self._numbers[name] = float(buffer.fill_(value))
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import WarningCache
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -85,18 +85,13 @@ class MapFigure(Callback):
         self.every_n_validations = every_n_validations
         self.samples = samples
         self.max_points = max_points
-        self.options: dict[str, Any] = {
-            "space": space,
-            "feature_names": feature_names,
-            "arrows": arrows,
-            "max_points": max_points,
-            "theme": theme,
-        }
+        self.options: dict[str, Any] = {"space": space, "feature_names": feature_names, "arrows": arrows}
+        self.options |= {"max_points": max_points, "theme": theme}
         self._validations = 0
         self._due = False
         self._drawn: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._figure: Figure | None = None
-        self._said: set[str] = set()
+        self._warned = WarningCache()
 
     @property
     def figure(self) -> "Figure | None":
@@ -127,9 +122,7 @@ class MapFigure(Callback):
         if not self._due or self.samples is not None or dataloader_idx:
             return
         if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[0], Tensor):
-            self._warn_once(
-                "batch", "MapFigure draws batches (source, target), and validation has others: give samples="
-            )
+            self._warned.warn("MapFigure draws batches (source, target), and validation has others: give samples=")
             return
         most = self.max_points
         if self._drawn and all(sum(len(x) for x, _, _ in parts) >= most for parts in self._drawn.values()):
@@ -176,7 +169,7 @@ class MapFigure(Callback):
         self._figure = plot_map(*sets, conditions=names, title=title, **self.options)
         deaf = sorted({type(logger).__name__ for logger in trainer.loggers if not takes_figures(logger)})
         if deaf:
-            self._warn_once("loggers", f"MapFigure: {', '.join(deaf)} takes no figures, so none is logged to it")
+            self._warned.warn(f"MapFigure: {', '.join(deaf)} takes no figures, so none is logged to it")
         log_figure(trainer.loggers, _KEY, lambda: self._figure, trainer.global_step)
 
     @override
@@ -186,11 +179,6 @@ class MapFigure(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = int(state_dict["validations"])
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            rank_zero_warn(message)
 
 
 def _conditions(batch: Any) -> Iterator[tuple[tuple[Any, ...], Tensor, Tensor, Tensor | None]]:

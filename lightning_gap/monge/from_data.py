@@ -1,17 +1,15 @@
 """What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.checks import check_choice
-from lightning_gap.monge.border import as_network_takes
+from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
 from lightning_gap.monge.epsilons import by_condition
 from lightning_gap.monge.maps.conditional import ConditionalMap
@@ -23,12 +21,11 @@ from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.features import feature_places, match_features
 from lightning_gap.monge.samples.files.read import open_table
 from lightning_gap.monge.samples.standardize import AffineRepresentation
-from lightning_gap.monge.schedules import counts
 from lightning_gap.monge.signs import unused_conditions
 from lightning_gap.monge.suitability import refuse_learned_cost
 from lightning_gap.monge.training_loss import gathered
 from lightning_gap.trainer.internals.of_lightning import trainer_if_any
-from lightning_gap.trainer.strategy import data_parallel_group, from_rank_zero
+from lightning_gap.trainer.strategy import data_parallel_group
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -37,7 +34,6 @@ __all__ = [
     "adopt",
     "begin",
     "begin_with_batch",
-    "check_gap_on",
     "chosen_map",
     "feature_texts",
     "note_conditions",
@@ -111,7 +107,13 @@ def note_conditions(model: "MongeMap") -> None:
 def begin(model: "MongeMap") -> bool:
     """Start the map and decide the epsilons, once, by all training samples; return whether the data tell them."""
     data = _data_of(model)
-    pairs = _training_pairs(data, decided=model.epsilons.complete)
+    if not hasattr(data, "training_samples") or (model.epsilons.complete and getattr(data, "endless", False)):
+        return False  # endless ones would have to be drawn, and for nothing
+    if hasattr(data, "training_pairs"):
+        pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+    else:
+        source, target = data.training_samples()
+        pairs = by_condition((source, None), (target, None))
     if pairs:
         _begin(model, pairs, data.training_samples, again=True)
     return bool(pairs)
@@ -134,53 +136,28 @@ def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
 
 @torch.no_grad()
 def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tensor, Tensor]], *, again: bool) -> None:
-    def taken(x: Tensor) -> Tensor:
-        return as_network_takes(model, x.to(model.device))
-
     for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
-        refuse_learned_cost(name, cost, taken(pairs[0][0].samples[:1]))
+        refuse_learned_cost(name, cost, on_device(model, pairs[0][0].samples[:1]))
     if not model.epsilons.started:
         if callable(start := getattr(model.map, "start", None)):
-            start(*(taken(part.flatten(0, -2)) for part in all_samples()))
+            start(*(on_device(model, part.flatten(0, -2)) for part in all_samples()))
         model.epsilons.start()
-    kept = model.epsilons.decide(
-        pairs, model.objective, gap_counts=counts(model.gap_weight), again=again, take=taken,
-        agreed=partial(from_rank_zero, model.trainer),
-    )  # fmt: skip
-    if kept:
-        rank_zero_warn(
-            f"MongeMap goes on from an earlier fit on other samples, with its start and {', '.join(kept)}: "
-            "make a new MongeMap for other samples, or give the epsilons"
-        )
+    model.epsilons.decide(pairs, again=again)
 
 
-def _training_pairs(data: Any, *, decided: bool) -> list[tuple[Weighted, Weighted]]:
-    """Return source and target of each condition; nothing where all is decided and they would have to be drawn."""
-    if not hasattr(data, "training_samples") or (decided and getattr(data, "endless", False)):
-        return []
-    if hasattr(data, "training_pairs"):
-        return [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
-    source, target = data.training_samples()
-    return by_condition((source, None), (target, None))
-
-
-def read_reference(samples: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Return the samples, and the names of their features where they have names."""
-    if samples is None:
-        return None, None
-    if isinstance(samples, Mapping):
-        return torch.zeros(samples["shape"]), None
-    table = open_table("gap_reference", samples)
-    return table.samples(None), table.features
-
-
-def check_gap_on(gap_on: GapOn | None, reference: Tensor | None) -> GapOn:
-    """Return where the gap is measured."""
+def read_reference(samples: Any, gap_on: GapOn | None) -> tuple[Tensor | None, tuple[str, ...] | None, GapOn]:
+    """Return the gap's reference samples, the names of their features or ``None``, and where it is measured."""
+    features, reference = None, None
+    if isinstance(samples, Mapping):  # of a checkpoint, whose state holds the samples
+        reference = torch.zeros(samples["shape"])
+    elif samples is not None:
+        table = open_table("gap_reference", samples)
+        reference, features = table.samples(None), table.features
     chosen = gap_on or ("source" if reference is None else "reference")
     check_choice("gap_on", chosen, get_args(GapOn))
     if chosen != "source" and reference is None:
         raise ValueError(f"gap_on={gap_on!r} needs gap_reference, samples of the reference measure: give them")
-    return chosen
+    return reference, features, chosen
 
 
 def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) -> nn.Module | None:
@@ -255,4 +232,4 @@ def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
     names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
     if vectors is not None:
         return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
-    return ConditionalMap(dim, conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)
+    return ConditionalMap(dim, num_conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)

@@ -83,7 +83,7 @@ class HeldOut:
             fitting_cost=model.fitting_cost,
             fitting_epsilon=model.epsilons.fitting,
             gap_epsilon=model.epsilons.gap,
-            reach=None if model.objective.reweight else model.objective.rho,
+            rho=None if model.objective.reweight else model.objective.rho,
             solver=model.solver,
             conditions=model.condition_names if named else None,
         )

@@ -18,7 +18,7 @@ from lightning_gap.monge.checkpoint import build, build_cost, build_representati
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
-from lightning_gap.monge.maps.residual import TransportMap
+from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.compiling import eager
@@ -169,7 +169,7 @@ class MongeMap(SafelyLoaded):
         self.epsilon_factor = number_or_schedule("epsilon_factor", build("epsilon_factor", epsilon_factor), above=0)
         self.conservative_weight = check_number("conservative_weight", conservative_weight, least=0)
         self.conservative_probes = check_integer("conservative_probes", conservative_probes)
-        reference, self.reference_features = from_data.read_reference(gap_reference)
+        reference, self.reference_features, gap_on = from_data.read_reference(gap_reference, gap_on)
         gap_reference = None  # Lightning compares each argument with the hyperparameters, which arrays do not bear
         self.register_buffer("gap_reference", reference)
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
@@ -181,7 +181,7 @@ class MongeMap(SafelyLoaded):
             fitting_loss=build("fitting_loss", fitting_loss),
             rho=check_epsilon("rho", renamed("reach", "rho", reach, rho)),
             reweight=bool(reweight),
-            gap_on=from_data.check_gap_on(gap_on, reference),
+            gap_on=gap_on,
             options=SolverOptions(solver, tolerance, max_iterations),
         )
         self.global_batch = bool(global_batch)

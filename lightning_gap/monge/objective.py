@@ -26,14 +26,7 @@ _LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
 
 
 class ObjectiveTerms(NamedTuple):
-    """What a map is trained by, and how well it is known.
-
-    Attributes:
-        loss: The fitting loss, the mean over the conditions.
-        gap: The gap, likewise; ``None`` if not asked for.
-        marginal_error: The largest L1 marginal error of all transport problems solved; 0 if there was none.
-        converged: Whether all of them reached the tolerance.
-    """
+    """Means over the conditions (``gap`` only if asked for), and how well the solver knows them, at the worst."""
 
     loss: Tensor
     gap: Tensor | None
@@ -48,16 +41,7 @@ class MapObjective:
     .. math::
         \Delta(T\sharp\mu, \nu) \quad\text{and}\quad M^c_{\rho, \varepsilon}(T)
 
-    Attributes:
-        cost: Ground cost of the gap.
-        fitting_cost: Ground cost of the Sinkhorn divergence, and of the plan that reweights.
-        fitting_loss: :math:`\Delta`: ``"sinkhorn"``, ``"energy"``, or a function of ``(n, d)`` images and ``(m, d)``
-            target samples, and of a keyword ``weights``, a pair, where there are weights.
-        rho: Strength of soft marginals, in units of the fitting cost; ``None`` for balanced transport.
-        reweight: Whether ``rho`` weighs the samples by the unbalanced plan between source and target (see
-            :func:`unbalanced_weights`), rather than softening the divergence's marginals.
-        gap_on: Where the gap is measured: on the source samples, on the reference's, or on both as one sample.
-        options: The solver of both terms; not ``"exact"``, which has no epsilon.
+    See :class:`MongeMap` for the fields; ``options`` are the solver's.
 
     Raises:
         ValueError: A choice is not known, or two do not go together.
@@ -105,19 +89,10 @@ class MapObjective:
         reference: tuple[Tensor, Tensor] | None = None,
         with_gap: bool = True,
     ) -> ObjectiveTerms:
-        """Return the fitting loss and the gap, each the mean over the conditions.
+        """Return the terms of ``(n, d)`` samples, or ``(K, n, d)`` of K conditions, which have been checked.
 
-        All but the costs' domains has been checked.
-
-        Args:
-            source: ``(n, d)`` samples, or ``(K, n, d)`` of K conditions.
-            mapped: Their images, of the same shape.
-            target: ``(m, d)`` samples, or ``(K, m, d)``.
-            fitting_epsilon: Regularization of the divergence, in units of its cost; 5 % of the mean cost if ``None``.
-            gap_epsilon: Regularization of the gap, likewise; 1 % if ``None``.
-            weights: ``(n,)`` and ``(m,)`` weights, or ``(K, n)`` and ``(K, m)``, of any positive sum.
-            reference: Further samples and their images, for ``gap_on``; of the shape of ``source`` but for n.
-            with_gap: Whether the gap is wanted.
+        Weights have any positive sum; ``reference`` are further samples and their images, for ``gap_on``. Epsilons that
+        are ``None`` are 5 % and 1 % of the mean cost.
 
         Raises:
             ValueError: A cost is not defined at some samples.
@@ -132,26 +107,15 @@ class MapObjective:
         regularizing: list[Problem] = []
         other: list[Tensor] = []
         soft = None if self.reweight else self.rho
+        how: dict[str, Any] = {"cost": self.fitting_cost, "epsilon": fitting_epsilon}
         for x, t, y, a, b, r, tr in zip(*each, strict=True):
             if self.reweight:
-                a, b = unbalanced_weights(
-                    x,
-                    y,
-                    cost=self.fitting_cost,
-                    epsilon=fitting_epsilon,
-                    rho=self.rho,
-                    weights=(a, b),
-                    solver=options.solver,
-                )
+                a, b = unbalanced_weights(x, y, rho=self.rho, weights=(a, b), solver=options.solver, **how)
             a, b = normalized(a), normalized(b)
             if self.fitting_loss == "sinkhorn":
                 for name, points in (("mapped", t), ("target", y)):
                     self.fitting_cost.check_domain(name, points)
-                fitting.append(
-                    divergence_problem(
-                        t, y, (a, b), options, cost=self.fitting_cost, epsilon=fitting_epsilon, rho=soft, check=False
-                    )
-                )
+                fitting.append(divergence_problem(t, y, (a, b), options, rho=soft, check=False, **how))
             elif self.fitting_loss == "energy":
                 other.append(energy_distance(t, y, weights=(a, b)))
             else:

@@ -41,7 +41,7 @@ def unused_conditions(net: nn.Module | None) -> str | None:
         return None
     return (
         f"the data have conditions, and {type(net).__name__} takes none: it is trained as one map for all of them. "
-        "Give a conditional map, such as ConditionalMap(dim, conditions=...), or data without conditions"
+        "Give a conditional map, such as ConditionalMap(dim, num_conditions=...), or data without conditions"
     )
 
 

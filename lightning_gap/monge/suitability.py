@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_gap.monge.maps.residual import StartedMap, TransportMap
+from lightning_gap.monge.maps.base import StartedMap, TransportMap
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.ot.costs import CallableCost, Cosine, Cost, Geodesic, SqEuclidean, TranslationInvariantCost
 from lightning_gap.monge.schedules import counts
@@ -19,32 +19,14 @@ from lightning_gap.monge.schedules import counts
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = [
-    "_check_costs_of_map",
-    "check_costs",
-    "check_run",
-    "modules_of_cost",
-    "refuse_learned_cost",
-    "share_optimal_maps",
-]
+__all__ = ["check_costs", "check_run", "modules_of_cost", "refuse_learned_cost", "share_optimal_maps"]
 
 _PROBES = 64
 _TOLERANCE = 1e-4
 
 
 def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *, gap_counts: bool) -> None:
-    """Refuse costs that a map of this package is not made for, and say where one suits it badly.
-
-    Args:
-        net: The network; of one of your own nothing is known.
-        cost: Ground cost of the gap.
-        fitting_cost: Ground cost of the divergence.
-        gap_counts: Whether the gap is trained by, rather than only measured.
-
-    Raises:
-        ValueError: The images of the map are off the sphere where a cost needs them to be on it, or the gap's cost has
-            other optimal maps than those that the map can be.
-    """
+    """Refuse costs that a map of this package is not made for, and say where one suits it badly."""
     if not isinstance(net, TransportMap):
         return
     kind, dim = type(net).__name__, net.dim
@@ -112,21 +94,7 @@ def share_optimal_maps(
 
     Decided by :math:`c(x, y) + c(x', y') - c(x, y') - c(x', y)`, which must be proportional, at some points.
 
-    Args:
-        cost: A cost.
-        other: Another one.
-        dim: Dimension of the points.
-        to_domain: Takes points to where both costs are defined; all of space by default.
-
-    Returns:
-        ``None`` where a cost cannot be evaluated at such points.
-
-    Example:
-        >>> from lightning_gap import costs
-        >>> share_optimal_maps(costs.SqEuclidean(), costs.SqPNorm(2.0), 3)
-        True
-        >>> share_optimal_maps(costs.SqEuclidean(), costs.Euclidean(), 3)
-        False
+    ``None`` where a cost cannot be evaluated at such points; ``to_domain`` takes them to where both costs are defined.
     """
     if cost == other:
         return True
@@ -160,13 +128,7 @@ def _on_sphere(points: Tensor) -> Tensor:
 def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> None:
     """Refuse a cost with parameters that would be trained: the gap over them is least where the cost is 0.
 
-    Args:
-        name: The caller's argument, for the message.
-        cost: The cost.
-        points: ``(n, d)`` samples at which it is tried; by default it is only searched for parameters.
-
-    Raises:
-        ValueError: It has such parameters.
+    It is tried at a point, where there are some, and else only searched for parameters.
     """
     if _is_of_the_package(cost):
         return

@@ -1,7 +1,7 @@
 """What a training step pays: the fitting loss and the regularizers of the global batch."""
 
 from functools import partial
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
 __all__ = ["gathered", "training_loss"]
+
+S = TypeVar("S", Tensor, Tensor | None)
 
 _PROBES = 1  # first entry of the key of random draws
 
@@ -71,11 +73,7 @@ def training_loss(model: "MongeMap", b: UnpairedBatch, batch_idx: int) -> tuple[
     return total, values
 
 
-@overload
-def gathered(samples: Tensor, group: RankGroup | None, dim: int = -2) -> Tensor: ...
-@overload
-def gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None: ...
-def gathered(samples: Tensor | None, group: RankGroup | None, dim: int = -2) -> Tensor | None:
+def gathered(samples: S, group: RankGroup | None, dim: int = -2) -> S:
     """Return the samples of all processes."""
     return samples if group is None or samples is None else group.gather_rows(samples, dim)
 

@@ -13,11 +13,6 @@ _LARGE = 16.0
 def advice(plan: RegimePlan, *, batchnorm: bool = False, ghosts: bool = False) -> Iterator[str]:
     """Yield what is doubtful or dear in a plan, a sentence each.
 
-    Args:
-        plan: The plan of the run.
-        batchnorm: Whether the model has BatchNorm layers.
-        ghosts: Whether they are normalized over ghost batches.
-
     Example:
         >>> from lightning_gap.regime import plan_regime
         >>> plan = plan_regime(reference_batch_size=128, batch_size=4096, samples=50_000, max_epochs=50)

@@ -95,14 +95,7 @@ class ReferenceAnswers:
     def begin(
         self, pl_module: LightningModule, loader: type, before: Callable[[], None], after: Callable[[], None]
     ) -> None:
-        """Answer with the reference run's lengths, until ``configure_optimizers`` has returned.
-
-        Args:
-            pl_module: The module, in whose ``configure_optimizers`` the run has one device too.
-            loader: The class of the training loader.
-            before: Called when ``configure_optimizers`` is.
-            after: Called when it has returned.
-        """
+        """Answer with the reference run's lengths, until ``configure_optimizers`` has returned."""
         trainer: Any = self._trainer
         trainer.__class__, self._lengths_on = self._reference, True
         self._module, self._users = pl_module, vars(pl_module).get("configure_optimizers")
@@ -135,13 +128,7 @@ class ReferenceAnswers:
         loader.__len__ = length  # type: ignore[attr-defined]
 
     def configured_otherwise(self, pl_module: LightningModule, loader: type, lengths: dict[str, Any]) -> Any:
-        """Return what ``configure_optimizers`` returns to other answers, and leave the module as it was.
-
-        Args:
-            pl_module: The module.
-            loader: The class of the training loader.
-            lengths: Other lengths by the name of the trainer's attribute.
-        """
+        """Return what ``configure_optimizers`` returns to other answers, and leave the module as it was."""
         trainer: Any = self._trainer
         module_has = dict(vars(pl_module))
         self._answers = lengths | dict.fromkeys(_ONE_DEVICE, 1)
@@ -176,12 +163,7 @@ class ReferenceAnswers:
 
     @contextmanager
     def at(self, epoch: int, update: int) -> Iterator[None]:
-        """Answer as the reference run does at one of its updates, its place included.
-
-        Args:
-            epoch: What its ``current_epoch`` is.
-            update: What its ``global_step`` is.
-        """
+        """Answer as the reference run does at one of its updates, its place included."""
         trainer: Any = self._trainer
         before = type(self._trainer), self._answers
         self._answers = {**self._ask(), "current_epoch": epoch, "global_step": update}

@@ -25,11 +25,7 @@ _PLAIN = Stepping()
 
 
 def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers whose learning rates are scaled already.
-
-    Raises:
-        ValueError: If one is.
-    """
+    """Refuse optimizers whose learning rates are scaled already."""
     if any(optimizer in _scaled for optimizer in optimizers):
         raise ValueError(
             "an optimizer of an earlier fit has come again, whose learning rates are scaled already. Make a new "
@@ -38,14 +34,7 @@ def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
 
 
 def scale(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float, moment_ratio: float) -> None:
-    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments.
-
-    Args:
-        optimizers: The optimizers.
-        schedulers: Their schedulers.
-        factor: What to multiply learning rates by.
-        moment_ratio: What to multiply 1 - beta by.
-    """
+    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments."""
     optimizers, schedulers = list(optimizers), list(schedulers)
     if factor != 1.0:
         _scaled.update(optimizers)
@@ -130,11 +119,7 @@ def clock_of(
 
 
 def check_rates(clock: ReferenceClock, plan: RegimePlan) -> None:
-    """Refuse a scheduler, of another library than torch, whose learning rates are not all known by their names.
-
-    Raises:
-        ValueError: If one is not, or if that cannot be seen.
-    """
+    """Refuse a scheduler, of another library than torch, whose learning rates are not all known by their names."""
     if plan.lr_factor == 1.0 or is_of_torch(clock.scheduler):
         return
     name = type(clock.scheduler).__name__

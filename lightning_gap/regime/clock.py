@@ -65,29 +65,17 @@ class ReferenceClock(NamedTuple):
     stepping: Stepping = Stepping()
 
     def steps(self, update: int) -> int:
-        """Return how many times the reference run steps the scheduler between the update before and this one.
-
-        Args:
-            update: The number of the update, from 1.
-        """
+        """Return how many times the reference run steps the scheduler between the update before and this one."""
         before, after = (self.reference_update(each) for each in (update - 1, update))
         return self.steps_until(after) - self.steps_until(before)
 
     def reference_update(self, update: int) -> int:
-        """Return how many updates the reference run has made after some of this run's.
-
-        Args:
-            update: Updates of this run.
-        """
+        """Return how many updates the reference run has made after some of this run's."""
         passed = floor(self.pace * update)
         return passed if self.last is None else min(passed, self.last)
 
     def steps_until(self, reference_update: int) -> int:
-        """Return how many times the reference run has stepped the scheduler after some of its updates.
-
-        Args:
-            reference_update: Updates of the reference run.
-        """
+        """Return how many times the reference run has stepped the scheduler after some of its updates."""
         epochs, within = divmod(reference_update, self.updates_per_epoch)
         if self.interval == "epoch":
             return epochs // self.frequency
@@ -101,11 +89,7 @@ class ReferenceClock(NamedTuple):
         return epochs * self.updates_per_epoch + (within + 1) * self.frequency
 
     def step_after(self, reference_update: int) -> None:
-        """Step the scheduler as the reference run does after one of its updates.
-
-        Args:
-            reference_update: The number of that update, from 1.
-        """
+        """Step the scheduler as the reference run does after one of its updates."""
         once, reference = self.stepping
         with reference((reference_update - 1) // self.updates_per_epoch, reference_update) if reference else _NOWHERE:
             once(self.scheduler)

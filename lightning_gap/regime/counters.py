@@ -21,14 +21,9 @@ from lightning_gap.trainer.internals.of_lightning import (
 )
 
 __all__ = [
-    "NEVER",
-    "EpochCounter",
-    "ValidationClock",
-    "epoch_counters",
-    "patience",
-    "validates_within_epochs",
+    "NEVER", "EpochCounter", "ValidationClock", "epoch_counters", "patience", "validates_within_epochs",
     "warn_of_other_counters",
-]
+]  # fmt: skip
 
 # More than any number of epochs or batches: an interval that never comes round.
 NEVER = 2**62
@@ -60,10 +55,6 @@ class EpochCounter:
         due = plan.reference_epochs_in(end) // self.every > plan.reference_epochs_in(start) // self.every
         self.put(type(self.users)(1) if due else self.no)
 
-    def give_back(self) -> None:
-        """Give the user's value back."""
-        self.put(self.users)
-
     def fate(self, plan: RegimePlan) -> str:
         """Return the counter's line in the table."""
         updates = float(self.every * cast(Any, plan.stretched_epoch))
@@ -76,9 +67,6 @@ def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
 
     Validation within an epoch has a :class:`ValidationClock`, and by time is left as it is. An ``EarlyStopping`` or
     ``ModelCheckpoint`` that waits for a validation follows the validations.
-
-    Args:
-        trainer: The trainer, whose callbacks have been set up, with the user's values in place.
     """
     if trainer.check_val_every_n_epoch is not None and _by_epochs(trainer):
         every = trainer.check_val_every_n_epoch
@@ -93,13 +81,7 @@ def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
 
 
 def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
-    """Yield how many updates of this run the patience of early stopping is, a line a callback.
-
-    Args:
-        trainer: The trainer, whose callbacks have been set up.
-        plan: The plan of the run, with lengths.
-        validations: The clock of validations within epochs, if there is one.
-    """
+    """Yield how many updates of this run the patience of early stopping is, a line a callback."""
     if plan.stretched_epoch is None:
         return
     within = None if validations is None else validations.every / plan.pace
@@ -152,11 +134,7 @@ class ValidationClock:
         self.after(update)
 
     def after(self, update: int | None) -> None:
-        """Say whether a validation follows now.
-
-        Args:
-            update: Updates made, if the batch that is over made one.
-        """
+        """Say whether a validation follows now."""
         due = bool(update) and self._made(cast(int, update)) > self._made(cast(int, update) - 1)
         self._trainer.val_check_batch = 1 if due else NEVER
         if self._epochs is not None:

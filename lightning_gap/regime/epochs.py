@@ -9,9 +9,6 @@ __all__ = ["share_of", "updates_in_epoch"]
 def share_of(train_longer: float) -> Fraction:
     """Return the share that was written: 1/10 for 0.1, which no binary number is.
 
-    Args:
-        train_longer: How far to go.
-
     Example:
         >>> share_of(0.1), share_of(1.0)
         (Fraction(1, 10), Fraction(1, 1))
@@ -21,11 +18,6 @@ def share_of(train_longer: float) -> Fraction:
 
 def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
     """Return how many batches one pass over the samples gives: ⌈N/B⌉, or ⌊N/B⌋ where the last is dropped.
-
-    Args:
-        samples: Samples in one pass, N.
-        batch_size: Samples in one batch, B.
-        drop_last: Whether an incomplete last batch is dropped.
 
     Example:
         >>> updates_in_epoch(50_000, 128), updates_in_epoch(50_000, 4096), updates_in_epoch(50_000, 128, drop_last=True)

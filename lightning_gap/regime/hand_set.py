@@ -36,12 +36,7 @@ def check_hand_set_rates(trainer: Any, pl_module: LightningModule) -> None:
 
 
 def sets_rate(line: str, groups: Iterable[str] = ()) -> bool:
-    """Return whether a line of code sets a learning rate to a number of its own.
-
-    Args:
-        line: The line.
-        groups: Further names of parameter groups.
-    """
+    """Return whether a line of code sets a learning rate to a number of its own."""
     named = "|".join([_GROUP, *(rf"\b{group}" for group in groups)])
     found = re.search(rf"^[^#]*?(?:{named}){_TO}", line)
     return found is not None and not _READS_RATE.search(found["value"])

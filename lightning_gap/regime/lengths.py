@@ -60,16 +60,7 @@ def check_lengths(
 
 
 def check_frequency(clock: ReferenceClock, plan: RegimePlan, batches: Iterable[int]) -> None:
-    """Refuse a scheduler that is stepped every so many updates as an epoch of this run has.
-
-    Args:
-        clock: The scheduler's clock.
-        plan: The plan of the run, with lengths.
-        batches: Further numbers of batches in an epoch of this run.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Refuse a scheduler that is stepped every so many updates as an epoch of this run has."""
     every = clock.frequency
     if clock.interval == "step" and plan.reclocked and every in _lengths(clock, plan, batches)[0]:
         raise ValueError(_told(clock, plan, f"{type(clock.scheduler).__name__}'s frequency", every, every))
@@ -200,13 +191,7 @@ def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
 def curve(
     plan: RegimePlan, rate: float, rollouts: Sequence[tuple[ReferenceClock, Rollout]]
 ) -> tuple[tuple[int, float, int, float], ...]:
-    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run.
-
-    Args:
-        plan: The plan of the run.
-        rate: The reference run's first learning rate.
-        rollouts: The schedules of the first optimizer that were rolled out.
-    """
+    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run."""
     points = []
     for quarter in range(5 if plan.updates else 0):
         before = quarter * ((plan.updates or 1) - 1) // 4

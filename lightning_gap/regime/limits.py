@@ -77,13 +77,7 @@ class RunLimits:
             trainer.fit_loop.max_epochs = -1
 
     def begin(self, trainer: Trainer, plan: RegimePlan, *, changed: bool) -> None:
-        """Put this run's in place as training starts, a checkpoint having been restored or not.
-
-        Args:
-            trainer: The trainer.
-            plan: The plan of the run.
-            changed: Whether the checkpoint is of another batch.
-        """
+        """Put this run's in place as training starts, a checkpoint having been restored or not."""
         if self._users is None:
             return
         epochs, steps = self._users.max_epochs if plan.epochs is None else plan.epochs, plan.max_steps

@@ -16,15 +16,9 @@ from lightning_gap.trainer.internals.of_lightning import shards_loaders, trainin
 from lightning_gap.trainer.strategy import data_parallel_size
 
 __all__ = [
-    "DataNotReady",
-    "Pass",
-    "batch_of_update",
-    "check_first_batch",
-    "effective_batch_size",
-    "pass_over_data",
-    "same_data",
-    "training_loader",
-]
+    "DataNotReady", "Pass", "batch_of_update", "check_first_batch", "effective_batch_size", "pass_over_data",
+    "same_data", "training_loader",
+]  # fmt: skip
 
 _GIVEN = "or pass batch_size=, and with it samples=, max_steps without max_epochs, or train_longer=False"
 _LR_ONLY = (
@@ -56,11 +50,7 @@ class Pass:
     replicas: int = 1
 
     def numbers_of_batches(self, accumulated: int) -> tuple[int, ...]:
-        """Return what a user may take for the updates of an epoch: batches whole or not, of a replica or of all.
-
-        Args:
-            accumulated: Batches in an update.
-        """
+        """Return what a user may take for the updates of an epoch: batches whole or not, of a replica or of all."""
         replicas_batch = self.batch_size // max(1, self.replicas)
         sizes = {self.batch_size, replicas_batch, self.batch_size * accumulated, replicas_batch * accumulated}
         counts = {self.batches, self.batches // accumulated}
@@ -68,11 +58,7 @@ class Pass:
         return tuple(sorted(counts))
 
     def samples_until(self, batches: int) -> int:
-        """Return how many samples the first batches of a pass have.
-
-        Args:
-            batches: Of one replica.
-        """
+        """Return how many samples the first batches of a pass have."""
         return min(self.samples, batches * self.batch_size)
 
 
@@ -156,11 +142,6 @@ def loader_batch_size(loader: Any) -> int:
 def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = None) -> Pass:
     """Return what one pass over the training data is, sharding among replicas included.
 
-    Args:
-        trainer: The trainer, in ``setup`` or later.
-        loader: Its training loader. Default: the one that the trainer has or will get.
-        samples: Samples in one pass over all replicas, where the loader does not tell.
-
     Returns:
         The samples of a pass, whether the last batch is dropped, and the batches that one replica gets.
 
@@ -235,13 +216,6 @@ def check_first_batch(batch: Any, expected: int) -> None:
     """Refuse a first batch that has not the samples of which the loader tells.
 
     A batch of no tensors, or one in which anything has as many parts as expected, is believed.
-
-    Args:
-        batch: What the loader yielded.
-        expected: The samples that it was to have.
-
-    Raises:
-        MisconfigurationException: If it has others.
     """
     tensors: list[int] = []
     parts: set[int] = {expected} if getattr(batch, "num_graphs", None) == expected else set()

@@ -18,10 +18,6 @@ _MOMENT_KEYS = ("betas", "alpha", "max_momentum", "base_momentum")
 def check_moments(optimizer: "Optimizer", ratio: float) -> None:
     r"""Refuse an optimizer whose moments would forget too much of the past for Adam's rule to hold.
 
-    Args:
-        optimizer: An optimizer of the reference run.
-        ratio: The batch that runs over the reference batch, :math:`\kappa`.
-
     Raises:
         ValueError: If :math:`\kappa (1 - \beta) \geq 1/2` for a :math:`\beta` of any group, or of the ends between
             which a scheduler moves it.
@@ -51,10 +47,6 @@ def scale_moments(optimizer: "Optimizer", ratio: float) -> None:
     r"""Turn the moments of Adam or RMSprop into those of a batch ``ratio`` times as large, in place.
 
     .. math:: 1 - \beta \to \kappa (1 - \beta), \qquad \epsilon \to \epsilon / \sqrt \kappa
-
-    Args:
-        optimizer: An optimizer with ``betas`` or ``alpha``.
-        ratio: The batch that runs over the reference batch, :math:`\kappa`.
 
     References:
         Malladi, Lyu, Panigrahi, Arora 2022, "On the SDEs and scaling rules for adaptive gradient algorithms".

@@ -108,10 +108,6 @@ def batch_verdict(batch_size: int, estimate: NoiseScaleEstimate) -> str:
     Training at the batch B to a given loss takes :math:`1 + B_c / B` times the fewest updates, and :math:`1 + B / B_c`
     times the fewest samples.
 
-    Args:
-        batch_size: The batch of the run, B.
-        estimate: What was measured.
-
     References:
         McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2.
 
@@ -143,12 +139,6 @@ def plan_verdict(
     To the same training loss the batch B takes :math:`(1 + B_c / B) / (1 + B_c / B_S)` times the updates of
     :math:`B_S`. It says nothing of generalization, for which Hoffer et al. train as many updates.
 
-    Args:
-        batch_size: The batch that runs, B.
-        reference_batch_size: The reference run's, :math:`B_S`.
-        estimate: What was measured.
-        planned: Updates of the plan over the reference run's, where both are known.
-
     Returns:
         The sentence; an empty one while the critical batch is not known.
 
@@ -177,11 +167,6 @@ def normalization_note(layers: Mapping[str, nn.Module], micro_batch: int, replic
 
     A micro-batch's gradient is then one sample of its own, so averages over more of them obey the same two equations,
     with the variance of a sample's gradient replaced by the samples of a group times the variance of a group's.
-
-    Args:
-        layers: What :func:`~lightning_gap.regime.sample_noise.mixing_layers` found; empty where no layer does.
-        micro_batch: Samples of a micro-batch.
-        replicas: Data-parallel processes, over which layers may join their statistics.
 
     Example:
         >>> normalization_note({"net.1": nn.BatchNorm1d(2)}, 16)

@@ -154,11 +154,7 @@ class RunPlanner:
             return self._regime.batch_size
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse data that are not what was planned for.
-
-        Raises:
-            MisconfigurationException: If the loader or the accumulation has changed.
-        """
+        """Refuse data that are not what was planned for."""
         if self.data is None:
             return
         found = (trainer.num_training_batches, self._batch_of_update(trainer))
@@ -170,12 +166,7 @@ class RunPlanner:
             )
 
     def reference_lengths(self, plan: RegimePlan, limits: Limits) -> dict[str, Any]:
-        """Return what the trainer answers in the reference run; nothing where an epoch's length is not known.
-
-        Args:
-            plan: The plan of the run.
-            limits: The user's.
-        """
+        """Return what the trainer answers in the reference run; nothing where an epoch's length is not known."""
         if not self.lengths and plan.reference_updates_per_epoch is not None:
             self.lengths = {
                 "max_epochs": limits.max_epochs,
@@ -190,10 +181,6 @@ class RunPlanner:
         """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths.
 
         It has as many epochs: so a number of this run's batches times the epochs does not change.
-
-        Args:
-            answers: What answered the first time.
-            pl_module: The module.
         """
         if answers is None or not self.lengths:
             return None

@@ -39,14 +39,7 @@ class ReferencePlateaus:
             self.metrics.update({key: float(known[key]) for key in keys if key in known})
 
     def step(self, trainer: Trainer, pl_module: LightningModule, before: int, now: int) -> None:
-        """Step those that the reference run has stepped meanwhile.
-
-        Args:
-            trainer: The trainer, with its metrics.
-            pl_module: Its module.
-            before: Reference epochs that were over when this epoch began.
-            now: Reference epochs that are over.
-        """
+        """Step those that the reference run has stepped meanwhile."""
         self.read(trainer)
         for config, every in self._configs:
             if now // every == before // every:
@@ -62,11 +55,7 @@ class ReferencePlateaus:
                 pl_module.lr_scheduler_step(cast(Any, config.scheduler), metric)
 
     def warn_of_late_metrics(self, trainer: Trainer) -> None:
-        """Warn of a metric that came after it was looked at.
-
-        Args:
-            trainer: The trainer, at the start of the next epoch.
-        """
+        """Warn of a metric that came after it was looked at."""
         for config, _ in self._configs:
             used, now = self.metrics.get(str(config.monitor)), trainer.callback_metrics.get(str(config.monitor))
             if used is not None and now is not None and used != float(now) and not math.isnan(used):

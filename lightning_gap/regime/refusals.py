@@ -17,16 +17,8 @@ __all__ = ["check_optimizers", "check_trainer", "keeps_lengths"]
 
 
 def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: bool, gradient_noise: bool) -> None:
-    """Refuse the trainers and modules whose batch or updates cannot be planned.
-
-    Args:
-        trainer: The trainer, in ``setup``.
-        pl_module: Its module.
-        train_longer: Whether the run is to make more updates than its epochs have.
-        gradient_noise: Whether samples are to be weighted.
-    """
+    """Refuse the trainers and modules whose batch or updates cannot be planned."""
     shorter = "pass train_longer=False to scale the learning rate alone."
-    limit = trainer.limit_train_batches  # 1 is one batch, 1.0 is all of them
     averages = _has(trainer, StochasticWeightAveraging)
     refusals = (
         (
@@ -62,8 +54,8 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
             f"EMAWeightAveraging, which average by updates, or {shorter}",
         ),
         (
-            train_longer and (isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches != 0),
-            f"limit_train_batches={limit} and overfit_batches={trainer.overfit_batches} cut the "
+            train_longer and _cuts_epochs(trainer),
+            f"limit_train_batches={trainer.limit_train_batches} and overfit_batches={trainer.overfit_batches} cut the "
             f"epoch in batches, whose size differs from the reference run's. Use a Subset of the data, or {shorter}",
         ),
         (
@@ -79,6 +71,11 @@ def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: boo
         rank_zero_warn("LargeBatchRegime: the swa_lrs of StochasticWeightAveraging are not scaled.")
 
 
+def _cuts_epochs(trainer: Any) -> bool:
+    limit = trainer.limit_train_batches  # 1 is one batch, 1.0 is all of them
+    return isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches != 0
+
+
 def _has(trainer: Any, kind: type[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in trainer.callbacks)
 
@@ -88,24 +85,16 @@ def keeps_lengths(trainer: Any, pl_module: LightningModule) -> bool:
 
     So they are where the updates of an epoch cannot be told, or something else changes them or the schedulers.
     """
-    limit = trainer.limit_train_batches
     return bool(
         not pl_module.automatic_optimization
         or _has(trainer, StochasticWeightAveraging)
-        or isinstance(limit, int)
-        or limit != 1.0
-        or trainer.overfit_batches != 0
+        or _cuts_epochs(trainer)
         or trainer.reload_dataloaders_every_n_epochs > 0
     )
 
 
 def check_optimizers(trainer: Trainer, plan: RegimePlan) -> None:
-    """Refuse the optimizers that the rule is not for, and those whose gradients cannot be clipped.
-
-    Args:
-        trainer: The trainer, with its optimizers configured and untouched.
-        plan: The plan of the run.
-    """
+    """Refuse the optimizers that the rule is not for, and those whose gradients cannot be clipped."""
     rule = plan.lr_rule if plan.rate is Rate.RULED else "none"
     for optimizer in trainer.optimizers:
         if not optimizer.param_groups:

@@ -34,14 +34,7 @@ def report(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> No
 
 
 def log_update(trainer: Trainer, pl_module: LightningModule, run: RegimeRun, reference_epoch: float) -> None:
-    """Log where a run is.
-
-    Args:
-        trainer: The trainer.
-        pl_module: Its module.
-        run: The run.
-        reference_epoch: How many epochs of the reference run are over.
-    """
+    """Log where a run is."""
     progress, warmup = run.progress, run.running.clock.warmups[0]
     facts: dict[str, Any] = {
         "updates": float(trainer.global_step),

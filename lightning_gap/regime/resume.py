@@ -36,10 +36,6 @@ def state_of(run: "RegimeRun") -> dict[str, Any]:
 def check_regime(plan: RegimePlan, saved: dict[str, Any]) -> RegimePlan:
     """Return the plan that goes on from a saved one.
 
-    Args:
-        plan: The plan of the run.
-        saved: What :meth:`RegimePlan.to_dict` returned when the checkpoint was written.
-
     Raises:
         MisconfigurationException: If the checkpoint is of another regime.
     """
@@ -55,11 +51,6 @@ def check_regime(plan: RegimePlan, saved: dict[str, Any]) -> RegimePlan:
 def refuse_unscaled(plan: RegimePlan, key: str, callbacks: dict[str, Any]) -> None:
     """Refuse to resume a run that was not of a regime: its learning rates would silently win.
 
-    Args:
-        plan: The plan of the run.
-        key: The key of the regime's state.
-        callbacks: The states of the checkpoint's callbacks.
-
     Raises:
         MisconfigurationException: If the regime is not among them, and changes something.
     """
@@ -73,12 +64,6 @@ def refuse_unscaled(plan: RegimePlan, key: str, callbacks: dict[str, Any]) -> No
 
 def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str, Any] | None) -> bool:
     """Take up what a checkpoint left; return whether it is of another batch.
-
-    Args:
-        trainer: The trainer, which has restored everything else.
-        plan: The plan of the run.
-        taken: What has been taken over.
-        saved: What :func:`state_of` returned when the checkpoint was written; ``None`` without one.
 
     Raises:
         MisconfigurationException: If it is of another batch, and cannot go on at this one.

@@ -18,13 +18,8 @@ from lightning_gap.regime.scaling import scale_optimizer
 from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
 
 __all__ = [
-    "Rollout",
-    "follows_its_factor",
-    "hidden_lengths",
-    "optimizer_of",
-    "roll_out",
-    "turns",
-]
+    "Rollout", "follows_its_factor", "hidden_lengths", "optimizer_of", "roll_out", "turns",
+]  # fmt: skip
 
 # No look ahead takes longer, in seconds: some hundred thousand updates of a schedule by updates.
 _PATIENCE = 4.0
@@ -54,9 +49,6 @@ class Rollout(NamedTuple):
 def roll_out(clock: ReferenceClock) -> Rollout:
     """Step a copy of a scheduler through the reference run; the scheduler and its optimizer are left as they are.
 
-    Args:
-        clock: The scheduler's clock; its ``last`` is the length of the reference run.
-
     Example:
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> linear = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / 4)
@@ -81,10 +73,6 @@ def roll_out(clock: ReferenceClock) -> Rollout:
 
 def follows_its_factor(clock: ReferenceClock, factor: float) -> bool | None:
     """Return whether all learning rates of a scheduler are known by name, so that scaling these scales its schedule.
-
-    Args:
-        clock: The scheduler's clock.
-        factor: What the learning rates are to be multiplied by.
 
     Returns:
         ``None`` where it cannot be copied, and so not be seen.
@@ -151,9 +139,6 @@ def _own(value: Any) -> Any:
 
 def turns(rates: list[float]) -> dict[str, int]:
     """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still.
-
-    Args:
-        rates: After each step of the scheduler, the first before any.
 
     Example:
         >>> turns([1.0, 0.5, 0.0, 0.0])

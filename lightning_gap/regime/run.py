@@ -110,13 +110,7 @@ class RegimeRun:
     # ------------------------------------------------------------------ plan
 
     def set_up(self, trainer: Trainer, pl_module: LightningModule, *, longer: bool) -> None:
-        """Plan, and let the trainer answer as in the reference run until its schedulers are made.
-
-        Args:
-            trainer: The trainer, in ``setup``.
-            pl_module: Its module.
-            longer: Whether the run makes more updates than its epochs have.
-        """
+        """Plan, and let the trainer answer as in the reference run until its schedulers are made."""
         truth = self.regime.stretch_schedulers is False
         try:
             self._make_plan(trainer)
@@ -166,13 +160,7 @@ class RegimeRun:
     # ---------------------------------------------------------------- change
 
     def take_over(self, trainer: Trainer, pl_module: LightningModule, *, rate_found: bool) -> None:
-        """Check all, then scale the learning rates and take over the schedulers' clocks.
-
-        Args:
-            trainer: The trainer, in ``on_fit_start``.
-            pl_module: Its module.
-            rate_found: Whether LearningRateFinder has set the learning rate.
-        """
+        """Check all, then scale the learning rates and take over the schedulers' clocks."""
         self._plan_late(trainer)
         plan = self.planned
         if self._answers is not None:
@@ -254,11 +242,7 @@ class RegimeRun:
             self.start_epoch(trainer.global_step if changed else self.progress.epoch_start)
 
     def start_epoch(self, update: int) -> None:
-        """Say what happens at the end of an epoch of this run.
-
-        Args:
-            update: Updates made before it.
-        """
+        """Say what happens at the end of an epoch of this run."""
         self.progress.epoch_start = update
         self.running.set_counters(self.planned, update)
 
@@ -270,12 +254,7 @@ class RegimeRun:
     # ---------------------------------------------------------------- resume
 
     def read(self, trainer: Trainer, callbacks: dict[str, Any]) -> None:
-        """Look at the checkpoint that is about to be restored.
-
-        Args:
-            trainer: The trainer.
-            callbacks: The states of its callbacks.
-        """
+        """Look at the checkpoint that is about to be restored."""
         if self.plan is None:
             self._early = callbacks
         else:
@@ -285,11 +264,7 @@ class RegimeRun:
             self.limits.lift_epochs(trainer)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Check that a checkpoint is of this regime, and go on where it was written.
-
-        Args:
-            state: The regime's state in it.
-        """
+        """Check that a checkpoint is of this regime, and go on where it was written."""
         if self.plan is None:
             return
         self.plan = check_regime(self.plan, state["plan"])

@@ -67,10 +67,6 @@ def sample_weights(rows: int, variance: float, *, seed: Sequence[int]) -> Tensor
 def output_module(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     """Return the part of a model whose output has one row a sample, by its name or as the only trainable child.
 
-    Args:
-        model: The whole model.
-        name: The part's name, as ``model.get_submodule`` takes it; ``None`` for the only child with weights to train.
-
     Raises:
         ValueError: If there is no such part, or several children have weights to train.
 
@@ -103,9 +99,6 @@ def mixing_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     BatchNorm of every kind, ghost and synchronized too, in training mode or without running statistics. What a module
     of your own, a call of ``torch.nn.functional.batch_norm`` or the loss mixes cannot be told.
-
-    Args:
-        model: The whole model, as it is while it trains.
 
     Example:
         >>> list(mixing_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.InstanceNorm1d(2))))
@@ -187,10 +180,6 @@ class SampleNoise:
         """Refuse a loss that reaches a weight other than through the output, or samples that interact.
 
         The number of calls is looked at every time, the rest once.
-
-        Args:
-            model: The whole model.
-            loss: The loss of the latest batch, before its backward pass.
 
         Raises:
             ValueError: If the module did not run exactly once, a weight gets an unweighted gradient, or the model

@@ -12,17 +12,9 @@ from lightning_gap.regime.moments import MOST_FORGOTTEN
 from lightning_gap.regime.rules import RULES
 
 __all__ = [
-    "EQUAL_SAMPLES",
-    "LR_RULES",
-    "MOST_FORGOTTEN",
-    "LRRule",
-    "check_rule",
-    "default_train_longer",
-    "lr_factor",
-    "rule_name",
-    "scale_optimizer",
-    "scaled",
-]
+    "EQUAL_SAMPLES", "LR_RULES", "MOST_FORGOTTEN", "LRRule", "check_rule", "default_train_longer", "lr_factor",
+    "rule_name", "scale_optimizer", "scaled",
+]  # fmt: skip
 
 LRRule = str | Callable[[float], float]
 
@@ -75,9 +67,6 @@ def lr_factor(rule: LRRule, ratio: float) -> float:
 def rule_name(rule: LRRule) -> str:
     """Return what to call a rule in tables and messages.
 
-    Args:
-        rule: A key of :data:`LR_RULES` or a callable.
-
     Example:
         >>> rule_name("sqrt"), rule_name(math.cbrt)
         ('sqrt', 'cbrt()')
@@ -88,9 +77,6 @@ def rule_name(rule: LRRule) -> str:
 def default_train_longer(rule: LRRule) -> float:
     """Return how far a rule goes from the reference run's epochs, 0, to its updates, 1, where nothing else is asked.
 
-    Args:
-        rule: A key of :data:`LR_RULES` or a callable.
-
     Example:
         >>> default_train_longer("sqrt"), default_train_longer("linear"), default_train_longer("adam")
         (1.0, 0.0, 0.0)
@@ -100,15 +86,6 @@ def default_train_longer(rule: LRRule) -> float:
 
 def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: float) -> str | None:
     """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes.
-
-    Args:
-        optimizer: An optimizer of the reference run.
-        rule: The name of the rule; one that is not in the table is the user's own and takes all.
-        ratio: The batch that runs over the reference batch.
-        train_longer: How far the run goes from the reference run's epochs to its updates.
-
-    Raises:
-        ValueError: If the rule is not for it.
 
     Example:
         >>> import torch
@@ -147,10 +124,6 @@ def scale_optimizer(optimizer: Optimizer, factor: float) -> None:
     """Multiply every learning rate that an optimizer holds, in place: those of its groups and its default.
 
     Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too.
-
-    Args:
-        optimizer: Any torch optimizer.
-        factor: What to multiply by.
 
     Example:
         >>> import torch

@@ -23,12 +23,7 @@ __all__ = ["check_schedulers", "stepping_of"]
 
 
 def stepping_of(pl_module: LightningModule, reference: Callable[[int, int], Any] | None) -> Stepping:
-    """Return how a module's schedulers are stepped: by the module where it does so by itself.
-
-    Args:
-        pl_module: The module.
-        reference: The context of a step, of the reference run's place.
-    """
+    """Return how a module's schedulers are stepped: by the module where it does so by itself."""
     if not is_overridden("lr_scheduler_step", pl_module):
         return Stepping(reference=reference)
     return Stepping(lambda scheduler: pl_module.lr_scheduler_step(scheduler, None), reference)
@@ -105,14 +100,7 @@ class _Asked:
         self._others: list[Any] | None = None
 
     def proves(self, clock: ReferenceClock, at: int, what: str, number: int) -> bool:
-        """Return whether a length, or without one the curve, of the n-th scheduler comes from the answers.
-
-        Args:
-            clock: The scheduler's clock.
-            at: The scheduler's place among all.
-            what: Where the length is.
-            number: The length.
-        """
+        """Return whether a length, or without one the curve, of the n-th scheduler comes from the answers."""
         if self._otherwise is None:
             return False
         if self._others is None:

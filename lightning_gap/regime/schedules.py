@@ -74,10 +74,6 @@ def scale_scheduler(scheduler: Any, factor: float) -> None:
     the factor. Of other schedulers than torch's, learning rates are known by their names; whether these were all, only
     a roll-out shows.
 
-    Args:
-        scheduler: Any torch scheduler, or one of timm's.
-        factor: What to multiply by.
-
     Example:
         >>> import torch
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -98,10 +94,6 @@ def scale_momentums(scheduler: LRScheduler, ratio: float) -> None:
 
     :math:`1 - \beta \to \kappa (1 - \beta)` is affine, so all values in between follow.
 
-    Args:
-        scheduler: Any torch scheduler.
-        ratio: The batch that runs over the reference batch, :math:`\kappa`.
-
     Example:
         >>> import torch
         >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
@@ -118,9 +110,6 @@ def scale_momentums(scheduler: LRScheduler, ratio: float) -> None:
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:
     """Return after how many steps a scheduler, or a part of it, ends or last turns, by attribute name.
-
-    Args:
-        scheduler: Any torch scheduler.
 
     Example:
         >>> import torch

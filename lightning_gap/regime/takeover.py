@@ -52,13 +52,7 @@ class Taken:
     noise: SampleNoise | None = None
 
     def weigh_samples(self, trainer: Trainer, module: nn.Module, variance: float) -> None:
-        """Weight the samples at random from now on. Collective.
-
-        Args:
-            trainer: The trainer.
-            module: The last module before the loss.
-            variance: Of the weights.
-        """
+        """Weight the samples at random from now on. Collective."""
         seed = from_rank_zero(trainer, torch.initial_seed())
         self.noise = SampleNoise(module, variance, seed=seed, rank=data_parallel_rank(trainer))
 
@@ -102,7 +96,7 @@ class Taken:
     def give_back(self) -> None:
         """Give everything back that is the user's."""
         for counter in self.counters:
-            counter.give_back()
+            counter.put(counter.users)
         self.counters = []
         if self.validations is not None:
             self.validations.give_back()
@@ -115,11 +109,6 @@ class Taken:
 
 def refused_as(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Return what a function returns; what it refuses by a ``ValueError`` is refused in the words of Lightning.
-
-    Args:
-        make: The function.
-        *args: Its arguments.
-        **options: Its arguments by name.
 
     Raises:
         MisconfigurationException: If it refuses.

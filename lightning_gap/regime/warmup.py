@@ -16,11 +16,6 @@ def warmup_factor(update: int, *, updates: int, factor: float) -> float:
 
     .. math:: 1 + (f - 1) \, \min\left(1, \frac{t - 1}{K}\right)
 
-    Args:
-        update: The number of the update, t, from 1.
-        updates: The length of the warm-up, K.
-        factor: What the learning rate is multiplied by after it, f.
-
     References:
         Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.2 (gradual warm-up).
 

@@ -77,7 +77,7 @@ ENTRIES = {
     "unbalanced weights": on_device(unbalanced_weights, rho=2.0),
     "gaussian map": on_device(gaussian_map),
     "residual map": lambda: ResidualMLP(2)(X.cuda()),
-    "conditional map": lambda: ConditionalMap(2, conditions=2)(X.cuda(), torch.zeros(24, dtype=torch.long)),
+    "conditional map": lambda: ConditionalMap(2, num_conditions=2)(X.cuda(), torch.zeros(24, dtype=torch.long)),
     "structured map": lambda: StructuredMap(2, cost="sqeuclidean")(X.cuda()),
     "sphere map": lambda: SphereMap(3)(torch.nn.functional.normalize(torch.rand(24, 3), dim=1)),
     "Brenier map": lambda: BrenierMap(2)(X.cuda()),

@@ -174,7 +174,7 @@ def test_maps_of_every_kind_run_on_the_device(device):
     labels = torch.arange(96) % 3
     sphere = torch.nn.functional.normalize(clouds(dim=3)[0], dim=1)
     for network, inputs in (
-        (ConditionalMap(2, conditions=3), (x, labels)),
+        (ConditionalMap(2, num_conditions=3), (x, labels)),
         (StructuredMap(2, cost="sqeuclidean"), (x,)),
         (SphereMap(3), (sphere,)),
     ):
@@ -188,11 +188,11 @@ def test_labels_are_checked_once_a_batch(device):
     # The map itself does not wait for the device: what it finds there ends the process, on CUDA.
     x, labels = clouds(12)[0], torch.tensor([0, 1, 3] * 4)
     batch = UnpairedBatch(x, x, condition=labels)
-    model = MongeMap(map=ConditionalMap(2, conditions=3))
+    model = MongeMap(map=ConditionalMap(2, num_conditions=3))
     batches = torch.utils.data.DataLoader([batch], batch_size=None)
     with pytest.raises(ValueError, match="condition has the label 3, but the map knows 3 conditions"):
         trainer(device).fit(model, batches, batches)
     with pytest.raises(ValueError, match="condition has the label 3"):
         trainer(device).predict(model, torch.utils.data.DataLoader([(x, labels)], batch_size=None))
     with pytest.raises(RuntimeError, match="none of 3 conditions, 0 to 2"):
-        ConditionalMap(2, conditions=3).to(device)(x.to(device), labels.to(device))
+        ConditionalMap(2, num_conditions=3).to(device)(x.to(device), labels.to(device))

@@ -2,36 +2,16 @@ import copy
 
 import pytest
 import torch
-import yaml
 from ghost_reference import one_after_another
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from ghost_runs import Net, Validated, data, ghosts, net, saving, trainer
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gap import LargeBatchRegime
-from lightning_gap.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostNorm
-
-
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4), nn.BatchNorm1d(4))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.mse_loss(self.net(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
-class Validated(Net):
-    def validation_step(self, batch, batch_idx):
-        self.training_step(batch, batch_idx)
+from lightning_gap.ghost import GhostBatchNorm, GhostNorm
 
 
 class Late(Validated):
@@ -63,35 +43,6 @@ class Witness(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         self.note("validation", pl_module)
-
-
-def data(n=64, batch_size=16):
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(2, n, 4, generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
-
-
-def trainer(*callbacks, folder=None, **options):
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "callbacks": list(callbacks),
-        "logger": CSVLogger(folder) if folder else False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**defaults | options)
-
-
-def net(kind=Net):
-    seed_everything(0, verbose=False)
-    return kind()
-
-
-def ghosts(module):
-    return [layer for layer in module.modules() if isinstance(layer, GhostNorm)]
 
 
 @pytest.mark.parametrize("kind", [Validated, Late])
@@ -145,10 +96,6 @@ def test_two_fits():
         assert ghosts(model) == []
 
 
-def saving(folder):
-    return ModelCheckpoint(folder, save_last=True)
-
-
 def test_resume_equals_an_uninterrupted_run(tmp_path):
     whole = net()
     trainer(GhostBatchNorm(4), saving(tmp_path / "whole"), max_epochs=4).fit(whole, data())
@@ -174,96 +121,6 @@ def test_checkpoints_load_with_and_without_the_callback(tmp_path, with_callback)
     assert int(model.net[1].num_batches_tracked) == 16 + 4
     trainer(*other, saving(tmp_path)).validate(model, data(), ckpt_path=path, verbose=False)
     assert ghosts(model) == []
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_layers_come_back_after_an_exception(error):
-    class Failing(Net):
-        def on_train_batch_end(self, *_):
-            raise error
-
-    model, callback = net(Failing), GhostBatchNorm(4)
-    with pytest.raises((RuntimeError, SystemExit)):
-        trainer(callback).fit(model, data())
-    assert ghosts(model) == []
-    healthy = net()
-    trainer(callback).fit(healthy, data())
-    assert int(healthy.net[1].num_batches_tracked) == 16
-
-
-def test_ghosts_of_the_users_own_come_back_as_they_were():
-    model = net()
-    model.net[1] = GhostBatchNorm1d(8, ghost_batch_size=8, running_stats="per_step")
-    trainer(GhostBatchNorm(4)).fit(model, data())
-    assert ghosts(model) == [model.net[1]]
-    assert (model.net[1].ghost_batch_size, model.net[1].running_stats) == (8, "per_step")
-    assert int(model.net[1].num_batches_tracked) == 16
-
-
-def test_two_callbacks_share_a_model():
-    class Sizes(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            self.seen = [layer.ghost_batch_size for layer in ghosts(pl_module)]
-
-    for skips, expected in ((("net.4", "net.1"), [4, 8]), (((), "net.1"), [4, 8]), (((), ()), [8, 8])):
-        model, sizes = net(), Sizes()
-        trainer(GhostBatchNorm(4, skip=skips[0]), GhostBatchNorm(8, skip=skips[1]), sizes).fit(model, data())
-        assert sizes.seen == expected
-        assert ghosts(model) == []
-
-
-def test_report_and_hyper_parameters(tmp_path, capsys):
-    run = trainer(GhostBatchNorm(4, grouping="strided", skip="net.4"), folder=tmp_path)
-    run.fit(net(), data())
-    printed = capsys.readouterr().out
-    assert printed.count("Ghost batch normalization") == 1
-    assert "net.4" in printed
-    with open(f"{run.logger.log_dir}/hparams.yaml") as file:
-        logged = yaml.safe_load(file)
-    expected = {
-        "ghost_batch_size": 4, "running_stats": "sequential", "grouping": "strided",
-        "converted_layers": 1, "skipped_layers": 1, "ranks_per_ghost": 1, "ghosts": "4 on each of 1 ranks",
-    }  # fmt: skip
-    assert logged == {f"lightning_gap/ghost/{name}": value for name, value in expected.items()}
-
-
-def test_layers_that_cannot_be_converted_are_reported(capsys):
-    model = net()
-    plain = model.net[1].forward
-    model.net[1].forward = lambda x: plain(x)
-    with pytest.warns(UserWarning, match=r"leaves layer 'net.1' as it is: it has had its forward replaced"):
-        trainer(GhostBatchNorm(4)).fit(model, data())
-    assert int(model.net[1].num_batches_tracked) == 4
-    assert int(model.net[4].num_batches_tracked) == 16
-
-
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_micro_batch_below_the_ghost_size_warns_once(accumulated):
-    models = [net(), net()]
-    with pytest.warns(UserWarning, match="sees 16 samples.*plain batch normalization over these 16") as caught:
-        trainer(GhostBatchNorm(32), max_epochs=2, accumulate_grad_batches=accumulated).fit(models[0], data())
-    assert len([w for w in caught if "ghost_batch_size=32" in str(w.message)]) == 1
-    trainer(max_epochs=2, accumulate_grad_batches=accumulated).fit(models[1], data())
-    for name, value in models[0].state_dict().items():
-        assert torch.equal(value, models[1].state_dict()[name])
-
-
-def test_a_batch_whose_size_is_not_known_warns_once_unless_rows_are_given():
-    class Odd(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch["pair"], batch_idx)
-
-    def collate(rows):
-        x, y = map(torch.stack, zip(*rows, strict=True))
-        return {"pair": (x, y), "other": torch.zeros(3)}
-
-    loader = DataLoader(data().dataset, batch_size=16, collate_fn=collate)
-    with pytest.warns(UserWarning, match="samples cannot be told.*each row.*rows_per_sample") as caught:
-        trainer(GhostBatchNorm(4), max_epochs=2).fit(net(Odd), loader)
-    assert len([w for w in caught if "cannot be told" in str(w.message)]) == 1
-    model = net(Odd)
-    trainer(GhostBatchNorm(4, rows_per_sample=1)).fit(model, loader)
-    assert int(model.net[1].num_batches_tracked) == 16
 
 
 def test_stochastic_weight_averaging_updates_statistics_over_ghosts():
@@ -383,71 +240,9 @@ def test_a_model_without_batchnorm_trains_as_it_is_where_asked():
         assert torch.equal(mine, theirs)
     with pytest.raises(MisconfigurationException, match="or set missing='warn'"):
         trainer(GhostBatchNorm(4)).fit(net(WithoutNorms), data(), data())
-    with pytest.raises(ValueError, match="missing must be 'error' or 'warn', got 'ignore'"):
+    with pytest.raises(ValueError, match="missing must be one of error, warn, got 'ignore'"):
         GhostBatchNorm(4, missing="ignore")
     model = net()
     model.net[1] = nn.SyncBatchNorm(8)  # something is wrong, not missing
     with pytest.raises(MisconfigurationException, match="SyncBatchNorm"):
         trainer(GhostBatchNorm(4, missing="warn")).fit(model, data())
-
-
-@pytest.mark.parametrize("error", [None, RuntimeError])
-def test_a_copy_made_in_training_is_handed_back_too(error):
-    class MeanTeacher(Net):
-        def on_train_start(self):
-            self.teacher = copy.deepcopy(self.net)
-
-        def training_step(self, batch, batch_idx):
-            self.seen = [type(layer) for layer in self.teacher if isinstance(layer, GhostNorm)]
-            self.rows = {layer.rows_per_sample for layer in (*self.teacher, *self.net) if isinstance(layer, GhostNorm)}
-            if error and batch_idx == 2:
-                raise error
-            return super().training_step(batch, batch_idx) + self.teacher(batch[0]).mean()
-
-    model = net(MeanTeacher)
-    model.own = GhostBatchNorm1d(3, ghost_batch_size=8)  # of the user's own, and a copy of it
-    model.own_copy = copy.deepcopy(model.own)
-    if error:
-        with pytest.raises(error):
-            trainer(GhostBatchNorm(4)).fit(model, data())
-    else:
-        trainer(GhostBatchNorm(4)).fit(model, data())
-        assert int(model.teacher[1].num_batches_tracked) == 16
-    assert model.seen == [GhostBatchNorm1d] * 2
-    assert len(model.rows) == 1  # it counts the samples of the same batch
-    assert ghosts(model) == [model.own, model.own_copy]
-    assert [type(model.teacher[i]) for i in (1, 4)] == [nn.BatchNorm1d] * 2
-
-
-def test_layers_added_in_training_become_ghosts_at_the_next_epoch():
-    class Growing(Net):
-        def on_train_epoch_start(self):
-            if self.current_epoch == 1:
-                self.net.append(nn.BatchNorm1d(4))
-                self.other = nn.BatchNorm1d(4)
-
-    model = net(Growing)
-    trainer(GhostBatchNorm(4, skip="net.4"), max_epochs=3).fit(model, data())
-    assert ghosts(model) == []
-    assert int(model.net[5].num_batches_tracked) == 4 + 16  # plain for an epoch
-    assert int(model.net[4].num_batches_tracked) == 3 * 4  # held back
-
-    class Unfit(Growing):
-        def on_train_epoch_start(self):
-            if self.current_epoch == 1:
-                self.other = nn.SyncBatchNorm(4)
-
-    with pytest.warns(UserWarning, match="added during training as it is: layer 'other' is a SyncBatchNorm") as caught:
-        trainer(GhostBatchNorm(4), max_epochs=4).fit(net(Unfit), data())
-    assert len([w for w in caught if "added during training" in str(w.message)]) == 1
-
-
-@pytest.mark.parametrize(("reference", "said"), [(4, False), (8, True)])
-def test_a_reference_run_of_another_batch_is_said(reference, said, capsys):
-    class Decaying(Net):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    trainer(LargeBatchRegime(reference, train_longer=False), GhostBatchNorm(4)).fit(net(Decaying), data())
-    printed = " ".join(capsys.readouterr().out.split())
-    assert ("reference run of LargeBatchRegime has 8 samples a batch, a ghost 4" in printed) == said

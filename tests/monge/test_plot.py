@@ -171,18 +171,18 @@ def test_the_graph_in_one_dimension():
     np.testing.assert_allclose(graph, [x[:, 0], 3 * x[:, 0]])
 
 
-def test_arrows_on_the_sphere_are_great_circles():
-    from lightning_gap.monge.plot import _disc, _great_circles
+def test_arrows_on_the_sphere_aregreat_circles():
+    from lightning_gap.monge.plot.sphere import disc, great_circles
 
     start, end = unit(normal(50, 3)), unit(normal(50, 3))
-    arcs = _great_circles(start, end)
+    arcs = great_circles(start, end)
     np.testing.assert_allclose(np.linalg.norm(arcs, axis=2), 1)
     np.testing.assert_allclose(arcs[:, 0], start, atol=1e-12)
     np.testing.assert_allclose(arcs[:, -1], end, atol=1e-12)
     np.testing.assert_allclose(np.einsum("npk,nk->np", arcs, np.cross(start, end)), 0, atol=1e-12)
-    np.testing.assert_allclose(_great_circles(start, start), np.repeat(start[:, None], 24, 1), atol=1e-9)
+    np.testing.assert_allclose(great_circles(start, start), np.repeat(start[:, None], 24, 1), atol=1e-9)
     # Equal areas: uniform points are uniform in the disc.
-    points = _disc(unit(normal(200_000, 3)), np.eye(3))
+    points = disc(unit(normal(200_000, 3)), np.eye(3))
     near = points[np.isfinite(points[:, 0])]
     assert len(near) == pytest.approx(100_000, rel=0.02)
     assert np.mean(np.linalg.norm(near, axis=1) ** 2 < 0.5) == pytest.approx(0.5, abs=0.01)

@@ -125,7 +125,7 @@ def test_a_checkpoint_of_a_pair_that_is_refused_today_can_be_used(tmp_path):
         trainer(max_steps=1).fit(loaded, samples())
 
 
-@pytest.mark.parametrize("make", [ResidualMLP, partial(ConditionalMap, conditions=2)])
+@pytest.mark.parametrize("make", [ResidualMLP, partial(ConditionalMap, num_conditions=2)])
 def test_a_start_for_another_cost_is_said(make):
     with pytest.warns(UserWarning, match="starts at the map that is optimal for the cost sqeuclidean"):
         MongeMap(map=make(2, start="gaussian"), cost="euclidean")
@@ -137,7 +137,7 @@ def test_a_start_for_another_cost_is_said(make):
 @pytest.mark.parametrize("argument", ["cost", "fitting_cost"])
 def test_maps_off_the_sphere_are_told_of_the_one_on_it(argument):
     message = rf"{argument}='geodesic' is a distance on the unit sphere, .* take SphereMap, as in MongeMap\(map=SphereM"
-    for options in ({"dim": 3}, {"map": ResidualMLP(3)}, {"map": ConditionalMap(3, conditions=2)}):
+    for options in ({"dim": 3}, {"map": ResidualMLP(3)}, {"map": ConditionalMap(3, num_conditions=2)}):
         with pytest.raises(ValueError, match=message):
             MongeMap(**options, **{argument: "geodesic"})
     x = normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), dim=-1)

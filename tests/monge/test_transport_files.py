@@ -195,7 +195,7 @@ def test_raw_samples_are_encoded_and_decoded(x):
 
 @pytest.fixture
 def conditional():
-    return moved(MongeMap(map=ConditionalMap(2, [8], conditions=2), condition_names=["a", "b"]))
+    return moved(MongeMap(map=ConditionalMap(2, [8], num_conditions=2), condition_names=["a", "b"]))
 
 
 def test_one_condition_for_all(conditional, x):
@@ -241,6 +241,19 @@ def test_what_fails_midway_leaves_nothing(model, x):
         run(model, "in.npy", "out.npy", overwrite=True)
     assert Path("out.npy").read_text() == "earlier"
     assert sorted(os.listdir()) == ["in.npy", "out.npy"]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "block_size"])
+def test_sizes_are_checked_before_anything_is_read(model, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        transport_file(model, "none.npy", "out.npy", **{name: 0})
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 23, 1000, None])
+def test_blocks_of_any_size_give_the_same_images(model, x, block_size):
+    np.save("in.npy", x)
+    assert transport_file(model, "in.npy", "out.npy", block_size=block_size) == N
+    assert np.allclose(np.load("out.npy"), images(model, x), atol=1e-6)
 
 
 def test_large_finite_samples_are_no_infinity(model):

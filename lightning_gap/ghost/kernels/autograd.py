@@ -6,20 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.as_channels import AS_CHANNELS, gradients_as_channels
 from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula
-from lightning_gap.ghost.kernels.layout import (
-    LIMITS,
-    Kernel,
-    Limits,
-    Maybe,
-    Run,
-    Tables,
-    channels_inside,
-    dense_like,
-    flat_view,
-    statistics_dtype,
-)
+from lightning_gap.ghost.kernels.layout import LIMITS, Kernel, Limits, Maybe, Run, Tables
 from lightning_gap.ghost.kernels.native import positions_as_channels
 from lightning_gap.ghost.kernels.one_by_one import ONE_BY_ONE
 from lightning_gap.ghost.kernels.side_by_side import SIDE_BY_SIDE
@@ -32,15 +22,15 @@ def gradients_over_ghosts(
     x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, runs: list[Run], wanted: bool, limits: Limits = LIMITS
 ) -> tuple[Maybe, Tensor]:
     """Return the gradient of x, if wanted, and those of weight and bias, (2, C)."""
-    inside = channels_inside(x)
-    flat = flat_view(x, inside)
-    flat_grad = flat_view(dense_like(grad_y, inside), inside)
+    inside = layout.channels_inside(x)
+    flat = layout.flat_view(x, inside)
+    flat_grad = layout.flat_view(layout.dense_like(grad_y, inside), inside)
     parts = _parts(flat, runs, limits)
     if len(parts) == 1 and parts[0].kernel is AS_CHANNELS and not positions_as_channels(flat):
         grad_x, total = gradients_as_channels(parts[0].run, flat, flat_grad, weight, tables, wanted)
         return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
     own = torch.empty_like(x) if wanted else None
-    out = None if own is None else flat_view(own, inside)
+    out = None if own is None else layout.flat_view(own, inside)
     total = tables.mean.new_zeros(2, x.shape[1])
     for run, rows, which, kernel in parts:
         target = None if out is None else out[rows]
@@ -85,11 +75,11 @@ def forward_over_ghosts(
     x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits = LIMITS
 ) -> tuple[Tensor, ...]:
     """Return the output, and means, unbiased variances and 1/σ of all ghosts, each (ghosts, C)."""
-    y, inside = torch.empty_like(x), channels_inside(x)
+    y, inside = torch.empty_like(x), layout.channels_inside(x)
     ghosts = sum(run.ghosts for run in runs)
-    tables = [x.new_zeros(ghosts, x.shape[1], dtype=statistics_dtype(x)) for _ in range(3)]
-    flat = flat_view(x, inside)
-    flat_y = flat_view(y, inside)
+    tables = [x.new_zeros(ghosts, x.shape[1], dtype=layout.statistics_dtype(x)) for _ in range(3)]
+    flat = layout.flat_view(x, inside)
+    flat_y = layout.flat_view(y, inside)
     for run, rows, which, kernel in _parts(flat, runs, limits):
         part = Tables(*(t[which] for t in tables))
         kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, part, limits)

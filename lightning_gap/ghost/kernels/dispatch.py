@@ -5,18 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.autograd import over_ghosts
 from lightning_gap.ghost.kernels.formula import formula
-from lightning_gap.ghost.kernels.layout import (
-    LIMITS,
-    Limits,
-    Maybe,
-    Normalized,
-    Run,
-    channels_inside,
-    dense,
-    in_statistics_dtype,
-)
+from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized, Run
 from lightning_gap.ghost.kernels.operator import ghost_norm
 from lightning_gap.ghost.transforms import looks_into_operations
 
@@ -45,7 +37,7 @@ def normalize(
         return formula(x, weight, bias, eps, runs)
     first, positions = runs[0], math.prod(x.shape[2:])
     large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= limits.large_ghost
-    if first.strided and large and positions > 1 and channels_inside(x):
+    if first.strided and large and positions > 1 and layout.channels_inside(x):
         # No native call takes these ghosts where they lie, and they fill the cache: two copies are cheaper.
         inside = x.movedim(1, -1)
         inside = _with_rest(first.split(inside).transpose(0, 1), inside[first.stop :])
@@ -54,12 +46,12 @@ def normalize(
         inside = y.movedim(1, -1)
         dealt = first._replace(strided=False).split(inside).transpose(0, 1)
         return _with_rest(dealt, inside[first.stop :]).movedim(-1, 1), mean, var
-    weight, bias = in_statistics_dtype(x, weight, bias)
+    weight, bias = layout.in_statistics_dtype(x, weight, bias)
     if opaque:
         numbers = [number for run in runs for number in (run.start, run.stop, run.ghosts, int(run.strided))]
-        y, mean, var, _ = ghost_norm(dense(x), weight, bias, eps, numbers)
+        y, mean, var, _ = ghost_norm(layout.dense(x), weight, bias, eps, numbers)
         return y, mean.detach(), var.detach()
-    y, mean, var, _ = over_ghosts(dense(x), weight, bias, eps, runs, limits)
+    y, mean, var, _ = over_ghosts(layout.dense(x), weight, bias, eps, runs, limits)
     return y, mean, var
 
 

@@ -3,15 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_gap.ghost.kernels import native
 from lightning_gap.ghost.kernels.layout import Kernel, Limits, Maybe, Run, Tables
-from lightning_gap.ghost.kernels.native import (
-    coefficients,
-    gradient_sums,
-    input_gradient,
-    moments,
-    positions_as_channels,
-    transform,
-)
 from lightning_gap.trainer.internals.of_torch import native_batch_norm_out
 
 __all__ = ["ONE_BY_ONE"]
@@ -22,7 +15,7 @@ def _forward(
 ) -> None:
     rows = len(x) // run.ghosts
     parts = zip(x.split(rows), y.split(rows), *tables, strict=True)
-    if not positions_as_channels(x):
+    if not native.positions_as_channels(x):
         for part, out, mean, var, invstd in parts:
             # With momentum 1 the kernel's running statistics are the batch's own mean and unbiased variance. They are
             # blended with what the buffers hold at weight 0, which must not be NaN: the tables come as zeros.
@@ -34,27 +27,27 @@ def _forward(
     n = x.numel() // (run.ghosts * x.shape[1])
     one = torch.ones_like(tables.mean[0])
     for part, out, mean, var, invstd in parts:
-        center, spread = moments(part)
+        center, spread = native.moments(part)
         mean.copy_(center)
         var.copy_(spread)
         invstd.copy_(spread.add_(eps).rsqrt_())
         scale = invstd if weight is None else invstd * weight
-        transform(part, out, scale, bias, mean, one, 0.0)
+        native.transform(part, out, scale, bias, mean, one, 0.0)
     tables.var.mul_(n / (n - 1))
 
 
 def _backward(run: Run, x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, out: Maybe, limits: Limits) -> Tensor:
     rows = len(x) // run.ghosts
-    scale, slopes, shifts = coefficients(weight, tables.invstd, x.numel() // (run.ghosts * x.shape[1]))
+    scale, slopes, shifts = native.coefficients(weight, tables.invstd, x.numel() // (run.ghosts * x.shape[1]))
     sums = scale.new_empty(2, *scale.shape)
     for i, (part, grad) in enumerate(zip(x.split(rows), grad_y.split(rows), strict=True)):
         mean = tables.mean[i]
-        products, total = gradient_sums(part, grad, mean, tables.invstd[i])
+        products, total = native.gradient_sums(part, grad, mean, tables.invstd[i])
         sums[0, i], sums[1, i] = products, total
         if out is not None:
             slope = products * slopes[i]
             shift = torch.addcmul(total * shifts[i], slope, mean, value=-1)
-            input_gradient(part, grad, out[i * rows : (i + 1) * rows], scale[i], slope, shift, limits)
+            native.input_gradient(part, grad, out[i * rows : (i + 1) * rows], scale[i], slope, shift, limits)
     return sums.sum(1)
 
 

@@ -5,21 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gap.ghost.kernels import layout, native
 from lightning_gap.ghost.kernels.autograd import where_wanted
 from lightning_gap.ghost.kernels.formula import formula_over_ranks, gradients_of_formula, refuse_one_value
-from lightning_gap.ghost.kernels.layout import (
-    LIMITS,
-    Limits,
-    Maybe,
-    Normalized,
-    channels_inside,
-    dense,
-    dense_like,
-    flat_view,
-    in_statistics_dtype,
-    statistics_dtype,
-)
-from lightning_gap.ghost.kernels.native import coefficients, gradient_sums, input_gradient, moments, transform
+from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized
 from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.ranks.group import RankGroup
 
@@ -45,8 +34,8 @@ def normalize_over_ranks(
     """
     if looks_into_operations():
         return formula_over_ranks(x, weight, bias, eps, ranks)
-    weight, bias = in_statistics_dtype(x, weight, bias)
-    y, mean, var, *_ = _RankGhostNorm.apply(dense(x), weight, bias, eps, ranks, limits)  # type: ignore[no-untyped-call]
+    weight, bias = layout.in_statistics_dtype(x, weight, bias)
+    y, mean, var, *_ = _RankGhostNorm.apply(layout.dense(x), weight, bias, eps, ranks, limits)  # type: ignore[no-untyped-call]
     return y, mean, var
 
 
@@ -60,12 +49,12 @@ class _RankGhostNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Maybe, bias: Maybe, eps: float, ranks: RankGroup, limits: Limits
     ) -> tuple[Tensor, ...]:
-        y, inside, channels = torch.empty_like(x), channels_inside(x), x.shape[1]
-        flat = flat_view(x, inside)
+        y, inside, channels = torch.empty_like(x), layout.channels_inside(x), x.shape[1]
+        flat = layout.flat_view(x, inside)
         values = flat.numel() // channels
-        mean, var = flat.new_zeros(2, channels, dtype=statistics_dtype(x))
+        mean, var = flat.new_zeros(2, channels, dtype=layout.statistics_dtype(x))
         if values:
-            mean, var = (t.to(mean.dtype) for t in moments(flat))
+            mean, var = (t.to(mean.dtype) for t in native.moments(flat))
         # Which layer and how many values, then the moments, of one length: ranks that have met different layers are
         # told, and do not read each other's numbers.
         spare = mean.new_zeros(2 * max(0, ranks.channels - channels))
@@ -79,8 +68,8 @@ class _RankGhostNorm(torch.autograd.Function):
         refuse_one_value(count, ranks)
         var, unbiased = squares / count, squares / (count - 1)
         if values:
-            flat_y = flat_view(y, inside)
-            transform(flat, flat_y, weight, bias, mean, var, eps)
+            flat_y = layout.flat_view(y, inside)
+            native.transform(flat, flat_y, weight, bias, mean, var, eps)
         return y, mean[None], unbiased[None], (var + eps).rsqrt(), count
 
     @staticmethod
@@ -98,20 +87,22 @@ class _RankGhostNorm(torch.autograd.Function):
                 lambda: formula_over_ranks(x, weight, bias, ctx.eps, ctx.ranks)[0], ctx, (x, weight, bias), grad_y
             )
             return *gradients, None, None, None
-        inside, mean = channels_inside(x), mean[0]
-        flat = flat_view(x, inside)
-        flat_grad = flat_view(dense_like(grad_y, inside), inside)
+        inside, mean = layout.channels_inside(x), mean[0]
+        flat = layout.flat_view(x, inside)
+        flat_grad = layout.flat_view(layout.dense_like(grad_y, inside), inside)
         own = mean.new_zeros(2, len(mean))
         if flat.numel():
-            own = torch.stack(gradient_sums(flat, flat_grad, mean, invstd))
+            own = torch.stack(native.gradient_sums(flat, flat_grad, mean, invstd))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
             products, total = ctx.ranks.sum(own)
             if flat.numel():
-                scale, slope, shift = coefficients(weight, invstd, count)
+                scale, slope, shift = native.coefficients(weight, invstd, count)
                 slope = products * slope
                 shift = torch.addcmul(total * shift, slope, mean, value=-1)
-                input_gradient(flat, flat_grad, flat_view(grad_x, inside), scale, slope, shift, ctx.limits)
+                native.input_gradient(
+                    flat, flat_grad, layout.flat_view(grad_x, inside), scale, slope, shift, ctx.limits
+                )
         # Of weight and bias this rank's share: the strategy adds them up.
         return grad_x, *where_wanted(ctx, own), None, None, None

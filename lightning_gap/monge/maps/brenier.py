@@ -3,25 +3,23 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.checks import check_count
-from lightning_gap.monge.maps.residual import TransportMap
+from lightning_gap.checks import check_integer, renamed
+from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.starts import BrenierStart, plan_start
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
-from lightning_gap.monge.ot.solve import optimal_transport
 
-__all__ = ["BrenierMap", "BrenierStart"]
-
-BrenierStart = Literal["identity", "gaussian", "plan"]
+__all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
-_PLAN_LR, _PLAN_TOLERANCE = 3e-2, 1e-2
+_PLAN_LR = 3e-2
 
 
 class BrenierMap(TransportMap):
@@ -53,9 +51,10 @@ class BrenierMap(TransportMap):
         start: What :meth:`start` fits the map to before the first update: ``"gaussian"``, the Gaussian map between the
             samples; ``"plan"``, the barycentric projection of an entropic plan between all samples (Seguy et al. 2018,
             "Large-Scale Optimal Transport and Mapping Estimation", section 4); ``"identity"`` leaves it near there.
-        plan_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
         plan_samples: Most samples of each set in the plan: its time grows with their square.
         plan_steps: Steps of the fit to the plan.
+        plan_epsilon: Old name of ``plan_relative_epsilon``.
 
     Raises:
         TypeError: ``hidden`` is no sequence, or a count no integer.
@@ -85,30 +84,26 @@ class BrenierMap(TransportMap):
         hidden: Sequence[int] = (64, 64, 64),
         *,
         start: BrenierStart = "gaussian",
-        plan_epsilon: float = 0.002,
+        plan_relative_epsilon: float = 0.002,
         plan_samples: int = 16_384,
         plan_steps: int = 3000,
+        plan_epsilon: float | None = None,
     ) -> None:
         if start not in get_args(BrenierStart):
             raise ValueError(f"start must be one of {', '.join(get_args(BrenierStart))}, got {start!r}")
-        check_epsilon("plan_epsilon", plan_epsilon)
-        check_count("plan_samples", plan_samples)
-        check_count("plan_steps", plan_steps)
-        super().__init__(
-            dim,
-            hidden,
-            "softplus",
-            start=start,
-            plan_epsilon=plan_epsilon,
-            plan_samples=plan_samples,
-            plan_steps=plan_steps,
-        )
+        share = renamed("plan_epsilon", "plan_relative_epsilon", plan_epsilon, None)
+        share = plan_relative_epsilon if share is None else share
+        plan: dict[str, Any] = {"plan_relative_epsilon": check_epsilon("plan_relative_epsilon", share)}
+        plan |= {"plan_samples": plan_samples, "plan_steps": plan_steps}
+        for name in ("plan_samples", "plan_steps"):
+            check_integer(name, plan[name])
+        super().__init__(dim, hidden, "softplus", start=start, **plan)
         widths = list(hidden)
         if not widths:
             raise ValueError("a convex potential needs at least one hidden layer, got hidden=(): write hidden=(64, 64)")
         self.widths = widths
         self.starts_at = start
-        self.plan_epsilon, self.plan_samples, self.plan_steps = plan_epsilon, plan_samples, plan_steps
+        self.plan_relative_epsilon, self.plan_samples, self.plan_steps = share, plan_samples, plan_steps
         total = sum(widths)
         self.slopes = nn.Parameter(torch.randn(total, dim) * dim**-0.5)
         self.biases = nn.Parameter(torch.empty(total).uniform_(-1, 1))
@@ -184,9 +179,9 @@ class BrenierMap(TransportMap):
         A, b = gaussian_map(source, target, shrinkage="auto")
         self._fit(source.to(dtype), (source.double() @ A + b).to(dtype), _GAUSSIAN_STEPS, _GAUSSIAN_LR)
         if self.starts_at == "plan":
-            x, y = (_some(samples, self.plan_samples) for samples in (source, target))
-            plan = optimal_transport(x, y, relative_epsilon=self.plan_epsilon, tolerance=_PLAN_TOLERANCE)
-            self._fit(x.to(dtype), plan.barycentric_projection().to(dtype), self.plan_steps, _PLAN_LR)
+            share, most = self.plan_relative_epsilon, self.plan_samples
+            x, images = plan_start(source, target, relative_epsilon=share, most=most)
+            self._fit(x.to(dtype), images.to(dtype), self.plan_steps, _PLAN_LR)
         self.started.fill_(1)
 
     @torch.no_grad()
@@ -215,15 +210,6 @@ class BrenierMap(TransportMap):
                 optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-
-
-def _some(samples: Tensor, most: int) -> Tensor:
-    """Return at most so many of the samples, drawn at random."""
-    if len(samples) <= most:
-        return samples
-    return samples[
-        torch.randperm(len(samples), generator=torch.Generator().manual_seed(0), device="cpu")[:most].to(samples.device)
-    ]
 
 
 def _positive(n_out: int, n_in: int) -> nn.Parameter:

@@ -5,8 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gap.monge.maps.networks import Activation, network
-from lightning_gap.monge.maps.residual import ResidualMLP, Start, StartedMap
+from lightning_gap.checks import renamed
+from lightning_gap.monge.maps.base import StartedMap
+from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.perceptron import Activation
+from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ConditionalMap"]
 
@@ -21,19 +25,20 @@ class ConditionalMap(ResidualMLP):
         dim: Dimension :math:`d` of the samples.
         hidden: Widths of the hidden layers.
         activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
-        conditions: Number K of categories: conditions are labels 0 to K - 1. Or else
+        num_conditions: Number K of categories: they are labels 0 to K - 1. Or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
         start: As in :class:`ResidualMLP`, from the samples of all conditions together.
+        conditions: Old name of ``num_conditions``.
 
     Raises:
         TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: Not just one of ``conditions`` and ``condition_dim`` is given, a number is not a positive integer,
-            or a name is not known.
+        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, a number is not a positive
+            integer, or a name is not known.
 
     Example:
         >>> import torch
-        >>> drug, dose = ConditionalMap(2, conditions=3), ConditionalMap(2, condition_dim=1)
+        >>> drug, dose = ConditionalMap(2, num_conditions=3), ConditionalMap(2, condition_dim=1)
         >>> x = torch.randn(5, 2)
         >>> drug(x, torch.tensor([0, 0, 1, 2, 2])).shape, dose(x, torch.rand(5, 1)).shape
         (torch.Size([5, 2]), torch.Size([5, 2]))
@@ -45,15 +50,16 @@ class ConditionalMap(ResidualMLP):
         hidden: Sequence[int] = (128, 128, 128),
         activation: Activation = "gelu",
         *,
-        conditions: int | None = None,
+        num_conditions: int | None = None,
         condition_dim: int | None = None,
         embedding_dim: int = 32,
         start: Start = "identity",
+        conditions: int | None = None,
     ) -> None:
-        if conditions is None and condition_dim is None:
-            raise ValueError("give conditions=, the number of categories, or condition_dim=, the dimension of vectors")
-        kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
-        kinds["embedding_dim"] = embedding_dim
+        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
+        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
+        if kinds["num_conditions"] is None and condition_dim is None:
+            raise ValueError("give num_conditions=, the number of categories, or condition_dim=, that of vectors")
         StartedMap.__init__(self, dim, hidden, activation, start, **kinds)
         self.displacement = network(dim, hidden, activation, **kinds)
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_gap.monge.maps.networks import Activation, network
-from lightning_gap.monge.maps.residual import TransportMap
+from lightning_gap.checks import renamed
+from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.perceptron import Activation
 
-__all__ = ["SphereMap"]
+__all__ = ["SphereMap", "circle"]
 
 # Below this square of an angle, its cosine and cardinal sine are those of their series, whose derivatives are finite.
 _SMALL = 0.01
@@ -30,9 +32,10 @@ class SphereMap(TransportMap):
         dim: Dimension :math:`d` of the space around the sphere, at least 2: 3 for the globe.
         hidden: Widths of the hidden layers.
         activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
-        conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
+        num_conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
+        conditions: Old name of ``num_conditions``.
 
     Raises:
         TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
@@ -52,12 +55,13 @@ class SphereMap(TransportMap):
         hidden: Sequence[int] = (128, 128, 128),
         activation: Activation = "gelu",
         *,
-        conditions: int | None = None,
+        num_conditions: int | None = None,
         condition_dim: int | None = None,
         embedding_dim: int = 32,
+        conditions: int | None = None,
     ) -> None:
-        kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
-        kinds["embedding_dim"] = embedding_dim
+        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
+        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
         super().__init__(dim, hidden, activation, **kinds)
         if dim == 1:
             raise ValueError("dim must be at least 2, got 1: the sphere of R¹ is two points, which no map moves")
@@ -75,7 +79,7 @@ class SphereMap(TransportMap):
         point = point / norm
         v: Tensor = self.displacement(*arguments).to(point.dtype)
         v = v - (v * point).sum(-1, keepdim=True) * point
-        cosine, cardinal_sine = _circle(v.square().sum(-1, keepdim=True))
+        cosine, cardinal_sine = circle(v.square().sum(-1, keepdim=True))
         image = cosine * point + cardinal_sine * v
         length: Tensor = vector_norm(image, dim=-1, keepdim=True)
         return (image / length).to(x.dtype)
@@ -90,8 +94,12 @@ def _check_on_sphere(norm: Tensor, tolerance: float) -> None:
         )
 
 
-def _circle(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``cos θ`` and ``sin θ / θ`` of the angle's square, smoothly at 0."""
+def circle(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``cos θ`` and ``sin θ / θ`` of an angle's square, smoothly at 0.
+
+    Args:
+        square: The squares of the angles.
+    """
     small = square < _SMALL
     angle = torch.where(small, 1, square).sqrt()
     s = torch.where(small, square, 0)

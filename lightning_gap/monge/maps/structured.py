@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.maps.networks import Activation, network
-from lightning_gap.monge.maps.residual import Start, StartedMap
+from lightning_gap.checks import renamed
+from lightning_gap.monge.maps.base import StartedMap
+from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.perceptron import Activation
+from lightning_gap.monge.maps.starts import Start
 from lightning_gap.monge.ot.costs import CostLike, Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
 
 __all__ = ["StructuredMap"]
@@ -39,9 +42,10 @@ class StructuredMap(StartedMap):
         potential: Whether F is the gradient of a scalar network.
         start: ``"identity"``; ``"mean"``, the translation between the means, which is optimal for every such cost; or
             ``"gaussian"``, :func:`gaussian_map`, for the squared Euclidean cost.
-        conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
+        num_conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
+        conditions: Old name of ``num_conditions``.
 
     Raises:
         TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
@@ -70,9 +74,10 @@ class StructuredMap(StartedMap):
         *,
         potential: bool = False,
         start: Start = "identity",
-        conditions: int | None = None,
+        num_conditions: int | None = None,
         condition_dim: int | None = None,
         embedding_dim: int = 32,
+        conditions: int | None = None,
     ) -> None:
         resolved = resolve(cost)
         if not isinstance(resolved, TranslationInvariantCost):
@@ -84,8 +89,8 @@ class StructuredMap(StartedMap):
             raise ValueError(
                 f"start='gaussian' is optimal for the cost sqeuclidean only, got {resolved}: use start='mean'"
             )
-        kinds: dict[str, Any] = {"conditions": conditions, "condition_dim": condition_dim}
-        kinds["embedding_dim"] = embedding_dim
+        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
+        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
         # A cost of the user's own has no name by which it could be made again.
         name = str(resolved) if type(resolved).__module__.startswith("lightning_gap.") else None
         super().__init__(dim, hidden, activation, start, cost=name, potential=potential, **kinds)

@@ -1,4 +1,4 @@
-r"""What a relative :math:`\varepsilon` is a share of: a scale of the costs between two weighted sets of samples."""
+r"""The regularization :math:`\varepsilon`: a number, or a share of a scale of the costs between weighted samples."""
 
 import math
 from collections.abc import Iterable

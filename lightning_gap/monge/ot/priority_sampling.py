@@ -31,13 +31,7 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
     sample itself: no random number is drawn, the order does not matter, and another sample in the place of one
     changes at most one of those that are kept.
 
-    Args:
-        points: ``(n, d)`` finite samples.
-        weights: ``(n,)`` positive weights; uniform by default.
-        most: Largest number of samples to return.
-
-    Returns:
-        Samples and weights; those that were given where they are few enough.
+    Few enough samples are returned as they are; ``None`` for uniform weights.
 
     Example:
         >>> import torch

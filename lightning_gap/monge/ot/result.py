@@ -39,11 +39,11 @@ class OTResult:
     f: Tensor | None
     g: Tensor | None
     epsilon: float
-    marginal_error: float
-    iterations: int
-    converged: bool
-    solver: str
-    problem: Problem = field(repr=False)
+    marginal_error: float = 0.0
+    iterations: int = 0
+    converged: bool = True
+    solver: str = field(kw_only=True)
+    problem: Problem = field(kw_only=True, repr=False)
     entries: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def plan(self) -> Tensor:

@@ -87,10 +87,8 @@ class Prepared:
 
     def steps(self, size: int, per_batch: int | None) -> int:
         """Return the batches of one pass through the largest set, or some number where all are endless."""
-        if not self.sizes:
-            return _ENDLESS_STEPS
-        conditions = len(self.train)
-        return max(1, max(self.sizes) // size * conditions // (per_batch or conditions))
+        largest, conditions = max(self.sizes, default=0), len(self.train)
+        return max(1, largest // size * conditions // (per_batch or conditions)) if largest else _ENDLESS_STEPS
 
     def _training_part(self, population: Population, side: int, seed: int, size: int) -> Part:
         """Return a finite set, or some samples of an endless one, the same ones each time."""

@@ -1,38 +1,42 @@
 """All scores of a map on held-out samples, in one metric."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_gap.checks import check_integer
-from lightning_gap.extras import library
-from lightning_gap.monge.ot.checks import check_epsilon, check_pair, solver_precision
+from lightning_gap.checks import check_integer, renamed
+from lightning_gap.monge.ot.checks import check_epsilon, solver_precision
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
 from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.epsilon import Weighted, mean_scale
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
 from lightning_gap.monge.ot.options import Solver, SolverOptions
-from lightning_gap.monge.ot.priority_sampling import few_of
-from lightning_gap.monge.scores.metrics import DisplacementCosine, UnexplainedVariance, pooled, pooling_weights
+from lightning_gap.monge.scores.pooling import DrawnMetric
+from lightning_gap.monge.scores.pools import (
+    Pool,
+    by_condition,
+    check_labels,
+    labels_of,
+    pools_of,
+    rows_to_keep,
+    typical_share,
+)
+from lightning_gap.monge.scores.truth import displacement_cosine, unexplained_variance
 
 __all__ = ["MapScores"]
 
 _ALWAYS = ("source", "mapped", "target", "source_weights", "target_weights", "source_condition", "target_condition")
 _WITH_TRUTH = ("true_images",)
 _WITH_FLOOR = ("target_again", "again_condition")
-# Shares of the typical cost that an epsilon is where none is given: those of a fit.
-_FITTING_SHARE, _GAP_SHARE = 0.05, 0.01
 
 
-class MapScores(Metric):
+class MapScores(DrawnMetric):
     r"""Scores of a map :math:`T` from samples of :math:`\mu` to :math:`\nu`, over all samples that it was given.
 
     =========================== ====================================================================================
@@ -68,11 +72,12 @@ class MapScores(Metric):
         gap_epsilon: Regularization of the gap, in units of ``cost``.
         convention: Of the gap: ``"shannon"`` (at least :math:`\varepsilon \log n`), ``"kl"``, or ``"debiased"``, 0 for
             the identity.
-        reach: Strength of the divergence's soft marginals, in units of its cost; ``None`` for balanced transport.
+        rho: Strength of the divergence's soft marginals, in units of its cost; ``None`` for balanced transport.
         solver: Solver of divergence and gap, see :func:`optimal_transport`.
         max_samples: Most samples of each set, and condition, in divergences, energy distances and gaps.
         conditions: Names of the conditions in the order of their labels; :meth:`compute` then gives each one's scores
             too, as ``<score>/<name>``.
+        reach: Old name of ``rho``.
         **kwargs: Of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -97,7 +102,6 @@ class MapScores(Metric):
         wasserstein_1_floor        0.010
     """
 
-    full_state_update: bool = False
     is_differentiable: bool = False
     source: list[Tensor]
     mapped: list[Tensor]
@@ -111,10 +115,11 @@ class MapScores(Metric):
         fitting_epsilon: float | None = None,
         gap_epsilon: float | None = None,
         convention: Convention = "shannon",
-        reach: float | None = None,
+        rho: float | None = None,
         solver: Solver = "auto",
         max_samples: int = 2048,
         conditions: Sequence[str] | None = None,
+        reach: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -124,7 +129,7 @@ class MapScores(Metric):
         self.gap_epsilon = check_epsilon("gap_epsilon", gap_epsilon)
         check_convention(convention, None)
         self.convention = convention
-        self.reach = check_epsilon("reach", reach)
+        self.rho = check_epsilon("rho", renamed("reach", "rho", reach, rho))
         self.solver = SolverOptions(solver).solver
         self.max_samples = check_integer("max_samples", max_samples)
         if isinstance(conditions, str) or (conditions is not None and len(set(conditions)) != len(conditions)):
@@ -169,26 +174,28 @@ class MapScores(Metric):
         """
         given = {"source": source, "mapped": mapped, "target": target}
         given |= {n: x for n, x in (("true_images", true_images), ("target_again", target_again)) if x is not None}
-        count = len(_by_condition("source", source, source, None))
-        sets = {name: _by_condition(name, x, source, count) for name, x in given.items()}
-        a = _by_condition("source_weights", source_weights, source, count, weights=True)
-        b = _by_condition("target_weights", target_weights, source, count, weights=True)
-        labels = _labels(condition, source, count)
+        count = len(by_condition("source", source, source, None))
+        sets = {name: by_condition(name, x, source, count) for name, x in given.items()}
+        a = by_condition("source_weights", source_weights, source, count, weights=True)
+        b = by_condition("target_weights", target_weights, source, count, weights=True)
+        labels = labels_of(condition, source, count)
         if self.conditions is not None:
-            self._check_labels(labels)
+            check_labels(labels, self.conditions)
         rows: dict[str, list[Tensor]] = {}
         for k in range(count):
             where = "" if source.dim() == 2 else f"[{k}]"
-            here = {name: parts[k] for name, parts in sets.items()}
-            for name, x in self._rows(where, here, (a[k], b[k]), parts_of, labels[k : k + 1]).items():
+            here = {name: x[k] for name, x in sets.items()}
+            new = rows_to_keep(where, here, (a[k], b[k]), parts_of, labels[k : k + 1])
+            self._check_domains(where, new)
+            for name, x in new.items():
                 rows.setdefault(name, []).append(x.detach())
         self._check_against_earlier(rows)
-        for name, new in rows.items():
-            getattr(self, name).append(torch.cat(new))
+        for name, parts in rows.items():
+            getattr(self, name).append(torch.cat(parts))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all samples by name, each a scalar."""
-        pools = self._pools()
+        pools = pools_of(self._kept())
         self._say_what_is_left_out(pools)
         epsilons = self._epsilons(pools)
         each = [self._scores(pool, *epsilons) for pool in pools]
@@ -199,62 +206,16 @@ class MapScores(Metric):
                 scores |= {f"{name}/{label}": value for name, value in one.items()}
         return scores
 
-    def plot(self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None) -> Any:
-        """Draw the scores of one or several steps.
-
-        Args:
-            val: What :meth:`compute` returned, or a sequence of it; :meth:`compute` by default.
-            ax: Matplotlib axes to draw on; new ones by default.
-
-        Returns:
-            The figure and its axes.
-
-        Raises:
-            ModuleNotFoundError: Matplotlib is not installed.
-        """
-        library("matplotlib", f"{type(self).__name__}.plot()", "plots")
-        return self._plot(val, ax)
-
-    def _rows(
-        self,
-        where: str,
-        given: Mapping[str, Tensor],
-        weights: tuple[Tensor | None, Tensor | None],
-        parts_of: tuple[int, int] | None,
-        label: Tensor,
-    ) -> dict[str, Tensor]:
-        """Return what one condition's samples add to each state, once they have been checked."""
-        source, target = given["source"], given["target"]
-        for name, x in given.items():
-            paired = name in ("mapped", "true_images")
-            check_pair(f"source{where}", source, f"{name}{where}", x, same_length=paired)
-        n, m = parts_of or (None, None)
-        a = pooling_weights(f"source_weights{where}", weights[0], source, n)
-        b = pooling_weights(f"target_weights{where}", weights[1], target, m)
-        rows = {name: given[name][a > 0] for name in ("source", "mapped", "true_images") if name in given}
-        rows |= {"target": target[b > 0], "source_weights": a[a > 0], "target_weights": b[b > 0]}
-        if "target_again" in given:
-            rows["target_again"] = given["target_again"]
-        for cost, names in (
-            (self.cost, ("source", "mapped")),
-            (self.fitting_cost, ("mapped", "target", "target_again")),
-        ):
+    def _check_domains(self, where: str, rows: Mapping[str, Tensor]) -> None:
+        fitted = ("mapped", "target", "target_again")
+        for cost, names in ((self.cost, ("source", "mapped")), (self.fitting_cost, fitted)):
             for name in names:
                 if name in rows:
                     cost.check_domain(f"{name}{where}", rows[name])
-        labels = {"source_condition": "source", "target_condition": "target", "again_condition": "target_again"}
-        return rows | {name: label.expand(len(rows[of]), -1) for name, of in labels.items() if of in rows}
 
-    def _check_labels(self, labels: Tensor) -> None:
-        assert self.conditions is not None
-        if labels.shape[1] != 1 or labels.is_floating_point():
-            raise ValueError("conditions names labels, but condition holds vectors: leave conditions out")
-        bad = (labels < 0) | (labels >= len(self.conditions))
-        if bool(bad.any()):
-            raise ValueError(
-                f"condition holds the label {int(labels[bad][0])}, but there are {len(self.conditions)} names in "
-                "conditions: name them all"
-            )
+    def _kept(self) -> dict[str, Tensor]:
+        held = {n: getattr(self, n) for n in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR)}
+        return {n: dim_zero_cat(x) for n, x in held.items() if len(x) and (n in _ALWAYS or dim_zero_cat(x).numel())}
 
     def _check_against_earlier(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
         if not self.source:
@@ -271,28 +232,7 @@ class MapScores(Metric):
                     "earlier updates: use one metric for each space, or reset() between them"
                 )
 
-    def _pools(self) -> list["_Pool"]:
-        """Return the samples of each condition, by label; one pool where there are none."""
-        held = {n: getattr(self, n) for n in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR)}
-        kept = {n: dim_zero_cat(x) for n, x in held.items() if len(x) and (n in _ALWAYS or dim_zero_cat(x).numel())}
-        labels = torch.unique(kept["source_condition"], dim=0)
-        sizes = {"source": "source", "mapped": "source", "true_images": "source", "target": "target"}
-        pools = []
-        for label in labels:
-            here = {
-                name: (kept[f"{name}_condition"] == label).all(1)
-                for name in ("source", "target", "again")
-                if f"{name}_condition" in kept
-            }
-            if not bool(here["target"].any()):
-                raise ValueError(f"condition {label.tolist()} has source samples and no target samples")
-            sets = {n: kept[n][here[of]] for n, of in (sizes | {"target_again": "again"}).items() if n in kept}
-            weights = (kept[f"{n}_weights"][here[n]] for n in ("source", "target"))
-            a, b = (pooled(w, sets["source"]) for w in weights)
-            pools.append(_Pool(label, sets, a, b))
-        return pools
-
-    def _say_what_is_left_out(self, pools: Sequence["_Pool"]) -> None:
+    def _say_what_is_left_out(self, pools: Sequence[Pool]) -> None:
         most = max(len(x) for pool in pools for x in pool.sets.values())
         if most > self.max_samples:
             self._say_once(
@@ -314,19 +254,19 @@ class MapScores(Metric):
             self._said.add(what)
             say(message)
 
-    def _epsilons(self, pools: Sequence["_Pool"]) -> tuple[float | None, float | None]:
+    def _epsilons(self, pools: Sequence[Pool]) -> tuple[float | None, float | None]:
         """Return both epsilons; ``None`` where all costs are 0, and with them divergence or gap."""
         if self.solver == "exact":
             return None, None
         small = [pool.at_most(self.max_samples) for pool in pools]
         fitting, gap = self.fitting_epsilon, self.gap_epsilon
         if fitting is None:
-            fitting = _share(_FITTING_SHARE, self.fitting_cost, small, ("target", "target"), ("mapped", "target"))
+            fitting = typical_share(FITTING_SHARE, self.fitting_cost, small, ("target", "target"), ("mapped", "target"))
         if gap is None:
-            gap = _share(_GAP_SHARE, self.cost, small, ("source", "target"), ("source", "mapped"))
+            gap = typical_share(GAP_SHARE, self.cost, small, ("source", "target"), ("source", "mapped"))
         return fitting, gap
 
-    def _scores(self, pool: "_Pool", fitting_epsilon: float | None, gap_epsilon: float | None) -> dict[str, Tensor]:
+    def _scores(self, pool: Pool, fitting_epsilon: float | None, gap_epsilon: float | None) -> dict[str, Tensor]:
         # Of the floor's samples no more than there are images, in either.
         every, some = pool.at_most(sum(map(len, pool.sets.values()))), pool.at_most(self.max_samples)
         x, mapped, a = pool.sets["source"], pool.sets["mapped"], pool.source_weights
@@ -346,7 +286,7 @@ class MapScores(Metric):
             scores |= {f"{name}_floor": value for name, value in floors.items()}
         return scores
 
-    def _fit(self, images: str, every: "_Pool", some: "_Pool", epsilon: float | None) -> dict[str, Tensor]:
+    def _fit(self, images: str, every: Pool, some: Pool, epsilon: float | None) -> dict[str, Tensor]:
         """Return how far samples are from the target's: all of them, and some where it takes all pairs."""
         few, all_weights = (
             (pool.source_weights if images == "mapped" else None, pool.target_weights) for pool in (some, every)
@@ -356,100 +296,16 @@ class MapScores(Metric):
         divergence = torch.zeros_like(energy)
         if epsilon is not None or self.solver == "exact":
             divergence = sinkhorn_divergence(
-                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, rho=self.reach, solver=self.solver
+                x, y, cost=self.fitting_cost, epsilon=epsilon, weights=few, rho=self.rho, solver=self.solver
             )
         marginals = marginal_wasserstein(every.sets[images], every.sets["target"], weights=all_weights)
         return {"sinkhorn_divergence": divergence, "energy_distance": energy, "wasserstein_1": marginals.mean()}
 
     def _against_truth(self, x: Tensor, mapped: Tensor, true: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
-        # What is here has been gathered.
-        unexplained, cosine = UnexplainedVariance(sync_on_compute=False), DisplacementCosine(sync_on_compute=False)
-        unexplained.to(x.device).update(mapped, true, weights=weights)
-        cosine.to(x.device).update(x, mapped, true, weights=weights)
+        cosine = displacement_cosine(x, mapped, true, weights=weights)
         try:
-            share = unexplained.compute()
+            share = unexplained_variance(mapped, true, weights=weights)
         except ValueError as error:
             self._say_once("variance", rank_zero_warn, f"unexplained_variance is NaN: {error}")
-            share = torch.full_like(cosine.compute(), torch.nan)
-        return {"unexplained_variance": share, "displacement_cosine": cosine.compute()}
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """All samples of one condition."""
-
-    label: Tensor  # (1,) label or (p,) vector
-    sets: dict[str, Tensor]
-    source_weights: Tensor | None
-    target_weights: Tensor | None
-
-    def at_most(self, most: int) -> "_Pool":
-        """Return a fixed choice of samples of each set, the floor's no more than the source's."""
-        source, target = len(self.sets["source"]), len(self.sets["target"])
-        sizes = {"source": source, "mapped": source, "true_images": source, "target": target}
-        rows = {name: _some(size, min(most, size)) for name, size in sizes.items()}
-        if "target_again" in self.sets:
-            again = len(self.sets["target_again"])
-            rows["target_again"] = _some(again, min(most, again, source))
-        sets = {name: x if rows[name] is None else x[rows[name]] for name, x in self.sets.items()}
-        weights = (_of(self.source_weights, rows["source"]), _of(self.target_weights, rows["target"]))
-        return _Pool(self.label, sets, *weights)
-
-
-def _some(size: int, most: int) -> Tensor | None:
-    """Return ``most`` of the row numbers in a fixed permutation; ``None`` for all of them."""
-    if size == most:
-        return None
-    return torch.randperm(size, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
-
-
-def _of(weights: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    if weights is None or rows is None:
-        return weights
-    weights = weights[rows]
-    return weights / weights.sum()
-
-
-def _share(share: float, cost: Cost, pools: Sequence[_Pool], *pairs: tuple[str, str]) -> float | None:
-    """Return a share of the first pair's typical cost that is not 0, averaged over the conditions."""
-    for names in pairs:
-        sides = [
-            [Weighted(p.sets[n], p.target_weights if n == "target" else p.source_weights) for n in names] for p in pools
-        ]
-        if (typical := mean_scale(cost, few_of([(x, y) for x, y in sides], solver_precision), "typical")) > 0:
-            return share * typical
-    return None
-
-
-def _by_condition(
-    name: str, x: Tensor | None, source: Tensor, conditions: int | None, *, weights: bool = False
-) -> Sequence[Any]:
-    """Return the part of each condition; ``None`` for each where there is nothing."""
-    if x is None:
-        return [None] * (conditions or 1)
-    for tensor_name, tensor in (("source", source), (name, x)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{tensor_name} must be a tensor, got {type(tensor).__name__}: use torch.as_tensor")
-    if source.dim() not in (2, 3):
-        raise ValueError(f"source must have shape (n, d), or (K, n, d) for conditions, got {tuple(source.shape)}")
-    if x.dim() != source.dim() - weights:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)} beside source {tuple(source.shape)}: give both by condition"
-        )
-    parts = [x] if source.dim() == 2 else list(x)
-    if conditions is not None and len(parts) != conditions:
-        raise ValueError(f"{name} has {len(parts)} conditions, but source has {conditions}")
-    if not parts:
-        raise ValueError(f"{name} is empty, with shape {tuple(x.shape)}: it needs at least one condition")
-    return parts
-
-
-def _labels(condition: Tensor | None, source: Tensor, conditions: int) -> Tensor:
-    """Return ``(K, 1)`` labels or ``(K, p)`` vectors."""
-    if condition is None:
-        return torch.arange(conditions, device=source.device)[:, None]
-    if not isinstance(condition, Tensor) or condition.dim() not in (1, 2) or len(condition) != conditions:
-        got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
-        raise ValueError(f"condition must be ({conditions},) labels or ({conditions}, p) vectors, got {got}")
-    labels = condition.detach().to(source.device)
-    return labels[:, None] if labels.dim() == 1 else labels
+            share = torch.full_like(cosine, torch.nan)
+        return {"unexplained_variance": share, "displacement_cosine": cosine}

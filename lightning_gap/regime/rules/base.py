@@ -32,19 +32,10 @@ class Rule:
         raise NotImplementedError
 
     def check(self, optimizer: "Optimizer", ratio: float) -> None:
-        """Refuse one of its optimizers for what it has been given.
-
-        Args:
-            optimizer: An optimizer of the reference run.
-            ratio: The batch that runs over the reference batch.
-        """
+        """Refuse one of its optimizers for what it has been given."""
 
     def doubt(self, optimizer: "Optimizer", train_longer: float) -> str | None:
         """Return what is doubtful about an optimizer that it is not derived for, or refuse it.
-
-        Args:
-            optimizer: An optimizer of the reference run.
-            train_longer: How far the run goes from the reference run's epochs to its updates.
 
         Raises:
             ValueError: If the rule is not for it.

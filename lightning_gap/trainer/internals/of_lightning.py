@@ -6,29 +6,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_gap.trainer.internals.guard import private, set_private
 
 __all__ = [
-    "INSTANTIATOR",
-    "batches_that_stepped",
-    "checkpoint_epochs",
-    "default_states",
-    "ends_tuning",
-    "found_a_rate",
-    "is_compiled_by_lightning",
-    "plot_metric",
-    "prepared_batch",
-    "replaces_batchnorm",
-    "restricted_classmethod",
-    "saves_at_epoch_end",
-    "set_checkpoint_epochs",
-    "set_stops_at_epoch_end",
-    "sets_the_rate",
-    "shards_loaders",
-    "stops_at_epoch_end",
-    "trainer_if_any",
-    "training_loaders",
-    "training_source",
-    "updates_logs",
-    "validation_seconds",
-]
+    "INSTANTIATOR", "batches_that_stepped", "checkpoint_epochs", "default_states", "ends_tuning", "found_a_rate",
+    "is_compiled_by_lightning", "plot_metric", "prepared_batch", "replaces_batchnorm", "restricted_classmethod",
+    "saves_at_epoch_end", "set_checkpoint_epochs", "set_stops_at_epoch_end", "sets_the_rate", "shards_loaders",
+    "stops_at_epoch_end", "trainer_if_any", "training_loaders", "training_source", "updates_logs", "validation_seconds",
+]  # fmt: skip
 
 _LIGHTNING = "lightning"
 # The hyperparameter by which LightningCLI names the function that made a model, and by which one is refused.

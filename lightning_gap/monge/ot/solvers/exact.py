@@ -43,7 +43,7 @@ def solve_exact(problem: Problem) -> OTResult:
             slope[left] = (_filled(cost, points[left], others) - other).amin(1)
             term = (slope.to(w.dtype) * (w - w.detach())).sum(dtype=value.dtype)
             value = value + once(term, "in weights with solver='exact': use 'dense'")
-    return OTResult(value, None, None, 0.0, 0.0, 0, True, "exact", p, (i, j, mass))
+    return OTResult(value, None, None, epsilon=0.0, solver="exact", problem=p, entries=(i, j, mass))
 
 
 def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def solve_geomloss(problem: Problem, solver: str) -> OTResult:
         value = problem.a @ f + problem.b @ g
     else:
         value = _samples_loss(problem, solver, epsilon, potentials=False)
-    return OTResult(value, f.detach(), g.detach(), epsilon, math.nan, 0, True, solver, p)
+    return OTResult(value, f.detach(), g.detach(), epsilon=epsilon, marginal_error=math.nan, solver=solver, problem=p)
 
 
 def _samples_loss(p: Problem, solver: str, epsilon: float, *, potentials: bool) -> Any:

@@ -1,7 +1,7 @@
 """Gradients of a transport value: by the envelope theorem, and by the implicit function theorem the second time."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,27 +11,39 @@ from lightning_gap.monge.ot.costs import Cost, is_learned
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 
-__all__ = ["Envelope", "once", "weight_slope", "with_learned_cost"]
+__all__ = ["Envelope", "Solved", "once", "weight_slope", "with_learned_cost"]
 
 Pair = tuple[Tensor, Tensor]
+
+
+class Solved(NamedTuple):
+    """What is known of a solved problem: its value, gradients in the points where needed, and potentials."""
+
+    value: Tensor
+    gx: Tensor | None
+    gy: Tensor | None
+    f: Tensor
+    g: Tensor
+    problem: Problem
+    epsilon: float
 
 
 class Envelope(torch.autograd.Function):
     """The value, with its gradient by the envelope theorem, and that gradient's by the implicit function theorem."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, solved: Solved) -> Tensor:
         """Keep what both derivatives need."""
-        gx, gy, f, g, ctx.problem, ctx.epsilon = rest
-        ctx.save_for_backward(x, y, a, b, gx, gy, f, g)
-        return value.clone()
+        ctx.of = solved.problem.cost, solved.problem.rho, solved.epsilon
+        ctx.save_for_backward(x, y, a, b, solved.gx, solved.gy, solved.f, solved.g)
+        return solved.value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient that is known, or derive it as a function of the inputs."""
         (grad,) = grad_outputs
         x, y, a, b, gx, gy, f, g = ctx.saved_tensors
-        cost, rho, epsilon = ctx.problem.cost, ctx.problem.rho, ctx.epsilon
+        cost, rho, epsilon = ctx.of
         if torch.is_grad_enabled():
             gx, gy, f, g = _implicit_gradients((x, y), (a, b), (f, g), cost, rho, epsilon)
         grads = gx, gy, weight_slope(f, b, rho, epsilon), weight_slope(g, a, rho, epsilon)
@@ -39,7 +51,7 @@ class Envelope(torch.autograd.Function):
             None if part is None or not need else grad.to(part.dtype) * part
             for part, need in zip(grads, ctx.needs_input_grad, strict=False)
         ]
-        return (*needed, *[None] * (len(ctx.needs_input_grad) - 4))
+        return (*needed, None)
 
 
 def weight_slope(potential: Tensor, others: Tensor, rho: float | None, epsilon: float) -> Tensor:

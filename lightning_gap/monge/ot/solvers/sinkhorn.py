@@ -9,7 +9,7 @@ from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
-from lightning_gap.monge.ot.solvers.gradients import Envelope, with_learned_cost
+from lightning_gap.monge.ot.solvers.gradients import Envelope, Solved, with_learned_cost
 from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.memory import threads
@@ -50,10 +50,20 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
             inputs = problem.x, problem.y, problem.a, problem.b
             if graph and any(t.requires_grad for t in inputs):
                 with torch.enable_grad():
-                    value = Envelope.apply(*inputs, value, gx, gy, f, g, problem, epsilon)  # type: ignore[no-untyped-call]
-            outcome = found.marginal_errors[i], found.iterations[i], found.converged[i]
-            given = epsilon if p.epsilon.absolute is None else p.epsilon.absolute
-            results.append(OTResult(value, f, g, given, *outcome, solver, p))
+                    solution = Solved(value, gx, gy, f, g, p, epsilon)
+                    value = Envelope.apply(*inputs, solution)  # type: ignore[no-untyped-call]
+            result = OTResult(
+                value,
+                f,
+                g,
+                epsilon=epsilon if p.epsilon.absolute is None else p.epsilon.absolute,
+                marginal_error=found.marginal_errors[i],
+                iterations=found.iterations[i],
+                converged=found.converged[i],
+                solver=solver,
+                problem=p,
+            )
+            results.append(result)
     return [with_learned_cost(p, result) for p, result in zip(problems, results, strict=True)] if graph else results
 
 

@@ -11,6 +11,8 @@ import torch
 from lightning_gap import SamplesDataModule
 from lightning_gap.monge.samples.files.arrays import dense_rows
 from lightning_gap.monge.samples.files.h5ad import InFile, InMemory
+from lightning_gap.monge.samples.files.read import FORMATS, open_table
+from lightning_gap.monge.samples.files.write import Output
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -294,3 +296,15 @@ def test_the_ground_truth_of_the_benchmark_pairs():
         error = np.square(decode(batch.true_images).numpy() - decode(batch.source).numpy()).sum(1).mean()
         expected = np.square(raw["test_map"] - raw["test_x"]).sum(1).mean()
     assert error == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    table = open_table("x", VALUES)
+    for suffix, form in FORMATS.items():
+        if form.writer is None or form.copies is not None:
+            continue
+        out = Output("OUT", str(tmp_path / f"x{suffix}"), table, overwrite=False)
+        for block in table.blocks(7):
+            out.write(block, block.samples().numpy())
+        out.keep()
+        np.testing.assert_allclose(open_table("x", tmp_path / f"x{suffix}").samples(), VALUES, rtol=1e-6)

@@ -152,7 +152,7 @@ def test_a_checkpoint_makes_it_again(tmp_path):
     [
         ({"hidden": ()}, "at least one hidden layer"),
         ({"start": "mean"}, "start must be one of"),
-        ({"plan_epsilon": 0.0}, "plan_epsilon"),
+        ({"plan_relative_epsilon": 0.0}, "plan_relative_epsilon"),
         ({"plan_steps": 0}, "plan_steps"),
         ({"plan_samples": 0}, "plan_samples"),
     ],

@@ -18,7 +18,7 @@ MAPS = {
     "residual": lambda: ResidualMLP(2, hidden=(8,), start="gaussian"),
     "structured": lambda: StructuredMap(2, cost="pnorm(p=1.5)", hidden=(8,)),
     "potential": lambda: StructuredMap(2, hidden=(8,), potential=True),
-    "conditional": lambda: ConditionalMap(2, conditions=2, hidden=(8,)),
+    "conditional": lambda: ConditionalMap(2, num_conditions=2, hidden=(8,)),
 }
 
 

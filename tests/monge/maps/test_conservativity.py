@@ -60,7 +60,7 @@ def test_it_is_the_mean_of_the_jacobians_asymmetry_whose_gradient_agrees_with_di
 @pytest.mark.parametrize("activation", ["gelu", "silu", "softplus", "tanh"])
 def test_gradients_of_potentials_have_none(activation, conditions):
     torch.manual_seed(0)
-    net = StructuredMap(4, "sqeuclidean", (16, 8), activation, potential=True, conditions=conditions).double()
+    net = StructuredMap(4, "sqeuclidean", (16, 8), activation, potential=True, num_conditions=conditions).double()
     for p in net.parameters():
         p.data.add_(torch.randn_like(p))
     x = torch.randn(10, 4, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_a_conditional_field_is_differentiated_in_the_samples_alone():
     angle = torch.tensor([[1.0], [2.0], [3.0]])
     value = conservativity(Turn(), torch.randn(3, 2), angle)
     torch.testing.assert_close(value.detach(), 8 * angle.square().mean())
-    net = ConditionalMap(2, (8,), conditions=2)
+    net = ConditionalMap(2, (8,), num_conditions=2)
     assert conservativity(net.displacement, torch.randn(4, 2), torch.tensor([0, 1, 0, 1])).item() == 0
 
 

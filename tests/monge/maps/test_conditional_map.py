@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge import ConditionalMap, SphereMap, StructuredMap
-from lightning_gap.monge.maps.networks import Conditioning
+from lightning_gap.monge.maps.conditioning import Conditioning
 
 
 def fit(net: torch.nn.Module, x: Tensor, condition: Tensor, image: Tensor, steps: int = 200) -> float:
@@ -21,9 +21,9 @@ def fit(net: torch.nn.Module, x: Tensor, condition: Tensor, image: Tensor, steps
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: ConditionalMap(2, (32,), conditions=3),
-        lambda: StructuredMap(2, "sqeuclidean", (32,), conditions=3),
-        lambda: StructuredMap(2, "elastic(lam=0.2)", (32,), potential=True, conditions=3),
+        lambda: ConditionalMap(2, (32,), num_conditions=3),
+        lambda: StructuredMap(2, "sqeuclidean", (32,), num_conditions=3),
+        lambda: StructuredMap(2, "elastic(lam=0.2)", (32,), potential=True, num_conditions=3),
     ],
 )
 def test_each_label_learns_its_own_map_from_the_identity(make):
@@ -49,7 +49,7 @@ def test_a_dose_is_interpolated():
 
 def test_a_condition_turns_the_sphere():
     torch.manual_seed(0)
-    net = SphereMap(3, (32,), conditions=2)
+    net = SphereMap(3, (32,), num_conditions=2)
     x, label = torch.nn.functional.normalize(torch.randn(200, 3), dim=-1), torch.arange(200) % 2
     image = torch.where(label[:, None] == 0, x, torch.stack([-x[:, 1], x[:, 0], x[:, 2]], dim=-1))
     assert fit(net, x, label, image) < 0.01
@@ -57,8 +57,8 @@ def test_a_condition_turns_the_sphere():
 
 def test_the_network_is_shared_and_a_condition_costs_one_row():
     few, many = (
-        ConditionalMap(2, (8,), conditions=2, embedding_dim=4),
-        ConditionalMap(2, (8,), conditions=9, embedding_dim=4),
+        ConditionalMap(2, (8,), num_conditions=2, embedding_dim=4),
+        ConditionalMap(2, (8,), num_conditions=9, embedding_dim=4),
     )
     count = [sum(p.numel() for p in net.parameters()) for net in (few, many)]
     assert count[1] - count[0] == 7 * 4
@@ -66,7 +66,7 @@ def test_the_network_is_shared_and_a_condition_costs_one_row():
 
 def test_conditions_modulate_from_the_start_but_for_the_scale():
     torch.manual_seed(0)
-    films, shift = Conditioning((8, 4), 2, conditions=3)(torch.tensor([0, 1, 2]))
+    films, shift = Conditioning((8, 4), 2, num_conditions=3)(torch.tensor([0, 1, 2]))
     assert [tuple(f.shape) for pair in films for f in pair] == [(3, 8), (3, 8), (3, 4), (3, 4)]
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale, _ in films)
     assert all(offset.std(0).min().item() > 0 for _, offset in films)
@@ -76,11 +76,14 @@ def test_conditions_modulate_from_the_start_but_for_the_scale():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give conditions=, the number of categories, or condition_dim="),
-        ({"conditions": 2, "condition_dim": 3}, "give one of conditions=.*got conditions=2 and condition_dim=3"),
-        ({"conditions": 0}, "conditions must be at least 1, got 0"),
+        ({}, "give num_conditions=, the number of categories, or condition_dim="),
+        (
+            {"num_conditions": 2, "condition_dim": 3},
+            "give one of num_conditions=.*got num_conditions=2 and condition_dim=3",
+        ),
+        ({"num_conditions": 0}, "num_conditions must be at least 1, got 0"),
         ({"condition_dim": 1.5}, "condition_dim must be an int, got 1.5"),
-        ({"conditions": 2, "embedding_dim": 0}, "embedding_dim must be at least 1, got 0"),
+        ({"num_conditions": 2, "embedding_dim": 0}, "embedding_dim must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -92,13 +95,13 @@ def test_bad_arguments_are_refused(options, message):
     ("options", "condition", "message"),
     [
         (
-            {"conditions": 3},
+            {"num_conditions": 3},
             torch.tensor([0, 1, 3, 0]),
             "condition has the label 3, but the map knows 3 conditions, 0 to 2",
         ),
-        ({"conditions": 3}, torch.tensor([0, -1, 2, 0]), "condition has the label -1"),
-        ({"conditions": 3}, torch.zeros(4), r"integer labels of shape \(4,\).*got torch.float32"),
-        ({"conditions": 3}, torch.zeros(3).long(), r"integer labels of shape \(4,\).*of shape \(3,\)"),
+        ({"num_conditions": 3}, torch.tensor([0, -1, 2, 0]), "condition has the label -1"),
+        ({"num_conditions": 3}, torch.zeros(4), r"integer labels of shape \(4,\).*got torch.float32"),
+        ({"num_conditions": 3}, torch.zeros(3).long(), r"integer labels of shape \(4,\).*of shape \(3,\)"),
         ({"condition_dim": 2}, torch.zeros(4, 3), r"vectors of shape \(4, 2\).*of shape \(4, 3\)"),
         ({"condition_dim": 2}, torch.zeros(4, 2).long(), r"vectors of shape \(4, 2\).*got torch.int64"),
         ({"condition_dim": 2}, torch.zeros(2), r"vectors of shape \(4, 2\)"),

@@ -122,7 +122,7 @@ def conditional_batch(n: int = 24) -> UnpairedBatch:
 
 def test_one_network_learns_a_map_for_each_condition():
     torch.manual_seed(0)
-    network = ConditionalMap(2, conditions=2, hidden=(32,))
+    network = ConditionalMap(2, num_conditions=2, hidden=(32,))
     model = MongeMap(map=network, optimizer=partial(Adam, lr=0.05), gap_weight=0.1, condition_names=["left", "right"])
     batch = conditional_batch()
     fit_batch(model, batch, max_epochs=60)
@@ -144,7 +144,7 @@ def test_one_network_learns_a_map_for_each_condition():
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(condition, message):
-    model = MongeMap(map=ConditionalMap(2, conditions=2, hidden=(8,)), condition_names=["left", "right"])
+    model = MongeMap(map=ConditionalMap(2, num_conditions=2, hidden=(8,)), condition_names=["left", "right"])
     with pytest.raises(ValueError, match=message):
         model.transport(gaussians(24)[0], condition)
     with pytest.raises(ValueError, match="this map has no conditions"):
@@ -152,14 +152,14 @@ def test_conditions_that_do_not_fit_are_refused(condition, message):
 
 
 def test_a_number_that_is_the_name_of_another_label_is_refused():
-    model = MongeMap(map=ConditionalMap(2, conditions=3, hidden=(8,)), condition_names=["1", "2", "10"])
+    model = MongeMap(map=ConditionalMap(2, num_conditions=3, hidden=(8,)), condition_names=["1", "2", "10"])
     x = gaussians(24)[0]
     for condition in (1, 10, np.full(24, 2)):
         with pytest.raises(ValueError, match=r"could be the label [0-9]+, or the name"):
             model.transport(x, condition)
     assert torch.equal(model.transport(x, "10"), model.transport(x, torch.tensor(2)))
     assert torch.equal(model.transport(x, 0), model.transport(x, "1"))
-    same = MongeMap(map=ConditionalMap(2, conditions=2, hidden=(8,)), condition_names=["0", "1"])
+    same = MongeMap(map=ConditionalMap(2, num_conditions=2, hidden=(8,)), condition_names=["0", "1"])
     assert same.transport(x, 1).shape == x.shape
 
 
@@ -273,6 +273,15 @@ def test_bad_arguments_are_refused(options, error, message):
 def test_batches_that_do_not_fit_are_refused(source, target):
     with pytest.raises(ValueError, match="all but the numbers of samples must agree"):
         fit_batch(small(), (torch.zeros(source), torch.zeros(target)))
+
+
+@pytest.mark.parametrize(("weight", "message"), [(-1.0, "got -1.0 in row 2"), (math.nan, "got nan")])
+def test_weights_of_a_plain_loader_are_looked_at_once(weight, message):
+    source, target = gaussians(8)
+    weights = torch.full((8,), 1 / 8)
+    weights[2] = weight
+    with pytest.raises(ValueError, match=f"target_weights must be .*{message}"):
+        fit_batch(small(), UnpairedBatch(source, target, target_weights=weights))
 
 
 @pytest.mark.parametrize("conditional", [False, True])

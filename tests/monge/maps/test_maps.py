@@ -26,11 +26,11 @@ MAPS = {
     "brenier": lambda d: BrenierMap(d, WIDTHS),
     "brenier, identity": lambda d: BrenierMap(d, WIDTHS, start="identity"),
     "sphere": lambda d: SphereMap(d, WIDTHS),
-    "labels": lambda d: ConditionalMap(d, WIDTHS, conditions=3, start="gaussian"),
+    "labels": lambda d: ConditionalMap(d, WIDTHS, num_conditions=3, start="gaussian"),
     "vectors": lambda d: ConditionalMap(d, WIDTHS, condition_dim=2, embedding_dim=4),
-    "structured, labels": lambda d: StructuredMap(d, "pnorm(p=3)", WIDTHS, conditions=3),
+    "structured, labels": lambda d: StructuredMap(d, "pnorm(p=3)", WIDTHS, num_conditions=3),
     "potential, vectors": lambda d: StructuredMap(d, "sqeuclidean", WIDTHS, potential=True, condition_dim=2),
-    "sphere, labels": lambda d: SphereMap(d, WIDTHS, conditions=3),
+    "sphere, labels": lambda d: SphereMap(d, WIDTHS, num_conditions=3),
 }
 every_map = pytest.mark.parametrize("kind", MAPS)
 

@@ -13,10 +13,13 @@ from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
     DisplacementCosine,
     EnergyDistance,
+    MapScores,
     MongeGap,
     SinkhornDivergence,
     UnexplainedVariance,
+    displacement_cosine,
     energy_distance,
+    unexplained_variance,
 )
 from lightning_gap.monge.ot.limits import LIMITS, Size
 
@@ -180,6 +183,20 @@ def test_variance_keeps_its_digits_far_from_the_origin():
     torch.testing.assert_close(far.compute(), near.compute(), rtol=1e-5, atol=0)
 
 
+def test_old_names_and_functions_of_metrics_against_the_truth():
+    variance, cosine = UnexplainedVariance(), DisplacementCosine()
+    for name in ("true_images", "true_map"):
+        variance.update(T, **{name: TRUE})
+        cosine.update(X, T, **{name: TRUE})
+    torch.testing.assert_close(variance.compute(), unexplained_variance(T, TRUE))
+    torch.testing.assert_close(cosine.compute(), displacement_cosine(X, T, TRUE))
+    with pytest.warns(DeprecationWarning, match="true_map is called true_images now"):
+        variance.update(T, true_map=TRUE)
+    for metric_class, options in ((MongeGap, {"convention": "kl"}), (SinkhornDivergence, {}), (MapScores, {})):
+        with pytest.warns(DeprecationWarning, match="reach is called rho now"):
+            assert metric_class(reach=2.0, **options).rho == 2.0
+
+
 def test_no_variance_to_explain():
     metric = UnexplainedVariance()
     metric.update(X, torch.ones_like(X))
@@ -225,7 +242,7 @@ def test_options_of_the_gap():
     with pytest.raises(ValueError, match="convention must be one of shannon, kl, debiased, got 'l2'"):
         MongeGap(convention="l2")
     with pytest.raises(ValueError, match="rho needs convention='kl' or 'debiased'"):
-        MongeGap(reach=1.0)
+        MongeGap(rho=1.0)
 
 
 def test_bad_batches_are_named_and_change_nothing():
@@ -234,8 +251,8 @@ def test_bad_batches_are_named_and_change_nothing():
         (MongeGap("cosine"), (X, torch.zeros_like(X)), "mapped has 60 zero vectors"),
         (SinkhornDivergence(costs.Geodesic()), (2 * X, T), "x has .* points off the unit sphere"),
         (EnergyDistance(), (X, T / 0), "y holds NaN or infinity in 60 of 60 rows"),
-        (UnexplainedVariance(), (X, T[:, :2]), "mapped has dimension 3 but true_map has 2"),
-        (DisplacementCosine(), (X, T, T[:5]), "x has 60 rows but true_map has 5"),
+        (UnexplainedVariance(), (X, T[:, :2]), "mapped has dimension 3 but true_images has 2"),
+        (DisplacementCosine(), (X, T, T[:5]), "x has 60 rows but true_images has 5"),
     ):
         before = {name: copy.copy(getattr(metric, name)) for name in metric._defaults}
         with pytest.raises(ValueError, match=message):

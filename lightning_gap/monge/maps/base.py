@@ -1,0 +1,160 @@
+"""What the maps of this package have in common, with a start or without."""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gap.monge.maps.conditioning import check_condition
+from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths
+from lightning_gap.monge.maps.starts import Start, affine_start
+from lightning_gap.monge.ot.checks import check_pair
+from lightning_gap.monge.ot.costs import Cost
+
+__all__ = ["StartedMap", "TransportMap"]
+
+
+class TransportMap(nn.Module):
+    """What the maps of this package have in common: their dimension, their arguments, and checks of their inputs.
+
+    Args:
+        dim: Dimension :math:`d` of the samples.
+        hidden: Widths of the hidden layers.
+        activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
+        num_conditions: Number of categories of the condition, or ``None``.
+        condition_dim: Dimension of the condition's vectors, or ``None``.
+        embedding_dim: Width of the condition's embedding, for a map that may be conditional.
+        others: Further arguments that make the map again.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int],
+        activation: Activation,
+        *,
+        num_conditions: int | None = None,
+        condition_dim: int | None = None,
+        embedding_dim: int | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_conditions, self.condition_dim = num_conditions, condition_dim
+        self.conditional = num_conditions is not None or condition_dim is not None
+        name = activation_factory(activation)[1]
+        arguments = {"dim": dim, "hidden": list(check_widths(dim, hidden)), "activation": name, **others}
+        if embedding_dim is not None:
+            arguments |= {"num_conditions": num_conditions, "condition_dim": condition_dim}
+            arguments["embedding_dim"] = embedding_dim
+        self._hparams = None if name is None or others.get("cost", "") is None else arguments
+
+    @property
+    def hparams(self) -> dict[str, Any] | None:
+        """Plain arguments that make the map again; ``None`` where the activation or the cost is one of your own."""
+        return None if self._hparams is None else dict(self._hparams)
+
+    @property
+    def made_for(self) -> Cost | None:
+        """The cost whose optimal maps have the structure of this map; ``None`` where it suits any."""
+        return None
+
+    @property
+    def conditions(self) -> int | None:
+        """``num_conditions`` by its old name."""
+        return self.num_conditions
+
+    def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the arguments of the network, or raise ``ValueError`` where they do not fit the map.
+
+        Args:
+            x: ``(..., d)`` samples.
+            condition: ``(...)`` labels or ``(..., p)`` vectors, for a conditional map.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"the samples have dimension {x.shape[-1]}, but the map was made with dim={self.dim}")
+        if not self.conditional:
+            if condition is not None:
+                raise ValueError("this map takes no condition: use a conditional one, as ConditionalMap")
+            return (x,)
+        if condition is None:
+            raise ValueError("this map is conditional: give the samples' conditions, as in map(x, condition)")
+        check_condition(x, condition, self.num_conditions, self.condition_dim)
+        return x, condition
+
+
+class StartedMap(TransportMap):
+    r"""A map whose network learns what an affine term, found from data before the first update, leaves to learn.
+
+    Args:
+        dim: Dimension :math:`d` of the samples.
+        hidden: Widths of the hidden layers.
+        activation: Makes the activation between layers.
+        start: ``"identity"``, ``"mean"`` or ``"gaussian"``.
+        others: Arguments of :class:`TransportMap`.
+    """
+
+    offset: Tensor
+    matrix: Tensor
+    started: Tensor
+
+    def __init__(self, dim: int, hidden: Sequence[int], activation: Activation, start: Start, **others: Any) -> None:
+        if start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
+        super().__init__(dim, hidden, activation, start=start, **others)
+        self.starts_at = start
+        if start != "identity":
+            # A number: callbacks that average weights average buffers too, and truth values have no average.
+            self.register_buffer("started", torch.zeros(()))
+            self.register_buffer("offset", torch.zeros(dim))
+        if start == "gaussian":
+            self.register_buffer("matrix", self.matrix_at_identity())
+
+    def matrix_at_identity(self) -> Tensor:
+        """Return the matrix with which the map is the identity."""
+        return torch.eye(self.dim)
+
+    @torch.no_grad()
+    def start(self, source: Tensor, target: Tensor) -> None:
+        """Set the affine term from training samples.
+
+        Once: a map that has started keeps its start, in a second fit and from a checkpoint as well.
+
+        Args:
+            source: ``(n, d)`` samples.
+            target: ``(m, d)`` samples.
+
+        Raises:
+            TypeError: An argument is no floating-point tensor.
+            ValueError: Shapes do not fit, or values are not finite.
+        """
+        if self.starts_at == "identity" or bool(self.started):
+            return
+        check_pair("source", source, "target", target)
+        if source.shape[1] != self.dim:
+            raise ValueError(f"source has dimension {source.shape[1]}, but the map was made with dim={self.dim}")
+        matrix, offset = self.affine_term(*affine_start(self.starts_at, source, target))
+        self.offset.copy_(offset)
+        if matrix is not None:
+            self.matrix.copy_(matrix)
+        self.started.fill_(1)
+
+    def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``.
+
+        Args:
+            A: ``(d, d)`` symmetric matrix.
+            b: ``(d,)`` vector.
+        """
+        return A, b
+
+    def affine(self, x: Tensor) -> Tensor:
+        """Return the matrix times ``x`` plus the offset, in full precision under autocast.
+
+        Args:
+            x: ``(..., d)`` samples.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.matrix.dtype), self.matrix, self.offset).to(x.dtype)

@@ -1,0 +1,20 @@
+"""Which strategies make their updates by torch's own optimizers, and on whole weights."""
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from lightning_gap.trainer import strategy
+
+
+@pytest.mark.parametrize(("kind", "whole", "sharded"), [
+    (SingleDeviceStrategy, True, False), (DDPStrategy, True, False), (ModelParallelStrategy, False, True),
+    (FSDPStrategy, False, False),
+])  # fmt: skip
+def test_what_a_strategy_holds(kind, whole, sharded):
+    trainer = SimpleNamespace(strategy=kind())
+    assert strategy.holds_whole_weights(trainer) is whole
+    assert strategy.shards_by_dtensor(trainer) is sharded
+    assert strategy.leaves_updates_to_torch(trainer) is (whole or sharded)
+    assert strategy.strategy_name(trainer) == kind.__name__
