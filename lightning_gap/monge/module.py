@@ -238,6 +238,7 @@ class MongeMap(SafelyLoaded):
         check_run(self)
         if stage == "fit":
             self.remarks.of_a_new_fit()
+            self.training_log.of_a_new_fit()
             check_costs(self)
             from_data.note_conditions(self)
 
