@@ -21,10 +21,7 @@ def network(
     condition_dim: int | None = None,
     embedding_dim: int = 32,
 ) -> nn.Module:
-    """Return a network from samples, and perhaps conditions, to vectors, which starts at zero.
-
-    ``potential``: whether the vectors are the gradient of a scalar network.
-    """
+    """Return a network from samples, and perhaps conditions, to vectors, which starts at zero."""
     widths = check_widths(dim, hidden)
     factory, name = activation_factory(activation)
     conditioning = None

@@ -24,7 +24,7 @@ _NAMES = {cls: name for name, cls in _ACTIVATIONS.items()}
 
 
 def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
-    """Return the widths of the hidden layers as a tuple, checked."""
+    """Return the widths of the hidden layers as a tuple."""
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}: write hidden=(128, 128)")
     check_integer("dim", dim)
@@ -60,7 +60,7 @@ def linear(n_in: int, n_out: int, *, zero: bool = False, bias: bool = True) -> n
 def perceptron(
     n_in: int, hidden: Sequence[int], n_out: int, activation: Callable[[], nn.Module], *, zero: bool
 ) -> nn.Sequential:
-    """Return a multi-layer perceptron, whose output starts at zero if that is wanted."""
+    """Return a multi-layer perceptron."""
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [linear(n_in, width), activation()]

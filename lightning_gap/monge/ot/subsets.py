@@ -11,10 +11,6 @@ def fixed_rows(size: int, most: int) -> Tensor | None:
 
     Torch's own random numbers stay where they are.
 
-    Args:
-        size: Number of rows.
-        most: Most of them to take.
-
     Example:
         >>> fixed_rows(3, 3) is None, len(fixed_rows(100, 3))
         (True, 3)

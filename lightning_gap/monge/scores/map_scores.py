@@ -13,13 +13,20 @@ from lightning_gap.monge.ot.checks import check_epsilon, solver_precision
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
 from lightning_gap.monge.ot.divergence import sinkhorn_divergence
 from lightning_gap.monge.ot.energy import energy_distance
-from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Weighted, mean_scale
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
 from lightning_gap.monge.ot.options import Solver, SolverOptions
-from lightning_gap.monge.ot.priority_sampling import few_of
 from lightning_gap.monge.scores.pooling import DrawnMetric
-from lightning_gap.monge.scores.pools import Pool, by_condition, check_labels, labels_of, pools_of, rows_to_keep
+from lightning_gap.monge.scores.pools import (
+    Pool,
+    by_condition,
+    check_labels,
+    labels_of,
+    pools_of,
+    rows_to_keep,
+    typical_share,
+)
 from lightning_gap.monge.scores.truth import displacement_cosine, unexplained_variance
 
 __all__ = ["MapScores"]
@@ -254,9 +261,9 @@ class MapScores(DrawnMetric):
         small = [pool.at_most(self.max_samples) for pool in pools]
         fitting, gap = self.fitting_epsilon, self.gap_epsilon
         if fitting is None:
-            fitting = _share(FITTING_SHARE, self.fitting_cost, small, ("target", "target"), ("mapped", "target"))
+            fitting = typical_share(FITTING_SHARE, self.fitting_cost, small, ("target", "target"), ("mapped", "target"))
         if gap is None:
-            gap = _share(GAP_SHARE, self.cost, small, ("source", "target"), ("source", "mapped"))
+            gap = typical_share(GAP_SHARE, self.cost, small, ("source", "target"), ("source", "mapped"))
         return fitting, gap
 
     def _scores(self, pool: Pool, fitting_epsilon: float | None, gap_epsilon: float | None) -> dict[str, Tensor]:
@@ -302,14 +309,3 @@ class MapScores(DrawnMetric):
             self._say_once("variance", rank_zero_warn, f"unexplained_variance is NaN: {error}")
             share = torch.full_like(cosine, torch.nan)
         return {"unexplained_variance": share, "displacement_cosine": cosine}
-
-
-def _share(share: float, cost: Cost, pools: Sequence[Pool], *pairs: tuple[str, str]) -> float | None:
-    """Return a share of the first pair's typical cost that is not 0, averaged over the conditions."""
-    for names in pairs:
-        sides = [
-            [Weighted(p.sets[n], p.target_weights if n == "target" else p.source_weights) for n in names] for p in pools
-        ]
-        if (typical := mean_scale(cost, few_of([(x, y) for x, y in sides], solver_precision), "typical")) > 0:
-            return share * typical
-    return None
