@@ -317,7 +317,7 @@ class MongeMap(SafelyLoaded):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self.trainer)
+        scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @override

@@ -47,8 +47,8 @@ def foreign(tree):
         elif isinstance(node, ast.Attribute) and node.attr == "aten":
             yield node.lineno, node.attr  # operators whose semantics are assumed
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in PUBLIC:
-            of_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
-            if node.attr not in OWN or (node.attr in OVERRIDDEN and not of_super):
+            own = ast.unparse(node.value) in ("self", "super()")
+            if node.attr not in OWN or (node.attr in OVERRIDDEN and not own):
                 yield node.lineno, node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
             name = node.args[1]

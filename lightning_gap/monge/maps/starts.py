@@ -25,7 +25,11 @@ def affine_start(start: str, source: Tensor, target: Tensor) -> tuple[Tensor | N
 
 def plan_start(source: Tensor, target: Tensor, *, relative_epsilon: float, most: int) -> tuple[Tensor, Tensor]:
     """Return samples of the source, and their images by the barycentric projection of an entropic plan."""
-    x, y = (samples if (rows := fixed_rows(len(samples), most)) is None else samples[rows.to(samples.device)]
-            for samples in (source, target))  # fmt: skip
+    x, y = (_some(samples, most) for samples in (source, target))
     plan = optimal_transport(x, y, relative_epsilon=relative_epsilon, tolerance=_PLAN_TOLERANCE)
     return x, plan.barycentric_projection()
+
+
+def _some(samples: Tensor, most: int) -> Tensor:
+    rows = fixed_rows(len(samples), most)
+    return samples if rows is None else samples[rows.to(samples.device)]

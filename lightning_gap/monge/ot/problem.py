@@ -74,12 +74,7 @@ class Problem:
         if self.uniform or (rows := weighing(*((self.a,) if self._one_measure else (self.a, self.b)))) is None:
             return self
         every = iter(rows)
-
-        def keep(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            some = next(every)
-            return points[some], weights[some]
-
-        return self._with_both(keep)
+        return self._with_both(lambda points, weights: (points[some := next(every)], weights[some]))
 
     def _with_both(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> "Problem":
         x, a = change(self.x, self.a)

@@ -2,26 +2,10 @@
 
 import pytest
 import torch
+from scored_samples import A, B, M, T, X, Y
 
 from lightning_gap.monge import energy_distance
 from lightning_gap.monge.ot.limits import LIMITS, Size
-
-GENERATOR = torch.Generator().manual_seed(3)
-N, M, D = 60, 45, 3
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
-
-
-X = normal(N, D)
-T = 2 * X + 0.1 * normal(N, D)
-Y = 2 * normal(M, D) + 0.5
-A = torch.rand(N, generator=GENERATOR)
-A[::7] = 0
-A = A / A.sum()
-B = torch.rand(M, generator=GENERATOR)
-B = B / B.sum()
 
 
 def distances(x, y):

@@ -4,25 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
+from scored_samples import A, B, D, X, Y
 
 from lightning_gap.monge import marginal_wasserstein
 from lightning_gap.monge.ot.limits import LIMITS
-
-GENERATOR = torch.Generator().manual_seed(3)
-N, M, D = 60, 45, 3
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
-
-
-X = normal(N, D)
-Y = 2 * normal(M, D) + 0.5
-A = torch.rand(N, generator=GENERATOR)
-A[::7] = 0
-A = A / A.sum()
-B = torch.rand(M, generator=GENERATOR)
-B = B / B.sum()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from gloo import enter_world, free_port
+from scored_samples import AGAIN, TRUE, A, B, D, M, N, T, X, Y, normal
 
 from lightning_gap import monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
@@ -24,24 +25,6 @@ from lightning_gap.monge.samples.draws import FiniteSamples
 from lightning_gap.monge.scores import map_scores
 from lightning_gap.monge.scores.pools import Pool, typical_share
 
-GENERATOR = torch.Generator().manual_seed(3)
-N, M, D = 60, 45, 3
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
-
-
-X = normal(N, D)
-T = 2 * X + 0.1 * normal(N, D)
-TRUE = 2 * X
-Y = 2 * normal(M, D) + 0.5
-AGAIN = 2 * normal(N, D) + 0.5
-A = torch.rand(N, generator=GENERATOR)
-A[::7] = 0
-A = A / A.sum()
-B = torch.rand(M, generator=GENERATOR)
-B = B / B.sum()
 EPSILONS = {"fitting_epsilon": 0.5, "gap_epsilon": 0.2}
 BASIC = {"sinkhorn_divergence", "energy_distance", "wasserstein_1", "monge_gap", "displacement"}
 TRUTH = {"unexplained_variance", "displacement_cosine"}

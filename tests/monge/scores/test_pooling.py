@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scored_samples import TRUE, A, B, T, X, Y
 
 from lightning_gap.monge import (
     DisplacementCosine,
@@ -11,24 +12,6 @@ from lightning_gap.monge import (
     SinkhornDivergence,
     UnexplainedVariance,
 )
-
-GENERATOR = torch.Generator().manual_seed(3)
-N, M, D = 60, 45, 3
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
-
-
-X = normal(N, D)
-T = 2 * X + 0.1 * normal(N, D)
-TRUE = 2 * X
-Y = 2 * normal(M, D) + 0.5
-A = torch.rand(N, generator=GENERATOR)
-A[::7] = 0
-A = A / A.sum()
-B = torch.rand(M, generator=GENERATOR)
-B = B / B.sum()
 
 WEIGHTED = {
     "gap": (MongeGap("euclidean", epsilon=0.2), (X, T), A),
