@@ -10,7 +10,6 @@ __all__ = ["Activation", "activation_factory", "check_widths", "linear", "percep
 
 Activation = str | Callable[[], nn.Module]
 
-
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -21,8 +20,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
-
-
 _NAMES = {cls: name for name, cls in _ACTIVATIONS.items()}
 
 
