@@ -27,10 +27,7 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``lightning-gap``.
-
-    Args:
-        arguments: The words after the command's name; those of the process by default.
+    """Run ``lightning-gap`` with these words, or those of the process.
 
     Raises:
         SystemExit: With status 2 and one line on stderr if the user asked for something that cannot be done.

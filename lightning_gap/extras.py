@@ -7,20 +7,7 @@ __all__ = ["library"]
 
 
 def library(module: str, who: str, extra: str) -> Any:
-    """Return an optional module.
-
-    Args:
-        module: Its full name.
-        who: What needs it, for the message.
-        extra: The extra of this package that brings it.
-
-    Raises:
-        ModuleNotFoundError: It is not installed; its ``name`` is that of the library.
-
-    Example:
-        >>> library("math", "arithmetic", "plots").pi > 3
-        True
-    """
+    """Return an optional module; raise what says who needs it, and which extra of this package brings it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

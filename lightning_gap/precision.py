@@ -12,15 +12,7 @@ _WITHOUT_DOUBLE = {"mps"}
 
 
 def widest(device: torch.device | str) -> torch.dtype:
-    """Return the widest floating-point dtype of a device: float64, but float32 on Apple's GPUs.
-
-    Args:
-        device: Where it is to be used.
-
-    Example:
-        >>> widest("cpu")
-        torch.float64
-    """
+    """Return the widest floating-point dtype of a device: float64, but float32 on Apple's GPUs."""
     return torch.float32 if torch.device(device).type in _WITHOUT_DOUBLE else torch.float64
 
 
@@ -30,9 +22,6 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
 
     TensorFloat-32, which Lightning advises, keeps ten bits of a factor: enough for a network, and too few for
     differences of costs.
-
-    Args:
-        device: Where the products are taken.
     """
     before = torch.get_float32_matmul_precision()
     if torch.device(device).type != "cuda" or before == "highest":

@@ -19,11 +19,7 @@ def is_distributed() -> bool:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Return the sum of ``value`` over all processes, detached; ``value`` itself where there is one process.
-
-    Args:
-        value: A tensor of the same shape on every rank, on the device of the process group's backend.
-    """
+    """Return the sum of ``value`` over all processes, detached; ``value`` itself where there is one process."""
     value = value.detach()
     if not is_distributed() or dist.get_world_size() == 1:
         return value
@@ -33,11 +29,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of ``value`` over all processes, detached; ``value`` itself where there is one process.
-
-    Args:
-        value: A tensor of the same shape on every rank.
-    """
+    """Return the mean of ``value`` over all processes, detached; ``value`` itself where there is one process."""
     value = value.detach()
     if not is_distributed() or dist.get_world_size() == 1:
         return value
@@ -45,29 +37,19 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what a data-parallel wrapper holds: its forward pass would overwrite the buffers of other ranks.
-
-    Args:
-        module: Any module.
-    """
+    """Return what a data-parallel wrapper holds: its forward pass would overwrite the buffers of other ranks."""
     return module.module if isinstance(module, (DistributedDataParallel, DataParallel)) else module
 
 
 class RankGroup:
-    """Some ranks that work together on one quantity. Every one of them must make the same calls.
+    """Some ranks (all by default) that work together on one quantity. Every one of them must make the same calls.
 
     A copy of what holds a group holds the same group; a pickle of it holds None, for groups do not outlive a process.
-
-    Args:
-        group: The process group; None for all ranks.
 
     Attributes:
         layer: The number of the layer that the group serves, for :meth:`check_layers`.
         layers: The names of all layers.
         channels: The channels of the widest, so that what layers exchange can be of one length.
-
-    Raises:
-        RuntimeError: If no process group has been initialized.
     """
 
     layer: int = 0
@@ -81,25 +63,13 @@ class RankGroup:
         self.size = dist.get_world_size(group)
 
     def for_layer(self, number: int, layers: Mapping[str, int]) -> "RankGroup":
-        """Return the same ranks for one of several layers, whose number travels with what they exchange.
-
-        Args:
-            number: Which of the layers.
-            layers: The channels of all layers, by name.
-        """
+        """Return the same ranks for one of several layers, named with their channels; its number travels along."""
         own = object.__new__(type(self))  # a copy would be a pickle, of no group
         vars(own).update(vars(self), layer=number, layers=list(layers), channels=max(layers.values(), default=0))
         return own
 
     def check_layers(self, numbers: Tensor) -> None:
-        """Raise if the ranks are at different layers; without waiting for a GPU, which fails by itself then.
-
-        Args:
-            numbers: The number of each rank's layer.
-
-        Raises:
-            RuntimeError: If they differ.
-        """
+        """Raise if the ranks are at different layers; without waiting for a GPU, which fails by itself then."""
         same = (numbers == self.layer).all()
         why = "ranks that share ghosts must reach their layers in the same order"
         if numbers.device.type == "cpu":
@@ -112,22 +82,14 @@ class RankGroup:
             assert_async(same, f"{why}: this one is at {name!r}, and another is not")
 
     def gather(self, value: Tensor) -> Tensor:
-        """Return ``value`` of every rank, (ranks, ...), in the order of the ranks; detached.
-
-        Args:
-            value: A tensor of the same shape on every rank, on the device of the group's backend.
-        """
+        """Return ``value`` of every rank, (ranks, ...), in the order of the ranks; detached."""
         value = value.detach().contiguous()
         every = [torch.empty_like(value) for _ in range(self.size)]
         dist.all_gather(every, value, group=self.group)
         return torch.stack(every)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum of ``value`` over the ranks, detached.
-
-        Args:
-            value: A tensor of the same shape on every rank, on the device of the group's backend.
-        """
+        """Return the sum of ``value`` over the ranks, detached."""
         total = value.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
@@ -135,14 +97,8 @@ class RankGroup:
     def differentiable_sum(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks, differentiable in this rank's, as often and as ever one likes.
 
-        The gradient is that of the sum of all ranks' losses. Transforms of ``torch.func`` and forward mode are served.
-
-        Args:
-            value: A tensor of the same shape on every rank, on the device of the group's backend.
-
-        Raises:
-            NotImplementedError: In a backward pass of many gradients at once by ``is_grads_batched`` or
-                ``vectorize=True`` of ``torch.autograd``.
+        The gradient is that of the sum of all ranks' losses. Transforms of ``torch.func`` and forward mode are served,
+        but no backward pass of many gradients at once (``is_grads_batched``, ``vectorize=True``) of ``torch.autograd``.
         """
         total: Tensor = _SumOverRanks.apply(value, self)  # type: ignore[no-untyped-call]
         return total
@@ -152,10 +108,6 @@ class RankGroup:
 
         The gradient is that of the sum of all ranks' losses: where each rank has the same loss, a strategy's mean over
         the ranks gives the gradient of that loss.
-
-        Args:
-            value: A tensor of the same shape on every rank, but for the number of its rows.
-            dim: Which dimension the rows are counted in.
         """
         counts = self.gather(torch.full((1,), value.shape[dim], device=value.device)).flatten().tolist()
         gathered: Tensor = _GatherRows.apply(value, self.group, counts, dim)  # type: ignore[no-untyped-call]

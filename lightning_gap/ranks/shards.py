@@ -29,10 +29,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def shard_copies(tensor: Tensor) -> int:
-    """Return how many ranks hold the same part of ``tensor`` as this rank, itself included.
-
-    A sum over all ranks of anything local, divided by this, counts every element once.
-    """
+    """Return how many ranks hold this rank's part of ``tensor``: sums over all ranks, divided by it, count it once."""
     ranks = dist.get_world_size()
     if not isinstance(tensor, DTensor):
         return ranks
@@ -55,10 +52,7 @@ def save_shards(tensors: Mapping[str, Tensor], folder: str) -> None:
 
 
 def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
-    """Return what :func:`save_shards` wrote, on the devices and in the shards of ``like``. Collective.
-
-    Any number of ranks may load what any other number wrote.
-    """
+    """Return what any number of ranks wrote, on the devices and in the shards of ``like``. Collective."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     check_metadata(folder)
@@ -68,14 +62,7 @@ def load_shards(like: Mapping[str, Tensor], folder: str) -> dict[str, Tensor]:
 
 
 def check_metadata(folder: str) -> None:
-    """Refuse the metadata of a distributed checkpoint that name anything but what torch writes there.
-
-    Args:
-        folder: The checkpoint, on this machine or elsewhere.
-
-    Raises:
-        ValueError: They name something else, which is not run.
-    """
+    """Refuse the metadata of a distributed checkpoint that name anything but what torch writes there."""
     path = f"{str(folder).rstrip('/')}/{_METADATA}"
     filesystem, _ = url_to_fs(str(folder))
     if not filesystem.exists(path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.refusals import check_trainer, keeps_lengths
@@ -119,8 +119,8 @@ class LargeBatchRegime(Callback):
         gradient_noise: bool | str = False,
     ) -> None:
         of_update = "the samples of one update over all devices"
-        self.reference_batch_size = check_count("reference_batch_size", reference_batch_size, what=of_update)
-        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size, what=of_update)
+        self.reference_batch_size = check_integer("reference_batch_size", reference_batch_size, what=of_update)
+        self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, what=of_update)
         if not callable(lr_rule) and lr_rule not in LR_RULES:
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
         self.lr_rule = lr_rule
@@ -137,7 +137,7 @@ class LargeBatchRegime(Callback):
                 f"{float(train_longer):g} makes more updates than that. Pass train_longer=False, its default."
             )
         self.train_longer = float(train_longer)
-        self.samples = None if samples is None else check_count("samples", samples, what="the samples of an epoch")
+        self.samples = None if samples is None else check_integer("samples", samples, what="the samples of an epoch")
         if stretch_schedulers not in ("auto", True, False):
             raise ValueError(f'stretch_schedulers={stretch_schedulers!r} must be "auto", True or False.')
         self.stretch_schedulers: bool | str = stretch_schedulers
@@ -145,11 +145,11 @@ class LargeBatchRegime(Callback):
             raise ValueError(f"clip_norm={clip_norm} must be positive and finite, or None for no clipping.")
         self.clip_norm = clip_norm
         if clip_updates is not None:
-            check_count("clip_updates", clip_updates, what="the first updates that are clipped, or None for all")
+            check_integer("clip_updates", clip_updates, what="the first updates that are clipped, or None for all")
             if clip_norm is None:
                 raise ValueError(f"clip_updates={clip_updates} needs a clip_norm, for example the paper's 5.0.")
         self.clip_updates = clip_updates
-        self.warmup_updates = check_count("warmup_updates", warmup_updates, 0, "the updates of the warm-up")
+        self.warmup_updates = check_integer("warmup_updates", warmup_updates, 0, "the updates of the warm-up")
         if warmup_updates and lr_rule == "none":
             raise ValueError(f'warmup_updates={warmup_updates} has nothing to grow to with lr_rule="none".')
         if gradient_noise and lr_rule != "none":

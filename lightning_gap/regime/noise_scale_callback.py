@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_integer
 from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.callback import LargeBatchRegime
 from lightning_gap.regime.loader import effective_batch_size, pass_over_data
@@ -98,7 +98,7 @@ class GradientNoiseScale(Callback):
     """
 
     def __init__(self, *, every_n_updates: int = 10, decay: float = 0.95) -> None:
-        check_count("every_n_updates", every_n_updates)
+        check_integer("every_n_updates", every_n_updates)
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay

@@ -25,16 +25,7 @@ __all__ = [
 
 @eager
 def check_samples(name: str, samples: Tensor) -> None:
-    """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers.
-
-    Args:
-        name: The caller's argument, for the message.
-        samples: What the caller was given.
-
-    Raises:
-        TypeError: It is not a tensor, or not of a floating-point type.
-        ValueError: It has another shape, is empty, or holds NaN or infinity (the rows are named).
-    """
+    """Raise unless ``samples`` is a non-empty ``(n, d)`` tensor of finite floating-point numbers."""
     check_all_samples({name: samples})
 
 
@@ -83,19 +74,7 @@ def _numbers(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: bool = False) -> None:
-    """Raise unless both are valid samples of one dimension, dtype and device.
-
-    Args:
-        x_name: The caller's first argument.
-        x: ``(n, d)`` samples.
-        y_name: The caller's second argument.
-        y: ``(m, d)`` samples.
-        same_length: Whether the samples are paired row by row.
-
-    Raises:
-        TypeError: One is no floating-point tensor, or the dtypes differ.
-        ValueError: Shapes or devices do not fit, or a sample is not finite.
-    """
+    """Raise unless both are valid samples of one dimension, dtype and device, and of one length if paired by row."""
     both = {x_name: x, y_name: y}
     for name, samples in both.items():
         _check_form(name, samples)
@@ -116,20 +95,9 @@ def check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor, *, same_length: b
 def check_weights(
     name: str, weights: Tensor | None, samples: Tensor, *, balanced: bool = True, check: bool = True
 ) -> Tensor:
-    """Return the weights of the samples, uniform where there are none.
+    """Return ``(n,)`` weights of the samples, uniform where there are none; ``check`` unless that has been done.
 
     Balanced weights that sum to 1 but for rounding are rescaled, so that two sets have the same mass.
-
-    Args:
-        name: The caller's argument, for the message.
-        weights: ``(n,)`` non-negative weights, summing to 1 where the problem is balanced, or ``None``.
-        samples: The ``(n, d)`` samples they belong to.
-        balanced: Whether they must sum to 1.
-        check: Whether to check; not where it has been done.
-
-    Raises:
-        TypeError: The weights are no tensor.
-        ValueError: Their shape, sign or sum is wrong.
     """
     if weights is None:
         return samples.new_full((len(samples),), 1 / len(samples))
@@ -160,15 +128,7 @@ def _checked_total(name: str, weights: Tensor, samples: Tensor) -> float:
 
 
 def check_epsilon(name: str, epsilon: float | Tensor | None) -> float | None:
-    """Return ``epsilon`` as a number, or ``None``.
-
-    Args:
-        name: The caller's argument, for the message.
-        epsilon: A positive finite number, or ``None``.
-
-    Raises:
-        ValueError: It is anything else.
-    """
+    """Return ``epsilon`` as a positive finite number, or ``None``."""
     return None if epsilon is None else check_number(name, epsilon, above=0)
 
 

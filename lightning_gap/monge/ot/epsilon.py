@@ -40,27 +40,12 @@ class Weighted(NamedTuple):
 def cost_scale(
     cost: Cost, x: Tensor, y: Tensor, weights: tuple[Tensor | None, Tensor | None] = (None, None), of: Scale = "mean"
 ) -> float:
-    r"""Return a scale of the costs :math:`c(x_i, y_j)`, each counted by :math:`a_i b_j`, in blocks of bounded memory.
+    """Return a scale of the costs :math:`c(x_i, y_j)`, each counted by :math:`a_i b_j`, in blocks of bounded memory.
 
     ``"mean"`` and ``"std"`` are moments of all costs. ``"typical"`` is the mean of those up to 16 times the upper
     quartile, of up to 1,024 samples a side, evenly taken: the mean itself where there are no outliers, and not moved by
     up to an eighth of the samples of each side, however far off they are; and the mean where most samples coincide, so
-    that what is typical is 0. Samples of weight 0 do not count.
-
-    Args:
-        cost: The ground cost.
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        weights: ``(n,)`` and ``(m,)`` weights of any positive sum; uniform by default.
-        of: ``"mean"``, ``"std"`` or ``"typical"``.
-
-    Example:
-        >>> import torch
-        >>> from lightning_gap.monge.ot.costs import SqEuclidean
-        >>> x = torch.tensor([[0.0], [2.0], [4.0], [1000.0]])
-        >>> weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        >>> round(cost_scale(SqEuclidean(), x, x, (weights, weights)), 3)
-        5.333
+    that what is typical is 0. Weights are of any positive sum; samples of weight 0 do not count.
     """
     (x, a), (y, b) = (_with_weight(points.detach(), w) for points, w in zip((x, y), weights, strict=True))
     if of == "typical" and (typical := _typical(cost, *_evenly(x, a), *_evenly(y, b))):
@@ -72,15 +57,9 @@ def cost_scale(
 
 @dataclass(frozen=True)
 class Epsilon:
-    r"""A regularization: a number in units of the cost, or a share of a scale of the costs.
-
-    Attributes:
-        absolute: The number; overrides the share.
-        share: The share.
-        of: Of which scale: see :func:`cost_scale`.
+    """A regularization: a number in units of the cost, or else a share of a scale of the costs (:func:`cost_scale`).
 
     Example:
-        >>> import torch
         >>> from lightning_gap.monge.ot.costs import SqEuclidean
         >>> x = torch.tensor([[0.0], [2.0]])
         >>> Epsilon(share=0.05).resolve(SqEuclidean(), (Weighted(x), Weighted(x)))
@@ -95,18 +74,7 @@ class Epsilon:
     def given(
         cls, options: SolverOptions, absolute: Any, share: Any, of: str = "mean", *, rho: float | None = None
     ) -> "Epsilon":
-        """Return what a public function's arguments mean, checked.
-
-        Args:
-            options: The solver's; ``"exact"`` has no epsilon.
-            absolute: ``epsilon``, or ``None``.
-            share: ``relative_epsilon``.
-            of: ``relative_to``.
-            rho: Strength of soft marginals, or ``None``.
-
-        Raises:
-            ValueError: One is not positive or not known, or the solver does not regularize.
-        """
+        """Return what ``epsilon``, ``relative_epsilon`` and ``relative_to`` of a public function mean, checked."""
         if options.solver == "exact":
             if absolute is not None or rho is not None:
                 raise ValueError("solver='exact' takes neither epsilon nor rho: it does not regularize")
@@ -119,16 +87,7 @@ class Epsilon:
         return cls(None, check_number("relative_epsilon", share, above=0), cast(Scale, of))
 
     def resolve(self, cost: Cost, *pairs: tuple[Weighted, Weighted], scale: float | None = None) -> float:
-        """Return epsilon in units of the cost: the one place where a share becomes a number.
-
-        Args:
-            cost: The ground cost.
-            pairs: Sets of samples, the mean of whose scales counts.
-            scale: The scale, where it is known.
-
-        Raises:
-            ValueError: The scale is 0 or not finite, so that no share of it is an epsilon.
-        """
+        """Return epsilon in units of the cost, by the mean of the pairs' scales, or the scale where it is known."""
         if self.absolute is not None:
             return self.absolute
         if scale is None:

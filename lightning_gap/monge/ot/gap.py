@@ -93,12 +93,7 @@ def monge_gap(
 
 
 def check_convention(convention: str, rho: float | None) -> None:
-    """Raise ``ValueError`` unless the convention is known, and has a meaning for soft marginals if there are any.
-
-    Args:
-        convention: One of :data:`Convention`.
-        rho: Strength of soft marginals, or ``None``.
-    """
+    """Raise ``ValueError`` unless the convention is known, and has a meaning for soft marginals if there are any."""
     check_choice("convention", convention, get_args(Convention))
     if rho is not None and convention == "shannon":
         raise ValueError("rho needs convention='kl' or 'debiased': the Shannon entropy is that of balanced plans")

@@ -13,17 +13,7 @@ Solver = Literal["auto", "dense", "blocked", "exact", "tensorized", "online", "m
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Which solver, and when it stops.
-
-    Attributes:
-        solver: See :func:`~lightning_gap.monge.ot.solve.optimal_transport`.
-        tolerance: L1 marginal error at which it stops.
-        max_iterations: Most sweeps.
-
-    Raises:
-        TypeError: ``max_iterations`` is no integer.
-        ValueError: The solver is not known, or a number is out of range.
-    """
+    """Which solver, at which L1 marginal error it stops, and after how many sweeps at most."""
 
     solver: Solver = "auto"
     tolerance: float = 1e-5

@@ -17,15 +17,11 @@ __all__ = ["Problem", "checked_problem"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A transport problem whose arguments have been checked.
+    """Samples, weights, cost and regularization that have been checked.
 
     Attributes:
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples; ``x`` itself, with ``b`` being ``a``, for a measure against itself.
-        a: ``(n,)`` weights.
-        b: ``(m,)`` weights.
-        cost: The ground cost.
-        epsilon: Regularization.
+        x: ``(n, d)`` samples, of weights ``a``.
+        y: ``(m, d)`` samples, of weights ``b``; ``x`` itself, with ``b`` being ``a``, for a measure against itself.
         rho: Strength of soft marginals, in units of the cost; ``None`` for hard ones.
         uniform: Whether no weights were given, so that none is 0.
     """
@@ -49,12 +45,7 @@ class Problem:
         return self.x is self.y and self.a is self.b
 
     def resolved_epsilon(self, largest: float, mean: float | None = None) -> float:
-        """Return the epsilon that is given or that a relative one means, in blocks of bounded memory.
-
-        Args:
-            largest: The largest cost, or nearly.
-            mean: The mean cost, where it is known.
-        """
+        """Return the epsilon that is given or that a relative one means; from the mean cost where it is known."""
         if self.epsilon.absolute is None and largest == 0:
             # All is where it should be, whatever epsilon is; the share of no cost is nearly none.
             return 4 * torch.finfo(self.x.dtype).tiny
@@ -95,22 +86,10 @@ def checked_problem(
     one_weights: bool = False,
     check: bool = True,
 ) -> Problem:
-    """Return a problem of the samples, weights and cost that a public function was given, once they have been checked.
+    """Return a problem of what a public function was given, once that has been checked.
 
-    Args:
-        x: ``(n, d)`` samples.
-        y: ``(m, d)`` samples.
-        weights: Weights of both; of ``x`` alone if they are paired.
-        cost: The ground cost.
-        epsilon: Regularization, which has been checked.
-        rho: Strength of soft marginals, likewise.
-        paired: Whether ``y`` are images of ``x``, row by row, so that they share their weights.
-        one_weights: Whether both sets have the same weights.
-        check: Whether to check; not where it has been done, as a device is waited for.
-
-    Raises:
-        TypeError: An argument is no floating-point tensor, or the dtypes differ.
-        ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
+    Samples that are ``paired`` row by row, as points and images are, share the one tensor of weights that is given;
+    ``one_weights`` says that both sets have the same. ``check`` unless that has been done: a device is waited for.
     """
     y_name, a_name = ("mapped", "weights") if paired else ("y", "weights[0]")
     cost = resolve(cost)

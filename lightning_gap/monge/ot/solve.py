@@ -123,14 +123,8 @@ def solve_all(
 ) -> list[OTResult]:
     """Solve problems whose arguments have been checked; those of one shape together, which costs little more than one.
 
-    Args:
-        problems: The problems.
-        options: The solver's.
-        strict: See :func:`optimal_transport`.
-        silent: Leave it to the caller to look whether the results converged.
-
-    Returns:
-        The results, with values in the widest format: what is subtracted from them may be nearly as large.
+    If ``silent``, it is left to the caller to look whether they converged. The values are in the widest format: what is
+    subtracted from them may be nearly as large.
     """
     given, problems = problems, [p.counted() if options.solver != "exact" else p for p in problems]
     groups: dict[Any, list[int]] = {}

@@ -7,9 +7,7 @@ __all__ = ["fixed_rows"]
 
 
 def fixed_rows(size: int, most: int) -> Tensor | None:
-    """Return the first of the row numbers in a fixed permutation; ``None`` where all are to be taken.
-
-    Torch's own random numbers stay where they are.
+    """Return the first of the row numbers in a fixed permutation; ``None`` where there are no more than ``most``.
 
     Example:
         >>> fixed_rows(3, 3) is None, len(fixed_rows(100, 3))

@@ -28,8 +28,6 @@ class Terms(NamedTuple):
     """Divergences and gaps that were solved together.
 
     Attributes:
-        divergences: Scalars.
-        gaps: Scalars.
         marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell.
         converged: Whether all of them reached the tolerance.
     """
@@ -80,14 +78,9 @@ def solve_terms(
     convention: Convention = "shannon",
     silent: bool = False,
 ) -> Terms:
-    """Return divergences and gaps.
+    """Return the divergences of some problems, and the gaps of others in a convention.
 
-    Args:
-        fitting: Of :func:`divergence_problem`.
-        regularizing: Of :func:`gap_problem`.
-        options: The solver's.
-        convention: Of the gaps: see :func:`~lightning_gap.monge.ot.gap.monge_gap`.
-        silent: Leave it to the caller to look whether they converged, and take small differences as they are.
+    If ``silent``, it is left to the caller to look whether they converged, and small differences are taken as they are.
     """
     problems = fitting + regularizing
     solved, exact = solve_all(problems, options, silent=silent), options.solver == "exact"

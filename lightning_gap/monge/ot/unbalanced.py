@@ -16,11 +16,7 @@ _NOTHING = 1e-20
 
 
 def normalized(weights: Tensor | None) -> Tensor | None:
-    """Return weights that sum to 1.
-
-    Args:
-        weights: ``(n,)`` non-negative weights, not all 0, or ``None``.
-    """
+    """Return non-negative weights, not all 0, so that they sum to 1."""
     return None if weights is None else weights / weights.sum()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.checks import check_count
+from lightning_gap.checks import check_integer
 from lightning_gap.monge.ot.checks import check_samples
 
 __all__ = ["AffineRepresentation", "moments", "principal_components"]
@@ -52,9 +52,9 @@ class AffineRepresentation(nn.Module):
 
     def __init__(self, dim: int, components: int | None = None) -> None:
         super().__init__()
-        check_count("dim", dim)
+        check_integer("dim", dim)
         if components is not None:
-            check_count("components", components)
+            check_integer("components", components)
             if components > dim:
                 raise ValueError(f"components={components} is more than the {dim} features: use components <= {dim}")
         self.register_buffer("mean", torch.zeros(dim))

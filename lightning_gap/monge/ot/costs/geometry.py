@@ -39,11 +39,7 @@ class PlanFactors(NamedTuple):
 
 
 class Geometry:
-    """The matrix of a cost, in a form that is right for every one; costs with faster forms have their own.
-
-    Args:
-        cost: The cost.
-    """
+    """The matrix of a cost, in a form that is right for every one; costs with faster forms have their own."""
 
     # Whether ``exponents`` is a matrix product by NumPy, which several threads may take at once.
     by_matrix_product: ClassVar[bool] = False
@@ -52,14 +48,7 @@ class Geometry:
         self.cost = cost
 
     def filler(self, y: Tensor) -> Fill:
-        """Return a function that writes costs to ``y``, having prepared what it can, without a graph.
-
-        Args:
-            y: ``(m, d)`` points.
-
-        Returns:
-            A function of an ``(n, m)`` matrix to write to and of ``(n, d)`` points, which returns the matrix.
-        """
+        """Return a function that writes costs to ``(m, d)`` points, having prepared what it can, without a graph."""
 
         def fill(out: Tensor, x: Tensor) -> Tensor:
             # Differences are formed of all coordinates: a row of a GPU's block takes d numbers a pair.
@@ -90,16 +79,7 @@ class Geometry:
         center: float = 0.0,
         power: int = 1,
     ) -> float:
-        """Return the mean of ``(c(x_i, y_j) - center)^power``, in blocks of bounded memory.
-
-        Args:
-            x: ``(n, d)`` points.
-            y: ``(m, d)`` points.
-            a: ``(n,)`` weights, in the widest format; uniform by default.
-            b: ``(m,)`` weights.
-            center: What is subtracted.
-            power: 1 or 2.
-        """
+        """Return the mean of ``(c(x_i, y_j) - center)^power``, weighted in the widest format, in bounded memory."""
         fill, total, start = self.filler(y), 0.0, 0
         for block in x.split(max(1, LIMITS.differences.on(y.device) // len(y))):
             costs = fill(block.new_empty(len(block), len(y)), block).to(widest(y.device)).sub_(center).pow_(power)
@@ -112,33 +92,14 @@ class Geometry:
         return total / (len(x) * len(y)) if a is None and b is None else total
 
     def exponents(self, y: Tensor, G: Tensor, epsilon: float) -> Fill:
-        r"""Return a function that writes :math:`G_j - c(x_i, y_j)/\varepsilon`, without a graph.
-
-        Args:
-            y: ``(m, d)`` points.
-            G: ``(m,)`` potential.
-            epsilon: Regularization, in units of the cost.
-
-        Returns:
-            A function of an ``(n, m)`` matrix to write to and of ``(n, d)`` points, which returns the matrix.
-        """
+        r"""Return a function that writes :math:`G_j - c(x_i, y_j)/\varepsilon`, without a graph."""
         fill = self.filler(y)
         return lambda out, x: torch.sub(G.to(out.dtype), fill(out, x), alpha=1 / epsilon, out=out)
 
     def plan_gradients(
         self, x: Tensor, y: Tensor, plan: Iterable[PlanFactors], need: tuple[bool, bool] = (True, True)
     ) -> Gradients:
-        r"""Return the gradients of :math:`\sum_{ij} P_{ij}\, c(x_i, y_j)` with respect to the points.
-
-        Args:
-            x: ``(n, d)`` points.
-            y: ``(m, d)`` points.
-            plan: The plan :math:`P`, block by block.
-            need: Which of the two gradients is wanted.
-
-        Returns:
-            ``(n, d)`` and ``(m, d)`` gradients, ``None`` where not wanted.
-        """
+        r"""Return the gradients of :math:`\sum_{ij} P_{ij}\, c(x_i, y_j)` in the points, ``None`` where not needed."""
         gx, gy = torch.zeros_like(x), torch.zeros_like(y)
         height = max(1, LIMITS.cached.on(y.device) // max(1, y.numel()))
         for part in plan:

@@ -110,12 +110,7 @@ def _parse(text: str) -> Cost:
 
 
 def is_learned(cost: Cost, like: Tensor) -> bool:
-    """Return whether a cost depends on tensors that learn, such as parameters of a network.
-
-    Args:
-        cost: The ground cost.
-        like: ``(n, d)`` samples.
-    """
+    """Return whether a cost of such samples depends on tensors that learn, such as parameters of a network."""
     if not torch.is_grad_enabled() or type(cost) in _BY_NAME.values():
         return False
     point = like[:1].detach()

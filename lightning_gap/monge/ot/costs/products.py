@@ -154,13 +154,7 @@ class Squares:
 
 
 class SquaredGeometry(Geometry):
-    """The matrix of ``scale * |image(x) - image(y)|²``, by products.
-
-    Args:
-        cost: The cost.
-        scale: Factor of the squares.
-        image: What the points are replaced by, in the widest format.
-    """
+    """The matrix of ``scale * |image(x) - image(y)|²``, by products; images are taken in the widest format."""
 
     by_matrix_product: ClassVar[bool] = True
 

@@ -26,11 +26,6 @@ class BlockedKernel(Kernel):
 
     It never holds the matrix: it forms a block of rows at a time, in cache, and gets both updates from one pass,
     because a row's :math:`F_i` depends on that row alone.
-
-    Args:
-        problems: The one problem: see :class:`Kernel`.
-        epsilons: See :class:`Kernel`.
-        largest: See :class:`Kernel`.
     """
 
     def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:

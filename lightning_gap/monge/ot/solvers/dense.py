@@ -23,18 +23,10 @@ _DRIFT = 30.0
 
 
 class DenseKernel(Kernel):
-    r"""Kernel matrices in memory.
+    r"""``(B, n, m)`` kernel matrices in memory, beside the costs.
 
     Keeps :math:`K = e^{F_0 \oplus G_0 - C/\varepsilon}`, formed once around absorbed potentials (Schmitzer 2019,
     "Stabilized sparse scaling algorithms"): a sweep is two matrix-vector products, not :math:`2 n^2` exponentials.
-
-    Args:
-        problems: See :class:`Kernel`, as for the others.
-        C: ``(B, n, m)`` costs.
-        K: ``(B, n, m)`` buffer.
-        epsilons: B regularizations.
-        largest: B largest costs.
-        weights: Weights that are not the problems'.
     """
 
     def __init__(

@@ -53,25 +53,12 @@ def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
 def exact_plan(
     C: Tensor, a: Tensor, b: Tensor, *, with_duals: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Duals | None]:
-    """Return an optimal plan as its non-zero entries.
+    """Return an optimal plan as rows, columns and masses of its entries, and the dual potentials if they are wanted.
 
     Equal numbers of equally weighted samples are an assignment problem, solved by SciPy's
     ``linear_sum_assignment`` (Crouse 2016); it is quick where the identity is nearly optimal, as for a trained map.
-    Other problems need POT's network simplex. A pair of infinite cost is forbidden.
-
-    Args:
-        C: ``(n, m)`` costs.
-        a: ``(n,)`` weights of the rows.
-        b: ``(m,)`` weights of the columns.
-        with_duals: Whether the dual potentials are wanted, which are the gradient in the weights; by POT.
-
-    Returns:
-        ``(k,)`` rows, columns and masses of the entries, and the ``(n,)`` and ``(m,)`` dual potentials, or ``None``.
-
-    Raises:
-        ImportError: The problem is no assignment, and POT is not installed.
-        ValueError: A cost is NaN or minus infinity, or no plan avoids the forbidden pairs.
-        RuntimeError: POT did not find the optimum.
+    Other problems, and the potentials, which are the gradient in the weights, need POT's network simplex. A pair of
+    infinite cost is forbidden.
     """
     from scipy.optimize import linear_sum_assignment
 

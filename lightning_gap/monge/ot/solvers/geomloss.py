@@ -21,16 +21,7 @@ _SCALING = 0.9
 
 
 def solve_geomloss(problem: Problem, solver: str) -> OTResult:
-    """Solve a problem without a tolerance: what is left of its marginal error is not known.
-
-    Args:
-        problem: The problem.
-        solver: ``"online"`` or ``"multiscale"``.
-
-    Raises:
-        ValueError: The cost learns.
-        RuntimeError: There is no compiler.
-    """
+    """Solve a problem without a tolerance: what is left of its marginal error is not known."""
     p = problem.detached()
     if is_learned(problem.cost, problem.x):
         raise ValueError(

@@ -21,11 +21,7 @@ _PATIENCE, _LEAPS, _LEAP_SWEEPS = 128, 8, 24
 def iterate(
     kernel: Kernel, G: Vector, *, tolerance: float, max_iterations: int, patience: int | None = None
 ) -> Solution:
-    """Sweep until the marginal error of each problem is small enough.
-
-    Raises:
-        FloatingPointError: The costs are too large for epsilon in this floating-point format.
-    """
+    """Sweep until the marginal error of each problem is small enough."""
     if kernel.on_device:
         return iterate_on_device(kernel, G, tolerance, max_iterations, patience)
     with np.errstate(all="ignore"):

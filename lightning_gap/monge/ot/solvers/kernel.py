@@ -31,14 +31,7 @@ def damping(epsilon: float, rho: float | None) -> float:
 
 
 class Kernel(ABC):
-    """B problems of one shape, as the fixed-point iteration needs them: see the module's text.
-
-    Args:
-        problems: The problems, without a graph.
-        epsilons: B regularizations, in units of the cost.
-        largest: B largest costs, or nearly.
-        weights: ``(B, n)`` and ``(B, m)`` weights, where they are not the problems'.
-    """
+    """B problems of one shape, without a graph, at B epsilons, as the fixed-point iteration needs them."""
 
     def __init__(
         self,
@@ -94,9 +87,8 @@ class Kernel(ABC):
     def exponents_fit(self, least: float, most: float) -> bool:
         """Return whether each problem's largest cost is between so many epsilons, or 0.
 
-        Args:
-            least: Below it, exponentials are all nearly 1, and their differences rounded away.
-            most: Above it, exponents are rounded to more than a small part of 1.
+        Below, exponentials are all nearly 1, and their differences rounded away; above, exponents are rounded to more
+        than a small part of 1.
         """
         sizes = zip(self.largest, self.epsilons, strict=True)
         return all(size == 0 or least * epsilon <= size <= most * epsilon for size, epsilon in sizes)
@@ -148,12 +140,7 @@ class Kernel(ABC):
         """The ``(B, n)`` potentials of the rows after the last sweep."""
 
     def settle(self, G_next: Vector, which: Iterable[int] | None = None) -> None:  # noqa: B027
-        """Absorb potentials, after a sweep that was finite.
-
-        Args:
-            G_next: ``(B, m)`` potentials.
-            which: Of which problems; ``None`` for those that have drifted.
-        """
+        """Absorb potentials, after a sweep that was finite: of the named problems, or of those that have drifted."""
 
     def drift(self, G: Vector) -> Vector:
         """Return ``(B, 1)`` distances of potentials from the absorbed ones."""

@@ -21,15 +21,7 @@ STUCK = 1e-3
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the iteration of B problems ended.
-
-    Attributes:
-        F: ``(B, n)`` potentials of the rows, in units of epsilon.
-        G: ``(B, m)`` potentials of the columns, in units of epsilon.
-        iterations: Sweeps over each problem, until it was solved.
-        marginal_errors: L1 distance of each plan's marginals from the given ones.
-        converged: Whether each one reached the tolerance.
-    """
+    """Where the iteration of B problems ended: ``(B, n)`` and ``(B, m)`` potentials, in units of epsilon, and errors."""
 
     F: Tensor
     G: Tensor
