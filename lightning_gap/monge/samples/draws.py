@@ -10,11 +10,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_gap.monge.ot.checks import check_samples
-from lightning_gap.monge.samples.splits import generator
 
-__all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn"]
+__all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn", "generator"]
 
 Encode = Callable[[Tensor], Tensor]
+
+
+def generator(seed: int, *key: int) -> torch.Generator:
+    """Return a generator of its own for every seed and key of non-negative integers."""
+    # With the length: a seed sequence takes [s] and [s, 0] for the same.
+    state = np.random.SeedSequence([seed, len(key), *key]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device="cpu").manual_seed(int(state) & (2**63 - 1))
 
 
 class Turn(NamedTuple):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.draws import FiniteSamples, Population
-from lightning_gap.monge.samples.prepared import Prepared
+from lightning_gap.monge.samples.prepare import Prepared
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
 __all__ = ["with_features"]

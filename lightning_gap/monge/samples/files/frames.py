@@ -9,8 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.formats import Format, FrameFile, RowWriter
-from lightning_gap.monge.samples.files.table import Reading, Table, as_tensor, library, objects, there_is
+from lightning_gap.monge.samples.files.table import (
+    Format,
+    FrameFile,
+    Reading,
+    RowWriter,
+    Table,
+    as_tensor,
+    library,
+    objects,
+    there_is,
+)
 
 __all__ = ["columns_of_row_names", "frame_format", "frame_table", "frame_with_images"]
 

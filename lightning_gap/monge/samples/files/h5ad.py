@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_gap.monge.samples.files.arrays import dense_rows, dim_of
-from lightning_gap.monge.samples.files.formats import Format
-from lightning_gap.monge.samples.files.table import Reading, Table, library, objects, readable, there_is
+from lightning_gap.monge.samples.files.table import Format, Reading, Table, library, objects, readable, there_is
 
 __all__ = ["H5AD", "InFile", "InMemory", "anndata_table"]
 

@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.features import feature_places, names_of
-from lightning_gap.monge.samples.files.arrays import array_table
+from lightning_gap.monge.samples.files.arrays import NPY, NPZ, array_table, load_array
 from lightning_gap.monge.samples.files.arrow import FEATHER, PARQUET
-from lightning_gap.monge.samples.files.formats import Format
 from lightning_gap.monge.samples.files.frames import frame_table
 from lightning_gap.monge.samples.files.h5ad import H5AD, InMemory, anndata_table
-from lightning_gap.monge.samples.files.npy import NPY, NPZ, load_array
-from lightning_gap.monge.samples.files.table import Reading, Table
+from lightning_gap.monge.samples.files.table import Format, Reading, Table
 from lightning_gap.monge.samples.files.text import TEXT
 
 __all__ = ["FORMATS", "is_file", "open_file", "open_frame", "open_table", "read_matrix", "read_vector", "suffix_of"]

@@ -7,9 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.formats import RowWriter
 from lightning_gap.monge.samples.files.read import FORMATS, suffix_of
-from lightning_gap.monge.samples.files.table import Table, library
+from lightning_gap.monge.samples.files.table import RowWriter, Table, library
 
 __all__ = ["Output"]
 
