@@ -4,9 +4,10 @@ import argparse
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["CommandError", "Parser", "at_least", "between", "numbers", "positive"]
+__all__ = ["CommandError", "Parser", "at_least", "between", "numbers", "positive", "write_text"]
 
 
 class CommandError(Exception):
@@ -75,3 +76,12 @@ def numbers(text: str) -> tuple[int, ...]:
     if any(later <= earlier for earlier, later in pairwise(values)):
         raise argparse.ArgumentTypeError(f"{text!r} does not increase")
     return values
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """Write a file that an option names, and its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {option} {path}: {error.strerror}; choose another file") from None

@@ -76,21 +76,17 @@ def _accuracy_figures(runs: Runs) -> Gallery:
 
 
 def _diffusion_figure(runs: Runs) -> Gallery:
-    lines, laws = [], []
+    lines, laws, whole = [], [], []
     for (name, several), colour in zip(runs.items(), figures.SERIES, strict=False):
-        run = several[0]
-        if run.diffusion is None:
-            continue
-        points = np.array([(t, d) for t, d in run.distances if t <= run.diffusion.last_update], dtype=np.float64)
-        label = f"{name}: slope {run.diffusion.log_slope:.2f}, R² {run.diffusion.log_r2:.2f}"
-        lines.append(figures.Curve(label, points[:, 0], points[:, 1], colour))
-        laws.append((run.diffusion.log_intercept, run.diffusion.log_slope))
+        fit, trace = several[0].diffusion, np.array(several[0].distances, dtype=np.float64).reshape(-1, 2)
+        whole.append(figures.Curve(name, trace[:, 0], trace[:, 1], colour))
+        if fit is not None:
+            points = trace[trace[:, 0] <= fit.last_update]
+            label = f"{name}: slope {fit.log_slope:.2f}, R² {fit.log_r2:.2f}"
+            lines.append(figures.Curve(label, points[:, 0], points[:, 1], colour))
+            laws.append((fit.log_intercept, fit.log_slope))
     if not lines:
         return Gallery([], 1)
-    whole = []
-    for (name, several), colour in zip(runs.items(), figures.SERIES, strict=False):
-        trace = np.array(several[0].distances, dtype=np.float64)
-        whole.append(figures.Curve(name, trace[:, 0], trace[:, 1], colour))
     return Gallery(
         [
             Figure(
