@@ -5,10 +5,10 @@ from torch import Tensor
 from lightning_gap.checks import renamed
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.costs import CostLike
-from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Scale
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon, Scale
 from lightning_gap.monge.ot.options import Solver, SolverOptions
 from lightning_gap.monge.ot.problem import checked_problem
-from lightning_gap.monge.ot.terms import divergence_problem, each, gap_problem, solve_terms, stacked
+from lightning_gap.monge.ot.terms import each, solve_terms, stacked
 
 __all__ = ["divergence_and_gap", "sinkhorn_divergence"]
 
@@ -130,7 +130,9 @@ def divergence_and_gap(
     """
     options = SolverOptions(solver, tolerance, max_iterations)
     rho = check_epsilon("rho", renamed("reach", "rho", reach, rho))
-    fitting = divergence_problem(mapped, y, (None, None), options, cost=fitting_cost, epsilon=fitting_epsilon, rho=rho)
-    regularizing = gap_problem(x, mapped, None, options, cost=cost, epsilon=gap_epsilon)
+    regularization = Epsilon.given(options, fitting_epsilon, FITTING_SHARE, rho=rho)
+    fitting = checked_problem(mapped, y, (None, None), cost=fitting_cost, epsilon=regularization, rho=rho)
+    regularization = Epsilon.given(options, gap_epsilon, GAP_SHARE)
+    regularizing = checked_problem(x, mapped, [None], cost=cost, epsilon=regularization, paired=True)
     terms = solve_terms([fitting], [regularizing], options)
     return terms.divergences[0], terms.gaps[0]
