@@ -113,7 +113,7 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
     },
     "MapScores": {
         "accumulation": Cell("–"),
-        "ddp": works(f"{_MONGE}test_scores.py::test_two_processes_are_as_one"),
+        "ddp": works(f"{_MONGE}scores/test_map_scores.py::test_two_processes_are_as_one"),
         "fsdp2": NOT_RUN,
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,

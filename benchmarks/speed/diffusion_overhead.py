@@ -104,10 +104,10 @@ class Timed(UltraSlowDiffusion):
 
     def on_train_batch_end(self, *args: object) -> None:
         """Time the hook."""
-        points, start = len(self._trace["updates"]), time.perf_counter()
+        points, start = len(self._trace), time.perf_counter()
         super().on_train_batch_end(*args)
         spent = time.perf_counter() - start
-        (self.recording if len(self._trace["updates"]) > points else self.waiting).append(spent)
+        (self.recording if len(self._trace) > points else self.waiting).append(spent)
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
     with_reference = added + len(grid) * forecast
     console.print(f"with a reference: {100 * with_reference / whole:.4f} %")
     assert diffusion._anchor is not None
-    held = sum(tensor.nbytes for tensor in diffusion._anchor.values())
+    held = sum(tensor.nbytes for tensor in diffusion._anchor.weights.values())
     weights = sum(p.nbytes for p in model.parameters())
     console.print(f"memory held: {held / weights:.4f} copies of the parameters")
     parts_found = {

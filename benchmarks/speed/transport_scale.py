@@ -88,7 +88,7 @@ def marginal_error(x: Tensor, y: Tensor, result: OTResult) -> float:
     """Return the L1 distance of the plan's marginals from uniform weights."""
     if not math.isnan(result.marginal_error):
         return result.marginal_error
-    cost = result._problem.cost
+    cost = result.problem.cost
     F, G = result.f / result.epsilon, result.g / result.epsilon
     errors = []
     for (rows, own), (columns, other) in (((x, F), (y, G)), ((y, G), (x, F))):
@@ -144,7 +144,7 @@ def passes(n: int, d: int, rows: int, share: float, repeats: int = 5) -> Row:
         pairs = (LazyTensor(some[:, None]) - LazyTensor(y[None])).square().sum(-1)
         return -(logs - pairs / epsilon).logsumexp(dim=1).flatten()
 
-    torch.testing.assert_close(ours(), keops(), rtol=1e-3, atol=1e-3)  # and both are compiled and warm
+    torch.testing.assert_close(ours(), keops(), rtol=1e-3, atol=1e-3, check_dtype=False)  # and both are warm
     times: dict[str, list[float]] = {"ours": [], "KeOps": []}
     for _ in range(repeats):
         for name, call in (("ours", ours), ("KeOps", keops)):

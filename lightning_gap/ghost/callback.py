@@ -206,7 +206,7 @@ class GhostBatchNorm(Callback):
         self._restore(pl_module)
         try:
             plan = plan_ghost_batchnorm(pl_module, self.skip)
-            self._apply(plan)
+            self._convert(plan)
         except NoBatchNormError as error:
             if self.missing == "error":
                 raise MisconfigurationException(f"GhostBatchNorm: {error}; or set missing='warn'") from error
@@ -221,7 +221,7 @@ class GhostBatchNorm(Callback):
                 f"GhostBatchNorm leaves layer {name!r} as it is: it {reason}; add it to skip to silence this warning"
             )
 
-    def _apply(self, plan: GhostConversion) -> None:
+    def _convert(self, plan: GhostConversion) -> None:
         auto, given = BatchRows(), self.rows_per_sample
         names = given if isinstance(given, dict) else {} if given == "auto" else {"*": given}
         rows = plan.rows_of_layers({name: BatchRows(number) for name, number in names.items()}, otherwise=auto)
@@ -255,7 +255,7 @@ class GhostBatchNorm(Callback):
             found = plan_ghost_batchnorm(pl_module, self.skip)
             layers = {name: layer for name, layer in found.layers.items() if layer in new}
             if layers:
-                self._apply(GhostConversion(layers, (), {}))
+                self._convert(GhostConversion(layers, (), {}))
                 rank_zero_info(f"GhostBatchNorm converts what has been added during training: {', '.join(layers)}")
         except ValueError as error:
             rank_zero_warn(f"GhostBatchNorm leaves what has been added during training as it is: {error}")

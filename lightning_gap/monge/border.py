@@ -115,13 +115,11 @@ def predicted(model: "MongeMap", batch: Any) -> Tensor:
 
 
 def _raw_images(model: "MongeMap", x: Tensor, condition: Tensor | None) -> Tensor:
-    """Return the raw images of raw ``(n, d)`` samples."""
     encoded = x if model.representation is None else model.representation.encode(x)
     return _decoded(model, model(as_network_takes(model, encoded), condition))
 
 
 def _decoded(model: "MongeMap", x: Tensor) -> Tensor:
-    """Return images as raw ones."""
     return x if model.representation is None else as_network_takes(model, model.representation.decode(x))
 
 
@@ -156,7 +154,6 @@ def transport(
 
 
 def _conditions(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
-    """Return a condition for each of n samples."""
     if condition is None:
         return None
     if not getattr(model.map, "conditional", False):
@@ -169,6 +166,5 @@ def _conditions(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
 
 
 def _say_if_out_of_range(model: "MongeMap", vectors: Tensor) -> None:
-    """Warn of conditions far outside of those that were trained on."""
     if model.condition_range is not None and (message := out_of_range(vectors, model.condition_range)):
         rank_zero_warn(message)

@@ -20,7 +20,7 @@ from lightning_gap.trainer.strategy import from_rank_zero
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["KeptEpsilons", "by_condition", "given_epsilon"]
+__all__ = ["KeptEpsilons", "given_epsilon"]
 
 FITTING, GAP, STARTED = "fitting_epsilon", "gap_epsilon", "started"
 
@@ -142,16 +142,3 @@ def given_epsilon(name: str, absolute: float | None, share: float) -> Epsilon:
     """Return what was given for an epsilon."""
     check_number(f"relative_{name}", share, above=0)
     return Epsilon(check_epsilon(name, absolute), float(share), "typical")
-
-
-def by_condition(
-    source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
-) -> list[tuple[Weighted, Weighted]]:
-    """Return source and target of each condition."""
-    if source[0].dim() == 2:
-        return [(Weighted(*source), Weighted(*target))]
-    sides = [
-        [Weighted(x, w) for x, w in zip(samples, [None] * len(samples) if weights is None else weights, strict=True)]
-        for samples, weights in (source, target)
-    ]
-    return list(zip(*sides, strict=True))

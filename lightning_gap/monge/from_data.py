@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
-from lightning_gap.monge.epsilons import by_condition
 from lightning_gap.monge.maps.conditional import ConditionalMap
 from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.objective import GapOn
@@ -45,7 +44,6 @@ Pairs = Sequence[tuple[Weighted, Weighted]]
 
 
 def _data_of(model: "MongeMap") -> Any:
-    """Return the data module of the run, or ``None``."""
     return getattr(model.trainer, "datamodule", None)
 
 
@@ -113,7 +111,7 @@ def begin(model: "MongeMap") -> bool:
         pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
     else:
         source, target = data.training_samples()
-        pairs = by_condition((source, None), (target, None))
+        pairs = _by_condition((source, None), (target, None))
     if pairs:
         _begin(model, pairs, data.training_samples, again=True)
     return bool(pairs)
@@ -126,7 +124,7 @@ def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
     weights = (gathered(w, group, -1) for w in (b.source_weights, b.target_weights))
     if b.condition is not None:
         model.remarks.say("conditions", lambda: unused_conditions(model.map))
-    pairs = by_condition(*zip((source, target), weights, strict=True))
+    pairs = _by_condition(*zip((source, target), weights, strict=True))
     for sides in pairs:
         for name, side in zip(("source_weights", "target_weights"), sides, strict=True):
             check_weights(name, side.weights, side.samples, balanced=False)
@@ -143,6 +141,18 @@ def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tens
             start(*(on_device(model, part.flatten(0, -2)) for part in all_samples()))
         model.epsilons.start()
     model.epsilons.decide(pairs, again=again)
+
+
+def _by_condition(
+    source: tuple[Tensor, Tensor | None], target: tuple[Tensor, Tensor | None]
+) -> list[tuple[Weighted, Weighted]]:
+    if source[0].dim() == 2:
+        return [(Weighted(*source), Weighted(*target))]
+    sides = [
+        [Weighted(x, w) for x, w in zip(samples, [None] * len(samples) if weights is None else weights, strict=True)]
+        for samples, weights in (source, target)
+    ]
+    return list(zip(*sides, strict=True))
 
 
 def read_reference(samples: Any, gap_on: GapOn | None) -> tuple[Tensor | None, tuple[str, ...] | None, GapOn]:

@@ -238,6 +238,7 @@ class MongeMap(SafelyLoaded):
         check_run(self)
         if stage == "fit":
             self.remarks.of_a_new_fit()
+            self.training_log.of_a_new_fit()
             check_costs(self)
             from_data.note_conditions(self)
 
@@ -317,7 +318,7 @@ class MongeMap(SafelyLoaded):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self.trainer)
+        scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @override

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_gap.checks import check_choice, check_integer, check_number
@@ -96,9 +96,9 @@ def counts(weight: float | Schedule) -> bool:
     return callable(weight) or weight > 0
 
 
-def stepped(scheduler: LRScheduler, monitor: str, trainer: Trainer) -> dict[str, Any]:
+def stepped(scheduler: LRScheduler, monitor: str, module: LightningModule) -> dict[str, Any]:
     """Return how Lightning is to step a scheduler: after every update, and one of plateaus after every validation."""
     if not isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "step"}
-    every = trainer.check_val_every_n_epoch or 1
+    every = module.trainer.check_val_every_n_epoch or 1
     return {"scheduler": scheduler, "interval": "epoch", "frequency": every, "monitor": monitor}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import WarningCache
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -26,16 +27,28 @@ class TrainingLog:
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
         self._updates = 0
+        self._unwritten = False
+        self._said = WarningCache()
+
+    def of_a_new_fit(self) -> None:
+        """Forget the last step of an earlier fit."""
+        self._unwritten = False
 
     def keep(self, module: LightningModule, values: Mapping[str, float | Tensor]) -> None:
         """Show callbacks the values of a step."""
-        self._updates = module.global_step
+        if self._unwritten and module.trainer.loggers:
+            self._said.warn(
+                f"{type(module).__name__} has an on_train_batch_end of its own, which hides that of MongeMap: loggers "
+                "get no values of training; call super().on_train_batch_end(outputs, batch, batch_idx) in it."
+            )
+        self._unwritten, self._updates = True, module.global_step
         self._values = _named("train", module, values)
         for shown in (module.trainer.callback_metrics, module.trainer.logged_metrics):
             shown.update(self._values)
 
     def write(self, trainer: Any) -> None:
         """Give loggers the values, where their turn is."""
+        self._unwritten = False
         made = trainer.global_step > self._updates  # of batches that are accumulated the last makes an update
         if made and self._values and trainer.loggers and updates_logs(trainer):
             define_axes(trainer.loggers, _UPDATES, self._values)

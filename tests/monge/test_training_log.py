@@ -95,3 +95,19 @@ def test_the_displacement_in_training_is_weighted():
     fit_batch(model, UnpairedBatch(source, target, source_weights=weights), callbacks=[watch])
     expected = (source[3] - network(source[3]).detach()).square().sum()
     assert watch.train[0]["train_displacement"] == pytest.approx(float(expected), rel=1e-5)
+
+
+class Deaf(MongeMap):
+    """Has a hook of its own, and forgets that of its parent."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+
+def test_a_hook_that_hides_the_log_is_told_of_once(tmp_path):
+    given = {"map": small(), "optimizer": FAST}
+    run = trainer(max_epochs=2, log_every_n_steps=1, logger=CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match=r"loggers get no values of training; call super\(\)") as told:
+        run.fit(Deaf(**given), samples())
+    assert len([w for w in told if "loggers get no values" in str(w.message)]) == 1
+    trainer(max_epochs=2).fit(Deaf(**given), samples())  # nothing to tell without a logger

@@ -1,6 +1,6 @@
 """Networks that map samples to samples: torch alone, importable without Lightning."""
 
-from lightning_gap.monge.maps.base import StartedMap, TransportMap
+from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.maps.conditional import ConditionalMap
 
@@ -17,7 +17,6 @@ __all__ = [
     "ConditionalMap",
     "ResidualMLP",
     "SphereMap",
-    "StartedMap",
     "StructuredMap",
     "TransportMap",
     "conservativity",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gap.checks import check_choice
 from lightning_gap.monge.maps.conditioning import check_condition
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths
 from lightning_gap.monge.maps.starts import Start, affine_start
@@ -67,12 +68,7 @@ class TransportMap(nn.Module):
         return self.num_conditions
 
     def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the arguments of the network, or raise ``ValueError`` where they do not fit the map.
-
-        Args:
-            x: ``(..., d)`` samples.
-            condition: ``(...)`` labels or ``(..., p)`` vectors, for a conditional map.
-        """
+        """Return the arguments of the network, or raise ``ValueError`` where they do not fit the map."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"the samples have dimension {x.shape[-1]}, but the map was made with dim={self.dim}")
         if not self.conditional:
@@ -86,23 +82,14 @@ class TransportMap(nn.Module):
 
 
 class StartedMap(TransportMap):
-    r"""A map whose network learns what an affine term, found from data before the first update, leaves to learn.
-
-    Args:
-        dim: Dimension :math:`d` of the samples.
-        hidden: Widths of the hidden layers.
-        activation: Makes the activation between layers.
-        start: ``"identity"``, ``"mean"`` or ``"gaussian"``.
-        others: Arguments of :class:`TransportMap`.
-    """
+    r"""A map whose network learns what an affine term, found from data before the first update, leaves to learn."""
 
     offset: Tensor
     matrix: Tensor
     started: Tensor
 
     def __init__(self, dim: int, hidden: Sequence[int], activation: Activation, start: Start, **others: Any) -> None:
-        if start not in get_args(Start):
-            raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
+        check_choice("start", start, get_args(Start))
         super().__init__(dim, hidden, activation, start=start, **others)
         self.starts_at = start
         if start != "identity":
@@ -142,19 +129,10 @@ class StartedMap(TransportMap):
         self.started.fill_(1)
 
     def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``.
-
-        Args:
-            A: ``(d, d)`` symmetric matrix.
-            b: ``(d,)`` vector.
-        """
+        """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``."""
         return A, b
 
     def affine(self, x: Tensor) -> Tensor:
-        """Return the matrix times ``x`` plus the offset, in full precision under autocast.
-
-        Args:
-            x: ``(..., d)`` samples.
-        """
+        """Return the matrix times ``x`` plus the offset, in full precision under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.matrix.dtype), self.matrix, self.offset).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.checks import check_integer, renamed
+from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.starts import BrenierStart, plan_start
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair
@@ -89,8 +89,7 @@ class BrenierMap(TransportMap):
         plan_steps: int = 3000,
         plan_epsilon: float | None = None,
     ) -> None:
-        if start not in get_args(BrenierStart):
-            raise ValueError(f"start must be one of {', '.join(get_args(BrenierStart))}, got {start!r}")
+        check_choice("start", start, get_args(BrenierStart))
         share = renamed("plan_epsilon", "plan_relative_epsilon", plan_epsilon, None)
         share = plan_relative_epsilon if share is None else share
         plan: dict[str, Any] = {"plan_relative_epsilon": check_epsilon("plan_relative_epsilon", share)}

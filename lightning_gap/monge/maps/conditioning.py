@@ -18,16 +18,6 @@ class Conditioning(nn.Module):
     Feature-wise linear modulation (Perez et al. 2018, "FiLM"): a layer's :math:`u` becomes
     :math:`(1 + \gamma(c)) \odot u + \beta(c)`, with :math:`\gamma, \beta` linear in an embedding of :math:`c`. The
     shift of the output starts at zero, and so does :math:`\gamma`.
-
-    Args:
-        widths: Widths of the hidden layers.
-        n_out: Width of the output.
-        num_conditions: Number of categories, for labels ``0 .. num_conditions - 1``; or else
-        condition_dim: Dimension of the vectors that are conditions.
-        embedding_dim: Width of the embedding.
-
-    Raises:
-        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, or a number is not positive.
     """
 
     def __init__(
@@ -58,11 +48,7 @@ class Conditioning(nn.Module):
         self.shift = linear(embedding_dim, n_out, zero=True, bias=False)
 
     def forward(self, condition: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Return scales and shifts of the hidden layers, and the shift of the output.
-
-        Args:
-            condition: ``(...)`` labels or ``(..., p)`` vectors.
-        """
+        """Return scales and shifts of the hidden layers, and the shift of the output."""
         embedded = self.embedding(condition)
         films = []
         for film in self.films:
@@ -72,14 +58,7 @@ class Conditioning(nn.Module):
 
 
 class ConditionalPerceptron(nn.Module):
-    """A multi-layer perceptron whose hidden layers are modulated by a condition; its output starts at zero.
-
-    Args:
-        dim: Width of input and output.
-        hidden: Widths of the hidden layers.
-        activation: Makes the activation between layers.
-        conditioning: The modulation of these widths.
-    """
+    """A multi-layer perceptron whose hidden layers are modulated by a condition; its output starts at zero."""
 
     def __init__(
         self, dim: int, hidden: Sequence[int], activation: Callable[[], nn.Module], conditioning: Conditioning
@@ -100,14 +79,7 @@ class ConditionalPerceptron(nn.Module):
 
 
 def check_condition(x: Tensor, condition: Tensor, num_conditions: int | None, condition_dim: int | None) -> None:
-    """Raise ``ValueError`` unless there is one condition of the right kind for each sample.
-
-    Args:
-        x: ``(..., d)`` samples.
-        condition: What was given with them.
-        num_conditions: Number of categories, or ``None`` for vectors.
-        condition_dim: Dimension of the vectors.
-    """
+    """Raise ``ValueError`` unless there is one condition of the right kind for each sample."""
     if num_conditions is None:
         expected = (*x.shape[:-1], condition_dim)
         if tuple(condition.shape) != expected or not condition.is_floating_point():
@@ -132,12 +104,7 @@ def check_condition(x: Tensor, condition: Tensor, num_conditions: int | None, co
 
 
 def check_labels(condition: Tensor, num_conditions: int) -> None:
-    """Raise ``ValueError`` unless labels are those of a map; the device is waited for, once.
-
-    Args:
-        condition: Integer labels.
-        num_conditions: Number of categories.
-    """
+    """Raise ``ValueError`` unless labels are those of a map; the device is waited for, once."""
     if condition.numel():
         low, high = torch.stack(condition.aminmax()).tolist()
         if low < 0 or high >= num_conditions:

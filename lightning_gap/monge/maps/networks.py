@@ -21,17 +21,7 @@ def network(
     condition_dim: int | None = None,
     embedding_dim: int = 32,
 ) -> nn.Module:
-    """Return a network from samples, and perhaps conditions, to vectors, which starts at zero.
-
-    Args:
-        dim: Dimension of the samples and of the vectors.
-        hidden: Widths of the hidden layers.
-        activation: A name, a class of ``torch.nn``, or a function that makes a module.
-        potential: Whether the vectors are the gradient of a scalar network.
-        num_conditions: Number of categories of the condition.
-        condition_dim: Dimension of the condition.
-        embedding_dim: Width of the condition's embedding.
-    """
+    """Return a network from samples, and perhaps conditions, to vectors, which starts at zero."""
     widths = check_widths(dim, hidden)
     factory, name = activation_factory(activation)
     conditioning = None

@@ -10,7 +10,6 @@ __all__ = ["Activation", "activation_factory", "check_widths", "linear", "percep
 
 Activation = str | Callable[[], nn.Module]
 
-
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -21,22 +20,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
-
-
 _NAMES = {cls: name for name, cls in _ACTIVATIONS.items()}
 
 
 def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
-    """Return the widths of the hidden layers as a tuple.
-
-    Args:
-        dim: Dimension of the samples.
-        hidden: Widths of the hidden layers.
-
-    Raises:
-        TypeError: ``hidden`` is no sequence.
-        ValueError: A width, or ``dim``, is not a positive integer.
-    """
+    """Return the widths of the hidden layers as a tuple."""
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise TypeError(f"hidden must be a sequence of widths, got {hidden!r}: write hidden=(128, 128)")
     check_integer("dim", dim)
@@ -44,15 +32,7 @@ def check_widths(dim: int, hidden: object) -> tuple[int, ...]:
 
 
 def activation_factory(activation: Activation) -> tuple[Callable[[], nn.Module], str | None]:
-    """Return what makes the activation, and its name, which a checkpoint can hold; ``None`` for one without a name.
-
-    Args:
-        activation: A name such as ``"gelu"``, a class of ``torch.nn``, or a function that makes a module.
-
-    Raises:
-        ValueError: The name is not known.
-        TypeError: It is none of these.
-    """
+    """Return what makes the activation, and its name, which a checkpoint can hold; ``None`` for one without a name."""
     if isinstance(activation, str):
         if activation not in _ACTIVATIONS:
             raise ValueError(
@@ -80,15 +60,7 @@ def linear(n_in: int, n_out: int, *, zero: bool = False, bias: bool = True) -> n
 def perceptron(
     n_in: int, hidden: Sequence[int], n_out: int, activation: Callable[[], nn.Module], *, zero: bool
 ) -> nn.Sequential:
-    """Return a multi-layer perceptron.
-
-    Args:
-        n_in: Width of the input.
-        hidden: Widths of the hidden layers.
-        n_out: Width of the output.
-        activation: Makes the activation between layers.
-        zero: Whether the last layer, and so the output, starts at zero.
-    """
+    """Return a multi-layer perceptron."""
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [linear(n_in, width), activation()]

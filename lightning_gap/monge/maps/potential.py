@@ -40,15 +40,6 @@ class PotentialGradient(nn.Module):
 
     The backward pass through the layers is written out as a forward pass, so that it works without gradients, in
     inference mode, compiled and exported, and can be differentiated like any network.
-
-    Args:
-        dim: Dimension of the samples.
-        hidden: Widths of the hidden layers, at least one.
-        activation: Name of a smooth activation: ``"gelu"``, ``"silu"``, ``"softplus"`` or ``"tanh"``.
-        conditioning: The modulation of these widths, for a potential of sample and condition.
-
-    Raises:
-        ValueError: The activation is not smooth, or there is no hidden layer.
     """
 
     def __init__(

@@ -57,12 +57,7 @@ class ResidualMLP(StartedMap):
         return self.moved(x, None)
 
     def moved(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        """Return the affine term plus the network's displacement.
-
-        Args:
-            x: ``(..., d)`` samples.
-            condition: Their conditions, for a conditional map.
-        """
+        """Return the affine term plus the network's displacement."""
         displacement: Tensor = self.displacement(*self.inputs(x, condition))
         if self.starts_at == "identity":
             return x + displacement

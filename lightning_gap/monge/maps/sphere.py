@@ -95,11 +95,7 @@ def _check_on_sphere(norm: Tensor, tolerance: float) -> None:
 
 
 def circle(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``cos θ`` and ``sin θ / θ`` of an angle's square, smoothly at 0.
-
-    Args:
-        square: The squares of the angles.
-    """
+    """Return ``cos θ`` and ``sin θ / θ`` of an angle's square, smoothly at 0."""
     small = square < _SMALL
     angle = torch.where(small, 1, square).sqrt()
     s = torch.where(small, square, 0)

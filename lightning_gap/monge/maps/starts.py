@@ -17,28 +17,19 @@ _PLAN_TOLERANCE = 1e-2
 
 
 def affine_start(start: str, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return A and b of the map ``A x + b`` to start at; A is ``None`` for the translation between the means.
-
-    Args:
-        start: ``"mean"``, or ``"gaussian"`` for :func:`gaussian_map`.
-        source: ``(n, d)`` samples.
-        target: ``(m, d)`` samples.
-    """
+    """Return A and b of the map ``A x + b`` to start at; A is ``None`` for the translation between the means."""
     if start == "mean":
         return None, target.double().mean(0) - source.double().mean(0)
     return gaussian_map(source, target, shrinkage="auto")
 
 
 def plan_start(source: Tensor, target: Tensor, *, relative_epsilon: float, most: int) -> tuple[Tensor, Tensor]:
-    """Return samples of the source, and their images by the barycentric projection of an entropic plan.
-
-    Args:
-        source: ``(n, d)`` samples.
-        target: ``(m, d)`` samples.
-        relative_epsilon: Regularization of the plan, as a share of the mean cost.
-        most: Most samples of each set in the plan.
-    """
-    x, y = (samples if (rows := fixed_rows(len(samples), most)) is None else samples[rows.to(samples.device)]
-            for samples in (source, target))  # fmt: skip
+    """Return samples of the source, and their images by the barycentric projection of an entropic plan."""
+    x, y = (_some(samples, most) for samples in (source, target))
     plan = optimal_transport(x, y, relative_epsilon=relative_epsilon, tolerance=_PLAN_TOLERANCE)
     return x, plan.barycentric_projection()
+
+
+def _some(samples: Tensor, most: int) -> Tensor:
+    rows = fixed_rows(len(samples), most)
+    return samples if rows is None else samples[rows.to(samples.device)]

@@ -118,12 +118,7 @@ class StructuredMap(StartedMap):
         return torch.zeros(self.dim, self.dim)
 
     def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:
-        r"""Return the affine part of F, :math:`\nabla h(x - A x - b)`.
-
-        Args:
-            A: ``(d, d)`` symmetric matrix, for the squared Euclidean cost, or ``None``.
-            b: ``(d,)`` vector.
-        """
+        r"""Return the affine part of F, :math:`\nabla h(x - A x - b)`."""
         if A is not None:
             return 2 * (torch.eye(self.dim).to(A) - A), -2 * b
         with torch.enable_grad():

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lightning_gap.checks import check_choice, check_integer
+from lightning_gap.extras import library
 from lightning_gap.monge.plot.panels import Space, array_of, components, limits_of, panels_of, space_of
 from lightning_gap.monge.plot.plane import draw_line, draw_plane
 from lightning_gap.monge.plot.sphere import centre_of, draw_sphere
@@ -22,7 +23,7 @@ __all__ = ["plot_map"]
 Samples = ArrayLike | Tensor | Sequence[Tensor]
 
 _MOST_PANELS = 9
-_SUBSCRIPTS = "₀₁₂"
+_NAMES = {1: ("x",), 2: ("x₁", "x₂")}
 
 
 def plot_map(
@@ -82,11 +83,7 @@ def plot_map(
         >>> [axes.get_xlabel() for axes in figure.axes]
         ['x₁']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot_map needs matplotlib: pip install 'lightning_gap[plots]'") from error
-
+    figure_class = library("matplotlib.figure", "plot_map", "plots").Figure
     mapped, target, basis = (
         columns_like(name, given, source, "source")
         for name, given in (("mapped", mapped), ("target", target), ("basis", basis))
@@ -100,9 +97,7 @@ def plot_map(
     if feature_names is not None and len(feature_names) != dim:
         raise ValueError(f"feature_names has {len(feature_names)} names for {dim} features")
     shown = panels[:_MOST_PANELS]
-    names = [str(name) for name in feature_names or ([f"x{_SUBSCRIPTS[k]}" for k in range(1, 3)] if dim <= 2 else [])]
-    if dim == 1 and not feature_names:
-        names = ["x"]
+    names = [str(name) for name in feature_names or _NAMES.get(dim, ())]
     if chosen == "components":
         fitted_to = np.concatenate([p.target for p in panels]) if basis is None else array_of("basis", basis, (2,))
         if fitted_to.shape[1] != dim:
@@ -117,27 +112,22 @@ def plot_map(
     scale = 1.15 if len(shown) == 1 else 0.78
     with style(theme):
         size = (columns * width * scale, rows * height * scale + 0.5)
-        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        figure: Figure = figure_class(figsize=size, dpi=150, layout="constrained")
         parts = np.asarray(figure.subfigures(rows, columns, squeeze=False, wspace=0.02, hspace=0.02)).ravel()
-        limits = None if chosen == "sphere" else limits_of(shown, equal=chosen != "line")
-        if chosen == "sphere":
-            centre = centre_of(shown)
-            for part, panel in zip(parts, shown, strict=False):
-                draw_sphere(part, panel, centre, arrows, scale)
-        else:
-            assert limits is not None
-            for part, panel in zip(parts, shown, strict=False):
-                if chosen == "line":
-                    draw_line(part, panel, limits, names[0])
-                else:
-                    draw_plane(part, panel, limits, names, arrows, scale)
+        common = centre_of(shown) if chosen == "sphere" else limits_of(shown, equal=chosen != "line")
         for part, panel in zip(parts, shown, strict=False):
+            if chosen == "line":
+                draw_line(part, panel, common, names[0])
+            elif chosen == "sphere":
+                draw_sphere(part, panel, common, arrows, scale)
+            else:
+                draw_plane(part, panel, common, names, arrows, scale)
             if panel.name is not None:
                 part.suptitle(panel.name, size=10, weight="bold", color=THEMES[theme]["ink"])
-        heading = title or ""
+        heading = [title] if title else []
         if len(panels) > len(shown):
-            heading += f"{' — ' if heading else ''}{len(shown)} of {len(panels)} conditions"
+            heading.append(f"{len(shown)} of {len(panels)} conditions")
         if heading:
-            figure.suptitle(heading, size=11, x=0.012, ha="left", weight="bold")
+            figure.suptitle(" — ".join(heading), size=11, x=0.012, ha="left", weight="bold")
         draw_legend(figure, panels, chosen)
     return figure

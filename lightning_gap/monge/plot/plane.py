@@ -27,7 +27,7 @@ def draw_plane(part: "SubFigure", panel: Panel, limits: Array, names: Sequence[s
     axes.set(xlim=limits[:, 0], ylim=limits[:, 1], xlabel=names[0], ylabel=names[1])
     if np.isclose(span[0], span[1]):
         axes.set_aspect("equal")
-    count_outside(axes, sum(int((~here).sum()) for here in inside), sum(len(x) for x in panel.sets))
+    count_outside(axes, inside)
 
 
 def draw_line(part: "SubFigure", panel: Panel, limits: Array, name: str) -> None:
@@ -57,4 +57,4 @@ def draw_line(part: "SubFigure", panel: Panel, limits: Array, name: str) -> None
     for side in (above, beside):
         side.axis("off")
     inside = [(values >= low) & (values <= high) for values in (x, mapped, y)]
-    count_outside(axes, sum(int((~here).sum()) for here in inside), sum(len(values) for values in inside))
+    count_outside(axes, inside)

@@ -13,20 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "MAPPED",
-    "SOURCE",
-    "TARGET",
-    "THEMES",
-    "Theme",
-    "count_outside",
-    "draw_arrows",
-    "draw_legend",
-    "draw_points",
-    "ink",
-    "spread",
-    "style",
-]
+__all__ = ["Theme", "count_outside", "draw_arrows", "draw_legend", "draw_points", "ink", "spread", "style"]
 
 Theme = Literal["light", "dark"]
 
@@ -108,8 +95,10 @@ def draw_arrows(axes: "Axes", start: Array, step: Array, scale: float) -> None:
     )  # fmt: skip
 
 
-def count_outside(axes: "Axes", outside: int, total: int) -> None:
+def count_outside(axes: "Axes", inside: Sequence[NDArray[np.bool_]]) -> None:
     """Say in a corner how many points are not shown."""
+    total = sum(len(here) for here in inside)
+    outside = total - sum(int(here.sum()) for here in inside)
     if outside:
         axes.text(
             0.99, 0.01, f"{outside} of {total} points outside", transform=axes.transAxes, ha="right", va="bottom",

@@ -23,10 +23,6 @@ def pooling_weights(name: str, weights: Tensor | None, samples: Tensor, part_of:
         weights: ``(n,)`` weights of a batch, summing to 1; uniform where ``None``. Samples of weight 0 do not count.
         samples: The ``(n, d)`` samples they belong to.
         part_of: Size of the batch where these are one process's part of it; the weights sum to 1 over all parts then.
-
-    Raises:
-        TypeError: The weights are no tensor.
-        ValueError: Their shape, sign or sum is wrong.
     """
     if weights is None:
         return samples.new_ones(len(samples), dtype=widest(samples.device))
@@ -36,12 +32,7 @@ def pooling_weights(name: str, weights: Tensor | None, samples: Tensor, part_of:
 
 
 def pooled(weights: Tensor, like: Tensor) -> Tensor | None:
-    """Return the weights of pooled batches, summing to 1; ``None`` where they are uniform.
-
-    Args:
-        weights: ``(n,)`` weights by :func:`pooling_weights`.
-        like: Samples, whose dtype and device the result has.
-    """
+    """Return the weights of pooled batches, summing to 1; ``None`` where they are uniform."""
     if bool((weights == weights[0]).all()):
         return None
     return (weights / weights.sum()).to(solver_precision(like))

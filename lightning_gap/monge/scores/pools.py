@@ -28,14 +28,7 @@ _CONDITION_OF = {
 
 @dataclass(frozen=True)
 class Pool:
-    """All samples of one condition.
-
-    Attributes:
-        label: ``(1,)`` label or ``(p,)`` vector.
-        sets: Samples by name.
-        source_weights: Weights of the source, summing to 1; ``None`` for uniform ones.
-        target_weights: Likewise.
-    """
+    """All samples of one condition."""
 
     label: Tensor
     sets: dict[str, Tensor]
@@ -60,14 +53,7 @@ def _of(weights: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def pools_of(kept: Mapping[str, Tensor]) -> list[Pool]:
-    """Return the samples of each condition, by label; one pool where there are none.
-
-    Args:
-        kept: All samples, weights and conditions by the names of their states.
-
-    Raises:
-        ValueError: A condition has no target samples.
-    """
+    """Return the samples of each condition, by label; one pool where there are none."""
     labels = torch.unique(kept["source_condition"], dim=0)
     pools = []
     for label in labels:
@@ -92,15 +78,7 @@ def rows_to_keep(
     parts_of: tuple[int, int] | None,
     label: Tensor,
 ) -> dict[str, Tensor]:
-    """Return what one condition's samples add to each state, once they have been checked.
-
-    Args:
-        where: The condition's place, for messages.
-        given: Samples by name.
-        weights: Of source and target.
-        parts_of: Numbers of samples of the batch that these are a part of.
-        label: ``(1, 1)`` label or ``(1, p)`` vector.
-    """
+    """Return what one condition's samples add to each state, once they have been checked."""
     source, target = given["source"], given["target"]
     for name, x in given.items():
         paired = name in ("mapped", "true_images")
@@ -119,15 +97,7 @@ def rows_to_keep(
 def by_condition(
     name: str, x: Tensor | None, source: Tensor, conditions: int | None, *, weights: bool = False
 ) -> Sequence[Any]:
-    """Return the part of each condition; ``None`` for each where there is nothing.
-
-    Args:
-        name: The caller's argument, for messages.
-        x: ``(n, d)`` or ``(K, n, d)`` samples, or their weights; or ``None``.
-        source: The samples of the source, whose conditions they share.
-        conditions: Number of conditions, where it is known.
-        weights: Whether ``x`` are weights.
-    """
+    """Return the part of each condition; ``None`` for each where there is nothing."""
     if x is None:
         return [None] * (conditions or 1)
     for tensor_name, tensor in (("source", source), (name, x)):
@@ -148,13 +118,7 @@ def by_condition(
 
 
 def labels_of(condition: Tensor | None, source: Tensor, conditions: int) -> Tensor:
-    """Return ``(K, 1)`` labels or ``(K, p)`` vectors.
-
-    Args:
-        condition: What the caller was given.
-        source: The samples of the source.
-        conditions: Number of conditions.
-    """
+    """Return ``(K, 1)`` labels or ``(K, p)`` vectors."""
     if condition is None:
         return torch.arange(conditions, device=source.device)[:, None]
     if not isinstance(condition, Tensor) or condition.dim() not in (1, 2) or len(condition) != conditions:
@@ -165,12 +129,7 @@ def labels_of(condition: Tensor | None, source: Tensor, conditions: int) -> Tens
 
 
 def check_labels(labels: Tensor, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless each condition is a label that has a name.
-
-    Args:
-        labels: Of :func:`labels_of`.
-        names: Names in the order of the labels.
-    """
+    """Raise ``ValueError`` unless each condition is a label that has a name."""
     if labels.shape[1] != 1 or labels.is_floating_point():
         raise ValueError("conditions names labels, but condition holds vectors: leave conditions out")
     bad = (labels < 0) | (labels >= len(names))

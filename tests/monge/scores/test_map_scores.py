@@ -1,53 +1,30 @@
-"""MapScores and the marginal distances: their definitions, pooling, conditions, floors, processes."""
+"""MapScores: their definitions, pooling, conditions, floors, processes."""
 
 import copy
 import logging
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from gloo import enter_world, free_port
-from scipy.stats import wasserstein_distance
+from scored_samples import AGAIN, TRUE, A, B, D, M, N, T, X, Y, normal
 
 from lightning_gap import monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
     DisplacementCosine,
-    EnergyDistance,
     MapScores,
     MarginalWasserstein,
-    MongeGap,
-    SinkhornDivergence,
     UnexplainedVariance,
     energy_distance,
     marginal_wasserstein,
 )
 from lightning_gap.monge.ot.costs import SqEuclidean
-from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.samples.batches import HeldOutBatches
 from lightning_gap.monge.samples.draws import FiniteSamples
 from lightning_gap.monge.scores import map_scores
 from lightning_gap.monge.scores.pools import Pool, typical_share
 
-GENERATOR = torch.Generator().manual_seed(3)
-N, M, D = 60, 45, 3
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
-
-
-X = normal(N, D)
-T = 2 * X + 0.1 * normal(N, D)
-TRUE = 2 * X
-Y = 2 * normal(M, D) + 0.5
-AGAIN = 2 * normal(N, D) + 0.5
-A = torch.rand(N, generator=GENERATOR)
-A[::7] = 0
-A = A / A.sum()
-B = torch.rand(M, generator=GENERATOR)
-B = B / B.sum()
 EPSILONS = {"fitting_epsilon": 0.5, "gap_epsilon": 0.2}
 BASIC = {"sinkhorn_divergence", "energy_distance", "wasserstein_1", "monge_gap", "displacement"}
 TRUTH = {"unexplained_variance", "displacement_cosine"}
@@ -65,115 +42,6 @@ def same(got, expected, **close):
     assert set(got) == set(expected)
     for name, value in expected.items():
         assert float(got[name]) == pytest.approx(float(value), **{"rel": 1e-5, "abs": 5e-6, **close}), name
-
-
-# --- marginal distances -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("block", [1 << 22, 200])
-def test_marginal_distances_are_those_of_scipy(weighted, block, monkeypatch):
-    monkeypatch.setattr(LIMITS, "sorted", block)
-    x, y = torch.cat([X, X[:5]]).double(), Y.double()  # with ties
-    a = torch.cat([A, A[:5]]).double()
-    a = a / a.sum()
-    weights = (a, B.double()) if weighted else (None, None)
-    expected = [
-        wasserstein_distance(x[:, k], y[:, k], *(w if w is None else w.numpy() for w in weights)) for k in range(D)
-    ]
-    np.testing.assert_allclose(marginal_wasserstein(x, y, weights=weights), expected, rtol=1e-6, atol=1e-9)
-    assert float(marginal_wasserstein(x, x.flip(0), weights=(None, None)).abs().max()) < 1e-12
-
-
-def test_marginal_distances_of_one_sample_and_in_half_precision():
-    torch.testing.assert_close(
-        marginal_wasserstein(torch.zeros(1, 2), torch.tensor([[1.0, -2.0]])), torch.tensor([1.0, 2.0])
-    )
-    half = marginal_wasserstein(X.bfloat16(), Y.bfloat16())
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, marginal_wasserstein(X, Y), rtol=0.05, atol=0.02)
-
-
-def test_marginal_distances_have_their_gradient():
-    x, y = X[:7].double().requires_grad_(), Y[:5].double().requires_grad_()
-    assert torch.autograd.gradcheck(marginal_wasserstein, (x, y))
-
-
-@pytest.mark.parametrize(
-    ("args", "weights", "message"),
-    [
-        ((X, Y[:, :2]), (None, None), "x has dimension 3 but y has 2"),
-        ((X, Y), (A * 2, None), r"weights\[0\] must sum to 1, got 2"),
-        ((X, Y), (None, A), r"weights\[1\] must have shape \(45,\)"),
-    ],
-)
-def test_marginal_distances_refuse(args, weights, message):
-    with pytest.raises(ValueError, match=message):
-        marginal_wasserstein(*args, weights=weights)
-
-
-# --- weights of the single metrics --------------------------------------------------------------------------------
-
-WEIGHTED = {
-    "gap": (MongeGap("euclidean", epsilon=0.2), (X, T), A),
-    "divergence": (SinkhornDivergence(epsilon=0.5), (X, Y), (A, B)),
-    "energy": (EnergyDistance(), (X, Y), (A, B)),
-    "marginals": (MarginalWasserstein(), (X, Y), (A, B)),
-    "variance": (UnexplainedVariance(), (T, TRUE), A),
-    "cosine": (DisplacementCosine(), (X, T, TRUE), A),
-}
-
-
-@pytest.mark.parametrize("case", WEIGHTED)
-def test_integer_weights_are_repetitions(case):
-    metric, data, weights = WEIGHTED[case]
-    counts = [torch.randint(0, 4, (len(d),), generator=torch.Generator().manual_seed(len(d))) for d in data]
-    single = isinstance(weights, torch.Tensor)
-    w = [c / c.sum() for c in counts]
-    weighted, repeated, plain = metric.clone(), metric.clone(), metric.clone()
-    weighted.update(*data, weights=w[0] if single else (w[0], w[1]))
-    repeated.update(*(d.repeat_interleave(c, dim=0) for d, c in zip(data, counts, strict=True)))
-    plain.update(*data)
-    if case == "gap":  # the Shannon entropy knows of repetitions
-        weighted.convention = repeated.convention = "kl"
-    torch.testing.assert_close(weighted.compute(), repeated.compute(), rtol=2e-3, atol=1e-4)
-    assert (weighted.compute() - plain.compute()).abs().max() > 1e-5
-
-
-@pytest.mark.parametrize("case", WEIGHTED)
-def test_weighted_batches_count_by_their_samples(case):
-    metric, data, weights = WEIGHTED[case]
-    single = isinstance(weights, torch.Tensor)
-    pooled_weights, parts = [], []
-    for w in [weights] if single else weights:
-        first, second = w[:20], w[20:]
-        parts.append((first / first.sum(), second / second.sum()))
-        counts = [(part > 0).sum() for part in (first, second)]
-        pooled_weights.append(torch.cat([p * c for p, c in zip(parts[-1], counts, strict=True)]) / sum(counts))
-    whole, batches = metric.clone(), metric.clone()
-    whole.update(*data, weights=pooled_weights[0] if single else tuple(pooled_weights))
-    for k, rows in enumerate((slice(0, 20), slice(20, None))):
-        w = [part[k] for part in parts]
-        batches.update(*(d[rows] for d in data), weights=w[0] if single else tuple(w))
-    torch.testing.assert_close(batches.compute(), whole.compute(), rtol=1e-4, atol=1e-5)
-
-
-def test_weighted_energy_distance_is_that_of_all_pairs_and_has_its_gradient(monkeypatch):
-    monkeypatch.setattr(LIMITS, "block", Size(7 * M, 0))
-    weights = [(w.double() / w.double().sum()) for w in (A, B)]
-    samples = [X.double(), Y.double()]
-
-    def by_pairs(x, y, a, b):
-        between, within_x, within_y = ((u[:, None] - v).norm(dim=-1) for u, v in ((x, y), (x, x), (y, y)))
-        return 2 * a @ between @ b - a @ within_x @ a - b @ within_y @ b
-
-    results = []
-    for distance in (lambda x, y, a, b: energy_distance(x, y, weights=(a, b)), by_pairs):
-        leaves = [t.clone().requires_grad_() for t in (*samples, *weights)]
-        x, y, a, b = leaves
-        value = distance(x, y, a / a.sum(), b / b.sum())
-        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
 # --- MapScores ----------------------------------------------------------------------------------------------------
