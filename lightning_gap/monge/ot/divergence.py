@@ -41,8 +41,7 @@ def sinkhorn_divergence(
         y: ``(m, d)`` samples; or ``(B, m, d)``.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
-        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted,
-            detached).
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted, detached).
         relative_to: ``"mean"``; ``"std"`` for a share of the costs' standard deviation; ``"typical"`` for one of their
             mean without outliers.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``rho`` is given.
@@ -57,7 +56,7 @@ def sinkhorn_divergence(
         A scalar, or ``(B,)`` values, differentiable in ``x`` and ``y``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, or an option is unknown.
 
     Example:
@@ -117,7 +116,7 @@ def divergence_and_gap(
         Two scalars, differentiable in ``x``, ``mapped`` and ``y``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, or an option is unknown.
 
     Example:
