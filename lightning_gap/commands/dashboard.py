@@ -11,11 +11,7 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     dashboard = commands.add_parser(
         "dashboard",
         help="build the W&B workspace of this package's metrics",

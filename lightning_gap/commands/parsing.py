@@ -25,11 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a type of argument: whole numbers from ``least`` on.
-
-    Args:
-        least: The smallest.
-    """
+    """Return a type of argument: whole numbers from ``least`` on."""
 
     def integer(text: str) -> int:
         try:
@@ -62,12 +58,7 @@ def positive(text: str) -> float:
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """Return a type of argument: numbers from ``low`` to ``high``.
-
-    Args:
-        low: The smallest.
-        high: The largest.
-    """
+    """Return a type of argument: numbers from ``low`` to ``high``."""
 
     def number(text: str) -> float:
         value = _finite(text)

@@ -12,11 +12,7 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     report = commands.add_parser(
         "report",
         help="compare runs on one self-contained HTML page",

@@ -19,16 +19,7 @@ __all__ = ["DemoResults", "jpeg", "tell"]
 
 @dataclass(frozen=True)
 class DemoResults:
-    """All that the demo measured.
-
-    Args:
-        data: Name of the images of the large-batch half.
-        runs: The training runs by recipe.
-        large_batch: Their configuration.
-        transfers: The colour transfers.
-        photographs: RGB bytes by name.
-        configuration: Groups of settings and versions, for the report's last chapter.
-    """
+    """All that the demo measured; ``configuration`` groups settings and versions for the last chapter."""
 
     data: str
     runs: Runs
@@ -39,12 +30,7 @@ class DemoResults:
 
 
 def jpeg(photograph: NDArray[np.uint8], *, quality: int = 86) -> bytes:
-    """Return RGB bytes as a JPEG file.
-
-    Args:
-        photograph: ``(height, width, 3)``.
-        quality: Of the JPEG, 1 to 95.
-    """
+    """Return ``(height, width, 3)`` RGB bytes as a JPEG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -260,13 +246,7 @@ def _facts(results: DemoResults) -> list[Fact]:
 
 
 def tell(results: DemoResults, *, epsilon: float, held_out: int) -> Report:
-    """Return the demo's report.
-
-    Args:
-        results: What was measured.
-        epsilon: Regularization of the reported transport numbers.
-        held_out: Held-out pixels they are over.
-    """
+    """Return the demo's report; ``epsilon`` and ``held_out`` pixels are those of the transport numbers."""
     sections = [_large_batch_section(results)]
     sections += [_colour_section(transfer, results, epsilon, held_out) for transfer in results.transfers]
     return Report(

@@ -22,12 +22,7 @@ _MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Compared:
-    """Some of the runs.
-
-    Args:
-        runs: In order.
-        numbers: The number of each run's colour and dashes, by its name; the same in all figures.
-    """
+    """Some of the runs, in order, and the number of each one's colour and dashes, the same in all figures."""
 
     runs: Sequence[Run]
     numbers: Mapping[str, int]
@@ -56,13 +51,7 @@ class Compared:
 
     def table(self, title: str, columns: Mapping[str, Sequence[Any] | tuple[Sequence[Any], Any]], caption: str
               ) -> ResultTable:  # fmt: skip
-        """Return a table of one row a run.
-
-        Args:
-            title: Of the table.
-            columns: For each name its values; or these, and which of them is the best. A column of nothing is left out.
-            caption: Of the table.
-        """
+        """Return a table of one row a run: of values by column, or these and which is the best. Empty columns go."""
         pairs = {name: each if isinstance(each, tuple) else (each, None) for name, each in columns.items()}
         shown = {name: each for name, each in pairs.items() if any(value is not None for value in each[0])}
         heads = [
@@ -108,10 +97,7 @@ class Compared:
 
 
 def curve(run: Run, key: str) -> figures.Curve:
-    """Return a metric of a run as a line of at most 400 points, the first and the last among them.
-
-    What lies between is the mean of several.
-    """
+    """Return a metric as a line of at most 400 points, the first and the last among them, and means between."""
     series = run.metrics.get(key, np.zeros((0, 2)))
     series = _thinned(series[np.isfinite(series).all(1)])
     return figures.Curve(run.name, series[:, 0], series[:, 1], figures.INK)

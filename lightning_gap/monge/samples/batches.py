@@ -61,18 +61,9 @@ Pair = tuple[Population, Population]
 class UnpairedBatches(Dataset[UnpairedBatch]):
     """Training batches by ``(epoch, step)``, each the same whenever it is asked for.
 
-    The source and the target are shuffled independently and anew in each epoch; a set that is smaller than what an
-    epoch takes is gone through again and again. The order follows from the seed alone.
-
-    Args:
-        pairs: Source and target of each condition; of the one there is, without conditions.
-        size: Samples of each side, and condition, in the global batch; divisible by ``num_replicas``.
-        steps: Batches in an epoch.
-        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` for batches without conditions.
-        per_batch: How many conditions a batch has, chosen at random; all by default.
-        seed: Seed of the shuffles.
-        num_replicas: How many processes share the global batch.
-        rank: Which of them this is.
+    Source and target are shuffled independently and anew in each epoch, by the seed alone; a set that is smaller than
+    what an epoch takes is gone through again. ``size`` counts the samples of each side, and condition, in the global
+    batch of all ``num_replicas`` processes; ``conditions`` are ``(K,)`` labels or ``(K, p)`` vectors of the K pairs.
     """
 
     def __init__(
@@ -100,9 +91,6 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         """Return how many samples of the smaller set whole batches hold, of this process: not how many batches.
 
         Lightning's batch size finder takes it for the largest batch. It doubles what is smaller.
-
-        Raises:
-            TypeError: Both sides are endless.
         """
         sizes = [len(side) for pair in self.pairs for side in pair if isinstance(side, FiniteSamples)]
         if not sizes:
@@ -110,11 +98,7 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         return min(sizes) // self.size * (self.size // self.num_replicas)
 
     def __getitem__(self, number: tuple[int, int] | int) -> UnpairedBatch:
-        """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again.
-
-        Raises:
-            TypeError: A plain number comes from a sampler that shares batches out among several processes.
-        """
+        """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again."""
         if not isinstance(number, tuple):
             if self.num_replicas > 1:
                 raise TypeError(
@@ -142,20 +126,7 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
 
 
 class HeldOutBatches(Dataset[UnpairedBatch]):
-    """The held-out samples as one batch, or one of ``(1, n, d)`` for each condition.
-
-    Args:
-        pairs: Source and target of each condition; the first rows are taken.
-        again: Further samples of each target, ``None`` where there are none.
-        most: Largest number of samples of each side in a batch of all processes.
-        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` without conditions.
-        titles: What messages call each pair.
-        num_replicas: How many processes share each batch.
-        rank: Which of them this is.
-
-    Raises:
-        ValueError: A pair has fewer samples than there are processes.
-    """
+    """The first ``most`` held-out samples as one batch, or one of ``(1, n, d)`` for each condition."""
 
     def __init__(
         self,
@@ -205,19 +176,12 @@ class HeldOutBatches(Dataset[UnpairedBatch]):
 
 @dataclass
 class Predicted(Dataset[Any]):
-    """Raw samples of the source, with conditions as pairs.
-
-    Attributes:
-        samples: ``(n, d)`` samples.
-        rows: Rows to map, one after another.
-        codes: Places of their conditions among the names, or ``None`` without conditions.
-        vectors: Vectors of the named conditions, or ``None`` where these are labels.
-    """
+    """Raw samples of the source, with conditions as pairs."""
 
     samples: Tensor
-    rows: Tensor
-    codes: Tensor | None = None
-    vectors: Tensor | None = None
+    rows: Tensor  # rows to map, one after another
+    codes: Tensor | None = None  # places of their conditions among the names
+    vectors: Tensor | None = None  # vectors of the named conditions, where these are no labels
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -16,11 +16,7 @@ __all__ = ["condition_names", "condition_vectors_of", "conditions_of", "label_in
 
 
 def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
-    """Return all names in order: by number if all are numbers, by text otherwise.
-
-    Args:
-        labels: Names of the rows of some sets.
-    """
+    """Return all names in order: by number if all are numbers, by text otherwise."""
     names = {str(name) for given in labels if given is not None for name in np.unique(given)}
     try:
         return tuple(sorted(names, key=float))
@@ -29,18 +25,7 @@ def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
 
 
 def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """Return the vectors of the named conditions, ``(K, p)``.
-
-    Args:
-        given: ``{name: vector or number}``, a data frame with the names as its index, or a path to a table whose first
-            column holds the names.
-        names: The names, in order.
-        dtype: Precision of the result.
-
-    Raises:
-        TypeError: It is no such table, or an entry is no number.
-        ValueError: A name has no vector, lengths differ, or an entry is not finite.
-    """
+    """Return the ``(K, p)`` vectors of the named conditions, from what ``condition_vectors=`` may be."""
     if is_file(given):
         given = open_frame("condition_vectors", str(given))
     if hasattr(given, "to_dict") and hasattr(given, "index"):
@@ -74,21 +59,10 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
 def conditions_of(
     given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None, labels: bool = False
 ) -> Tensor:
-    """Return a condition for each of n samples.
+    """Return ``(n,)`` labels (int64) or ``(n, p)`` vectors: from one condition for all samples, or one for each.
 
-    Args:
-        given: One condition for all samples, or one for each: names, labels, or vectors.
-        n: Number of samples.
-        names: Names of the labels, in order.
-        vector_dim: Dimension of the vectors where conditions are vectors, as far as it is known.
-        labels: Whether conditions are known to be labels, not vectors.
-
-    Returns:
-        ``(n,)`` labels (int64) or ``(n, p)`` vectors.
-
-    Raises:
-        ValueError: A name is not known, a number could be a name or a label, names are given where conditions are
-            vectors, or there is neither one condition nor one for each sample.
+    ``vector_dim`` is the dimension of vectors as far as it is known; ``labels`` tells that conditions are no vectors. A
+    number that could be a name or a label is refused.
     """
     if not isinstance(given, Tensor):
         array = np.asarray(given)
@@ -152,19 +126,7 @@ def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
 
 
 def label_indices(argument: str, labels: NDArray[Any], names: Sequence[str]) -> Tensor:
-    """Return the place of each label among some names.
-
-    Args:
-        argument: The caller's argument, for messages.
-        labels: ``(n,)`` labels.
-        names: The names.
-
-    Returns:
-        ``(n,)`` int64.
-
-    Raises:
-        ValueError: A label is no such name.
-    """
+    """Return the place of each label among some names, ``(n,)`` int64."""
     places, unknown = _places(as_texts(labels), names)
     if unknown is not None:
         raise ValueError(
@@ -183,12 +145,7 @@ def _places(texts: NDArray[Any], names: Sequence[str]) -> tuple[NDArray[Any], st
 
 
 def place_of(label: Any, names: Sequence[str]) -> int | None:
-    """Return the place of a label among names: as text, or else as a number; ``None`` where it is no such name.
-
-    Args:
-        label: A name, or a number: 0.1, "0.1" and "0.10" are one name if "0.1" is.
-        names: The names.
-    """
+    """Return the place of a label among names, as text or else as a number: 0.1, "0.1" and "0.10" are one name."""
     text = str(as_texts(np.array([label], dtype=object))[0])
     if text in names:
         return list(names).index(text)

@@ -14,11 +14,7 @@ __all__ = ["BatchLoader", "BatchNumbers", "NumberedLoader", "batch_loader", "fit
 
 
 def fitting_batch_size(batch_size: int, smallest: int, replicas: int, *, default: bool) -> int:
-    """Return the batch size of a device, which gives way to the smallest set where it is the default.
-
-    Raises:
-        ValueError: The smallest set has fewer samples than all devices need.
-    """
+    """Return the batch size of a device, which gives way to the smallest set where it is the default."""
     if default and batch_size * replicas > smallest >= replicas:
         batch_size = smallest // replicas
         rank_zero_warn(f"the default batch_size shrinks to {batch_size} on each of {replicas} devices")
@@ -35,10 +31,6 @@ class BatchNumbers(DistributedSampler[Any]):
     """All batch numbers in turn, on every process, each of which takes its part of each batch.
 
     In training these are ``(epoch, step)``, from where a run that resumes within an epoch had stopped.
-
-    Args:
-        batches: What the numbers point into.
-        trainer: The trainer that trains on them; ``None`` for validation and test.
     """
 
     def __init__(self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None) -> None:

@@ -48,16 +48,7 @@ class Encoding:
 
 
 def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request) -> Prepared:
-    """Split, choose conditions, fit the representation, and return what batches are drawn from.
-
-    Args:
-        given: The source and the target.
-        explicit: Sides of ``"val"`` and ``"test"`` that were given apart.
-        request: What is asked for.
-
-    Raises:
-        ValueError: Something does not fit; the message names it and the remedy.
-    """
+    """Split, choose conditions, fit the representation, and return what batches are drawn from."""
     stages = _stages(given, explicit, request)
     sides = [side for pair in stages.values() for side, _ in pair]
     dim, dtype = _common_space(sides)

@@ -29,20 +29,12 @@ class Split(NamedTuple):
 
 @dataclass
 class HeldOut:
-    """The held-out samples of one stage.
+    """The held-out samples of one stage."""
 
-    Attributes:
-        pairs: Source and target of each condition, in random order.
-        again: Training samples of each target, as many as are held out where there are; ``None`` for a condition that
-            is not trained on.
-        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs, or ``None`` without conditions.
-        titles: What messages call each pair.
-    """
-
-    pairs: list[tuple[FiniteSamples, FiniteSamples]]
-    again: list[Tensor | None]
-    conditions: Tensor | None
-    titles: list[str]
+    pairs: list[tuple[FiniteSamples, FiniteSamples]]  # of each condition, in random order
+    again: list[Tensor | None]  # training samples of each target, as many; None if not trained on
+    conditions: Tensor | None  # (K,) labels or (K, p) vectors of the pairs
+    titles: list[str]  # how messages call each pair
 
 
 @dataclass
@@ -50,29 +42,17 @@ class Prepared:
     """Everything that batches are drawn from, in encoded space but for what is predicted.
 
     Methods that ask for a ``size`` take so many samples of an endless side, the same ones for the same seed.
-
-    Attributes:
-        dim: Dimension of the batches.
-        features: Names of the raw features, where they have names.
-        representation: Change of coordinates, or ``None``.
-        batch_size: Samples of each side and condition in a batch, which may have shrunk.
-        names: Names of the conditions, empty without conditions.
-        vectors: ``(K, p)`` vectors of the named conditions, or ``None``.
-        train: Source and target of each condition that is trained on.
-        conditions: Labels or vectors of these conditions, or ``None`` without conditions.
-        held_out: What is held out for each stage that has something.
-        predicted: What is mapped in prediction.
     """
 
-    dim: int
-    features: tuple[str, ...] | None
+    dim: int  # of the batches
+    features: tuple[str, ...] | None  # names of the raw ones
     representation: AffineRepresentation | None
-    batch_size: int
-    names: tuple[str, ...]
-    vectors: Tensor | None
-    train: list[tuple[Population, Population]]
-    conditions: Tensor | None
-    held_out: dict[str, HeldOut]
+    batch_size: int  # of each side and condition; it may have shrunk
+    names: tuple[str, ...]  # of the conditions
+    vectors: Tensor | None  # (K, p) of the named conditions
+    train: list[tuple[Population, Population]]  # of each condition that is trained on
+    conditions: Tensor | None  # labels or vectors of these
+    held_out: dict[str, HeldOut]  # by stage
     predicted: Predicted
 
     @property

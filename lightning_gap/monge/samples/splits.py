@@ -28,15 +28,7 @@ def generator(seed: int, *key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """What is held out.
-
-    Attributes:
-        val_fraction: Share of the rows, but for those of held-out groups, that is held out for validation.
-        test_fraction: Share held out for the test.
-        val_groups: Groups that are held out whole for validation.
-        test_groups: Groups that are held out whole for the test.
-        seed: Seed of what is left to chance.
-    """
+    """What is held out: shares of the rows of groups that are not held out whole, and groups that are."""
 
     val_fraction: float
     test_fraction: float
@@ -55,18 +47,7 @@ def named_groups(
     available: Sequence[str],
     seed: int,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the groups that are held out for validation and for the test.
-
-    Args:
-        val_groups: Names, or the share of all groups that chance picks, at least one.
-        test_groups: Likewise; the test picks first.
-        available: Names of all groups, on either side.
-        seed: Seed of the choice.
-
-    Raises:
-        TypeError: An argument is neither names nor a number.
-        ValueError: There is no such group, one is named twice, a share is not in (0, 1), or none is left.
-    """
+    """Return the groups that are held out for validation and for the test: named, or a share that chance picks."""
     named: dict[str, tuple[str, ...]] = {}
     for argument, groups in (("test_groups", test_groups), ("val_groups", val_groups)):
         if isinstance(groups, str | bool) or (
@@ -114,19 +95,8 @@ def split_rows(
 ) -> dict[str, Array]:
     """Return the rows of one side in each stage, in random order.
 
-    Groups go first; then each stratum is divided by the fractions, at least one row a stage.
-
-    Args:
-        title: What the rows are of, for messages.
-        strata: ``(n,)`` integer labels of the strata, such as conditions.
-        groups: ``(n,)`` names of the groups, or ``None``.
-        usable: ``(n,)``; rows where it is false are in no stage.
-        rule: What is held out.
-        side: 0 for the source, 1 for the target, whose rows are shuffled independently.
-        strict: Whether a stratum that is too small to be divided is refused, or else trained on.
-
-    Raises:
-        ValueError: Nothing is left to train on.
+    Groups go first; then each of the ``(n,)`` strata is divided by the fractions, at least one row a stage. One that is
+    too small is refused where ``strict``, and else trained on. Rows that are not ``usable`` are in no stage.
     """
     parts: dict[str, list[Array]] = {stage: [] for stage in STAGES}
     held = {"val": rule.val_groups, "test": rule.test_groups}

@@ -18,23 +18,11 @@ Given = tuple[Side | Endless, Side | Endless]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for of the samples.
-
-    Attributes:
-        rule: What is held out of the given samples.
-        batch_size: Samples of each side and condition in a batch.
-        default_batch: Whether this number is the default, which nobody asked for: it gives way.
-        small_conditions: What becomes of a condition that is smaller: ``"refuse"``, ``"drop"`` or ``"shrink"``.
-        condition_vectors: Vectors of the conditions, or ``None``.
-        conditions_per_batch: Conditions in a batch, or ``None`` for all.
-        standardize: Whether features are divided by their standard deviation.
-        components: Number of principal components, or ``None``.
-        eval_batch_size: Samples that are held out of an endless population.
-    """
+    """What is asked for of the samples, by the arguments of :class:`SamplesDataModule`."""
 
     rule: SplitRule
     batch_size: int
-    default_batch: bool = False
+    default_batch: bool = False  # nobody asked for the batch size: it gives way
     small_conditions: str = "refuse"
     condition_vectors: Any = None
     conditions_per_batch: int | None = None
@@ -56,19 +44,7 @@ def read_stages(
 ) -> tuple[Given, dict[str, tuple[Side, Side]], SplitRule]:
     """Return both sides, those of ``"val"`` and ``"test"`` that are given apart, and what is held out of the others.
 
-    Args:
-        source: Samples, a path to them, a sampler, or a stream.
-        target: Likewise.
-        reading: How tables are read.
-        fractions: Shares of the rows that are held out for validation and for the test; so for the other two pairs:
-        held_groups: Groups that are held out whole, and
-        explicit: Samples that are given apart.
-        seed: Seed of the split.
-        options: Further arguments of :func:`~lightning_gap.monge.samples.given.read_sides`.
-
-    Raises:
-        TypeError: Something is of the wrong kind.
-        ValueError: Two arguments say what is held out, nothing is left, or something does not fit.
+    ``fractions``, ``held_groups`` and ``explicit`` are pairs, of validation and of the test.
     """
     shares = _fractions(fractions, held_groups, explicit)
     sides = read_sides(source, target, reading, **options)

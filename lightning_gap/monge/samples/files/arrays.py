@@ -15,13 +15,7 @@ Array = NDArray[Any]
 
 
 def array_table(title: str, data: Any, reading: Reading) -> Table:
-    """Return the table of an array, a tensor or a sparse matrix.
-
-    Args:
-        title: How messages call it.
-        data: What to read.
-        reading: Which columns are samples: arrays have no names.
-    """
+    """Return the table of an array, a tensor or a sparse matrix."""
     if reading.columns is not None:
         raise ValueError(f"columns are names, but {title} has none: select them yourself, as in x[:, [0, 1]]")
     if isinstance(data, Tensor):
@@ -65,15 +59,8 @@ def dense_rows(
 ) -> Array:
     """Return rows of a dense or sparse matrix, in memory or in a file, never holding much more than the result.
 
-    Args:
-        title: How messages call it.
-        matrix: The matrix, of which slices of rows can be taken.
-        rows: Numbers of the rows, in increasing order; all by default.
-        columns: Numbers of the columns; all by default.
-        block: Numbers that are read at once where there are more than are wanted: 64 MiB in single precision.
-
-    Raises:
-        TypeError: It holds no real numbers.
+    ``rows`` are in increasing order; ``block`` numbers are read at once where there are more than are wanted: 64 MiB in
+    single precision.
     """
     length, width = (int(size) for size in matrix.shape)
     dtype = np.dtype(matrix.dtype)

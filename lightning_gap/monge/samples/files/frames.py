@@ -76,14 +76,7 @@ def _file_table(title: str, file: FrameFile, reading: Reading) -> Table:
 
 
 def frame_table(title: str, frame: Any, reading: Reading, *, start: int | None = None) -> Table:
-    """Return the table of a data frame.
-
-    Args:
-        title: How messages call it.
-        frame: The data frame.
-        reading: Which columns are samples.
-        start: Number of the first row, where it is a block of a file.
-    """
+    """Return the table of a data frame, of which ``start`` is the number of the first row in its file."""
     names = [str(name) for name in frame.columns]
     _refuse_repeated(title, names)
     named = frame.set_axis(names, axis=1)
