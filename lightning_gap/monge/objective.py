@@ -37,16 +37,7 @@ class ObjectiveTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class MapObjective:
-    r"""The terms that a map T is trained by (Uscidda and Cuturi 2023, section 3).
-
-    .. math::
-        \Delta(T\sharp\mu, \nu) \quad\text{and}\quad M^c_{\rho, \varepsilon}(T)
-
-    See :class:`MongeMap` for the fields; ``options`` are the solver's.
-
-    Raises:
-        ValueError: A choice is not known, or two do not go together.
-    """
+    """The terms that a map is trained by (Uscidda and Cuturi 2023, section 3); see :class:`MongeMap` for the fields."""
 
     cost: Cost
     fitting_cost: Cost
@@ -94,10 +85,6 @@ class MapObjective:
 
         Weights have any positive sum; ``reference`` are further samples and their images, for ``gap_on``. Epsilons that
         are ``None`` are 5 % and 1 % of the mean cost.
-
-        Raises:
-            ValueError: A cost is not defined at some samples.
-            FloatingPointError: A problem cannot be solved.
         """
         many, options = source.dim() == 3, self.options
         each: list[list[Any]] = [

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_gap.monge.maps.base import StartedMap
-from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.base import Start, StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ResidualMLP"]
 
@@ -50,7 +48,7 @@ class ResidualMLP(StartedMap):
         start: Start = "identity",
     ) -> None:
         super().__init__(dim, hidden, activation, start)
-        self.displacement = network(dim, hidden, activation)
+        self.displacement = self.made_network(hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples."""
