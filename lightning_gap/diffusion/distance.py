@@ -79,12 +79,7 @@ def present_parameters(module: nn.Module, *, exclude: ParameterFilter | None = N
 
 
 def holds_values(parameter: Tensor) -> bool:
-    """Return whether a parameter can be read: not of a lazy module before its first batch, nor on the meta device.
-
-    Example:
-        >>> holds_values(torch.nn.Linear(2, 3).weight), holds_values(torch.nn.LazyLinear(3).weight)
-        (True, False)
-    """
+    """Return whether a parameter can be read: not of a lazy module before its first batch, nor on the meta device."""
     return not is_lazy(parameter) and not parameter.is_meta
 
 
@@ -115,12 +110,7 @@ def check_filter(argument: str, which: object) -> None:
 
 
 def layer_of(name: str) -> str:
-    """Return the name of the module that owns a parameter; ``"."`` for the module itself.
-
-    Example:
-        >>> layer_of("net.0.weight"), layer_of("scale")
-        ('net.0', '.')
-    """
+    """Return the name of the module that owns a parameter; ``"."`` for the module itself."""
     return name.rpartition(".")[0] or "."
 
 

@@ -199,9 +199,6 @@ def ghost_class(plain: type[BatchNormBase]) -> type[GhostNorm]:
     Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses
     get a class of their own, so that a converted layer is still what it was.
 
-    Args:
-        plain: A BatchNorm class.
-
     Example:
         >>> ghost_class(nn.BatchNorm2d) is GhostBatchNorm2d
         True

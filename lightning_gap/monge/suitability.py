@@ -92,9 +92,8 @@ def share_optimal_maps(
 ) -> bool | None:
     r"""Return whether two costs have the same optimal maps, for they are :math:`a\,c(x, y) + f(x) + g(y)` of another.
 
-    Decided by :math:`c(x, y) + c(x', y') - c(x, y') - c(x', y)`, which must be proportional, at some points.
-
-    ``None`` where a cost cannot be evaluated at such points; ``to_domain`` takes them to where both costs are defined.
+    Decided at some points, which ``to_domain`` takes to where both are defined, by cross differences, which must be
+    proportional; ``None`` where a cost cannot be evaluated there.
     """
     if cost == other:
         return True
@@ -126,10 +125,7 @@ def _on_sphere(points: Tensor) -> Tensor:
 
 
 def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> None:
-    """Refuse a cost with parameters that would be trained: the gap over them is least where the cost is 0.
-
-    It is tried at a point, where there are some, and else only searched for parameters.
-    """
+    """Refuse a cost with parameters that require a gradient, seen at a point or, without one, by a search."""
     if _is_of_the_package(cost):
         return
     if points is None:
