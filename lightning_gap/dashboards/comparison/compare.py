@@ -23,9 +23,13 @@ from lightning_gap.dashboards.report import Fact, Figure, Gallery, Legend, Repor
 from lightning_gap.dashboards.runs import Run
 from lightning_gap.dashboards.table import ResultTable
 
-__all__ = ["compare", "results_table"]
+__all__ = ["SECTIONS", "compare", "results_table"]
 
 _MOST_CURVES = 8
+_ORDER = (
+    "sinkhorn_divergence", "monge_gap", "energy_distance", "wasserstein_1", "unexplained_variance",
+    "displacement_cosine", "displacement", "loss",
+)  # fmt: skip
 
 
 def _results_section(compared: Compared) -> Section | None:
@@ -185,12 +189,6 @@ def _diffusion_section(compared: Compared) -> Section | None:
     )  # fmt: skip
 
 
-_ORDER = (
-    "sinkhorn_divergence", "monge_gap", "energy_distance", "wasserstein_1", "unexplained_variance",
-    "displacement_cosine", "displacement", "loss",
-)  # fmt: skip
-
-
 def _maps_section(compared: Compared) -> Section | None:
     """Return the section, if any run logged something of a map."""
     compared = compared.where(lambda run: any(key.startswith(MONGE) for key in run.metrics))
@@ -235,7 +233,7 @@ def _other_section(compared: Compared) -> Section | None:
 
 
 # In the order of the page; each is left out where it has nothing to say.
-_SECTIONS = (_results_section, _regime_section, _diffusion_section, _maps_section, _other_section)
+SECTIONS = (_results_section, _regime_section, _diffusion_section, _maps_section, _other_section)
 
 
 def _facts(compared: Compared) -> list[Fact]:
@@ -264,7 +262,7 @@ def compare(runs: Sequence[Run], *, title: str | None = None, left_out: Sequence
     if not runs:
         raise ValueError("runs is empty: give at least one")
     compared = Compared(runs, {run.name: number for number, run in enumerate(runs)})
-    sections = [section(compared) for section in _SECTIONS]
+    sections = [section(compared) for section in SECTIONS]
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     return Report(
         title=title or name,

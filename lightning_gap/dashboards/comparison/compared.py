@@ -1,4 +1,4 @@
-"""Runs beside each other: their tables, curves and pictures, in which each keeps its colour."""
+"""Runs beside each other: what the names of metrics tell, and tables, curves and pictures with a colour for each."""
 
 import math
 import re
@@ -30,6 +30,14 @@ __all__ = [
     "short",
 ]
 
+REGIME, DIFFUSION, MONGE = (f"lightning_gap/{room}/" for room in ("regime", "diffusion", "monge"))
+HELD_OUT = re.compile(r"(?:^|[_/.-])(?:val|valid|validation|test|eval)(?:[_/.-]|$)|^(?:val|test)")
+TRAINING = re.compile(r"(^|[_/.-])train(ing)?([_/.-]|$)")
+# Words in the names of metrics, and whether more of it is better.
+_MORE = re.compile(r"acc|auc|auroc|f1|precision|recall|r2|cosine|iou|dice|bleu|score|correlation")
+_LESS = re.compile(r"loss|error|err\b|rmse|mse|mae|nll|perplexity|divergence|gap|distance|wasserstein|unexplained|fid")
+# What is logged beside the metrics.
+_BESIDE = re.compile(r"^(epoch|hp_metric|lr-.*|step)$")
 MOST_COLUMNS = 6
 _MOST_POINTS = 400
 
@@ -144,16 +152,6 @@ def as_float(value: Any) -> float | None:
 def count(number: int, noun: str) -> str:
     """Return a number of things in words."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-REGIME, DIFFUSION, MONGE = (f"lightning_gap/{room}/" for room in ("regime", "diffusion", "monge"))
-HELD_OUT = re.compile(r"(?:^|[_/.-])(?:val|valid|validation|test|eval)(?:[_/.-]|$)|^(?:val|test)")
-TRAINING = re.compile(r"(^|[_/.-])train(ing)?([_/.-]|$)")
-# Words in the names of metrics, and whether more of it is better.
-_MORE = re.compile(r"acc|auc|auroc|f1|precision|recall|r2|cosine|iou|dice|bleu|score|correlation")
-_LESS = re.compile(r"loss|error|err\b|rmse|mse|mae|nll|perplexity|divergence|gap|distance|wasserstein|unexplained|fid")
-# What is logged beside the metrics.
-_BESIDE = re.compile(r"^(epoch|hp_metric|lr-.*|step)$")
 
 
 def better(metric: str) -> Literal["max", "min"] | None:

@@ -27,6 +27,9 @@ __all__ = [
     "trained_pairs",
 ]
 
+# Populations by condition; under None that of a side without labels, which serves every condition.
+ByName = dict[str | None, Population]
+
 
 def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
     """Return all names in order: by number if all are numbers, by text otherwise."""
@@ -171,10 +174,6 @@ def place_of(label: Any, names: Sequence[str]) -> int | None:
             if float(name) == number:
                 return place
     return None
-
-
-# Populations by condition; under None that of a side without labels, which serves every condition.
-ByName = dict[str | None, Population]
 
 
 def _size(population: Population | None) -> float:

@@ -35,7 +35,6 @@ from lightning_gap.trainer.strategy import data_parallel_rank, data_parallel_siz
 
 __all__ = ["SamplesDataModule", "Split", "UnpairedBatch"]
 
-
 Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 
 _BATCH_SIZE = 256

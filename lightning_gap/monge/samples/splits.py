@@ -16,6 +16,8 @@ from lightning_gap.monge.samples.given import Side, is_stream, read_sides
 __all__ = ["Given", "Request", "SplitRule", "named_groups", "read_stages", "split_rows"]
 
 Array = NDArray[Any]
+Given = tuple[Side | Endless, Side | Endless]
+_EXPLICIT = ("source", "target", "weights", "conditions", "true_images")
 STAGES = ("train", "val", "test")
 # First entries of the keys of random draws.
 _GROUPS, _ROWS = 1, 2
@@ -125,9 +127,6 @@ def split_rows(
     }
 
 
-Given = tuple[Side | Endless, Side | Endless]
-
-
 @dataclass(frozen=True)
 class Request:
     """What is asked for of the samples, by the arguments of :class:`SamplesDataModule`."""
@@ -201,9 +200,6 @@ def _split_rule(sides: Given, fractions: tuple[float, float], held_groups: tuple
         raise ValueError("val_groups and test_groups need the groups of both sides: give groups=, their labels")
     available = sorted({str(name) for names in have for name in np.unique(names)})
     return SplitRule(*fractions, *named_groups(*held_groups, available, seed), seed=seed)
-
-
-_EXPLICIT = ("source", "target", "weights", "conditions", "true_images")
 
 
 def _read_explicit(stage: str, given: Any, reading: Reading, train: Given) -> tuple[Side, Side]:
