@@ -113,7 +113,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
-    from lightning_gap.regime.plan import RegimePlan, plan_regime, share_of
+    from lightning_gap.regime.clock import share_of
+    from lightning_gap.regime.plan import RegimePlan, plan_regime
     from lightning_gap.regime.scaling import default_train_longer, lr_factor
     from lightning_gap.trainer.terminal import say
 
@@ -211,7 +212,8 @@ def _validations(plan: Any, options: argparse.Namespace) -> Iterator[tuple[str, 
 
 
 def _notes(plan: Any, options: argparse.Namespace) -> Iterator[str]:
-    from lightning_gap.regime.scaling import EQUAL_SAMPLES, MOST_FORGOTTEN
+    from lightning_gap.regime.rules.adam import MOST_FORGOTTEN
+    from lightning_gap.regime.scaling import EQUAL_SAMPLES
 
     there, here = plan.reference_samples_seen, plan.samples_seen
     if there and here and abs(here / there - 1) > 0.005:

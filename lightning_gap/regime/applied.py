@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gap.regime.clock import Interval, ReferenceClock, RegimeClock, Stepping
 from lightning_gap.regime.lengths import check_lengths
-from lightning_gap.regime.moments import scale_moments
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import follows_its_factor, optimizer_of
+from lightning_gap.regime.rules.adam import scale_moments
 from lightning_gap.regime.scaling import check_rule, scale_optimizer
 from lightning_gap.regime.schedules import is_of_torch, scale_momentums, scale_scheduler
 from lightning_gap.regime.warmup import Warmup

@@ -1,9 +1,11 @@
-"""When the reference run steps its schedulers, in the updates of this run, and a clock that steps them then."""
+"""Epochs and updates: when the reference run steps its schedulers, in the updates of this run, and who steps them."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,10 +13,77 @@ if TYPE_CHECKING:
     from lightning_gap.regime.plan import RegimePlan
     from lightning_gap.regime.warmup import Warmup
 
-__all__ = ["Interval", "ReferenceClock", "RegimeClock", "Stepping"]
+__all__ = [
+    "Fate",
+    "Interval",
+    "ReferenceClock",
+    "RegimeClock",
+    "SchedulerFate",
+    "Stepping",
+    "share_of",
+    "updates_in_epoch",
+]
 
 # What schedulers are stepped by, as in Lightning's configuration of schedulers.
 Interval = Literal["epoch", "step"]
+
+
+def share_of(train_longer: float) -> Fraction:
+    """Return the share that was written: 1/10 for 0.1, which no binary number is.
+
+    Example:
+        >>> share_of(0.1), share_of(1.0)
+        (Fraction(1, 10), Fraction(1, 1))
+    """
+    return Fraction(repr(float(train_longer)))
+
+
+def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Return how many batches one pass over the samples gives: ⌈N/B⌉, or ⌊N/B⌋ where the last is dropped.
+
+    Example:
+        >>> updates_in_epoch(50_000, 128), updates_in_epoch(50_000, 4096), updates_in_epoch(50_000, 128, drop_last=True)
+        (391, 13, 390)
+    """
+    return samples // batch_size if drop_last else ceil(samples / batch_size)
+
+
+class Fate(Enum):
+    """Whose lengths a scheduler has, and when it is stepped."""
+
+    AS_IT_WAS = "every {frequency} {interval}(s), as it was"
+    THIS_RUNS = "every {frequency} {interval}(s), has this run's length"
+    AT_EPOCH_END = "every {frequency} reference epoch(s), at the end of an epoch of this run"
+    BY_EPOCHS = "every {frequency} reference epoch(s), {every:g} updates"
+    BY_UPDATES = "every {frequency} update(s), as in the reference run"
+    BY_PACE = "{every:.4g} times an update, through the reference run's length"
+
+
+@dataclass(frozen=True)
+class SchedulerFate:
+    """What becomes of one scheduler; as a string, its line in a log.
+
+    Attributes:
+        name: Its class.
+        fate: Whose lengths it has.
+        interval: What Lightning steps it by.
+        frequency: Every how many of these.
+        every: In how many updates it is stepped, by epochs; how many times an update, by a pace.
+    """
+
+    name: str
+    fate: Fate
+    interval: str
+    frequency: int
+    every: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """What becomes of it."""
+        return self.fate.value.format(interval=self.interval, frequency=self.frequency, every=self.every)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.words}"
 
 
 class Stepping(NamedTuple):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
-from lightning_gap.regime.plan import updates_in_epoch
+from lightning_gap.regime.clock import updates_in_epoch
 from lightning_gap.trainer.internals.of_lightning import shards_loaders, training_source
 from lightning_gap.trainer.strategy import data_parallel_size
 

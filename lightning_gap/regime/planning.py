@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.clock import updates_in_epoch
 from lightning_gap.regime.limits import Limits
 from lightning_gap.regime.loader import (
     DataNotReady,
@@ -19,7 +20,7 @@ from lightning_gap.regime.loader import (
     pass_over_data,
     training_loader,
 )
-from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
+from lightning_gap.regime.plan import RegimePlan, plan_regime
 from lightning_gap.regime.sample_noise import noise_variance
 from lightning_gap.regime.scaling import lr_factor, rule_name
 

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_gap.regime.applied import scale
-from lightning_gap.regime.fates import Fate
+from lightning_gap.regime.clock import Fate
 from lightning_gap.regime.plan import RegimePlan
 
 if TYPE_CHECKING:

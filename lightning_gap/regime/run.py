@@ -9,27 +9,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
-from lightning_gap.regime.applied import check_unscaled, scale
+from lightning_gap.regime.applied import scale
 from lightning_gap.regime.clock import RegimeClock
-from lightning_gap.regime.fates import Rate
-from lightning_gap.regime.hand_set import check_hand_set_rates, check_hand_stepped
+from lightning_gap.regime.counters import ValidationClock
+from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.lengths import curve
 from lightning_gap.regime.limits import RunLimits
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.planning import RunPlanner
-from lightning_gap.regime.plateaus import ReferencePlateaus
-from lightning_gap.regime.refusals import check_optimizers
+from lightning_gap.regime.refusals import check_fit, refused_as
 from lightning_gap.regime.resume import check_regime, refuse_unscaled, take_up
 from lightning_gap.regime.sample_noise import output_module
-from lightning_gap.regime.scheduler_checks import check_schedulers, stepping_of
-from lightning_gap.regime.takeover import (
-    Taken,
-    learning_rates,
-    refused_as,
-    take_schedulers,
-    validation_clock,
-)
+from lightning_gap.regime.scaling import Rate
+from lightning_gap.regime.takeover import ReferencePlateaus, Taken, stepping_of, take_schedulers
 from lightning_gap.regime.warmup import Warmup
 
 if TYPE_CHECKING:
@@ -162,56 +155,47 @@ class RegimeRun:
     def take_over(self, trainer: Trainer, pl_module: LightningModule, *, rate_found: bool) -> None:
         """Check all, then scale the learning rates and take over the schedulers' clocks."""
         self._plan_late(trainer)
-        plan = self.planned
+        plan, stretch, reference = self.planned, self.regime.stretch_schedulers, None
         if self._answers is not None:
             self._answers.end()
+            self._lengths(trainer)
+            reference = self._answers.at
         if plan.rate is Rate.RULED and self._saved is None and rate_found:
             rank_zero_warn(
                 "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
                 "scaled."
             )
             plan = plan.with_found_rate()
-        stretch = self.regime.stretch_schedulers
-        check_optimizers(trainer, plan)
-        if plan.lr_factor != 1.0:
-            check_hand_set_rates(trainer, pl_module)
-            refused_as(check_unscaled, trainer.optimizers)
-        data = self.planner.data
-        if self._answers is not None:
-            self._lengths(trainer)
-        stepping = stepping_of(pl_module, None if self._answers is None else self._answers.at)
-        rollouts = check_schedulers(
-            trainer,
+        fit, data = Fit.of(trainer, pl_module), self.planner.data
+        stepping = stepping_of(pl_module, reference)
+        rollouts = check_fit(
+            fit,
             plan,
             stretch,
             stepping=stepping,
-            batches=() if data is None else data.numbers_of_batches(trainer.accumulate_grad_batches),
+            batches=() if data is None else data.numbers_of_batches(fit.accumulated),
             otherwise=self.planner.otherwise(self._answers, pl_module),
         )
-        validations = validation_clock(trainer, plan)
-        if plan.reclocked and stretch:
-            check_hand_stepped(trainer, pl_module)
-        _warn_of_kept_optimizers(trainer, pl_module, plan)
+        validations = refused_as(ValidationClock.of, trainer, fit, plan)
+        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
         if not self.planner.keeps_lengths:
             self._set_limits(trainer)
         self.limits.lift_updates(trainer)
         if self._read:
             self.limits.lift_epochs(trainer)
-        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
-        before = learning_rates(trainer)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        scale(trainer.optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
-        clocks, fates = take_schedulers(trainer, plan, self.plateaus, stepping, stretch=stretch)
-        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in trainer.optimizers]
+        before = fit.rates
+        scale(fit.optimizers, fit.schedulers, plan.lr_factor, plan.moment_ratio)
+        clocks, fates = take_schedulers(fit, plan, self.plateaus, stepping, stretch=stretch)
+        warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in fit.optimizers]
+        groups = [len(optimizer.param_groups) for optimizer in fit.optimizers]
         self.taken = Taken(RegimeClock(plan, clocks, warmups), validations, groups)
         if weighted is not None:
             self.taken.weigh_samples(trainer, weighted, plan.noise_variance)
         self.plan = replace(
             plan,
-            learning_rates=tuple(zip(before, learning_rates(trainer), strict=True)),
+            learning_rates=tuple(zip(before, fit.rates, strict=True)),
             schedulers=fates,
-            companions=self.taken.take_counters(trainer, plan),
+            companions=self.taken.take_counters(trainer, fit, plan),
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self.phase = Phase.TAKEN_OVER
@@ -286,12 +270,3 @@ class RegimeRun:
         self.limits.give_back(trainer)
         if self.taken is not None:
             self.taken.give_back()
-
-
-def _warn_of_kept_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
-    for name, value in vars(pl_module).items():
-        if plan.lr_factor != 1.0 and any(value is optimizer for optimizer in trainer.optimizers):
-            rank_zero_warn(
-                f"LargeBatchRegime: the module keeps its optimizer as {name}, whose learning rates stay scaled "
-                "after fit, for a fit without the callback too. Make a new one in configure_optimizers."
-            )

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
+from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gap.regime.moments import MOST_FORGOTTEN
 from lightning_gap.regime.rules import RULES
 
 __all__ = [
-    "EQUAL_SAMPLES", "LR_RULES", "MOST_FORGOTTEN", "LRRule", "check_rule", "default_train_longer", "lr_factor",
+    "EQUAL_SAMPLES", "LR_RULES", "LRRule", "Rate", "check_rule", "default_train_longer", "lr_factor",
     "rule_name", "scale_optimizer", "scaled",
 ]  # fmt: skip
 
@@ -25,6 +25,13 @@ EQUAL_SAMPLES = tuple(name for name, rule in RULES.items() if rule.equal_samples
 
 # Where an optimizer's group keeps learning rates: its own, and those its scheduler left there.
 _GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+class Rate(Enum):
+    """Where a run's learning rate comes from."""
+
+    RULED = auto()  # by the rule, from the reference run's
+    FOUND = auto()  # by LearningRateFinder, at the batch that runs
 
 
 def lr_factor(rule: LRRule, ratio: float) -> float:

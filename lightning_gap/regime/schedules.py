@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from lightning_gap.regime.moments import remembered
+from lightning_gap.regime.rules.adam import remembered
 from lightning_gap.regime.scaling import scaled
 from lightning_gap.trainer.internals.of_torch import SCHEDULER_MILESTONES, SCHEDULER_RATES, parts_of_scheduler
 

@@ -58,7 +58,7 @@ class Warmup:
 
     def __init__(self, optimizer: Optimizer, *, updates: int, factor: float) -> None:
         self.updates, self.factor, self.made = updates, factor, 0
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._full: list[Any] | None = None
         self.rate: float | Tensor = math.nan
         self._hooks = (
@@ -77,7 +77,7 @@ class Warmup:
         return float(self.rate)
 
     def _start(self) -> None:
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         if self.made < self.updates:
             share = warmup_factor(self.made + 1, updates=self.updates, factor=self.factor) / self.factor
             self._full = [group["lr"] for group in groups]
@@ -94,7 +94,7 @@ class Warmup:
     def give_back(self) -> None:
         """Give the learning rates back that a step in progress, or one that failed, has taken."""
         if self._full is not None:
-            for group, rate in zip(self._optimizer.param_groups, self._full, strict=False):
+            for group, rate in zip(self.optimizer.param_groups, self._full, strict=False):
                 group["lr"] = rate
             self._full = None
 

@@ -6,8 +6,9 @@ import pytest
 from regime_runs import trainer_of
 
 from lightning_gap.regime import plan_regime
-from lightning_gap.regime.fates import Fate, Rate, SchedulerFate
+from lightning_gap.regime.clock import Fate, SchedulerFate
 from lightning_gap.regime.limits import Limits, RunLimits
+from lightning_gap.regime.scaling import Rate
 
 PLAN = plan_regime(reference_batch_size=4, batch_size=12, samples=60, max_epochs=6)
 

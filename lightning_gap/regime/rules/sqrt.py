@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from lightning_gap.regime.moments import MOST_FORGOTTEN
+from lightning_gap.regime.rules.adam import MOST_FORGOTTEN
 from lightning_gap.regime.rules.base import Rule
 
 if TYPE_CHECKING:
