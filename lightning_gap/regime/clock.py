@@ -29,12 +29,7 @@ Interval = Literal["epoch", "step"]
 
 
 def share_of(train_longer: float) -> Fraction:
-    """Return the share that was written: 1/10 for 0.1, which no binary number is.
-
-    Example:
-        >>> share_of(0.1), share_of(1.0)
-        (Fraction(1, 10), Fraction(1, 1))
-    """
+    """Return the share that was written: 1/10 for 0.1, which no binary number is."""
     return Fraction(repr(float(train_longer)))
 
 
@@ -61,57 +56,32 @@ class Fate(Enum):
 
 @dataclass(frozen=True)
 class SchedulerFate:
-    """What becomes of one scheduler; as a string, its line in a log.
+    """What becomes of one scheduler; as a string, its line in a log."""
 
-    Attributes:
-        name: Its class.
-        fate: Whose lengths it has.
-        interval: What Lightning steps it by.
-        frequency: Every how many of these.
-        every: In how many updates it is stepped, by epochs; how many times an update, by a pace.
-    """
-
-    name: str
+    name: str  # its class
     fate: Fate
-    interval: str
+    interval: str  # as in Lightning's configuration, with the frequency
     frequency: int
-    every: float = 0.0
-
-    @property
-    def words(self) -> str:
-        """What becomes of it."""
-        return self.fate.value.format(interval=self.interval, frequency=self.frequency, every=self.every)
+    every: float = 0.0  # in how many updates it is stepped, by epochs; how many times an update, by a pace
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.words}"
+        words = self.fate.value.format(interval=self.interval, frequency=self.frequency, every=self.every)
+        return f"{self.name}: {words}"
 
 
 class Stepping(NamedTuple):
-    """How a scheduler is stepped.
-
-    Attributes:
-        once: Steps a scheduler once. Default: ``scheduler.step()``.
-        reference: The context of a step, by the reference run's ``current_epoch`` and ``global_step``. Default: none.
-    """
+    """How a scheduler is stepped once, and in which context, by the reference run's epochs and updates behind it."""
 
     once: Callable[[Any], Any] = methodcaller("step")
     reference: Callable[[int, int], AbstractContextManager[Any]] | None = None
 
 
 _NOWHERE = nullcontext()
+_PLAIN = Stepping()
 
 
 class ReferenceClock(NamedTuple):
     """When the reference run steps a scheduler, in this run's updates.
-
-    Attributes:
-        scheduler: The scheduler.
-        interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
-        frequency: Every how many epochs, or every how many updates within an epoch.
-        updates_per_epoch: The updates of one reference epoch.
-        pace: Reference updates that pass in one update of this run; 1 where it makes as many.
-        last: The last reference update; ``None`` where nothing limits them.
-        stepping: How the scheduler is stepped.
 
     Example:
         >>> clock = ReferenceClock(None, "epoch", 2, 5)
@@ -127,11 +97,20 @@ class ReferenceClock(NamedTuple):
 
     scheduler: Any
     interval: Interval
-    frequency: int
-    updates_per_epoch: int
-    pace: Fraction = Fraction(1)
-    last: int | None = None
-    stepping: Stepping = Stepping()
+    frequency: int  # every how many epochs, or every how many updates within an epoch
+    updates_per_epoch: int  # of the reference run
+    pace: Fraction = Fraction(1)  # reference updates that pass in one of this run
+    last: int | None = None  # reference update, where there is one
+    stepping: Stepping = _PLAIN
+
+    @classmethod
+    def of(
+        cls, plan: "RegimePlan", scheduler: Any, interval: Interval, frequency: int = 1, stepping: Stepping = _PLAIN
+    ) -> "ReferenceClock":
+        """Return when the reference run of a plan, which has lengths, steps a scheduler."""
+        per_epoch = plan.reference_updates_per_epoch
+        assert per_epoch is not None
+        return cls(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates, stepping)
 
     def steps(self, update: int) -> int:
         """Return how many times the reference run steps the scheduler between the update before and this one."""

@@ -20,24 +20,17 @@ NEVER = 2**62
 
 @dataclass
 class EpochCounter:
-    """Something that happens in some epochs.
+    """Something that happens in some epochs, ``every`` so many of the reference run.
 
-    While a fit runs it says yes in every epoch of this run in which a reference epoch of that kind ends, and no in the
-    others. So what it stands for happens at the first end of an epoch at which the reference run would have done it.
-
-    Args:
-        name: What happens, for the table.
-        put: Sets what says in which epochs.
-        every: The user's interval, in epochs of the reference run.
-        users: The user's value.
-        no: The value that says that it does not happen in this epoch; 1, or True, that it does.
+    While a fit runs ``put`` says yes in every epoch of this run in which a reference epoch of that kind ends, and no in
+    the others. So it happens at the first end of an epoch at which the reference run would have done it.
     """
 
     name: str
     put: Callable[[Any], None]
     every: int
-    users: Any
-    no: Any = NEVER
+    users: Any  # their value
+    no: Any = NEVER  # 1, or True, is yes
 
     def set(self, plan: RegimePlan, start: int, end: int) -> None:
         """Say whether it happens in the epoch of this run between two updates."""
@@ -52,11 +45,7 @@ class EpochCounter:
 
 
 def epoch_counters(trainer: Trainer, fit: Fit) -> Iterator[EpochCounter]:
-    """Yield what else a trainer does every so many epochs: validation, early stopping, and checkpoints.
-
-    Validation within an epoch has a :class:`ValidationClock`, and by time is left as it is. An ``EarlyStopping`` or
-    ``ModelCheckpoint`` that waits for a validation follows the validations.
-    """
+    """Yield what else a trainer does every so many epochs, unless it waits for validations that are within epochs."""
     if (every := fit.check_val_every_n_epoch) is not None and fit.validates_by_epochs:
         yield EpochCounter("validation", partial(setattr, trainer, "check_val_every_n_epoch"), every, every)
     for callback, every, at_epoch_end in fit.counting:
@@ -82,11 +71,6 @@ def patience(fit: Fit, plan: RegimePlan, validations: "ValidationClock | None") 
 
 class ValidationClock:
     """Validates within epochs when the reference run does: ``val_check_interval`` counts its updates.
-
-    Args:
-        trainer: The trainer, which is told when.
-        fit: What it says.
-        plan: The plan of the run, with lengths.
 
     Raises:
         ValueError: If the interval is longer than a reference epoch.

@@ -22,31 +22,17 @@ class Counting(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What is checked, scaled and taken over.
-
-    Attributes:
-        module: The module.
-        callbacks: The trainer's.
-        optimizers: The trainer's.
-        configs: How Lightning steps the schedulers.
-        accumulated: Batches of an update.
-        kept_scaled: The optimizers that take the loss scale off their gradients inside their steps.
-        counting: The checkpoints and early stoppings that count epochs.
-        val_check_interval: The user's.
-        check_val_every_n_epoch: The user's.
-        by_time: Whether validation is by neither.
-    """
+    """What is checked, scaled and taken over."""
 
     module: LightningModule
     callbacks: list[Callback]
     optimizers: list[Optimizer]
     configs: list[LRSchedulerConfig]
-    accumulated: int
-    kept_scaled: list[Optimizer]
+    kept_scaled: list[Optimizer]  # which take the loss scale off their gradients inside their steps
     counting: list[Counting]
     val_check_interval: int | float
     check_val_every_n_epoch: int | None
-    by_time: bool
+    by_time: bool  # whether validations are
 
     @classmethod
     def of(cls, trainer: Trainer, pl_module: LightningModule) -> "Fit":
@@ -63,7 +49,6 @@ class Fit(NamedTuple):
             callbacks=callbacks,
             optimizers=trainer.optimizers,
             configs=trainer.lr_scheduler_configs,
-            accumulated=trainer.accumulate_grad_batches,
             kept_scaled=[each for each in trainer.optimizers if gradients_stay_scaled(trainer, each)],
             counting=counting,
             val_check_interval=trainer.val_check_interval,

@@ -19,18 +19,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_gap.regime.applied import check_rates, check_unscaled, clock_of
+from lightning_gap.regime.applied import check_rates
 from lightning_gap.regime.clock import Interval, ReferenceClock, Stepping
 from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out
 from lightning_gap.regime.scaling import Rate, check_rule
-from lightning_gap.regime.schedules import horizons
+from lightning_gap.regime.schedules import check_unscaled, horizons
 from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
 from lightning_gap.trainer.strategy import leaves_updates_to_torch, strategy_name
 
-__all__ = ["check_fit", "check_trainer", "keeps_lengths", "refused_as", "sets_rate", "warn_of_other_counters"]
+__all__ = ["check_fit", "check_trainer", "keeps_lengths", "refused_as", "sets_rate"]
 
 _T = TypeVar("_T")
 # A learning rate that is set, and one that is read.
@@ -139,16 +139,7 @@ def check_fit(
     batches: Iterable[int],
     otherwise: Callable[[], Any] | None,
 ) -> list[tuple[ReferenceClock, Rollout]]:
-    """Refuse optimizers, schedulers and users' code before anything is changed; return schedules that are rolled out.
-
-    Args:
-        fit: What the trainer says.
-        plan: The plan of the run.
-        stretch: The argument ``stretch_schedulers``.
-        stepping: How schedulers are stepped.
-        batches: Further numbers of batches in an epoch of this run.
-        otherwise: Returns what ``configure_optimizers`` returns to other lengths.
-    """
+    """Refuse optimizers, schedulers and users' code before anything is changed; return what was rolled out."""
     _check_optimizers(fit, plan)
     if plan.lr_factor != 1.0:
         _check_hand_set_rates(fit)
@@ -158,6 +149,8 @@ def check_fit(
         _check_hand_stepped(fit)
     if plan.lr_factor != 1.0:
         _warn_of_kept_optimizers(fit)
+    if plan.reclocked and plan.stretch != 1:
+        _warn_of_other_counters(fit, plan)
     return rollouts
 
 
@@ -209,7 +202,7 @@ def sets_rate(line: str, groups: Iterable[str] = ()) -> bool:
     return found is not None and not _READS_RATE.search(found["value"])
 
 
-def warn_of_other_counters(fit: Fit, plan: RegimePlan) -> None:
+def _warn_of_other_counters(fit: Fit, plan: RegimePlan) -> None:
     """Warn of what counts epochs of this run all the same."""
     for place, source in _methods_of_users(fit):
         if "current_epoch" in source and _CHANGES_RATE.search(source):
@@ -260,10 +253,7 @@ def _check_schedulers(
     batches: Iterable[int],
     otherwise: Callable[[], Any] | None,
 ) -> list[tuple[ReferenceClock, Rollout]]:
-    """Refuse the schedulers that cannot be matched, and warn of the doubtful ones; return those of the first optimizer.
-
-    They are rolled out. ``otherwise`` returns what ``configure_optimizers`` returns to other lengths.
-    """
+    """Refuse the schedulers that cannot be matched, and warn of the doubtful ones; roll out the first optimizer's."""
     asked = _Asked(len(fit.configs), otherwise)
     rollouts = []
     for at, config in enumerate(fit.configs):
@@ -279,7 +269,7 @@ def _check_schedulers(
         interval: Interval = "epoch" if config.interval == "epoch" else "step"
         clock = ReferenceClock(scheduler, interval, 1, 1, last=1000, stepping=stepping)
         if plan.reference_updates_per_epoch is not None:
-            clock = clock_of(plan, scheduler, interval, config.frequency, stepping)
+            clock = ReferenceClock.of(plan, scheduler, interval, config.frequency, stepping)
             if stretch:
                 if stretch is not True:
                     refused_as(check_frequency, clock, plan, batches)

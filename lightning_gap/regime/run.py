@@ -5,11 +5,11 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
-from lightning_gap.regime.applied import scale
 from lightning_gap.regime.clock import RegimeClock
 from lightning_gap.regime.counters import ValidationClock
 from lightning_gap.regime.fit import Fit
@@ -19,9 +19,10 @@ from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.planning import RunPlanner
 from lightning_gap.regime.refusals import check_fit, refused_as
-from lightning_gap.regime.resume import check_regime, refuse_unscaled, take_up
+from lightning_gap.regime.resume import take_up
 from lightning_gap.regime.sample_noise import output_module
 from lightning_gap.regime.scaling import Rate
+from lightning_gap.regime.schedules import scale
 from lightning_gap.regime.takeover import ReferencePlateaus, Taken, stepping_of, take_schedulers
 from lightning_gap.regime.warmup import Warmup
 
@@ -41,48 +42,25 @@ class Phase(IntEnum):
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        ticked: Up to which update the clocks have been read; ``None`` before training.
-        epoch_start: Updates made before the present epoch.
-        epochs: Epochs of this run that are over.
-        samples: Samples seen.
-        clipped: Gradients that were clipped.
-        clippable: Gradients of which the norm was taken.
-    """
-
-    ticked: int | None = None
-    epoch_start: int = 0
-    epochs: int = 0
-    samples: int = 0
-    clipped: Tensor | int = 0
-    clippable: int = 0
+    ticked: int | None = None  # up to which update the clocks have been read
+    epoch_start: int = 0  # updates made before the present epoch
+    epochs: int = 0  # of this run that are over
+    samples: int = 0  # seen
+    clipped: Tensor | int = 0  # gradients that were
+    clippable: int = 0  # gradients of which the norm was taken
 
 
 class RegimeRun:
-    """A fit under a regime.
-
-    Args:
-        regime: The callback, whose arguments say what to do.
-        keeps_lengths: Whether the run's lengths are to stay the trainer's own.
-
-    Attributes:
-        phase: How far it is.
-        plan: Its plan; ``None`` until the data tell.
-        planner: What measures it.
-        progress: Where it is.
-        taken: What has been taken over; ``None`` before.
-        limits: Of the trainer.
-        plateaus: Schedulers that look at a metric.
-    """
+    """A fit under a regime, whose arguments say what to do; or one that keeps the trainer's own lengths."""
 
     def __init__(self, regime: "LargeBatchRegime", *, keeps_lengths: bool) -> None:
         self.regime, self.phase = regime, Phase.SET_UP
-        self.plan: RegimePlan | None = None
+        self.plan: RegimePlan | None = None  # until the data tell
         self.planner = RunPlanner(regime, keeps_lengths=keeps_lengths)
         self.progress, self.limits, self.plateaus = Progress(), RunLimits(), ReferencePlateaus()
-        self.taken: Taken | None = None
+        self.taken: Taken | None = None  # until on_fit_start
         self._answers: ReferenceAnswers | None = None
         self._read = False  # whether a checkpoint has been read
         self._early: dict[str, Any] | None = None  # its callbacks, if that was before there was a plan
@@ -131,7 +109,8 @@ class RegimeRun:
         return self.plan
 
     def _lengths(self, trainer: Trainer) -> dict[str, Any]:
-        return self.planner.reference_lengths(self._make_plan(trainer), self.limits.users(trainer))
+        self._make_plan(trainer)
+        return self.planner.lengths
 
     def _plan_late(self, trainer: Trainer) -> None:
         """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
@@ -158,7 +137,6 @@ class RegimeRun:
         plan, stretch, reference = self.planned, self.regime.stretch_schedulers, None
         if self._answers is not None:
             self._answers.end()
-            self._lengths(trainer)
             reference = self._answers.at
         if plan.rate is Rate.RULED and self._saved is None and rate_found:
             rank_zero_warn(
@@ -166,14 +144,14 @@ class RegimeRun:
                 "scaled."
             )
             plan = plan.with_found_rate()
-        fit, data = Fit.of(trainer, pl_module), self.planner.data
+        fit = Fit.of(trainer, pl_module)
         stepping = stepping_of(pl_module, reference)
         rollouts = check_fit(
             fit,
             plan,
             stretch,
             stepping=stepping,
-            batches=() if data is None else data.numbers_of_batches(fit.accumulated),
+            batches=self.planner.batches,
             otherwise=self.planner.otherwise(self._answers, pl_module),
         )
         validations = refused_as(ValidationClock.of, trainer, fit, plan)
@@ -241,8 +219,12 @@ class RegimeRun:
         """Look at the checkpoint that is about to be restored."""
         if self.plan is None:
             self._early = callbacks
-        else:
-            refuse_unscaled(self.plan, self.regime.state_key, callbacks)
+        elif (self.plan.lr_factor != 1.0 or self.plan.reclocked) and self.regime.state_key not in callbacks:
+            raise MisconfigurationException(
+                "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
+                "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
+                "from its weights."
+            )
         self._read = True
         if self.phase is Phase.TAKEN_OVER:
             self.limits.lift_epochs(trainer)
@@ -251,7 +233,12 @@ class RegimeRun:
         """Check that a checkpoint is of this regime, and go on where it was written."""
         if self.plan is None:
             return
-        self.plan = check_regime(self.plan, state["plan"])
+        self.plan = self.plan.with_rate_of(state["plan"])
+        if differences := self.plan.disagreements(state["plan"]):
+            raise MisconfigurationException(
+                f"The checkpoint is of another regime: {'; '.join(differences)}. Resume with the same LargeBatchRegime "
+                "arguments and data, or start a new run from its weights."
+            )
         if state["ticked"] is None:
             return  # written before training, by LearningRateFinder
         self._saved, progress = state, self.progress

@@ -14,12 +14,10 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_gap.regime.applied import clock_of
 from lightning_gap.regime.clock import Fate, Interval, ReferenceClock, RegimeClock, SchedulerFate, Stepping
 from lightning_gap.regime.counters import NEVER, EpochCounter, ValidationClock, epoch_counters, patience
 from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import warn_of_other_counters
 from lightning_gap.regime.sample_noise import SampleNoise
 from lightning_gap.regime.warmup import Warmup
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
@@ -29,19 +27,11 @@ __all__ = ["ReferencePlateaus", "Taken", "stepping_of", "take_schedulers"]
 
 @dataclass
 class Taken:
-    """What a run steps and counts by itself from ``on_fit_start`` on.
-
-    Attributes:
-        clock: Steps the schedulers, and has the warm-ups.
-        validations: Validates within epochs.
-        groups: How many parameter groups each optimizer has.
-        counters: What else happens in some epochs.
-        noise: Weights samples.
-    """
+    """What a run steps and counts by itself from ``on_fit_start`` on."""
 
     clock: RegimeClock
     validations: ValidationClock | None
-    groups: list[int]
+    groups: list[int]  # how many each optimizer has
     counters: list[EpochCounter] = field(default_factory=list)
     noise: SampleNoise | None = None
 
@@ -55,7 +45,6 @@ class Taken:
         if plan.reclocked:
             if plan.stretch != 1:
                 self.counters = list(epoch_counters(trainer, fit))
-                warn_of_other_counters(fit, plan)
             if self.validations is not None:
                 self.validations.lift()
         within = [] if self.validations is None else [self.validations.fate]
@@ -103,9 +92,6 @@ class ReferencePlateaus:
     """Steps ``ReduceLROnPlateau`` at the end of this run's epoch in which a reference epoch ends.
 
     Lightning itself would do so after a checkpoint is written, and not at all in the first epoch of a resumed run.
-
-    Attributes:
-        metrics: The latest values that they look at.
     """
 
     def __init__(self) -> None:
@@ -161,10 +147,7 @@ def stepping_of(pl_module: LightningModule, reference: Callable[[int, int], Any]
 def take_schedulers(
     fit: Fit, plan: RegimePlan, plateaus: ReferencePlateaus, stepping: Stepping, *, stretch: str | bool
 ) -> tuple[list[ReferenceClock], tuple[SchedulerFate, ...]]:
-    """Take the schedulers out of Lightning's hands whose lengths are the reference run's, and say what becomes of all.
-
-    They stay in Lightning's lists, so they are saved, restored and monitored.
-    """
+    """Take those of the reference run's lengths out of Lightning's hands, not of its lists; say what becomes of all."""
     clocks, fates = [], []
     for config in fit.configs:
         fate, every = _fate(config, plan, stretch)
@@ -174,7 +157,7 @@ def take_schedulers(
             plateaus.take(config)
         elif fate not in (Fate.AS_IT_WAS, Fate.THIS_RUNS):
             interval: Interval = "epoch" if config.interval == "epoch" else "step"
-            clocks.append(clock_of(plan, config.scheduler, interval, config.frequency, stepping))
+            clocks.append(ReferenceClock.of(plan, config.scheduler, interval, config.frequency, stepping))
             # A frequency that no epoch has as many batches as: Lightning itself never steps the scheduler.
             config.interval, config.frequency = "step", NEVER
     return clocks, tuple(fates)

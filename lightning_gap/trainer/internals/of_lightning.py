@@ -90,10 +90,7 @@ def trainer_if_any(module: Any) -> Any:
 
 
 def checkpoint_epochs(callback: Any) -> tuple[int, bool]:
-    """Return every how many epochs a ``ModelCheckpoint`` saves, 0 for never, and whether it does so before validations.
-
-    It saves after training epochs then, and else after validations.
-    """
+    """Return every how many epochs a ``ModelCheckpoint`` saves, 0 for never, and whether not after validations."""
     every = private(callback, "_every_n_epochs", _LIGHTNING)
     return int(every), bool(private(callback, "_save_on_train_epoch_end", _LIGHTNING))
 
