@@ -244,11 +244,9 @@ def _cpu_square_sums(
 
 def _as_numpy(vector: Tensor, buffer: Tensor) -> NDArray[Any]:
     """A CPU tensor of the buffer's dtype itself, anything else copied into the buffer."""
-    if vector.dtype == buffer.dtype and vector.device.type == "cpu":
-        array: NDArray[Any] = vector.numpy()
-        return array
-    copied: NDArray[Any] = buffer[: len(vector)].copy_(vector).numpy()
-    return copied
+    own = vector.dtype == buffer.dtype and vector.device.type == "cpu"
+    array: NDArray[Any] = (vector if own else buffer[: len(vector)].copy_(vector)).numpy()
+    return array
 
 
 def _square_sum(vector: NDArray[Any]) -> float:

@@ -29,14 +29,9 @@ _PACKAGES = ("torch.optim.", "lightning_gap.")
 _FACE = "lightning_gap.monge"
 # Arguments that a map keeps as they were given.
 _AS_THEY_ARE = (
-    "conservative_weight",
-    "conservative_probes",
-    "lr_scheduler_monitor",
-    "global_batch",
-    "condition_names",
-    "feature_names",
-    "condition_range",
-)
+    "conservative_weight", "conservative_probes", "lr_scheduler_monitor", "global_batch", "condition_names",
+    "feature_names", "condition_range",
+)  # fmt: skip
 _OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
 # And of these what a map is made of: others may read or write files when they are made.
 _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)

@@ -47,7 +47,7 @@ def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *
             f"cost={str(cost)!r}: give cost={str(made_for)!r}, or gap_weight=0, or another map such as ResidualMLP"
         )
     flat = _is_of_the_package(cost) and not isinstance(cost, Geodesic)  # a cost of your own may be one on the sphere
-    if on_sphere and flat and share_optimal_maps(cost, Cosine(), dim, _on_sphere) is False:
+    if on_sphere and flat and share_optimal_maps(cost, Cosine(), dim, partial(normalize, dim=-1)) is False:
         rank_zero_warn(
             f"SphereMap moves points along the sphere, and cost={str(cost)!r} is not one on the sphere: give "
             "cost='geodesic' or 'cosine' if the gap is to be that of the sphere"
@@ -118,10 +118,6 @@ def share_optimal_maps(
 
 def _is_of_the_package(cost: Cost) -> bool:
     return not isinstance(cost, CallableCost) and type(cost).__module__.startswith("lightning_gap.")
-
-
-def _on_sphere(points: Tensor) -> Tensor:
-    return normalize(points, dim=-1)
 
 
 def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> None:

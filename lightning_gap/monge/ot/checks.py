@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from lightning_gap.checks import check_number
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.precision import widest
+from lightning_gap.trainer.internals.of_torch import is_wrapped_by_transform
 
 __all__ = [
     "check_all_samples",
@@ -140,9 +141,9 @@ def solver_precision(samples: Tensor) -> Tensor:
 @eager
 def check_transforms(*inputs: Any) -> None:
     """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation."""
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
-    if any(isinstance(t, Tensor) and (is_wrapped(t) or forward_ad.unpack_dual(t).tangent is not None) for t in inputs):
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if any(is_wrapped_by_transform(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
             "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "

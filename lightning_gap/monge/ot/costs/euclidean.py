@@ -26,6 +26,7 @@ from lightning_gap.monge.ot.costs.products import (
 )
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.precision import widest
+from lightning_gap.trainer.internals.of_torch import distances_backward
 
 __all__ = ["Euclidean", "Mahalanobis", "SqEuclidean"]
 
@@ -251,7 +252,7 @@ class _EuclideanGeometry(Geometry):
 
 def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
     """Return ``Σ_j P_ij (x_i - y_j) / C_ij``, the differences over the distances; 0 where these are 0."""
-    pulls: Tensor = torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    pulls: Tensor = distances_backward(P, x, y.contiguous(), 2.0, C)
     return pulls
 
 
