@@ -163,14 +163,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             data = SamplesDataModule(
                 x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
             )
+            given = ("cost", "fitting_cost", "gap_weight", "fitting_epsilon", "gap_epsilon")
             model = MongeMap(
                 x.shape[1],
-                cost=self.cost,
-                fitting_cost=self.fitting_cost,
-                gap_weight=self.gap_weight,
+                **{name: getattr(self, name) for name in given},
                 hidden=tuple(self.hidden),
-                fitting_epsilon=self.fitting_epsilon,
-                gap_epsilon=self.gap_epsilon,
                 optimizer=partial(Adam, lr=float(self.learning_rate)),
                 lr_scheduler=partial(CosineAnnealingLR, T_max=int(self.max_steps)),
             )

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
+from lightning_gap.monge.border import as_network_takes
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.monge.samples.files.read import read_matrix
 from lightning_gap.trainer.loggers import log_figure, takes_figures
@@ -200,12 +201,10 @@ def _mapped(
     pl_module: LightningModule, x: Tensor, y: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return source, images and target in the precision of the network."""
-    parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), x)
-    x, y = x.to(parameter.dtype), y.to(parameter.dtype)
-    if condition is not None and condition.is_floating_point():
-        condition = condition.to(parameter.dtype)
+    x, y = as_network_takes(pl_module, x), as_network_takes(pl_module, y)
     if condition is None or not getattr(getattr(pl_module, "map", None), "conditional", False):
         return x, pl_module(x), y
+    condition = as_network_takes(pl_module, condition) if condition.is_floating_point() else condition
     return x, pl_module(x, condition.expand(len(x), *condition.shape)), y
 
 

@@ -14,7 +14,7 @@ from typing_extensions import deprecated, override
 from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge import from_data
 from lightning_gap.monge.border import checked, mapped, predicted, transport
-from lightning_gap.monge.checkpoint import build, build_cost, build_representation, hyper_parameters
+from lightning_gap.monge.checkpoint import build, build_cost, hyper_parameters
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
@@ -190,7 +190,8 @@ class MongeMap(SafelyLoaded):
         self.lr_scheduler_monitor = lr_scheduler_monitor
         self.map = from_data.chosen_map(dim, given, hidden)
         self.hidden = tuple(hidden)
-        self.representation = build_representation(representation)
+        encodes = AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
+        self.representation = encodes
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.feature_names = from_data.feature_texts(feature_names, dim if self.representation is None else None)
         self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
