@@ -15,11 +15,7 @@ __all__ = ["add", "names_config", "plan_config"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     plan = commands.add_parser(
         "plan",
         help="print what a small-batch regime becomes at another batch, without training",
@@ -73,14 +69,7 @@ def names_config(words: Sequence[str]) -> bool:
 
 
 def plan_config(words: Sequence[str]) -> None:
-    """Print the plan of a configuration.
-
-    Args:
-        words: ``--config FILE`` and what overrides it.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name.
-    """
+    """Print the plan of a configuration."""
     require_jsonargparse("plan --config")
     from lightning_gap.commands.plan_config import run
 
@@ -113,7 +102,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
-    from lightning_gap.regime.plan import RegimePlan, plan_regime, share_of
+    from lightning_gap.regime.clock import share_of
+    from lightning_gap.regime.plan import RegimePlan, plan_regime
     from lightning_gap.regime.scaling import default_train_longer, lr_factor
     from lightning_gap.trainer.terminal import say
 
@@ -162,7 +152,7 @@ def _curve(plan: Any, options: argparse.Namespace) -> Any:
     import torch
     from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-    from lightning_gap.regime.applied import clock_of
+    from lightning_gap.regime.clock import ReferenceClock
     from lightning_gap.regime.lengths import check_lengths, curve
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
@@ -173,7 +163,7 @@ def _curve(plan: Any, options: argparse.Namespace) -> Any:
         scheduler = CosineAnnealingLR(optimizer, plan.reference_updates)
     else:
         scheduler = MultiStepLR(optimizer, list(options.milestones), options.gamma)
-    clock = clock_of(plan, scheduler, "step" if options.scheduler == "cosine" else "epoch", 1)
+    clock = ReferenceClock.of(plan, scheduler, "step" if options.scheduler == "cosine" else "epoch", 1)
     rollout = check_lengths(clock, plan, trust=True)
     return curve(plan, options.lr, [] if rollout is None else [(clock, rollout)])
 
@@ -211,7 +201,8 @@ def _validations(plan: Any, options: argparse.Namespace) -> Iterator[tuple[str, 
 
 
 def _notes(plan: Any, options: argparse.Namespace) -> Iterator[str]:
-    from lightning_gap.regime.scaling import EQUAL_SAMPLES, MOST_FORGOTTEN
+    from lightning_gap.regime.rules.base import MOST_FORGOTTEN
+    from lightning_gap.regime.scaling import EQUAL_SAMPLES
 
     there, here = plan.reference_samples_seen, plan.samples_seen
     if there and here and abs(here / there - 1) > 0.005:

@@ -31,13 +31,8 @@ class ReferenceAnswers:
     """Lets a trainer, and the length of its training loader, answer as in the reference run.
 
     What the user writes in ``configure_optimizers`` and in the setup hooks before it is the reference run: one device,
-    its own batch, no accumulation. So whatever it asks of lengths there is answered with the reference run's, and what
-    comes of it is the reference run's schedule. The trainer's own loops are told the truth.
-
-    Args:
-        trainer: The trainer.
-        lengths: Returns the answers by the name of the trainer's attribute; asked when they are needed.
-        is_training_loader: Whether a loader is that of the training data.
+    its own batch, no accumulation. So whatever it asks of lengths there, ``lengths`` answers by the name of the
+    trainer's attribute. The trainer's own loops are told the truth.
     """
 
     def __init__(
@@ -183,12 +178,7 @@ def _asking_module() -> str:
 
 
 class _Ours:
-    """A module's ``configure_optimizers`` while a fit plans: a copy of the module, such as an average, has its own.
-
-    Args:
-        pl_module: The module.
-        configure: What is called in its place.
-    """
+    """A module's ``configure_optimizers`` while a fit plans: a copy of the module, such as an average, has its own."""
 
     def __init__(self, pl_module: LightningModule, configure: Callable[[], Any]) -> None:
         self._module, self._configure = pl_module, configure

@@ -3,50 +3,19 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 from warnings import warn
-from weakref import WeakSet
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_gap.regime.clock import Interval, ReferenceClock, RegimeClock, Stepping
+from lightning_gap.regime.clock import ReferenceClock, RegimeClock
 from lightning_gap.regime.lengths import check_lengths
-from lightning_gap.regime.moments import scale_moments
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import follows_its_factor, optimizer_of
-from lightning_gap.regime.scaling import check_rule, scale_optimizer
-from lightning_gap.regime.schedules import is_of_torch, scale_momentums, scale_scheduler
+from lightning_gap.regime.scaling import check_rule
+from lightning_gap.regime.schedules import check_unscaled, is_of_torch, scale
 from lightning_gap.regime.warmup import Warmup
 
-__all__ = ["apply_plan", "check_rates", "check_unscaled", "clock_of", "scale"]
-
-# What has been scaled: who keeps an optimizer must not have it scaled again.
-_scaled: WeakSet[Optimizer] = WeakSet()
-_PLAIN = Stepping()
-
-
-def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers whose learning rates are scaled already."""
-    if any(optimizer in _scaled for optimizer in optimizers):
-        raise ValueError(
-            "an optimizer of an earlier fit has come again, whose learning rates are scaled already. Make a new "
-            "optimizer and new schedulers for each run, in configure_optimizers under a Trainer."
-        )
-
-
-def scale(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float, moment_ratio: float) -> None:
-    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments."""
-    optimizers, schedulers = list(optimizers), list(schedulers)
-    if factor != 1.0:
-        _scaled.update(optimizers)
-        for optimizer in optimizers:
-            scale_optimizer(optimizer, factor)
-        for scheduler in schedulers:
-            scale_scheduler(scheduler, factor)
-    if moment_ratio != 1.0:
-        for optimizer in optimizers:
-            scale_moments(optimizer, moment_ratio)
-        for scheduler in schedulers:
-            scale_momentums(scheduler, moment_ratio)
+__all__ = ["apply_plan", "check_rates"]
 
 
 def apply_plan(
@@ -81,7 +50,7 @@ def apply_plan(
     for optimizer in optimizers:
         if doubt := check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer):
             warn(doubt, stacklevel=3)
-    clocks = [clock_of(plan, scheduler, interval) for scheduler in ticked]
+    clocks = [ReferenceClock.of(plan, scheduler, interval) for scheduler in ticked]
     for clock in clocks:
         check_lengths(clock, plan, trust=stretch_schedulers is True)
         check_rates(clock, plan)
@@ -95,27 +64,6 @@ def _inner(wrapped: Any, name: str) -> Any:
     while type(wrapped).__module__.split(".")[0] in ("lightning", "accelerate") and hasattr(wrapped, name):
         wrapped = getattr(wrapped, name)
     return wrapped
-
-
-def clock_of(
-    plan: RegimePlan,
-    scheduler: Any,
-    interval: Interval,
-    frequency: int = 1,
-    stepping: Stepping = _PLAIN,
-) -> ReferenceClock:
-    """Return when the reference run steps a scheduler.
-
-    Args:
-        plan: The plan of the run, with lengths.
-        scheduler: The scheduler.
-        interval: Whether it counts epochs or updates.
-        frequency: Every how many of these.
-        stepping: How it is stepped.
-    """
-    per_epoch = plan.reference_updates_per_epoch
-    assert per_epoch is not None
-    return ReferenceClock(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates, stepping)
 
 
 def check_rates(clock: ReferenceClock, plan: RegimePlan) -> None:

@@ -5,24 +5,29 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
-from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import check_trainer, keeps_lengths
-from lightning_gap.regime.reports import log_update, report
+from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan
+from lightning_gap.regime.refusals import check_trainer, keeps_lengths, refused_as
 from lightning_gap.regime.resume import state_of
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
-from lightning_gap.regime.takeover import refused_as
+from lightning_gap.regime.words import advice
 from lightning_gap.trainer.internals.of_lightning import ends_tuning, found_a_rate, sets_the_rate, updates_logs
+from lightning_gap.trainer.internals.of_torch import BatchNormBase
+from lightning_gap.trainer.loggers import log_facts, log_now, log_table
 from lightning_gap.trainer.strategy import clip_gradients, require_lightning
+from lightning_gap.trainer.terminal import say
 
-__all__ = ["LargeBatchRegime"]
+__all__ = ["PREFIX", "LargeBatchRegime"]
+
+# What the keys of everything that is logged begin with.
+PREFIX = "lightning_gap/regime/"
 
 
 class LargeBatchRegime(Callback):
@@ -205,7 +210,7 @@ class LargeBatchRegime(Callback):
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         found = self._finder is not None and found_a_rate(self._finder)
         self._now.take_over(trainer, pl_module, rate_found=found)
-        report(trainer, pl_module, self._now.planned)
+        _report(trainer, pl_module, self._now.planned)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,7 +250,7 @@ class LargeBatchRegime(Callback):
         run, plan = self._now, self._now.planned
         if plan.clip_norm is None:
             return
-        if plan.clip_updates is not None and run.running.warmup_of(trainer, optimizer).made >= plan.clip_updates:
+        if plan.clip_updates is not None and run.running.warmup_of(optimizer).made >= plan.clip_updates:
             return
         norm = clip_gradients(trainer, optimizer, plan.clip_norm)
         # A tensor, so that a GPU does not wait here.
@@ -271,9 +276,9 @@ class LargeBatchRegime(Callback):
         if not updated:
             return
         if updates_logs(trainer):
-            log_update(trainer, pl_module, run, self.reference_epoch)
+            _log_update(trainer, pl_module, run, self.reference_epoch)
         if plan.lr_factor != 1.0:
-            taken.watch_groups(trainer)
+            taken.watch_groups()
         if update == trainer.max_steps and plan.ends_with_reference_epoch and taken.validations is None:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.
             trainer.should_stop = True
@@ -334,3 +339,34 @@ def _tuning(trainer: Any) -> bool:
         isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
         for callback in trainer.callbacks
     )
+
+
+@rank_zero_only
+def _report(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+    """Print the plan, and log it."""
+    layers = list(pl_module.modules())
+    # By name: the layers and the callback of another room.
+    names = {kind.__name__ for layer in layers for kind in type(layer).__mro__}
+    ghosts = "GhostNorm" in names or any(
+        type(callback).__name__ == "GhostBatchNorm" for callback in cast(Any, trainer).callbacks
+    )
+    batchnorm = any(isinstance(layer, BatchNormBase) for layer in layers)
+    say(plan.table(), *advice(plan, batchnorm=batchnorm, ghosts=ghosts))
+    log_facts(trainer.loggers, PREFIX, plan.to_dict())
+    log_table(trainer.loggers, f"{PREFIX}plan", PLAN_COLUMNS, plan.rows())
+
+
+def _log_update(trainer: Trainer, pl_module: LightningModule, run: RegimeRun, reference_epoch: float) -> None:
+    """Log where a run is."""
+    progress, warmup = run.progress, run.running.clock.warmups[0]
+    facts: dict[str, Any] = {
+        "updates": float(trainer.global_step),
+        "samples_seen": float(progress.samples),
+        "reference_epoch": reference_epoch,
+    }
+    if warmup.made and warmup.known:
+        facts["learning_rate"] = warmup.rate
+        facts["lr_over_batch"] = warmup.rate / run.planned.batch_size
+    if progress.clippable:
+        facts["clipped_fraction"] = progress.clipped / progress.clippable
+    log_now(trainer, pl_module.device, PREFIX, facts)

@@ -1,9 +1,11 @@
-"""When the reference run steps its schedulers, in the updates of this run, and a clock that steps them then."""
+"""Epochs and updates: when the reference run steps its schedulers, in the updates of this run, and who steps them."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,38 +13,75 @@ if TYPE_CHECKING:
     from lightning_gap.regime.plan import RegimePlan
     from lightning_gap.regime.warmup import Warmup
 
-__all__ = ["Interval", "ReferenceClock", "RegimeClock", "Stepping"]
+__all__ = [
+    "Fate",
+    "Interval",
+    "ReferenceClock",
+    "RegimeClock",
+    "SchedulerFate",
+    "Stepping",
+    "share_of",
+    "updates_in_epoch",
+]
 
 # What schedulers are stepped by, as in Lightning's configuration of schedulers.
 Interval = Literal["epoch", "step"]
 
 
-class Stepping(NamedTuple):
-    """How a scheduler is stepped.
+def share_of(train_longer: float) -> Fraction:
+    """Return the share that was written: 1/10 for 0.1, which no binary number is."""
+    return Fraction(repr(float(train_longer)))
 
-    Attributes:
-        once: Steps a scheduler once. Default: ``scheduler.step()``.
-        reference: The context of a step, by the reference run's ``current_epoch`` and ``global_step``. Default: none.
+
+def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Return how many batches one pass over the samples gives: ⌈N/B⌉, or ⌊N/B⌋ where the last is dropped.
+
+    Example:
+        >>> updates_in_epoch(50_000, 128), updates_in_epoch(50_000, 4096), updates_in_epoch(50_000, 128, drop_last=True)
+        (391, 13, 390)
     """
+    return samples // batch_size if drop_last else ceil(samples / batch_size)
+
+
+class Fate(Enum):
+    """Whose lengths a scheduler has, and when it is stepped."""
+
+    AS_IT_WAS = "every {frequency} {interval}(s), as it was"
+    THIS_RUNS = "every {frequency} {interval}(s), has this run's length"
+    AT_EPOCH_END = "every {frequency} reference epoch(s), at the end of an epoch of this run"
+    BY_EPOCHS = "every {frequency} reference epoch(s), {every:g} updates"
+    BY_UPDATES = "every {frequency} update(s), as in the reference run"
+    BY_PACE = "{every:.4g} times an update, through the reference run's length"
+
+
+@dataclass(frozen=True)
+class SchedulerFate:
+    """What becomes of one scheduler; as a string, its line in a log."""
+
+    name: str  # its class
+    fate: Fate
+    interval: str  # as in Lightning's configuration, with the frequency
+    frequency: int
+    every: float = 0.0  # in how many updates it is stepped, by epochs; how many times an update, by a pace
+
+    def __str__(self) -> str:
+        words = self.fate.value.format(interval=self.interval, frequency=self.frequency, every=self.every)
+        return f"{self.name}: {words}"
+
+
+class Stepping(NamedTuple):
+    """How a scheduler is stepped once, and in which context, by the reference run's epochs and updates behind it."""
 
     once: Callable[[Any], Any] = methodcaller("step")
     reference: Callable[[int, int], AbstractContextManager[Any]] | None = None
 
 
 _NOWHERE = nullcontext()
+_PLAIN = Stepping()
 
 
 class ReferenceClock(NamedTuple):
     """When the reference run steps a scheduler, in this run's updates.
-
-    Attributes:
-        scheduler: The scheduler.
-        interval: ``"epoch"`` or ``"step"``, as in Lightning's scheduler configuration.
-        frequency: Every how many epochs, or every how many updates within an epoch.
-        updates_per_epoch: The updates of one reference epoch.
-        pace: Reference updates that pass in one update of this run; 1 where it makes as many.
-        last: The last reference update; ``None`` where nothing limits them.
-        stepping: How the scheduler is stepped.
 
     Example:
         >>> clock = ReferenceClock(None, "epoch", 2, 5)
@@ -58,11 +97,20 @@ class ReferenceClock(NamedTuple):
 
     scheduler: Any
     interval: Interval
-    frequency: int
-    updates_per_epoch: int
-    pace: Fraction = Fraction(1)
-    last: int | None = None
-    stepping: Stepping = Stepping()
+    frequency: int  # every how many epochs, or every how many updates within an epoch
+    updates_per_epoch: int  # of the reference run
+    pace: Fraction = Fraction(1)  # reference updates that pass in one of this run
+    last: int | None = None  # reference update, where there is one
+    stepping: Stepping = _PLAIN
+
+    @classmethod
+    def of(
+        cls, plan: "RegimePlan", scheduler: Any, interval: Interval, frequency: int = 1, stepping: Stepping = _PLAIN
+    ) -> "ReferenceClock":
+        """Return when the reference run of a plan, which has lengths, steps a scheduler."""
+        per_epoch = plan.reference_updates_per_epoch
+        assert per_epoch is not None
+        return cls(scheduler, interval, frequency, per_epoch, plan.pace, plan.reference_updates, stepping)
 
     def steps(self, update: int) -> int:
         """Return how many times the reference run steps the scheduler between the update before and this one."""

@@ -6,24 +6,13 @@ from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_gap.regime.hand_set import changes_by_epoch
+from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.trainer.internals.of_lightning import (
-    checkpoint_epochs,
-    saves_at_epoch_end,
-    set_checkpoint_epochs,
-    set_stops_at_epoch_end,
-    stops_at_epoch_end,
-    validation_seconds,
-)
+from lightning_gap.trainer.internals.of_lightning import set_checkpoint_epochs, set_stops_at_epoch_end
 
-__all__ = [
-    "NEVER", "EpochCounter", "ValidationClock", "epoch_counters", "patience", "validates_within_epochs",
-    "warn_of_other_counters",
-]  # fmt: skip
+__all__ = ["NEVER", "EpochCounter", "ValidationClock", "epoch_counters", "patience"]
 
 # More than any number of epochs or batches: an interval that never comes round.
 NEVER = 2**62
@@ -31,24 +20,17 @@ NEVER = 2**62
 
 @dataclass
 class EpochCounter:
-    """Something that happens in some epochs.
+    """Something that happens in some epochs, ``every`` so many of the reference run.
 
-    While a fit runs it says yes in every epoch of this run in which a reference epoch of that kind ends, and no in the
-    others. So what it stands for happens at the first end of an epoch at which the reference run would have done it.
-
-    Args:
-        name: What happens, for the table.
-        put: Sets what says in which epochs.
-        every: The user's interval, in epochs of the reference run.
-        users: The user's value.
-        no: The value that says that it does not happen in this epoch; 1, or True, that it does.
+    While a fit runs ``put`` says yes in every epoch of this run in which a reference epoch of that kind ends, and no in
+    the others. So it happens at the first end of an epoch at which the reference run would have done it.
     """
 
     name: str
     put: Callable[[Any], None]
     every: int
-    users: Any
-    no: Any = NEVER
+    users: Any  # their value
+    no: Any = NEVER  # 1, or True, is yes
 
     def set(self, plan: RegimePlan, start: int, end: int) -> None:
         """Say whether it happens in the epoch of this run between two updates."""
@@ -62,31 +44,26 @@ class EpochCounter:
         return f"{self.name}: {every}, at the end of this run's epoch after {updates:g} updates"
 
 
-def epoch_counters(trainer: Trainer) -> Iterator[EpochCounter]:
-    """Yield what else a trainer does every so many epochs: validation, early stopping, and checkpoints.
-
-    Validation within an epoch has a :class:`ValidationClock`, and by time is left as it is. An ``EarlyStopping`` or
-    ``ModelCheckpoint`` that waits for a validation follows the validations.
-    """
-    if trainer.check_val_every_n_epoch is not None and _by_epochs(trainer):
-        every = trainer.check_val_every_n_epoch
+def epoch_counters(trainer: Trainer, fit: Fit) -> Iterator[EpochCounter]:
+    """Yield what else a trainer does every so many epochs, unless it waits for validations that are within epochs."""
+    if (every := fit.check_val_every_n_epoch) is not None and fit.validates_by_epochs:
         yield EpochCounter("validation", partial(setattr, trainer, "check_val_every_n_epoch"), every, every)
-    for callback in cast(Any, trainer).callbacks:
+    for callback, every, at_epoch_end in fit.counting:
         name = type(callback).__name__
-        if isinstance(callback, ModelCheckpoint) and (every := checkpoint_epochs(callback)) > 0:
-            if not validates_within_epochs(trainer) or saves_at_epoch_end(callback):
-                yield EpochCounter(name, partial(set_checkpoint_epochs, callback), every, every)
-        elif isinstance(callback, EarlyStopping) and stops_at_epoch_end(callback):
-            yield EpochCounter(name, partial(set_stops_at_epoch_end, callback), 1, True, no=False)
+        if isinstance(callback, EarlyStopping):
+            if at_epoch_end:
+                yield EpochCounter(name, partial(set_stops_at_epoch_end, callback), 1, True, no=False)
+        elif every > 0 and (at_epoch_end or not fit.validates_within_epochs):
+            yield EpochCounter(name, partial(set_checkpoint_epochs, callback), every, every)
 
 
-def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
+def patience(fit: Fit, plan: RegimePlan, validations: "ValidationClock | None") -> Iterator[str]:
     """Yield how many updates of this run the patience of early stopping is, a line a callback."""
     if plan.stretched_epoch is None:
         return
     within = None if validations is None else validations.every / plan.pace
-    each = float(within or (trainer.check_val_every_n_epoch or 1) * plan.stretched_epoch)
-    for callback in cast(Any, trainer).callbacks:
+    each = float(within or (fit.check_val_every_n_epoch or 1) * plan.stretched_epoch)
+    for callback, *_ in fit.counting:
         if isinstance(callback, EarlyStopping):
             times = callback.patience
             yield f"{type(callback).__name__}: patience of {times} checks, about {times * each:g} updates"
@@ -95,19 +72,14 @@ def patience(trainer: Trainer, plan: RegimePlan, validations: "ValidationClock |
 class ValidationClock:
     """Validates within epochs when the reference run does: ``val_check_interval`` counts its updates.
 
-    Args:
-        trainer: The trainer, with the user's ``val_check_interval`` and ``check_val_every_n_epoch``.
-        plan: The plan of the run, with lengths.
-
     Raises:
         ValueError: If the interval is longer than a reference epoch.
     """
 
-    def __init__(self, trainer: Trainer, plan: RegimePlan) -> None:
-        self._trainer = cast(Any, trainer)
-        self._plan = plan
-        self._interval: Any = trainer.val_check_interval
-        self._epochs: Any = trainer.check_val_every_n_epoch
+    def __init__(self, trainer: Trainer, fit: Fit, plan: RegimePlan) -> None:
+        self._trainer, self._plan = cast(Any, trainer), plan
+        self._interval: Any = fit.val_check_interval
+        self._epochs: Any = fit.check_val_every_n_epoch
         per_epoch = cast(int, plan.reference_updates_per_epoch)
         whole = isinstance(self._interval, int)
         self.every: int = int(self._interval) if whole else max(1, int(per_epoch * self._interval))
@@ -118,11 +90,14 @@ class ValidationClock:
             )
         self._checkpoints = [
             (callback, every)
-            for callback in self._trainer.callbacks
-            if isinstance(callback, ModelCheckpoint)
-            and (every := checkpoint_epochs(callback)) > 0
-            and not saves_at_epoch_end(callback)
+            for callback, every, at_epoch_end in fit.counting
+            if isinstance(callback, ModelCheckpoint) and every > 0 and not at_epoch_end
         ]
+
+    @classmethod
+    def of(cls, trainer: Trainer, fit: Fit, plan: RegimePlan) -> "ValidationClock | None":
+        """Return what validates within epochs, if the reference run does and its epochs have another length."""
+        return cls(trainer, fit, plan) if plan.reclocked and fit.validates_within_epochs else None
 
     def lift(self) -> None:
         """Keep Lightning from comparing the interval with the batches of this run, until :meth:`begin`."""
@@ -140,9 +115,8 @@ class ValidationClock:
         if self._epochs is not None:
             self._trainer.check_val_every_n_epoch = 1 if due else self._epochs
         if due:
-            epoch = (self._plan.reference_update(cast(int, update)) - 1) // cast(
-                int, self._plan.reference_updates_per_epoch
-            ) + 1
+            per_epoch = cast(int, self._plan.reference_updates_per_epoch)
+            epoch = (self._plan.reference_update(cast(int, update)) - 1) // per_epoch + 1
             for callback, every in self._checkpoints:
                 set_checkpoint_epochs(callback, NEVER if epoch % every else 1)
 
@@ -168,28 +142,3 @@ class ValidationClock:
         epochs = "" if self._epochs in (None, 1) else f" of every {self._epochs} reference epochs"
         here = float(self.every / self._plan.pace)
         return f"validation: every {self.every} reference updates{epochs}, {here:.4g} of this run"
-
-
-def validates_within_epochs(trainer: Trainer) -> bool:
-    """Return whether a trainer validates by batches, neither by epochs nor by time."""
-    return not _by_epochs(trainer) and validation_seconds(trainer) is None
-
-
-def _by_epochs(trainer: Trainer) -> bool:
-    interval = trainer.val_check_interval
-    return isinstance(interval, float) and interval == 1.0
-
-
-def warn_of_other_counters(trainer: Trainer, plan: RegimePlan) -> None:
-    """Warn of what counts epochs of this run all the same."""
-    for place in changes_by_epoch(trainer):
-        rank_zero_warn(
-            f"LargeBatchRegime: {place} changes a learning rate by current_epoch, which counts epochs of this run. "
-            "Read the callback's reference_epoch there, or use a scheduler."
-        )
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, BaseFinetuning):
-            rank_zero_warn(
-                f"LargeBatchRegime: {type(callback).__name__} counts epochs of this run, not of the reference run: "
-                f"multiply its epochs by {float(plan.stretch):.4g}."
-            )

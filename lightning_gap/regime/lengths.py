@@ -29,20 +29,11 @@ def check_lengths(
     batches: Iterable[int] = (),
     proven: Proven = lambda what, number: False,
 ) -> Rollout | None:
-    """Roll a schedule out over the reference run, and refuse it if it has the length of another run.
+    """Roll a schedule out over the reference run, and refuse it if it fails there or has the length of another run.
 
-    Args:
-        clock: The scheduler's clock.
-        plan: The plan of the run, with lengths.
-        trust: Whether all its lengths are declared to be the reference run's.
-        batches: Further numbers of batches in an epoch of this run, as a loader may tell them.
-        proven: Whether a number of a schedule, or without one its whole curve, is known to be the reference run's.
-
-    Returns:
-        The roll-out; ``None`` where nothing limits the reference run.
-
-    Raises:
-        ValueError: If it fails before the reference run ends, or has a length that is this run's.
+    ``trust`` takes all its lengths for the reference run's; ``batches`` are further numbers of batches in an epoch of
+    this run; ``proven`` says whether a number of it, or without one its curve, is known to be the reference run's.
+    ``None`` where nothing limits the reference run.
     """
     name = type(clock.scheduler).__name__
     if plan.reference_updates is None:

@@ -10,17 +10,11 @@ __all__ = ["Limits", "RunLimits"]
 
 
 class Limits(NamedTuple):
-    """What a trainer's loops are told.
+    """What a trainer's loops are told."""
 
-    Attributes:
-        max_epochs: At most so many epochs; ``None`` or -1 for any number.
-        min_epochs: At least so many.
-        max_steps: At most so many updates; -1 for any number.
-    """
-
-    max_epochs: int | None
+    max_epochs: int | None  # or -1, for any number
     min_epochs: int
-    max_steps: int
+    max_steps: int  # -1 for any number
 
     @classmethod
     def of(cls, trainer: Trainer) -> "Limits":
@@ -54,10 +48,6 @@ class RunLimits:
 
     def __init__(self) -> None:
         self._users: Limits | None = None  # while ours are in their place
-
-    def users(self, trainer: Trainer) -> Limits:
-        """Return the user's."""
-        return self._users or Limits.of(trainer)
 
     def set(self, trainer: Trainer, plan: RegimePlan) -> None:
         """Put this run's in the place of the user's, once."""

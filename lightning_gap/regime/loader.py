@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
-from lightning_gap.regime.plan import updates_in_epoch
+from lightning_gap.regime.clock import updates_in_epoch
 from lightning_gap.trainer.internals.of_lightning import shards_loaders, training_source
 from lightning_gap.trainer.strategy import data_parallel_size
 
@@ -33,20 +33,12 @@ class DataNotReady(MisconfigurationException):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the training samples, as the loader describes it.
+    """One pass over the training samples, as the loader describes it."""
 
-    Attributes:
-        samples: Samples in one pass over all replicas.
-        drop_last: Whether an incomplete last batch is dropped.
-        batches: Batches of one replica in one pass.
-        batch_size: Samples of one batch over all replicas.
-        replicas: Replicas that share a pass.
-    """
-
-    samples: int
+    samples: int  # over all replicas
     drop_last: bool
-    batches: int
-    batch_size: int
+    batches: int  # of one replica
+    batch_size: int  # over all replicas
     replicas: int = 1
 
     def numbers_of_batches(self, accumulated: int) -> tuple[int, ...]:
@@ -140,14 +132,7 @@ def loader_batch_size(loader: Any) -> int:
 
 
 def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = None) -> Pass:
-    """Return what one pass over the training data is, sharding among replicas included.
-
-    Returns:
-        The samples of a pass, whether the last batch is dropped, and the batches that one replica gets.
-
-    Raises:
-        MisconfigurationException: If the loader does not tell how many samples it yields.
-    """
+    """Return what one pass over the training data is, sharding among replicas included, if the loader tells."""
     loader = training_loader(trainer) if loader is None else loader
     batch_sampler = getattr(loader, "batch_sampler", None)
     if samples is not None:

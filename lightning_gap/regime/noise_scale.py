@@ -103,13 +103,10 @@ def _ratio(variance: float, square: float) -> float:
 
 
 def batch_verdict(batch_size: int, estimate: NoiseScaleEstimate) -> str:
-    r"""Say what a batch costs beside the critical one, :math:`B_c`.
+    r"""Say what a batch costs beside the critical one, :math:`B_c`, by section 2 of McCandlish et al. 2018.
 
     Training at the batch B to a given loss takes :math:`1 + B_c / B` times the fewest updates, and :math:`1 + B / B_c`
     times the fewest samples.
-
-    References:
-        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2.
 
     Example:
         >>> estimate = NoiseScaleEstimate(decay=0.9)
@@ -138,12 +135,6 @@ def plan_verdict(
 
     To the same training loss the batch B takes :math:`(1 + B_c / B) / (1 + B_c / B_S)` times the updates of
     :math:`B_S`. It says nothing of generalization, for which Hoffer et al. train as many updates.
-
-    Returns:
-        The sentence; an empty one while the critical batch is not known.
-
-    References:
-        McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2.
 
     Example:
         >>> estimate = NoiseScaleEstimate(decay=0.9)

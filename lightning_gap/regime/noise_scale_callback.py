@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_gap.checks import check_integer
 from lightning_gap.ranks.group import mean_over_ranks
-from lightning_gap.regime.callback import LargeBatchRegime
+from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.loader import effective_batch_size, pass_over_data
 from lightning_gap.regime.micro_batches import MicroBatchGradients
 from lightning_gap.regime.noise_scale import (
@@ -22,7 +22,6 @@ from lightning_gap.regime.noise_scale import (
     normalization_note,
     plan_verdict,
 )
-from lightning_gap.regime.reports import PREFIX
 from lightning_gap.regime.sample_noise import mixing_layers
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import (

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from lightning_gap.regime.epochs import share_of, updates_in_epoch
-from lightning_gap.regime.fates import Rate, SchedulerFate
+from lightning_gap.regime.clock import SchedulerFate, share_of, updates_in_epoch
 from lightning_gap.regime.rules import RULES
-from lightning_gap.regime.scaling import LRRule, default_train_longer, rule_name
+from lightning_gap.regime.scaling import LRRule, Rate, default_train_longer, rule_name
 from lightning_gap.regime.scaling import lr_factor as factor_of
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_gap.regime.clock import RegimeClock
 
-__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime", "share_of", "updates_in_epoch"]
+__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime"]
 
 # The headings of a plan's table.
 PLAN_COLUMNS = ("", "reference", "now")
@@ -240,7 +239,7 @@ class RegimePlan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the plan line by line: what, in the reference run, in this run."""
-        from lightning_gap.regime.plan_table import table_rows
+        from lightning_gap.regime.words import table_rows
 
         return table_rows(self)
 

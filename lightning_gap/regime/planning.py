@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
+from lightning_gap.regime.clock import updates_in_epoch
 from lightning_gap.regime.limits import Limits
 from lightning_gap.regime.loader import (
     DataNotReady,
@@ -19,7 +20,7 @@ from lightning_gap.regime.loader import (
     pass_over_data,
     training_loader,
 )
-from lightning_gap.regime.plan import RegimePlan, plan_regime, updates_in_epoch
+from lightning_gap.regime.plan import RegimePlan, plan_regime
 from lightning_gap.regime.sample_noise import noise_variance
 from lightning_gap.regime.scaling import lr_factor, rule_name
 
@@ -30,36 +31,19 @@ __all__ = ["RunPlanner"]
 
 
 class RunPlanner:
-    """Measures the run that a trainer is about to make, and plans its regime.
-
-    Args:
-        regime: The callback, whose arguments say what to plan.
-        keeps_lengths: Whether the run's lengths are to stay the trainer's own.
-
-    Attributes:
-        loader: The training loader; ``None`` where nothing tells.
-        data: One pass over the data; ``None`` where it has no known length, or lengths are kept.
-        expected: Samples of a batch by the loader's account; ``None`` where it is not to be compared.
-        keeps_lengths: As given.
-        lengths: What the trainer is to answer as in the reference run, once it has been asked.
-    """
+    """Measures the run that a trainer is about to make, and plans its regime; or keeps the trainer's own lengths."""
 
     def __init__(self, regime: "LargeBatchRegime", *, keeps_lengths: bool) -> None:
-        self._regime = regime
-        self.keeps_lengths = keeps_lengths
+        self._regime, self.keeps_lengths = regime, keeps_lengths
         self.loader: Any = None
-        self.data: Pass | None = None
-        self.expected: int | None = None
-        self.lengths: dict[str, Any] = {}
+        self.data: Pass | None = None  # where it has a known length, and lengths are not kept
+        self.expected: int | None = None  # samples of a batch by the loader's account, until they are compared
+        self.batches: tuple[int, ...] = ()  # numbers that a user may take for those of this run
+        self.lengths: dict[str, Any] = {}  # what the trainer answers as in the reference run, where epochs are known
         self._effective = 0  # what an update sees by the trainer's account
 
     def plan(self, trainer: Trainer) -> RegimePlan:
-        """Return the plan of the run.
-
-        Raises:
-            DataNotReady: If the module's data are not there yet.
-            MisconfigurationException: If no regime can be right for the run.
-        """
+        """Return the plan of the run; :class:`DataNotReady` if the module's data are not there yet."""
         regime = self._regime
         self.loader = None
         try:
@@ -79,6 +63,15 @@ class RunPlanner:
             plan = self._planned_length(trainer, batch_size, rule, factor)
         except ValueError as error:
             raise MisconfigurationException(f"LargeBatchRegime cannot plan this run: {error}") from error
+        if plan.reference_updates_per_epoch is not None:
+            limits = Limits.of(trainer)
+            self.lengths = {
+                "max_epochs": limits.max_epochs,
+                "max_steps": limits.max_steps,
+                "num_training_batches": plan.reference_updates_per_epoch,
+                "accumulate_grad_batches": 1,
+                "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,
+            }
         return replace(
             plan,
             clip_norm=regime.clip_norm,
@@ -109,6 +102,7 @@ class RunPlanner:
                 plan, train_longer=regime.train_longer, reference_updates=limits.updates, updates=limits.updates
             )
         found = self._effective = self._batch_of_update(trainer)
+        self.batches = data.numbers_of_batches(trainer.accumulate_grad_batches)
         if regime.samples is None and batch_size != found:
             rank_zero_warn(
                 f"LargeBatchRegime scales for batch_size={batch_size}, as asked; an update of this trainer sees "
@@ -164,18 +158,6 @@ class RunPlanner:
                 f"{self._effective} samples an update, but there are {found[0]} and {found[1]}. The loader or "
                 "accumulate_grad_batches changed after setup: set both before fit, or pass train_longer=False."
             )
-
-    def reference_lengths(self, plan: RegimePlan, limits: Limits) -> dict[str, Any]:
-        """Return what the trainer answers in the reference run; nothing where an epoch's length is not known."""
-        if not self.lengths and plan.reference_updates_per_epoch is not None:
-            self.lengths = {
-                "max_epochs": limits.max_epochs,
-                "max_steps": limits.max_steps,
-                "num_training_batches": plan.reference_updates_per_epoch,
-                "accumulate_grad_batches": 1,
-                "estimated_stepping_batches": math.inf if plan.reference_updates is None else plan.reference_updates,
-            }
-        return self.lengths
 
     def otherwise(self, answers: ReferenceAnswers | None, pl_module: LightningModule) -> Callable[[], Any] | None:
         """Return what asks ``configure_optimizers`` again, as in a reference run of other lengths.

@@ -6,15 +6,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_gap.regime.applied import scale
-from lightning_gap.regime.fates import Fate
+from lightning_gap.regime.clock import Fate
 from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.schedules import scale
 
 if TYPE_CHECKING:
     from lightning_gap.regime.run import RegimeRun
     from lightning_gap.regime.takeover import Taken
 
-__all__ = ["check_regime", "refuse_unscaled", "state_of", "take_up"]
+__all__ = ["state_of", "take_up"]
 
 
 def state_of(run: "RegimeRun") -> dict[str, Any]:
@@ -33,41 +33,8 @@ def state_of(run: "RegimeRun") -> dict[str, Any]:
     }
 
 
-def check_regime(plan: RegimePlan, saved: dict[str, Any]) -> RegimePlan:
-    """Return the plan that goes on from a saved one.
-
-    Raises:
-        MisconfigurationException: If the checkpoint is of another regime.
-    """
-    plan = plan.with_rate_of(saved)
-    if differences := plan.disagreements(saved):
-        raise MisconfigurationException(
-            f"The checkpoint is of another regime: {'; '.join(differences)}. Resume with the same LargeBatchRegime "
-            "arguments and data, or start a new run from its weights."
-        )
-    return plan
-
-
-def refuse_unscaled(plan: RegimePlan, key: str, callbacks: dict[str, Any]) -> None:
-    """Refuse to resume a run that was not of a regime: its learning rates would silently win.
-
-    Raises:
-        MisconfigurationException: If the regime is not among them, and changes something.
-    """
-    if (plan.lr_factor != 1.0 or plan.reclocked) and key not in callbacks:
-        raise MisconfigurationException(
-            "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
-            "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
-            "from its weights."
-        )
-
-
 def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str, Any] | None) -> bool:
-    """Take up what a checkpoint left; return whether it is of another batch.
-
-    Raises:
-        MisconfigurationException: If it is of another batch, and cannot go on at this one.
-    """
+    """Take up what a checkpoint left; return whether it is of another batch, at which not every one can go on."""
     if saved is None:
         return False
     for warmup, made in zip(taken.clock.warmups, saved["made"], strict=True):

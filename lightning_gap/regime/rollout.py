@@ -33,13 +33,7 @@ _SAME = 1e-9
 
 
 class Rollout(NamedTuple):
-    """What the first parameter group's learning rate does over the reference run.
-
-    Attributes:
-        rates: After each step of the scheduler, the first before any.
-        error: What it raised instead of a further step.
-        whole: Whether all the reference run was looked at.
-    """
+    """The rates of the first group after each step, what was raised instead of a further one, and if all was seen."""
 
     rates: list[float]
     error: Exception | None
@@ -72,11 +66,7 @@ def roll_out(clock: ReferenceClock) -> Rollout:
 
 
 def follows_its_factor(clock: ReferenceClock, factor: float) -> bool | None:
-    """Return whether all learning rates of a scheduler are known by name, so that scaling these scales its schedule.
-
-    Returns:
-        ``None`` where it cannot be copied, and so not be seen.
-    """
+    """Return whether a scheduler scales if all that are named as its rates do; ``None`` where it cannot be copied."""
     own, other = _copied(clock), _copied(clock)
     if own is None or other is None:
         return None

@@ -5,31 +5,25 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
-from lightning_gap.regime.applied import check_unscaled, scale
 from lightning_gap.regime.clock import RegimeClock
-from lightning_gap.regime.fates import Rate
-from lightning_gap.regime.hand_set import check_hand_set_rates, check_hand_stepped
+from lightning_gap.regime.counters import ValidationClock
+from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.lengths import curve
 from lightning_gap.regime.limits import RunLimits
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.planning import RunPlanner
-from lightning_gap.regime.plateaus import ReferencePlateaus
-from lightning_gap.regime.refusals import check_optimizers
-from lightning_gap.regime.resume import check_regime, refuse_unscaled, take_up
+from lightning_gap.regime.refusals import check_fit, refused_as
+from lightning_gap.regime.resume import take_up
 from lightning_gap.regime.sample_noise import output_module
-from lightning_gap.regime.scheduler_checks import check_schedulers, stepping_of
-from lightning_gap.regime.takeover import (
-    Taken,
-    learning_rates,
-    refused_as,
-    take_schedulers,
-    validation_clock,
-)
+from lightning_gap.regime.scaling import Rate
+from lightning_gap.regime.schedules import scale
+from lightning_gap.regime.takeover import ReferencePlateaus, Taken, stepping_of, take_schedulers
 from lightning_gap.regime.warmup import Warmup
 
 if TYPE_CHECKING:
@@ -48,48 +42,25 @@ class Phase(IntEnum):
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        ticked: Up to which update the clocks have been read; ``None`` before training.
-        epoch_start: Updates made before the present epoch.
-        epochs: Epochs of this run that are over.
-        samples: Samples seen.
-        clipped: Gradients that were clipped.
-        clippable: Gradients of which the norm was taken.
-    """
-
-    ticked: int | None = None
-    epoch_start: int = 0
-    epochs: int = 0
-    samples: int = 0
-    clipped: Tensor | int = 0
-    clippable: int = 0
+    ticked: int | None = None  # up to which update the clocks have been read
+    epoch_start: int = 0  # updates made before the present epoch
+    epochs: int = 0  # of this run that are over
+    samples: int = 0  # seen
+    clipped: Tensor | int = 0  # gradients that were
+    clippable: int = 0  # gradients of which the norm was taken
 
 
 class RegimeRun:
-    """A fit under a regime.
-
-    Args:
-        regime: The callback, whose arguments say what to do.
-        keeps_lengths: Whether the run's lengths are to stay the trainer's own.
-
-    Attributes:
-        phase: How far it is.
-        plan: Its plan; ``None`` until the data tell.
-        planner: What measures it.
-        progress: Where it is.
-        taken: What has been taken over; ``None`` before.
-        limits: Of the trainer.
-        plateaus: Schedulers that look at a metric.
-    """
+    """A fit under a regime, whose arguments say what to do; or one that keeps the trainer's own lengths."""
 
     def __init__(self, regime: "LargeBatchRegime", *, keeps_lengths: bool) -> None:
         self.regime, self.phase = regime, Phase.SET_UP
-        self.plan: RegimePlan | None = None
+        self.plan: RegimePlan | None = None  # until the data tell
         self.planner = RunPlanner(regime, keeps_lengths=keeps_lengths)
         self.progress, self.limits, self.plateaus = Progress(), RunLimits(), ReferencePlateaus()
-        self.taken: Taken | None = None
+        self.taken: Taken | None = None  # until on_fit_start
         self._answers: ReferenceAnswers | None = None
         self._read = False  # whether a checkpoint has been read
         self._early: dict[str, Any] | None = None  # its callbacks, if that was before there was a plan
@@ -138,7 +109,8 @@ class RegimeRun:
         return self.plan
 
     def _lengths(self, trainer: Trainer) -> dict[str, Any]:
-        return self.planner.reference_lengths(self._make_plan(trainer), self.limits.users(trainer))
+        self._make_plan(trainer)
+        return self.planner.lengths
 
     def _plan_late(self, trainer: Trainer) -> None:
         """Plan once the module's own setup has made its data, and look at a checkpoint that has been read before."""
@@ -162,56 +134,46 @@ class RegimeRun:
     def take_over(self, trainer: Trainer, pl_module: LightningModule, *, rate_found: bool) -> None:
         """Check all, then scale the learning rates and take over the schedulers' clocks."""
         self._plan_late(trainer)
-        plan = self.planned
+        plan, stretch, reference = self.planned, self.regime.stretch_schedulers, None
         if self._answers is not None:
             self._answers.end()
+            reference = self._answers.at
         if plan.rate is Rate.RULED and self._saved is None and rate_found:
             rank_zero_warn(
                 "LargeBatchRegime: LearningRateFinder found the learning rate of the batch that runs, so it is not "
                 "scaled."
             )
             plan = plan.with_found_rate()
-        stretch = self.regime.stretch_schedulers
-        check_optimizers(trainer, plan)
-        if plan.lr_factor != 1.0:
-            check_hand_set_rates(trainer, pl_module)
-            refused_as(check_unscaled, trainer.optimizers)
-        data = self.planner.data
-        if self._answers is not None:
-            self._lengths(trainer)
-        stepping = stepping_of(pl_module, None if self._answers is None else self._answers.at)
-        rollouts = check_schedulers(
-            trainer,
+        fit = Fit.of(trainer, pl_module)
+        stepping = stepping_of(pl_module, reference)
+        rollouts = check_fit(
+            fit,
             plan,
             stretch,
             stepping=stepping,
-            batches=() if data is None else data.numbers_of_batches(trainer.accumulate_grad_batches),
+            batches=self.planner.batches,
             otherwise=self.planner.otherwise(self._answers, pl_module),
         )
-        validations = validation_clock(trainer, plan)
-        if plan.reclocked and stretch:
-            check_hand_stepped(trainer, pl_module)
-        _warn_of_kept_optimizers(trainer, pl_module, plan)
+        validations = refused_as(ValidationClock.of, trainer, fit, plan)
+        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
         if not self.planner.keeps_lengths:
             self._set_limits(trainer)
         self.limits.lift_updates(trainer)
         if self._read:
             self.limits.lift_epochs(trainer)
-        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
-        before = learning_rates(trainer)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        scale(trainer.optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
-        clocks, fates = take_schedulers(trainer, plan, self.plateaus, stepping, stretch=stretch)
-        groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in trainer.optimizers]
+        before = fit.rates
+        scale(fit.optimizers, fit.schedulers, plan.lr_factor, plan.moment_ratio)
+        clocks, fates = take_schedulers(fit, plan, self.plateaus, stepping, stretch=stretch)
+        warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in fit.optimizers]
+        groups = [len(optimizer.param_groups) for optimizer in fit.optimizers]
         self.taken = Taken(RegimeClock(plan, clocks, warmups), validations, groups)
         if weighted is not None:
             self.taken.weigh_samples(trainer, weighted, plan.noise_variance)
         self.plan = replace(
             plan,
-            learning_rates=tuple(zip(before, learning_rates(trainer), strict=True)),
+            learning_rates=tuple(zip(before, fit.rates, strict=True)),
             schedulers=fates,
-            companions=self.taken.take_counters(trainer, plan),
+            companions=self.taken.take_counters(trainer, fit, plan),
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self.phase = Phase.TAKEN_OVER
@@ -257,8 +219,12 @@ class RegimeRun:
         """Look at the checkpoint that is about to be restored."""
         if self.plan is None:
             self._early = callbacks
-        else:
-            refuse_unscaled(self.plan, self.regime.state_key, callbacks)
+        elif (self.plan.lr_factor != 1.0 or self.plan.reclocked) and self.regime.state_key not in callbacks:
+            raise MisconfigurationException(
+                "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
+                "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
+                "from its weights."
+            )
         self._read = True
         if self.phase is Phase.TAKEN_OVER:
             self.limits.lift_epochs(trainer)
@@ -267,7 +233,12 @@ class RegimeRun:
         """Check that a checkpoint is of this regime, and go on where it was written."""
         if self.plan is None:
             return
-        self.plan = check_regime(self.plan, state["plan"])
+        self.plan = self.plan.with_rate_of(state["plan"])
+        if differences := self.plan.disagreements(state["plan"]):
+            raise MisconfigurationException(
+                f"The checkpoint is of another regime: {'; '.join(differences)}. Resume with the same LargeBatchRegime "
+                "arguments and data, or start a new run from its weights."
+            )
         if state["ticked"] is None:
             return  # written before training, by LearningRateFinder
         self._saved, progress = state, self.progress
@@ -286,12 +257,3 @@ class RegimeRun:
         self.limits.give_back(trainer)
         if self.taken is not None:
             self.taken.give_back()
-
-
-def _warn_of_kept_optimizers(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
-    for name, value in vars(pl_module).items():
-        if plan.lr_factor != 1.0 and any(value is optimizer for optimizer in trainer.optimizers):
-            rank_zero_warn(
-                f"LargeBatchRegime: the module keeps its optimizer as {name}, whose learning rates stay scaled "
-                "after fit, for a fit without the callback too. Make a new one in configure_optimizers."
-            )

@@ -124,16 +124,6 @@ class SampleNoise:
     The gradient of a mean of losses :math:`\ell_n(f(x_n))` with respect to the output's row n is multiplied by
     :math:`z_n`, so every weight before the output gets :math:`\frac1B \sum_n z_n g_n`, and no loss changes.
 
-    Args:
-        module: The last module before the loss; its output has one row a sample.
-        variance: The weights' variance, :math:`\sigma^2`.
-        seed: A whole number that names the run.
-        rank: A whole number that names this process among those that see other samples.
-
-    Attributes:
-        draws: How many batches have been weighted.
-        calls: How many of them since :meth:`new_batch`.
-
     Example:
         >>> net = nn.Linear(3, 1)
         >>> noise = SampleNoise(net, 3.0, seed=0, rank=0)
@@ -180,10 +170,6 @@ class SampleNoise:
         """Refuse a loss that reaches a weight other than through the output, or samples that interact.
 
         The number of calls is looked at every time, the rest once.
-
-        Raises:
-            ValueError: If the module did not run exactly once, a weight gets an unweighted gradient, or the model
-                normalizes over the batch.
         """
         if self.calls != 1:
             raise ValueError(

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping
+from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gap.regime.moments import MOST_FORGOTTEN
 from lightning_gap.regime.rules import RULES
+from lightning_gap.regime.rules.base import MOMENT_KEYS
 
 __all__ = [
-    "EQUAL_SAMPLES", "LR_RULES", "MOST_FORGOTTEN", "LRRule", "check_rule", "default_train_longer", "lr_factor",
-    "rule_name", "scale_optimizer", "scaled",
+    "EQUAL_SAMPLES", "LR_RULES", "LRRule", "Rate", "check_rule", "default_train_longer", "lr_factor",
+    "remembered", "rule_name", "scale_optimizer", "scaled",
 ]  # fmt: skip
 
 LRRule = str | Callable[[float], float]
@@ -25,6 +26,13 @@ EQUAL_SAMPLES = tuple(name for name, rule in RULES.items() if rule.equal_samples
 
 # Where an optimizer's group keeps learning rates: its own, and those its scheduler left there.
 _GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+class Rate(Enum):
+    """Where a run's learning rate comes from."""
+
+    RULED = auto()  # by the rule, from the reference run's
+    FOUND = auto()  # by LearningRateFinder, at the batch that runs
 
 
 def lr_factor(rule: LRRule, ratio: float) -> float:
@@ -120,17 +128,32 @@ def scaled(value: Any, factor: float) -> Any:
     return (value.detach() * factor) if isinstance(value, Tensor) else value * factor
 
 
-def scale_optimizer(optimizer: Optimizer, factor: float) -> None:
-    """Multiply every learning rate that an optimizer holds, in place: those of its groups and its default.
+def remembered(beta: Any, ratio: float) -> Any:
+    """Return 1 - ratio * (1 - beta), for a number, a tensor, or a tuple or list of these."""
+    if isinstance(beta, (tuple, list)):
+        return type(beta)(remembered(each, ratio) for each in beta)
+    return 1 - ratio * (1 - beta)
 
-    Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too.
+
+def scale_optimizer(optimizer: Optimizer, factor: float, moment_ratio: float = 1.0) -> None:
+    r"""Multiply every learning rate that an optimizer holds, in place: those of its groups and its default.
+
+    Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too. The moments of Adam or
+    RMSprop become those of a batch :math:`\kappa` times as large, by Malladi et al. 2022:
+
+    .. math:: 1 - \beta \to \kappa (1 - \beta), \qquad \epsilon \to \epsilon / \sqrt \kappa
 
     Example:
         >>> import torch
-        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-        >>> scale_optimizer(sgd, 4.0)
-        >>> sgd.param_groups[0]["lr"]
-        2.0
+        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.5, betas=(0.9, 0.999), eps=1e-8)
+        >>> scale_optimizer(adam, 2.0, 4.0)
+        >>> group = adam.param_groups[0]
+        >>> group["lr"], [round(beta, 6) for beta in group["betas"]], group["eps"]
+        (1.0, [0.6, 0.996], 5e-09)
     """
     for group in (optimizer.defaults, *optimizer.param_groups):
-        group.update({key: scaled(group[key], factor) for key in _GROUP_KEYS if key in group})
+        if factor != 1.0:
+            group.update({key: scaled(group[key], factor) for key in _GROUP_KEYS if key in group})
+        if moment_ratio != 1.0:
+            group.update({key: remembered(group[key], moment_ratio) for key in MOMENT_KEYS if key in group})
+            group["eps"] = group["eps"] / math.sqrt(moment_ratio)

@@ -5,17 +5,21 @@ have stepped it. So the learning rate at update t is the factor times the refere
 every scheduler class, and ``scheduler.state_dict()`` counts what it always counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from lightning_gap.regime.moments import remembered
-from lightning_gap.regime.scaling import scaled
+from lightning_gap.regime.scaling import remembered, scale_optimizer, scaled
 from lightning_gap.trainer.internals.of_torch import SCHEDULER_MILESTONES, SCHEDULER_RATES, parts_of_scheduler
 
-__all__ = ["horizons", "scale_momentums", "scale_scheduler"]
+__all__ = ["check_unscaled", "horizons", "is_of_torch", "scale", "scale_scheduler"]
+
+# What has been scaled: who keeps an optimizer must not have it scaled again.
+_scaled: WeakSet[Optimizer] = WeakSet()
 
 # Every attribute of torch's schedulers that is a learning rate. Schedules are homogeneous in these and the groups'.
 _LR_ATTRIBUTES = ("base_lrs", "max_lrs", "min_lrs", "eta_min", "default_min_lr", *SCHEDULER_RATES)
@@ -67,45 +71,53 @@ def is_of_torch(scheduler: Any) -> bool:
     return type(scheduler).__module__.startswith("torch.optim.")
 
 
-def scale_scheduler(scheduler: Any, factor: float) -> None:
+def scale_scheduler(scheduler: Any, factor: float, moment_ratio: float = 1.0) -> None:
     """Multiply every learning rate that a scheduler holds, in place, in its parts too.
 
     Together with :func:`~lightning_gap.regime.scaling.scale_optimizer` this multiplies the whole remaining schedule by
     the factor. Of other schedulers than torch's, learning rates are known by their names; whether these were all, only
-    a roll-out shows.
+    a roll-out shows. The ends between which a scheduler moves Adam's first beta follow the moments: what becomes of
+    these is affine, so all values in between follow too.
 
     Example:
         >>> import torch
-        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=10, eta_min=0.25)
+        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10, eta_min=0.25)
         >>> scale_scheduler(cosine, 4.0)
         >>> cosine.base_lrs, cosine.eta_min
         ([4.0], 1.0)
-    """
-    for part in flattened(scheduler):
-        for name in _rate_attributes(part):
-            setattr(part, name, scaled(getattr(part, name), factor))
-        if isinstance(part, ReduceLROnPlateau):
-            part.eps *= factor  # the least decay of the learning rate that counts
-
-
-def scale_momentums(scheduler: LRScheduler, ratio: float) -> None:
-    r"""Scale the ends between which a scheduler moves Adam's :math:`\beta_1`, in place, in its parts too.
-
-    :math:`1 - \beta \to \kappa (1 - \beta)` is affine, so all values in between follow.
-
-    Example:
-        >>> import torch
-        >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
         >>> cyclic = torch.optim.lr_scheduler.CyclicLR(adam, 0.1, 0.2, base_momentum=0.9, max_momentum=0.95)
-        >>> scale_momentums(cyclic, 2.0)
+        >>> scale_scheduler(cyclic, 1.0, 2.0)
         >>> round(cyclic.base_momentums[0], 6), round(cyclic.max_momentums[0], 6)
         (0.8, 0.9)
     """
     for part in flattened(scheduler):
-        for name in _MOMENTUM_ATTRIBUTES:
+        for name in _rate_attributes(part) if factor != 1.0 else ():
+            setattr(part, name, scaled(getattr(part, name), factor))
+        for name in _MOMENTUM_ATTRIBUTES if moment_ratio != 1.0 else ():
             if hasattr(part, name):
-                setattr(part, name, remembered(getattr(part, name), ratio))
+                setattr(part, name, remembered(getattr(part, name), moment_ratio))
+        if isinstance(part, ReduceLROnPlateau):
+            part.eps *= factor  # the least decay of the learning rate that counts
+
+
+def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers whose learning rates are scaled already."""
+    if any(optimizer in _scaled for optimizer in optimizers):
+        raise ValueError(
+            "an optimizer of an earlier fit has come again, whose learning rates are scaled already. Make a new "
+            "optimizer and new schedulers for each run, in configure_optimizers under a Trainer."
+        )
+
+
+def scale(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], factor: float, moment_ratio: float) -> None:
+    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments."""
+    if factor != 1.0:
+        _scaled.update(optimizers)
+    for optimizer in optimizers:
+        scale_optimizer(optimizer, factor, moment_ratio)
+    for scheduler in schedulers:
+        scale_scheduler(scheduler, factor, moment_ratio)
 
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:

@@ -1,53 +1,37 @@
 """What a regime takes out of Lightning's hands when a fit starts, and gives back when it is over."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_gap.regime.applied import clock_of
-from lightning_gap.regime.clock import Interval, ReferenceClock, RegimeClock, Stepping
-from lightning_gap.regime.counters import (
-    NEVER,
-    EpochCounter,
-    ValidationClock,
-    epoch_counters,
-    patience,
-    validates_within_epochs,
-    warn_of_other_counters,
-)
-from lightning_gap.regime.fates import Fate, SchedulerFate
+from lightning_gap.regime.clock import Fate, Interval, ReferenceClock, RegimeClock, SchedulerFate, Stepping
+from lightning_gap.regime.counters import NEVER, EpochCounter, ValidationClock, epoch_counters, patience
+from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.plateaus import ReferencePlateaus
 from lightning_gap.regime.sample_noise import SampleNoise
 from lightning_gap.regime.warmup import Warmup
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
 
-__all__ = ["Taken", "learning_rates", "refused_as", "take_schedulers", "validation_clock"]
+__all__ = ["ReferencePlateaus", "Taken", "stepping_of", "take_schedulers"]
 
 
 @dataclass
 class Taken:
-    """What a run steps and counts by itself from ``on_fit_start`` on.
-
-    Attributes:
-        clock: Steps the schedulers, and has the warm-ups.
-        validations: Validates within epochs.
-        groups: How many parameter groups each optimizer has.
-        counters: What else happens in some epochs.
-        noise: Weights samples.
-    """
+    """What a run steps and counts by itself from ``on_fit_start`` on."""
 
     clock: RegimeClock
     validations: ValidationClock | None
-    groups: list[int]
+    groups: list[int]  # how many each optimizer has
     counters: list[EpochCounter] = field(default_factory=list)
     noise: SampleNoise | None = None
 
@@ -56,17 +40,16 @@ class Taken:
         seed = from_rank_zero(trainer, torch.initial_seed())
         self.noise = SampleNoise(module, variance, seed=seed, rank=data_parallel_rank(trainer))
 
-    def take_counters(self, trainer: Trainer, plan: RegimePlan) -> tuple[str, ...]:
+    def take_counters(self, trainer: Trainer, fit: Fit, plan: RegimePlan) -> tuple[str, ...]:
         """Take over what counts epochs beside schedulers, and return a line for each."""
         if plan.reclocked:
             if plan.stretch != 1:
-                self.counters = list(epoch_counters(trainer))
-                warn_of_other_counters(trainer, plan)
+                self.counters = list(epoch_counters(trainer, fit))
             if self.validations is not None:
                 self.validations.lift()
         within = [] if self.validations is None else [self.validations.fate]
         counted = [counter.fate(plan) for counter in self.counters]
-        return (*counted, *within, *patience(trainer, plan, self.validations))
+        return (*counted, *within, *patience(fit, plan, self.validations))
 
     def set_counters(self, plan: RegimePlan, start: int) -> None:
         """Say what happens at the end of an epoch of this run."""
@@ -76,22 +59,20 @@ class Taken:
             for counter in self.counters:
                 counter.set(plan, start, end)
 
-    def warmup_of(self, trainer: Trainer, optimizer: Optimizer) -> Warmup:
+    def warmup_of(self, optimizer: Optimizer) -> Warmup:
         """Return what warms an optimizer up."""
-        return next(w for o, w in zip(trainer.optimizers, self.clock.warmups, strict=True) if o is optimizer)
+        return next(warmup for warmup in self.clock.warmups if warmup.optimizer is optimizer)
 
-    def watch_groups(self, trainer: Trainer) -> None:
+    def watch_groups(self) -> None:
         """Warn of parameter groups that are added with a learning rate of their own."""
-        sizes = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        if sizes == self.groups:
-            return
-        for optimizer, size, before in zip(trainer.optimizers, sizes, self.groups, strict=True):
-            if size > before and (rate := optimizer.param_groups[-1]["lr"]) != optimizer.defaults["lr"]:
+        for at, warmup in enumerate(self.clock.warmups):
+            optimizer, before = warmup.optimizer, self.groups[at]
+            self.groups[at] = len(optimizer.param_groups)
+            if self.groups[at] > before and (rate := optimizer.param_groups[-1]["lr"]) != optimizer.defaults["lr"]:
                 rank_zero_warn(
                     f"LargeBatchRegime: a parameter group was added with the learning rate {float(rate):g}, which is "
                     "taken as it is. A group without a rate of its own gets the optimizer's, which is scaled."
                 )
-        self.groups = sizes
 
     def give_back(self) -> None:
         """Give everything back that is the user's."""
@@ -107,54 +88,68 @@ class Taken:
             self.noise.remove()
 
 
-def refused_as(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Return what a function returns; what it refuses by a ``ValueError`` is refused in the words of Lightning.
+class ReferencePlateaus:
+    """Steps ``ReduceLROnPlateau`` at the end of this run's epoch in which a reference epoch ends.
 
-    Raises:
-        MisconfigurationException: If it refuses.
+    Lightning itself would do so after a checkpoint is written, and not at all in the first epoch of a resumed run.
     """
-    try:
-        return make(*args, **options)
-    except ValueError as error:
-        raise MisconfigurationException(f"LargeBatchRegime: {error}") from None
+
+    def __init__(self) -> None:
+        self._configs: list[tuple[LRSchedulerConfig, int]] = []  # with the user's frequency
+        self.metrics: dict[str, float] = {}
+
+    def take(self, config: LRSchedulerConfig) -> None:
+        """Take a scheduler out of Lightning's hands."""
+        self._configs.append((config, config.frequency))
+        config.interval, config.frequency = "step", NEVER
+
+    def read(self, trainer: Trainer) -> None:
+        """Keep what is looked at, for a checkpoint that is written now."""
+        if self._configs:
+            known = trainer.callback_metrics
+            keys = [str(config.monitor) for config, _ in self._configs]
+            self.metrics.update({key: float(known[key]) for key in keys if key in known})
+
+    def step(self, trainer: Trainer, pl_module: LightningModule, before: int, now: int) -> None:
+        """Step those that the reference run has stepped meanwhile."""
+        self.read(trainer)
+        for config, every in self._configs:
+            if now // every == before // every:
+                continue
+            metric = self.metrics.get(str(config.monitor))
+            if metric is None:
+                missing = f"{type(config.scheduler).__name__} looks at {config.monitor}, which nothing has logged yet"
+                if config.strict:
+                    known = sorted(trainer.callback_metrics)
+                    raise MisconfigurationException(f"{missing}. There are {known}: set monitor to one of these.")
+                rank_zero_warn(f"{missing}; it is not stepped.")
+            else:
+                pl_module.lr_scheduler_step(cast(Any, config.scheduler), metric)
+
+    def warn_of_late_metrics(self, trainer: Trainer) -> None:
+        """Warn of a metric that came after it was looked at."""
+        for config, _ in self._configs:
+            used, now = self.metrics.get(str(config.monitor)), trainer.callback_metrics.get(str(config.monitor))
+            if used is not None and now is not None and used != float(now) and not math.isnan(used):
+                rank_zero_warn(
+                    f"LargeBatchRegime: {type(config.scheduler).__name__} looks at {config.monitor} before "
+                    "LightningModule.on_train_epoch_end logs it, so at the value of an epoch before. Log it in a step."
+                )
 
 
-def validation_clock(trainer: Trainer, plan: RegimePlan) -> ValidationClock | None:
-    """Return what validates within epochs, if the reference run does and its epochs have another length.
-
-    Raises:
-        MisconfigurationException: If the interval is longer than a reference epoch.
-    """
-    if not (plan.reclocked and validates_within_epochs(trainer)):
-        return None
-    return cast(ValidationClock, refused_as(ValidationClock, trainer, plan))
-
-
-def learning_rates(trainer: Trainer) -> list[float]:
-    """Return the learning rates of all groups; some optimizers find their own."""
-    rates = [group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [float(rate) for rate in rates if rate is not None]
+def stepping_of(pl_module: LightningModule, reference: Callable[[int, int], Any] | None) -> Stepping:
+    """Return how a module's schedulers are stepped: by the module where it does so by itself."""
+    if not is_overridden("lr_scheduler_step", pl_module):
+        return Stepping(reference=reference)
+    return Stepping(lambda scheduler: pl_module.lr_scheduler_step(scheduler, None), reference)
 
 
 def take_schedulers(
-    trainer: Trainer, plan: RegimePlan, plateaus: ReferencePlateaus, stepping: Stepping, *, stretch: str | bool
+    fit: Fit, plan: RegimePlan, plateaus: ReferencePlateaus, stepping: Stepping, *, stretch: str | bool
 ) -> tuple[list[ReferenceClock], tuple[SchedulerFate, ...]]:
-    """Take the schedulers out of Lightning's hands whose lengths are the reference run's.
-
-    They stay in Lightning's lists, so they are saved, restored and monitored.
-
-    Args:
-        trainer: The trainer.
-        plan: The plan of the run.
-        plateaus: Takes those that look at a metric.
-        stepping: How the others are stepped.
-        stretch: The argument ``stretch_schedulers``.
-
-    Returns:
-        The clocks of those that are taken over, and what becomes of each of all.
-    """
+    """Take those of the reference run's lengths out of Lightning's hands, not of its lists; say what becomes of all."""
     clocks, fates = [], []
-    for config in trainer.lr_scheduler_configs:
+    for config in fit.configs:
         fate, every = _fate(config, plan, stretch)
         told = type(config.scheduler).__name__, fate, config.interval, config.frequency, every
         fates.append(SchedulerFate(*told))
@@ -162,7 +157,7 @@ def take_schedulers(
             plateaus.take(config)
         elif fate not in (Fate.AS_IT_WAS, Fate.THIS_RUNS):
             interval: Interval = "epoch" if config.interval == "epoch" else "step"
-            clocks.append(clock_of(plan, config.scheduler, interval, config.frequency, stepping))
+            clocks.append(ReferenceClock.of(plan, config.scheduler, interval, config.frequency, stepping))
             # A frequency that no epoch has as many batches as: Lightning itself never steps the scheduler.
             config.interval, config.frequency = "step", NEVER
     return clocks, tuple(fates)

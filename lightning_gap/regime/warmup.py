@@ -16,12 +16,7 @@ def warmup_factor(update: int, *, updates: int, factor: float) -> float:
 
     .. math:: 1 + (f - 1) \, \min\left(1, \frac{t - 1}{K}\right)
 
-    References:
-        Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.2 (gradual warm-up).
-
-    Example:
-        >>> [warmup_factor(update, updates=4, factor=9.0) for update in range(1, 7)]
-        [1.0, 3.0, 5.0, 7.0, 9.0, 9.0]
+    Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.2 (gradual warm-up).
     """
     return factor if update > updates else 1 + (factor - 1) * (update - 1) / updates
 
@@ -29,18 +24,8 @@ def warmup_factor(update: int, *, updates: int, factor: float) -> float:
 class Warmup:
     """Counts an optimizer's updates, and lets the first ones use less than its learning rate.
 
-    The learning rate is changed when the optimizer starts a step and given back when the step is over, so a scheduler
-    never sees it, and any schedule may run below.
-
-    Args:
-        optimizer: The optimizer, whose learning rates are scaled by ``factor`` already.
-        updates: The length of the warm-up; 0 only counts.
-        factor: What the learning rates have been multiplied by.
-
-    Attributes:
-        made: Updates made.
-        learning_rate: Of the first group, as used for the latest update.
-        rate: The same, a tensor where the optimizer's is one: reading a number of it may wait for a device.
+    The learning rate, scaled by ``factor`` already, is changed when the optimizer starts a step and given back when the
+    step is over, so a scheduler never sees it, and any schedule may run below.
 
     Example:
         >>> import torch
@@ -57,10 +42,10 @@ class Warmup:
     """
 
     def __init__(self, optimizer: Optimizer, *, updates: int, factor: float) -> None:
-        self.updates, self.factor, self.made = updates, factor, 0
-        self._optimizer = optimizer
+        self.updates, self.factor, self.made = updates, factor, 0  # 0 updates are only counted
+        self.optimizer = optimizer
         self._full: list[Any] | None = None
-        self.rate: float | Tensor = math.nan
+        self.rate: float | Tensor = math.nan  # of the first group, in the latest update; a tensor may wait for a device
         self._hooks = (
             optimizer.register_step_pre_hook(lambda *_: self._start()),
             optimizer.register_step_post_hook(lambda *_: self._end()),
@@ -77,7 +62,7 @@ class Warmup:
         return float(self.rate)
 
     def _start(self) -> None:
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         if self.made < self.updates:
             share = warmup_factor(self.made + 1, updates=self.updates, factor=self.factor) / self.factor
             self._full = [group["lr"] for group in groups]
@@ -94,7 +79,7 @@ class Warmup:
     def give_back(self) -> None:
         """Give the learning rates back that a step in progress, or one that failed, has taken."""
         if self._full is not None:
-            for group, rate in zip(self._optimizer.param_groups, self._full, strict=False):
+            for group, rate in zip(self.optimizer.param_groups, self._full, strict=False):
                 group["lr"] = rate
             self._full = None
 

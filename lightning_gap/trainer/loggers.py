@@ -32,12 +32,7 @@ def _kind(logger: Any) -> str | None:
 
 
 def filled(number: float | Tensor, device: torch.device) -> Tensor:
-    """Return a number as ``pl_module.log`` would make a tensor of it, but without a copy that waits for the device.
-
-    Args:
-        number: A Python number; a tensor is returned as it is.
-        device: The module's device.
-    """
+    """Return a number as ``pl_module.log`` would make a tensor of it, but without a copy that waits for the device."""
     if isinstance(number, Tensor):
         return number
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # Lightning keeps no half precision
@@ -46,14 +41,9 @@ def filled(number: float | Tensor, device: torch.device) -> Tensor:
 
 @rank_zero_only
 def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
-    """Let W&B draw metrics against one of their own instead of its step. Call it before each log: it remembers.
+    """Let W&B draw metrics against ``x``, which is logged with them, instead of its step. Call it before each log.
 
     Exact names, since patterns lose to those of Lightning's own logger.
-
-    Args:
-        loggers: A trainer's loggers.
-        x: The metric to draw against, logged in the same call as the others.
-        names: The metrics.
     """
     for logger in loggers:
         if _kind(logger) == "WandbLogger":
@@ -68,12 +58,7 @@ def define_axes(loggers: Iterable[Any], x: str, names: Iterable[str]) -> None:
 
 
 def log_at_update(trainer: Any, metrics: Mapping[str, float | Tensor]) -> None:
-    """Log metrics at the step that ``pl_module.log`` would give them, and not one in ``log_every_n_steps`` of them.
-
-    Args:
-        trainer: The trainer, in ``on_train_batch_end`` of a batch that made an update.
-        metrics: Numbers by their whole key.
-    """
+    """Log metrics, by their whole keys, at the step that ``pl_module.log`` would give them, and every one of them."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=batches_that_stepped(trainer))
 
@@ -82,12 +67,6 @@ def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str,
     """Log metrics of an update at once, each against this package's own ``updates``, and keep them for callbacks.
 
     ``pl_module.log`` would take longer than all else that a callback does in an update, and repeat old values.
-
-    Args:
-        trainer: The trainer, in ``on_train_batch_end`` of a batch that made an update.
-        device: The module's device.
-        prefix: What keys begin with, as ``"lightning_gap/regime/"``.
-        facts: Numbers by name, ``updates`` among them.
     """
     keyed = {f"{prefix}{name}": value for name, value in facts.items()}
     define_axes(trainer.loggers, f"{prefix}updates", keyed)
@@ -97,13 +76,7 @@ def log_now(trainer: Any, device: torch.device, prefix: str, facts: Mapping[str,
 
 @rank_zero_only
 def log_facts(loggers: Iterable[Any], prefix: str, facts: Mapping[str, Any]) -> None:
-    """Log what was decided, as hyper-parameters.
-
-    Args:
-        loggers: A trainer's loggers.
-        prefix: What keys begin with, as ``"lightning_gap/regime/"``.
-        facts: Plain Python values by name.
-    """
+    """Log what was decided, as hyper-parameters."""
     keyed = {f"{prefix}{name}": value for name, value in facts.items()}
     for logger in loggers:
         logger.log_hyperparams(_new_to_mlflow(logger, keyed) if _kind(logger) == "MLFlowLogger" else keyed)
@@ -125,15 +98,7 @@ def _new_to_mlflow(logger: Any, facts: dict[str, Any]) -> dict[str, Any]:
 def log_table(
     loggers: Iterable[Any], key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int = 0
 ) -> None:
-    """Log a table: to W&B as one, to TensorBoard as text, to MLflow and CSV as the file ``tables/KEY.csv``.
-
-    Args:
-        loggers: A trainer's loggers; others than these four are passed over.
-        key: Its name, ``lightning_gap/<room>/<name>``.
-        columns: Headings.
-        rows: As many cells each.
-        step: The logged step.
-    """
+    """Log a table: to W&B as one, to TensorBoard as text, to MLflow and CSV as the file ``tables/KEY.csv``."""
     for logger in loggers:
         kind = _kind(logger)
         if kind == "WandbLogger":
@@ -147,11 +112,7 @@ def log_table(
 
 
 def takes_figures(logger: Any) -> bool:
-    """Return whether :func:`log_figure` has a way to give a logger figures.
-
-    Args:
-        logger: One of a trainer's loggers.
-    """
+    """Return whether :func:`log_figure` has a way to give a logger figures."""
     return _kind(logger) is not None
 
 
@@ -159,13 +120,7 @@ def takes_figures(logger: Any) -> bool:
 def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: int) -> None:
     """Log a figure: to W&B and TensorBoard as an image, to MLflow and CSV as the file ``figures/KEY/STEP.png``.
 
-    Without matplotlib there are no figures.
-
-    Args:
-        loggers: A trainer's loggers; others than these four are passed over.
-        key: Its name, ``lightning_gap/<room>/<name>``.
-        draw: Returns a Matplotlib figure; called once, and only if a logger takes it.
-        step: The logged step.
+    It is drawn once, and only if a logger takes it. Without matplotlib there are no figures.
     """
     takers = [logger for logger in loggers if takes_figures(logger)]
     if not takers:
@@ -206,10 +161,6 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a table as Markdown, numbers to six digits.
-
-    Args:
-        columns: Headings.
-        rows: As many cells each.
 
     Example:
         >>> print(markdown(["t", "distance"], [[1, 0.25]]))

@@ -30,14 +30,7 @@ _T = TypeVar("_T")
 
 
 def data_parallel_size(trainer: Trainer) -> int:
-    """Return how many replicas see different samples.
-
-    Tensor-parallel ranks share their samples, so this is the number of replicas of the distributed sampler and not
-    ``trainer.world_size``.
-
-    Returns:
-        The number of data-parallel replicas, 1 where there is no distributed sampler.
-    """
+    """Return how many replicas see different samples: tensor-parallel ranks share theirs, and do not count."""
     kwargs = trainer.distributed_sampler_kwargs
     return int(kwargs["num_replicas"]) if kwargs else 1
 
@@ -49,15 +42,7 @@ def data_parallel_rank(trainer: Trainer) -> int:
 
 
 def require_lightning(trainer: Any, who: str) -> None:
-    """Refuse the trainer of the other package, ``pytorch_lightning``, whose strategies are other classes.
-
-    Args:
-        trainer: What a callback was given.
-        who: The callback, for the message.
-
-    Raises:
-        MisconfigurationException: If it is not a trainer of ``lightning.pytorch``.
-    """
+    """Refuse the trainer of the other package, ``pytorch_lightning``, whose strategies are other classes."""
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"{who} is made for lightning.pytorch, and this Trainer is {type(trainer).__module__.partition('.')[0]}'s: "
@@ -83,10 +68,7 @@ def shards_by_dtensor(trainer: Trainer) -> bool:
 
 
 def replaces_batchnorm_by_syncbatchnorm(trainer: Trainer) -> bool:
-    """Return whether the strategy turns every BatchNorm layer into a ``SyncBatchNorm`` when it sets up a fit.
-
-    Only strategies with several ranks heed ``sync_batchnorm=True``; one device ignores it.
-    """
+    """Return whether a fit turns BatchNorm into ``SyncBatchNorm``; one device ignores ``sync_batchnorm=True``."""
     return replaces_batchnorm(trainer.strategy)
 
 
@@ -103,12 +85,7 @@ def data_parallel_subgroup(trainer: Trainer, size: int, *, strided: bool = False
     """Return this rank's part of the ranks that see different samples, split into parts of ``size``. Collective.
 
     Every rank creates all groups in the same order, once: a second call finds them. They wait as long as the group of
-    all ranks does, and that one serves where it is the part.
-
-    Args:
-        trainer: The trainer that runs.
-        size: Ranks in a part; it divides their number.
-        strided: Whether ranks 0, P, 2P, ... are together, with P parts, and not 0 .. size-1.
+    all ranks does. With ``strided``, ranks 0, P, 2P, ... are together, with P parts, and not 0 .. size-1.
     """
     whole = data_parallel_group(trainer)
     assert whole is not None
@@ -136,21 +113,13 @@ def leaves_updates_to_torch(trainer: Trainer) -> bool:
 
 
 def from_rank_zero(trainer: Trainer, value: _T) -> _T:
-    """Return rank zero's value on all ranks. Collective.
-
-    Args:
-        trainer: The trainer that runs.
-        value: Anything that can be pickled.
-    """
+    """Return rank zero's value on all ranks. Collective."""
     result: _T = trainer.strategy.broadcast(value)
     return result
 
 
 def loss_scale(trainer: Trainer) -> Tensor:
-    """Return what the loss is multiplied by before its backward pass: more than 1 with 16-bit mixed precision.
-
-    It is a float32 scalar on the root device, so that nothing waits for that here.
-    """
+    """Return what the loss is multiplied by before its backward pass, on the root device, without waiting for it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = loss_scale_without_waiting(scaler) if scaler is not None and scaler.is_enabled() else None
     if scale is not None:  # as it is from the first loss on
@@ -168,13 +137,7 @@ def gradients_stay_scaled(trainer: Trainer, optimizer: Optimizer) -> bool:
 def clip_gradients(trainer: Trainer, optimizer: Optimizer, max_norm: float) -> Tensor:
     """Scale an optimizer's gradients down, in place, to a norm over all of them and all shards. Collective.
 
-    Args:
-        trainer: The trainer that runs.
-        optimizer: The optimizer, whose parameters have their gradients.
-        max_norm: The L2 norm that is not exceeded.
-
-    Returns:
-        The norm before, a scalar tensor, the same on all ranks that hold the same model.
+    Returns the norm before, the same on all ranks that hold the same model.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

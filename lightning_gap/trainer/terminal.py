@@ -15,17 +15,10 @@ __all__ = ["quiet", "say"]
 
 @rank_zero_only
 def say(*what: Any) -> None:
-    """Print text or tables on rank zero.
+    """Print text, not broken into lines, or rich tables on rank zero.
 
     Tables fit the window, or 120 columns where there is none, as in a log file; there they have no colours either.
     What the output's encoding has no signs for becomes question marks: no run ends for the sake of a ‖.
-
-    Args:
-        what: Strings, which are not broken into lines, and rich tables.
-
-    Example:
-        >>> say("two gaps")
-        two gaps
     """
     console = Console(highlight=False)
     if not (console.is_terminal or console.is_jupyter):
@@ -41,11 +34,7 @@ def say(*what: Any) -> None:
 
 @contextmanager
 def quiet(level: int = logging.WARNING) -> Iterator[None]:
-    """Keep Lightning's remarks on a run, which nobody here can act on, from the user.
-
-    Args:
-        level: Of the remarks that are let through.
-    """
+    """Keep Lightning's remarks on a run below a level, which nobody here can act on, from the user."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:

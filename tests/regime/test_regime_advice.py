@@ -7,7 +7,7 @@ from regime_runs import Regression, loader, run
 
 from lightning_gap import GhostBatchNorm
 from lightning_gap.regime import LargeBatchRegime, plan_regime
-from lightning_gap.regime.advice import advice
+from lightning_gap.regime.words import advice
 
 
 def said(**options):

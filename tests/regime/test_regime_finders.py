@@ -10,7 +10,7 @@ from lightning.pytorch.tuner import Tuner
 from regime_runs import SaveAt, Trace, Tunable, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
-from lightning_gap.regime.fates import Rate
+from lightning_gap.regime.scaling import Rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*callbacks used to create.*")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_gap.regime.applied import clock_of
+from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.loader import Pass
 from lightning_gap.regime.plan import plan_regime
@@ -27,7 +27,9 @@ def check(make, samples, epochs, batch, accumulated, replicas):
         max_epochs=epochs,
     )
     scheduler = make(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
-    check_lengths(clock_of(plan, scheduler, "step"), plan, trust=False, batches=data.numbers_of_batches(accumulated))
+    check_lengths(
+        ReferenceClock.of(plan, scheduler, "step"), plan, trust=False, batches=data.numbers_of_batches(accumulated)
+    )
 
 
 @pytest.mark.parametrize("samples", [930, 1437, 2878])

@@ -6,8 +6,9 @@ import pytest
 from regime_runs import trainer_of
 
 from lightning_gap.regime import plan_regime
-from lightning_gap.regime.fates import Fate, Rate, SchedulerFate
+from lightning_gap.regime.clock import Fate, SchedulerFate
 from lightning_gap.regime.limits import Limits, RunLimits
+from lightning_gap.regime.scaling import Rate
 
 PLAN = plan_regime(reference_batch_size=4, batch_size=12, samples=60, max_epochs=6)
 
@@ -24,11 +25,10 @@ def test_limits_are_those_that_the_user_gave(asked, epochs, updates):
 
 def test_a_runs_limits_take_the_place_of_the_users_once_and_are_given_back():
     trainer, limits = trainer_of(max_epochs=6, min_epochs=2), RunLimits()
-    users = limits.users(trainer)
+    users = Limits.of(trainer)
     for _ in range(2):
         limits.set(trainer, PLAN)
         assert Limits.of(trainer) == (PLAN.epochs, PLAN.min_epochs, PLAN.max_steps)
-        assert limits.users(trainer) == users == (6, 2, -1)
     limits.lift_updates(trainer)
     limits.lift_epochs(trainer)
     assert Limits.of(trainer) == (-1, PLAN.min_epochs, -1)

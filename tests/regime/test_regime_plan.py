@@ -12,8 +12,7 @@ from rich.console import Console
 from torch.optim import SGD, lr_scheduler
 
 from lightning_gap.regime import LR_RULES, RegimePlan, lr_factor, plan_regime
-from lightning_gap.regime.clock import ReferenceClock
-from lightning_gap.regime.plan import updates_in_epoch
+from lightning_gap.regime.clock import ReferenceClock, updates_in_epoch
 from lightning_gap.regime.scaling import rule_name, scale_optimizer
 from lightning_gap.regime.schedules import horizons, scale_scheduler
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCH_SCHEDULES, Regression, loader, run, trainer_of
 
 from lightning_gap.regime import LargeBatchRegime
-from lightning_gap.regime.hand_set import sets_rate
+from lightning_gap.regime.refusals import sets_rate
 from lightning_gap.regime.rules import RULES
 from lightning_gap.regime.rules.sqrt import ADAPTIVE_OPTIMIZERS
 from lightning_gap.regime.scaling import check_rule

@@ -134,16 +134,14 @@ def test_a_module_without_a_trainer_has_none():
 
 def test_a_checkpoint_saves_in_the_epochs_that_it_is_told(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
-    assert lightning.checkpoint_epochs(checkpoint) == 1
-    assert lightning.saves_at_epoch_end(checkpoint)
+    assert lightning.checkpoint_epochs(checkpoint) == (1, True)
 
     def second_only(trainer, module):
         lightning.set_checkpoint_epochs(checkpoint, 2**62 if trainer.current_epoch == 0 else 1)
 
     answers("on_train_epoch_start", second_only, callbacks=[checkpoint])
     assert [path.stem for path in tmp_path.iterdir()] == ["epoch=1-step=6"]
-    assert lightning.checkpoint_epochs(ModelCheckpoint(every_n_train_steps=5)) == 0
-    assert not lightning.saves_at_epoch_end(ModelCheckpoint())
+    assert lightning.checkpoint_epochs(ModelCheckpoint(every_n_train_steps=5)) == (0, False)
 
 
 def test_early_stopping_looks_in_the_epochs_that_it_is_told():

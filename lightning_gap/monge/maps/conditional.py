@@ -29,9 +29,9 @@ class ConditionalMap(ResidualMLP):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, a number is not a positive
-            integer, or a name is not known.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, a number is not positive, or a
+            name is not known.
 
     Example:
         >>> import torch

@@ -25,8 +25,8 @@ class ResidualMLP(StartedMap):
             :math:`h(x - y)`; or ``"gaussian"``, :func:`gaussian_map`, optimal for the squared Euclidean cost only.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: A width is not a positive integer, or a name is not known.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: A width is not positive, or a name is not known.
 
     Example:
         >>> import torch

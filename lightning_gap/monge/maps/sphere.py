@@ -36,8 +36,8 @@ class SphereMap(TransportMap):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: A number is not a positive integer, ``dim`` is 1, or a name is not known; and when the map is
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: A number is not positive, ``dim`` is 1, or a name is not known; and when the map is
             called, a sample is off the unit sphere by more than 1e-3 (1e-2 in half precision).
 
     Example:

@@ -45,9 +45,9 @@ class StructuredMap(StartedMap):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
         ValueError: The cost has no :math:`\nabla h^*`, the start is not optimal for it, the activation is not smooth
-            enough, a number is not a positive integer, or a name is not known.
+            enough, a number is not positive, or a name is not known.
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_gap.checks import check_number
 from lightning_gap.monge.ot.compiling import eager
@@ -18,7 +19,6 @@ __all__ = [
     "check_samples",
     "check_transforms",
     "check_weights",
-    "is_transformed",
     "solver_precision",
 ]
 
@@ -140,20 +140,11 @@ def solver_precision(samples: Tensor) -> Tensor:
 @eager
 def check_transforms(*inputs: Any) -> None:
     """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation."""
-    for tensor in inputs:
-        if not isinstance(tensor, Tensor):
-            continue
-        # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
-        if is_transformed(tensor):
-            raise NotImplementedError(
-                "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
-                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
-                "(B, n, d) samples for B problems at once"
-            )
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
+    if any(isinstance(t, Tensor) and (is_wrapped(t) or forward_ad.unpack_dual(t).tangent is not None) for t in inputs):
+        raise NotImplementedError(
+            "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
+            "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
+            "(B, n, d) samples for B problems at once"
+        )

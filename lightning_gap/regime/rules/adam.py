@@ -1,13 +1,8 @@
 """The square root of the ratio, with 1 - beta and eps scaled too: so Adam keeps its limiting SDE."""
 
 import math
-from typing import TYPE_CHECKING
 
-from lightning_gap.regime.moments import check_moments
 from lightning_gap.regime.rules.base import Rule
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 __all__ = ["Adam"]
 
@@ -22,7 +17,3 @@ class Adam(Rule):
     def factor(self, ratio: float) -> float:
         """Return the square root of the ratio."""
         return math.sqrt(ratio)
-
-    def check(self, optimizer: "Optimizer", ratio: float) -> None:
-        """Refuse moments that would forget too much."""
-        check_moments(optimizer, ratio)

@@ -3,8 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from lightning_gap.regime.moments import MOST_FORGOTTEN
-from lightning_gap.regime.rules.base import Rule
+from lightning_gap.regime.rules.base import MOST_FORGOTTEN, Rule
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -24,21 +24,7 @@ class PrivateNameGoneError(RuntimeError):
 
 
 def private(holder: Any, name: str, library: str) -> Any:
-    """Return what a private name holds.
-
-    Args:
-        holder: What has it.
-        name: The name.
-        library: The package that it is of, as ``pip`` names it.
-
-    Raises:
-        PrivateNameGoneError: If there is no such name.
-
-    Example:
-        >>> import json
-        >>> private(json, "_default_encoder", "json").__class__.__name__
-        'JSONEncoder'
-    """
+    """Return what a private name holds, of a library as ``pip`` names it."""
     found = getattr(holder, name, _GONE)
     if found is _GONE:
         raise PrivateNameGoneError(holder, name, library)

@@ -6,11 +6,28 @@ from typing import TYPE_CHECKING, Any
 from lightning_gap.trainer.internals.guard import private, set_private
 
 __all__ = [
-    "INSTANTIATOR", "batches_that_stepped", "checkpoint_epochs", "default_states", "ends_tuning", "found_a_rate",
-    "is_compiled_by_lightning", "plot_metric", "prepared_batch", "replaces_batchnorm", "restricted_classmethod",
-    "saves_at_epoch_end", "set_checkpoint_epochs", "set_stops_at_epoch_end", "sets_the_rate", "shards_loaders",
-    "stops_at_epoch_end", "trainer_if_any", "training_loaders", "training_source", "updates_logs", "validation_seconds",
-]  # fmt: skip
+    "INSTANTIATOR",
+    "batches_that_stepped",
+    "checkpoint_epochs",
+    "default_states",
+    "ends_tuning",
+    "found_a_rate",
+    "is_compiled_by_lightning",
+    "plot_metric",
+    "prepared_batch",
+    "replaces_batchnorm",
+    "restricted_classmethod",
+    "set_checkpoint_epochs",
+    "set_stops_at_epoch_end",
+    "sets_the_rate",
+    "shards_loaders",
+    "stops_at_epoch_end",
+    "trainer_if_any",
+    "training_loaders",
+    "training_source",
+    "updates_logs",
+    "validation_seconds",
+]
 
 _LIGHTNING = "lightning"
 # The hyperparameter by which LightningCLI names the function that made a model, and by which one is refused.
@@ -72,19 +89,15 @@ def trainer_if_any(module: Any) -> Any:
     return getattr(module, "_trainer", None)
 
 
-def checkpoint_epochs(callback: Any) -> int:
-    """Return every how many epochs a ``ModelCheckpoint`` saves; 0 for never."""
-    return int(private(callback, "_every_n_epochs", _LIGHTNING))
+def checkpoint_epochs(callback: Any) -> tuple[int, bool]:
+    """Return every how many epochs a ``ModelCheckpoint`` saves, 0 for never, and whether not after validations."""
+    every = private(callback, "_every_n_epochs", _LIGHTNING)
+    return int(every), bool(private(callback, "_save_on_train_epoch_end", _LIGHTNING))
 
 
 def set_checkpoint_epochs(callback: Any, every: int) -> None:
     """Say every how many epochs a ``ModelCheckpoint`` saves."""
     set_private(callback, "_every_n_epochs", every, _LIGHTNING)
-
-
-def saves_at_epoch_end(callback: Any) -> bool:
-    """Return whether a ``ModelCheckpoint`` saves after training epochs, and not after validations."""
-    return bool(private(callback, "_save_on_train_epoch_end", _LIGHTNING))
 
 
 def stops_at_epoch_end(callback: Any) -> bool:

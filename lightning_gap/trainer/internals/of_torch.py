@@ -16,12 +16,31 @@ except ImportError as error:
     raise PrivateNameGoneError(torch, str(error.name), "torch") from error
 
 __all__ = [
-    "METADATA_LAYOUT", "METADATA_STORAGE", "MODULE_TABLES", "SCHEDULER_MILESTONES", "SCHEDULER_RATES", "BatchNormBase",
-    "apply_to_module", "assert_async", "check_input_dim", "distances_backward", "group_timeout", "is_batched",
-    "is_wrapped_by_transform", "loss_scale_without_waiting", "native_batch_norm_backward", "native_batch_norm_out",
-    "parts_of_scheduler", "squared_differences_backward_out", "squared_differences_out", "transforms_run",
-    "tree_leaves", "tree_map", "unscales_in_step", "version_of",
-]  # fmt: skip
+    "METADATA_LAYOUT",
+    "METADATA_STORAGE",
+    "MODULE_TABLES",
+    "SCHEDULER_MILESTONES",
+    "SCHEDULER_RATES",
+    "BatchNormBase",
+    "apply_to_module",
+    "assert_async",
+    "check_input_dim",
+    "distances_backward",
+    "group_timeout",
+    "is_batched",
+    "is_wrapped_by_transform",
+    "loss_scale_without_waiting",
+    "native_batch_norm_backward",
+    "native_batch_norm_out",
+    "parts_of_scheduler",
+    "squared_differences_backward_out",
+    "squared_differences_out",
+    "transforms_run",
+    "tree_leaves",
+    "tree_map",
+    "unscales_in_step",
+    "version_of",
+]
 
 _TORCH = "torch"
 # The tables of a module that hold its parameters and its parts.

@@ -41,6 +41,7 @@ class SqEuclidean(TranslationInvariantCost):
     """
 
     name: ClassVar[str] = "sqeuclidean"
+    keops_formula = "SqDist(X,Y)"
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|²``."""
@@ -58,11 +59,6 @@ class SqEuclidean(TranslationInvariantCost):
     def geometry(self) -> Geometry:
         """Products of augmented points."""
         return _SqEuclideanGeometry(self)
-
-    @property
-    def keops_formula(self) -> str:
-        """``SqDist(X,Y)``."""
-        return "SqDist(X,Y)"
 
 
 class _SqEuclideanGeometry(SquaredGeometry):
@@ -97,6 +93,7 @@ class Mahalanobis(TranslationInvariantCost):
 
     factor: Any
     name: ClassVar[str] = "mahalanobis"
+    keops_formula = "SqDist(X,Y)"  # of the images
 
     def __post_init__(self) -> None:
         if isinstance(self.factor, Tensor) and self.factor.requires_grad:
@@ -152,11 +149,6 @@ class Mahalanobis(TranslationInvariantCost):
         """Return the squared Euclidean cost, and the images."""
         return SqEuclidean(), self.image(points)
 
-    @property
-    def keops_formula(self) -> str:
-        """``SqDist(X,Y)``, of the images."""
-        return "SqDist(X,Y)"
-
 
 class _MahalanobisGeometry(SquaredGeometry):
     def __init__(self, cost: Mahalanobis) -> None:
@@ -191,6 +183,7 @@ class Euclidean(TranslationInvariantCost):
     """
 
     name: ClassVar[str] = "euclidean"
+    keops_formula = "Norm2(X-Y)"
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|``, also where squares would underflow or overflow."""
@@ -205,11 +198,6 @@ class Euclidean(TranslationInvariantCost):
     def geometry(self) -> Geometry:
         """Roots of products, or of differences where points are near."""
         return _EuclideanGeometry(self)
-
-    @property
-    def keops_formula(self) -> str:
-        """``Norm2(X-Y)``."""
-        return "Norm2(X-Y)"
 
 
 class _EuclideanGeometry(Geometry):

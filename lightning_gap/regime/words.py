@@ -1,12 +1,16 @@
-"""A plan in words: a line for each thing, the reference run beside this run."""
+"""A plan in words: its table, and what is worth a thought in it, measured in docs/results and not guessed."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_gap.regime.plan import RegimePlan
 
-__all__ = ["table_rows"]
+__all__ = ["advice", "table_rows"]
+
+# From here on a ratio is large: 32 was measured, and 8 was not.
+_LARGE = 16.0
 
 
 def table_rows(plan: "RegimePlan") -> list[tuple[str, str, str]]:
@@ -60,3 +64,39 @@ def _last_batch(plan: "RegimePlan", batch: int) -> str:
 
 def _limit(count: int | None) -> str:
     return "no limit" if count is None else str(count)
+
+
+def advice(plan: "RegimePlan", *, batchnorm: bool = False, ghosts: bool = False) -> Iterator[str]:
+    """Yield what is doubtful or dear in a plan, a sentence each.
+
+    Example:
+        >>> from lightning_gap.regime import plan_regime
+        >>> plan = plan_regime(reference_batch_size=128, batch_size=4096, samples=50_000, max_epochs=50)
+        >>> print(*advice(plan))
+        The run sees 30.1 times the samples of the reference run: train_longer=0.1 makes it 4.1 times.
+    """
+    there, here = plan.reference_samples_seen, plan.samples_seen
+    if there and here and here / there >= 8 and plan.train_longer > 0.1:
+        least = 1 + 0.1 * (plan.ratio - 1)
+        yield (
+            f"The run sees {here / there:.3g} times the samples of the reference run: train_longer=0.1 makes it "
+            f"{least:.2g} times."
+        )
+    if plan.rule_told == "sqrt" and not plan.train_longer and plan.ratio >= _LARGE:
+        yield (
+            f'At the reference run\'s samples and the ratio {plan.ratio:g}, lr_rule="sqrt" did worse than no scaling: '
+            'try lr_rule="none" or train_longer=0.1.'
+        )
+    if plan.rule_told == "linear" and not plan.warmup_updates and plan.ratio > 1:
+        yield 'lr_rule="linear" without a warm-up is apt to diverge: pass warmup_updates, five epochs in its paper.'
+    if batchnorm and not ghosts and plan.ratio > 1:
+        yield (
+            f"The model has BatchNorm, whose statistics are those of the large batch: GhostBatchNorm("
+            f"{plan.reference_batch_size}) keeps the reference run's."
+        )
+    last, updates = plan.small_last_batch(plan.batch_size), plan.updates_per_epoch
+    if last and updates and updates <= 4 and 2 * last < plan.batch_size:
+        yield (
+            f"1 in {updates} updates is over {last} samples, at the rate of {plan.batch_size}: drop_last=True in the "
+            "DataLoader leaves it out."
+        )
