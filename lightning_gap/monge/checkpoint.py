@@ -147,8 +147,7 @@ class Forgotten:
     """Stands for a function that a checkpoint knows by name only, and says so when it is called."""
 
     def __init__(self, argument: str, name: str) -> None:
-        self.argument = argument
-        self.name = name
+        self.argument, self.name = argument, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ``MisconfigurationException``."""

@@ -171,6 +171,8 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 optimizer=partial(Adam, lr=float(self.learning_rate)),
                 lr_scheduler=partial(CosineAnnealingLR, T_max=int(self.max_steps)),
             )
+            shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+            silent: dict[str, Any] = dict.fromkeys(shown, False)
             trainer = Trainer(
                 accelerator=self.accelerator,
                 devices=1,
@@ -180,10 +182,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 max_epochs=-1,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                **silent,
             )
             trainer.fit(model, data)
         # Without the trainer, which would keep the samples alive; in double, so that a sample's image does not depend

@@ -335,7 +335,6 @@ class MongeMap(SafelyLoaded):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give loggers the values of the step."""
         self.training_log.write(self.trainer)
 
     @override
@@ -345,34 +344,28 @@ class MongeMap(SafelyLoaded):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        """Forget what a validation that was interrupted has left."""
         self.held_out.forget("val")
 
     @override
     @eager
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Keep held-out samples and their images."""
         self.held_out.keep("val", batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of all held-out samples."""
         self.held_out.log("val")
 
     @override
     def on_test_epoch_start(self) -> None:
-        """Forget what a test that was interrupted has left."""
         self.held_out.forget("test")
 
     @override
     @eager
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Keep test samples and their images."""
         self.held_out.keep("test", batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the scores of all test samples."""
         self.held_out.log("test")
 
     @override
