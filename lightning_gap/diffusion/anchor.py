@@ -33,14 +33,6 @@ class Anchor:
     ``sharded``: ranks hold parts, and everything is collective. ``dtype``: half precision, where that is narrower than
     the weights'. ``groups``, and with ``per_layer`` each module that owns tensors, are measured by themselves too.
     Raises ``ValueError`` without weights, or where they are too large for ``dtype``, or a group has none.
-
-    Example:
-        >>> layer = nn.Linear(4, 1, bias=False)
-        >>> anchor = Anchor(present_parameters(layer))
-        >>> with torch.no_grad():
-        ...     _ = layer.weight.add_(0.5)
-        >>> anchor.displacement(anchor.squares(present_parameters(layer))).distance
-        1.0
     """
 
     def __init__(

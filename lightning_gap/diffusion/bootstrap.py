@@ -27,13 +27,10 @@ def bootstrap(
 ) -> Vector:
     r"""Return parameters of ``resamples`` curves that could have been measured instead of this one: (R, 2).
 
-    A prewhitened block bootstrap. Residuals are divided by their scale, which grows as a power of the curve; a
-    first-order autoregression is taken out of them; blocks of its innovations are drawn, with replacement; and the
-    autoregression and the scale are put back. Each new curve is fitted by Gauss-Newton steps from the old parameters.
-    Deviations are widened by Student's t at the effective number of points, for quantiles at ``confidence``.
-
-    Plain blocks of residuals would have to be longer than their correlation, and then only a handful of independent
-    blocks fit into the hundred points of a curve; intervals come out too short.
+    A prewhitened block bootstrap: of residuals, divided by their scale, which grows as a power of the curve, and freed
+    of a first-order autoregression, blocks are drawn; both are put back, and each new curve is fitted. Deviations are
+    widened by Student's t at the effective number of points, for quantiles at ``confidence``. Plain blocks would have
+    to be longer than the residuals' correlation: only a handful fit into a curve, and intervals come out too short.
     """
     fitted, *gradient = (row[0] for row in model(parameters[None], x))
     residuals = y - fitted

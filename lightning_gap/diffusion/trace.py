@@ -19,16 +19,7 @@ _FORECAST = ("remaining_updates", "remaining_updates_low", "remaining_updates_hi
 
 
 class Trace:
-    """Points of a run, in columns of equal length, some for each group, that go on from those of an earlier part.
-
-    Example:
-        >>> trace = Trace()
-        >>> for t in (1, 3, 10, 30, 100, 300, 1000):
-        ...     _ = trace.add(t, 0.1, WeightDisplacement(2.0 * math.log(t), 1.0, 1.0, 1.0), {})
-        >>> fit, varied = trace.fit()
-        >>> round(fit.log_slope, 6), varied
-        (2.0, False)
-    """
+    """Points of a run, in columns of equal length, some for each group, that go on from those of an earlier part."""
 
     def __init__(self, groups: Iterable[str] = (), before: Mapping[str, Sequence[float]] | None = None) -> None:
         names = [*_COLUMNS, *(f"{name}/{group}" for group in groups for name in WeightDisplacement._fields)]

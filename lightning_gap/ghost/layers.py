@@ -189,12 +189,6 @@ def ghost_class(plain: type[BatchNormBase]) -> type[GhostNorm]:
 
     Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses
     get a class of their own, so that a converted layer is still what it was.
-
-    Example:
-        >>> ghost_class(nn.BatchNorm2d) is GhostBatchNorm2d
-        True
-        >>> ghost_class(nn.LazyBatchNorm1d).__name__
-        'GhostLazyBatchNorm1d'
     """
     return class_of(plain, GhostNorm, "Ghost")
 

@@ -49,13 +49,7 @@ class GhostsOverRanks:
         return f"{full} on each of {ranks} ranks" + (f", and one of {rest} samples" if rest else "")
 
     def falls_short(self, accumulate_grad_batches: int = 1) -> str | None:
-        """Return what is to be said where ghosts have other sizes than was asked for, or None.
-
-        Example:
-            >>> GhostsOverRanks([128, 128], 128).falls_short()
-            >>> GhostsOverRanks([32, 32], 128, 2).falls_short()
-            "ghosts over 2 ranks have 64 samples. Use micro-batches of 64, or ranks_per_ghost='auto'."
-        """
+        """Return what is to be said where ghosts have other sizes than was asked for, or None."""
         wanted, total, share = self.ghost_batch_size, sum(self.sizes), len(self.sizes) // self.together
         least = min(self.sizes)
         if not all(self.sizes) or (total == share * wanted if self.together > 1 else least >= wanted):

@@ -1,6 +1,6 @@
 """What a run with ghosts says: a table, once, and warnings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -19,9 +19,8 @@ def table_of(facts: Mapping[str, int | str], notes: Mapping[str, str]) -> Table:
     return table
 
 
-def rows_in_words(layers: Mapping[str, nn.Module], rows: Iterable[BatchRows]) -> dict[str, str]:
+def rows_in_words(layers: Mapping[str, nn.Module], rows: Sequence[BatchRows]) -> dict[str, str]:
     """Return, of each layer that has seen several rows of a sample, how many."""
-    rows = list(rows)
     seen = {name: set().union(*(each.seen.get(layer, ()) for each in rows)) - {1} for name, layer in layers.items()}
     return {name: f"{' or '.join(map(str, sorted(counts)))} rows a sample" for name, counts in seen.items() if counts}
 

@@ -15,14 +15,6 @@ class BatchRows:
 
     While ``watching`` what each layer is answered is ``seen``; ``unfit`` are layers whose rows are no multiple, with
     rows and samples. A copy of a layer shares this object, and a pickle of it holds 1.
-
-    Example:
-        >>> rows, layer = BatchRows(), nn.BatchNorm1d(4)
-        >>> rows.samples = 16
-        >>> rows.of(layer, 16), rows.of(layer, 160), rows.of(layer, 37)
-        (1, 10, 1)
-        >>> rows.unfit[layer]
-        (37, 16)
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -58,11 +50,6 @@ def samples_in(batch: Any) -> int | None:
     """Return how many samples a batch has, None where it cannot be told.
 
     They are the length of the first dimension, if all tensors agree on it, or else of the batch's members, if these do.
-
-    Example:
-        >>> samples_in({"image": torch.zeros(8, 3), "boxes": [torch.zeros(n, 4) for n in range(8)]})
-        8
-        >>> samples_in([torch.zeros(8, 3), torch.zeros(16, 3)])
     """
     lengths = {len(tensor) for tensor in _tensors(batch)}
     if len(lengths) > 1:

@@ -45,7 +45,7 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
         for submodule in module.modules()
     ]
     buffers = [(b, _content(b)) for m in module.modules() if m not in changing for b in m.buffers(recurse=False)]
-    vars(module).update(log=_nothing, log_dict=_nothing)
+    vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *_, **__: None))
     try:
         yield
     finally:
@@ -58,10 +58,6 @@ def leaving_no_trace(module: LightningModule, layers: Collection[nn.Module]) -> 
                     vars(submodule)[name] = value
             for buffer, content in buffers:
                 _refill(buffer, content)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _content(value: Any) -> Any:

@@ -45,7 +45,8 @@ def checked(model: "MongeMap", batch: Any) -> UnpairedBatch:
             )
         batch = UnpairedBatch(*batch)
     source, target = batch.source, batch.target
-    check_all_samples({name: _rows(samples) for name, samples in (("source", source), ("target", target))})
+    sets: dict[str, Any] = {"source": source, "target": target}
+    check_all_samples({n: x.flatten(0, 1) if isinstance(x, Tensor) and x.dim() == 3 else x for n, x in sets.items()})
     if source.shape[-1] != target.shape[-1] or source.shape[:-2] != target.shape[:-2]:
         raise ValueError(
             f"source has shape {tuple(source.shape)} but target {tuple(target.shape)}: all but the numbers of samples "
@@ -65,10 +66,6 @@ def _check_labels(net: Any, condition: Any) -> None:
     conditions = getattr(net, "conditions", None)
     if isinstance(conditions, int) and isinstance(condition, Tensor) and not condition.is_floating_point():
         check_labels(condition, conditions)
-
-
-def _rows(samples: Any) -> Any:
-    return samples.flatten(0, 1) if isinstance(samples, Tensor) and samples.dim() == 3 else samples
 
 
 def flat(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:

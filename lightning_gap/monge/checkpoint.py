@@ -14,14 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.monge.ot.costs import Cost, resolve
-from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Anneal
 from lightning_gap.trainer.internals.of_lightning import INSTANTIATOR
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["Forgotten", "build", "build_cost", "build_representation", "describe", "described_map", "hyper_parameters"]
+__all__ = ["Forgotten", "build", "build_cost", "describe", "described_map", "hyper_parameters"]
 
 # A checkpoint names classes; only those of these packages are imported for it.
 _PACKAGES = ("torch.optim.", "lightning_gap.")
@@ -118,11 +117,6 @@ def described_map(net: nn.Module | None) -> dict[str, Any] | None:
     return described if described is not None and "class_path" in described else None
 
 
-def build_representation(given: Any) -> AffineRepresentation | None:
-    """Return a representation as it was given, by itself or by its arguments."""
-    return AffineRepresentation(**given) if isinstance(given, Mapping) else given
-
-
 def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None) -> dict[str, Any]:
     """Return a map's arguments as plain Python, from the map and the dimension and the network that were given."""
     objective, reference, described = model.objective, model.gap_reference, described_map(given)
@@ -153,8 +147,7 @@ class Forgotten:
     """Stands for a function that a checkpoint knows by name only, and says so when it is called."""
 
     def __init__(self, argument: str, name: str) -> None:
-        self.argument = argument
-        self.name = name
+        self.argument, self.name = argument, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ``MisconfigurationException``."""

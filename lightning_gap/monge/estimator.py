@@ -163,17 +163,16 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             data = SamplesDataModule(
                 x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
             )
+            given = ("cost", "fitting_cost", "gap_weight", "fitting_epsilon", "gap_epsilon")
             model = MongeMap(
                 x.shape[1],
-                cost=self.cost,
-                fitting_cost=self.fitting_cost,
-                gap_weight=self.gap_weight,
+                **{name: getattr(self, name) for name in given},
                 hidden=tuple(self.hidden),
-                fitting_epsilon=self.fitting_epsilon,
-                gap_epsilon=self.gap_epsilon,
                 optimizer=partial(Adam, lr=float(self.learning_rate)),
                 lr_scheduler=partial(CosineAnnealingLR, T_max=int(self.max_steps)),
             )
+            shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+            silent: dict[str, Any] = dict.fromkeys(shown, False)
             trainer = Trainer(
                 accelerator=self.accelerator,
                 devices=1,
@@ -183,10 +182,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 max_epochs=-1,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                **silent,
             )
             trainer.fit(model, data)
         # Without the trainer, which would keep the samples alive; in double, so that a sample's image does not depend

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
+from lightning_gap.monge.border import as_network_takes
 from lightning_gap.monge.plot import Space, Theme, plot_map
 from lightning_gap.monge.samples.files.read import read_matrix
 from lightning_gap.trainer.loggers import log_figure, takes_figures
@@ -129,8 +130,7 @@ class MapFigure(Callback):
             return
         with isolate_rng():
             for key, x, y, condition in _conditions(batch):
-                part = _in_original_features(pl_module, *_mapped(pl_module, x[:most], y[:most], condition))
-                self._drawn.setdefault(key, []).append(part)
+                self._drawn.setdefault(key, []).append(_mapped(pl_module, x[:most], y[:most], condition))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,22 +199,18 @@ def _conditions(batch: Any) -> Iterator[tuple[tuple[Any, ...], Tensor, Tensor, T
 def _mapped(
     pl_module: LightningModule, x: Tensor, y: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return source, images and target in the precision of the network."""
-    parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), x)
-    x, y = x.to(parameter.dtype), y.to(parameter.dtype)
-    if condition is not None and condition.is_floating_point():
-        condition = condition.to(parameter.dtype)
+    """Return source, images and target on the host, in the original features if each was standardized by itself."""
+    x, y = as_network_takes(pl_module, x), as_network_takes(pl_module, y)
     if condition is None or not getattr(getattr(pl_module, "map", None), "conditional", False):
-        return x, pl_module(x), y
-    return x, pl_module(x, condition.expand(len(x), *condition.shape)), y
-
-
-def _in_original_features(pl_module: LightningModule, *samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        samples = x, pl_module(x), y
+    else:
+        condition = as_network_takes(pl_module, condition) if condition.is_floating_point() else condition
+        samples = x, pl_module(x, condition.expand(len(x), *condition.shape)), y
     representation: Any = getattr(pl_module, "representation", None)
     if representation is not None and representation.components is None:
-        samples = tuple(representation.decode(x) for x in samples)
-    first, second, third = (x.detach().cpu() for x in samples)
-    return first, second, third
+        samples = tuple(map(representation.decode, samples))
+    source, mapped, target = (part.detach().cpu() for part in samples)
+    return source, mapped, target
 
 
 def _name(pl_module: LightningModule, key: tuple[Any, ...]) -> str:

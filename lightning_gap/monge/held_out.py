@@ -39,7 +39,16 @@ class HeldOut:
         b = checked(model, batch)
         mapped = images(model, b.source, b.condition)
         if stage not in model.scores:
-            model.scores[stage] = self._new(named=b.condition is not None and not b.condition.is_floating_point())
+            named = b.condition is not None and not b.condition.is_floating_point()
+            model.scores[stage] = MapScores(
+                cost=model.cost,
+                fitting_cost=model.fitting_cost,
+                fitting_epsilon=model.epsilons.fitting,
+                gap_epsilon=model.epsilons.gap,
+                rho=None if model.objective.reweight else model.objective.rho,
+                solver=model.solver,
+                conditions=model.condition_names if named else None,
+            ).to(model.device)
         if callable(model.objective.fitting_loss):
             weights = b.source_weights, b.target_weights
             terms = model.objective.terms(
@@ -64,9 +73,8 @@ class HeldOut:
         model = self._model
         if stage not in model.scores:
             return
-        scores = cast(MapScores, model.scores.pop(stage))
+        scores, name = cast(MapScores, model.scores.pop(stage)), model.objective.loss_name
         values = scores.compute()
-        name = model.objective.loss_name
         if self._losses:
             values[name] = torch.stack(self._losses).mean()
             self._losses.clear()
@@ -75,19 +83,6 @@ class HeldOut:
         fitting = model.trainer.state.fn == TrainerFn.FITTING and not model.trainer.sanity_checking
         if fitting and model.objective.fitting_loss == "sinkhorn":
             model.remarks.say("drawn together", lambda: drawn_together(scores, values))
-
-    def _new(self, *, named: bool) -> MapScores:
-        model = self._model
-        scores = MapScores(
-            cost=model.cost,
-            fitting_cost=model.fitting_cost,
-            fitting_epsilon=model.epsilons.fitting,
-            gap_epsilon=model.epsilons.gap,
-            rho=None if model.objective.reweight else model.objective.rho,
-            solver=model.solver,
-            conditions=model.condition_names if named else None,
-        )
-        return scores.to(model.device)
 
     def _sizes_of_whole(self, b: UnpairedBatch) -> tuple[int, int] | None:
         """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""

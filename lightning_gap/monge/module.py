@@ -14,7 +14,7 @@ from typing_extensions import deprecated, override
 from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge import from_data
 from lightning_gap.monge.border import checked, mapped, predicted, transport
-from lightning_gap.monge.checkpoint import build, build_cost, build_representation, hyper_parameters
+from lightning_gap.monge.checkpoint import build, build_cost, hyper_parameters
 from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
@@ -190,7 +190,8 @@ class MongeMap(SafelyLoaded):
         self.lr_scheduler_monitor = lr_scheduler_monitor
         self.map = from_data.chosen_map(dim, given, hidden)
         self.hidden = tuple(hidden)
-        self.representation = build_representation(representation)
+        encodes = AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
+        self.representation = encodes
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.feature_names = from_data.feature_texts(feature_names, dim if self.representation is None else None)
         self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
@@ -334,7 +335,6 @@ class MongeMap(SafelyLoaded):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give loggers the values of the step."""
         self.training_log.write(self.trainer)
 
     @override
@@ -344,34 +344,28 @@ class MongeMap(SafelyLoaded):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        """Forget what a validation that was interrupted has left."""
         self.held_out.forget("val")
 
     @override
     @eager
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Keep held-out samples and their images."""
         self.held_out.keep("val", batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of all held-out samples."""
         self.held_out.log("val")
 
     @override
     def on_test_epoch_start(self) -> None:
-        """Forget what a test that was interrupted has left."""
         self.held_out.forget("test")
 
     @override
     @eager
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Keep test samples and their images."""
         self.held_out.keep("test", batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log the scores of all test samples."""
         self.held_out.log("test")
 
     @override

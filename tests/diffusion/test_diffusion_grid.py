@@ -2,6 +2,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gap.diffusion import constant_lr_segments, next_log_update
+from lightning_gap.diffusion.grid import longest_segment
 
 
 @settings(deadline=None, max_examples=30)
@@ -18,3 +19,7 @@ def test_constant_lr_segments():
     assert constant_lr_segments(warm_then_drop) == [slice(0, 1), slice(1, 2), slice(2, 5), slice(5, 6)]
     drift = [0.1 * (1 - 3e-10 * i) for i in range(12)]
     assert len(constant_lr_segments(drift)) == 3, "a slow drift must not pass as constant"
+
+
+def test_the_segment_that_spans_most_decades():
+    assert longest_segment([1, 10, 100, 1000, 2000], [0.1, 0.1, 0.1, 0.01, 0.01]) == slice(0, 3)

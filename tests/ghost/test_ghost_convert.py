@@ -21,6 +21,7 @@ from lightning_gap.ghost import (
     recalibrate_batchnorm,
     revert_ghost_batchnorm,
 )
+from lightning_gap.ghost.layers import ghost_class
 
 
 class ActivatedNorm(nn.BatchNorm2d):
@@ -398,3 +399,9 @@ def test_compiled_layers_share_their_code():
     for layer in layers:  # each by itself: torch compiles one function eight times at most
         torch.compile(layer, backend=counter, fullgraph=True)(torch.randn(8, 3, 2, 2))
     assert counter.frame_count == 1
+
+
+def test_the_class_of_a_layer_is_made_where_torch_has_no_such():
+    assert ghost_class(nn.BatchNorm2d) is GhostBatchNorm2d
+    assert ghost_class(nn.LazyBatchNorm1d).__name__ == "GhostLazyBatchNorm1d"
+    assert ghost_class(nn.LazyBatchNorm1d) is ghost_class(nn.LazyBatchNorm1d)

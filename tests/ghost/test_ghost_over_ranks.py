@@ -25,3 +25,11 @@ def test_groups_of_ranks_that_fill_a_ghost():
 def test_one_rank_of_each_ghost():
     assert list(GhostsOverRanks([16] * 6, 48, 3).representatives) == [0, 3]
     assert list(GhostsOverRanks([16] * 6, 48, 3, strided=True).representatives) == [0, 1]
+
+
+def test_what_is_said_of_ghosts():
+    assert GhostsOverRanks([80], 32).describe() == "2 on each of 1 ranks, and one of 16 samples"
+    assert GhostsOverRanks([128, 128], 128).falls_short() is None
+    assert GhostsOverRanks([32, 32], 128, 2).falls_short() == (
+        "ghosts over 2 ranks have 64 samples. Use micro-batches of 64, or ranks_per_ghost='auto'."
+    )

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.ghost import GhostBatchNorm, GhostBatchNorm1d, convert_ghost_batchnorm, plan_ghost_batchnorm
-from lightning_gap.ghost.samples import samples_in
+from lightning_gap.ghost.samples import BatchRows, samples_in
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 TOKENS = 5
@@ -219,3 +219,10 @@ def test_compiled_layers_count_samples():
         fit(model, token_loader(), GhostBatchNorm(4))
     for compiled, eager in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_are_told_by_the_samples_of_the_batch():
+    rows, layer = BatchRows(), nn.BatchNorm1d(4)
+    rows.samples = 16
+    assert [rows.of(layer, n) for n in (16, 160, 37)] == [1, 10, 1]
+    assert rows.unfit == {layer: (37, 16)}

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from lightning_gap.ghost import GhostBatchNorm1d, convert_ghost_batchnorm
-from lightning_gap.ghost.kernels import normalize_over_ranks
+from lightning_gap.ghost.kernels import looks_into_operations, normalize_over_ranks
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SPATIAL = {2: (), 3: (2,), 4: (2, 1), 5: (1, 2, 1)}
@@ -216,3 +216,8 @@ def test_compiled_transforms(dim):
     x = randn(9, 2, *SPATIAL[dim])
     found = torch.compile(grad(cubed(ghost)), fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, grad(cubed(ghost))(x))
+
+
+def test_transforms_are_seen():
+    assert not looks_into_operations()
+    assert vmap(lambda _: looks_into_operations(), out_dims=None)(torch.ones(2))

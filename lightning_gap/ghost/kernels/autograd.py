@@ -1,7 +1,7 @@
 """The eager kernels under autograd: which run of a batch goes to which kernel, forward and backward."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def gradients_over_ghosts(
     flat = layout.flat_view(x, inside)
     flat_grad = layout.flat_view(layout.dense_like(grad_y, inside), inside)
     parts = _parts(flat, runs, limits)
-    if len(parts) == 1 and parts[0].kernel is AS_CHANNELS and not positions_as_channels(flat):
-        grad_x, total = gradients_as_channels(parts[0].run, flat, flat_grad, weight, tables, wanted)
+    if len(parts) == 1 and parts[0][-1] is AS_CHANNELS and not positions_as_channels(flat):
+        grad_x, total = gradients_as_channels(runs[0], flat, flat_grad, weight, tables, wanted)
         return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
     own = torch.empty_like(x) if wanted else None
     out = None if own is None else layout.flat_view(own, inside)
@@ -38,16 +38,8 @@ def gradients_over_ghosts(
     return own, total
 
 
-class _Part(NamedTuple):
-    """A run of a batch, and the kernel for it."""
-
-    run: Run
-    rows: slice  # of the flat view
-    ghosts: slice  # of the tables of statistics
-    kernel: Kernel
-
-
-def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[_Part]:
+def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, slice, slice, Kernel]]:
+    """Return each run, its rows of the flat view, its ghosts in tables of statistics, and the kernel for it."""
     parts, first = [], 0
     per_sample = len(flat) // runs[-1].stop
     for run in runs:
@@ -59,7 +51,7 @@ def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[_Part]:
             kernel = ONE_BY_ONE
         else:
             kernel = SIDE_BY_SIDE
-        parts.append(_Part(run, rows, slice(first, first + run.ghosts), kernel))
+        parts.append((run, rows, slice(first, first + run.ghosts), kernel))
         first += run.ghosts
     return parts
 

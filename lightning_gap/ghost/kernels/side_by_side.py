@@ -11,7 +11,6 @@ from lightning_gap.trainer.internals.of_torch import squared_differences_backwar
 
 __all__ = ["SIDE_BY_SIDE"]
 
-
 _EACH = 0  # at::Reduction::None
 
 

@@ -22,16 +22,12 @@ def _silu_slope(u: Tensor) -> Tensor:
     return s * (1 + u * (1 - s))
 
 
-def _tanh_slope(u: Tensor) -> Tensor:
-    return 1 - torch.tanh(u).square()
-
-
 # Activations that are differentiable twice, without which a potential's gradient cannot learn: function and slope.
 _SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "gelu": (F.gelu, _gelu_slope),
     "silu": (F.silu, _silu_slope),
     "softplus": (F.softplus, torch.sigmoid),
-    "tanh": (torch.tanh, _tanh_slope),
+    "tanh": (torch.tanh, lambda u: 1 - torch.tanh(u).square()),
 }
 
 

@@ -73,7 +73,12 @@ class SphereMap(TransportMap):
         norm: Tensor = vector_norm(point, dim=-1, keepdim=True)
         # A compiled or exported graph cannot look at values.
         if not torch.compiler.is_compiling():
-            _check_on_sphere(norm, 1e-3 if point is x else 1e-2)
+            off = ((norm.detach() - 1).abs() > (1e-3 if point is x else 1e-2)).flatten()
+            if bool(off.any()):
+                raise ValueError(
+                    f"x has {int(off.sum())} points off the unit sphere (first at row {int(off.nonzero()[0])}): "
+                    "divide the samples by their norm"
+                )
         point = point / norm
         v: Tensor = self.displacement(*arguments).to(point.dtype)
         v = v - (v * point).sum(-1, keepdim=True) * point
@@ -81,15 +86,6 @@ class SphereMap(TransportMap):
         image = cosine * point + cardinal_sine * v
         length: Tensor = vector_norm(image, dim=-1, keepdim=True)
         return (image / length).to(x.dtype)
-
-
-def _check_on_sphere(norm: Tensor, tolerance: float) -> None:
-    off = ((norm.detach() - 1).abs() > tolerance).flatten()
-    if bool(off.any()):
-        raise ValueError(
-            f"x has {int(off.sum())} points off the unit sphere (first at row {int(off.nonzero()[0])}): "
-            "divide the samples by their norm"
-        )
 
 
 def circle(square: Tensor) -> tuple[Tensor, Tensor]:

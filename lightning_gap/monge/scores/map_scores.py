@@ -195,7 +195,9 @@ class MapScores(DrawnMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all samples by name, each a scalar."""
-        pools = pools_of(self._kept())
+        held = {name: getattr(self, name) for name in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR)}
+        kept = {name: dim_zero_cat(x) for name, x in held.items() if len(x)}
+        pools = pools_of({name: x for name, x in kept.items() if name in _ALWAYS or x.numel()})
         self._say_what_is_left_out(pools)
         epsilons = self._epsilons(pools)
         each = [self._scores(pool, *epsilons) for pool in pools]
@@ -212,10 +214,6 @@ class MapScores(DrawnMetric):
             for name in names:
                 if name in rows:
                     cost.check_domain(f"{name}{where}", rows[name])
-
-    def _kept(self) -> dict[str, Tensor]:
-        held = {n: getattr(self, n) for n in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR)}
-        return {n: dim_zero_cat(x) for n, x in held.items() if len(x) and (n in _ALWAYS or dim_zero_cat(x).numel())}
 
     def _check_against_earlier(self, rows: Mapping[str, Sequence[Tensor]]) -> None:
         if not self.source:
