@@ -128,16 +128,7 @@ def _own(value: Any) -> Any:
 
 
 def turns(rates: list[float]) -> dict[str, int]:
-    """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still.
-
-    Example:
-        >>> turns([1.0, 0.5, 0.0, 0.0])
-        {'end': 2}
-        >>> turns([1.0, 0.5, 0.0, 0.5, 1.0])
-        {'lowest': 2}
-        >>> turns([0.5, 1.0, 1.0])
-        {}
-    """
+    """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still."""
     top = max(map(abs, rates), default=0.0)
     if len(rates) < 2 or top == 0:
         return {}

@@ -73,12 +73,7 @@ def lr_factor(rule: LRRule, ratio: float) -> float:
 
 
 def rule_name(rule: LRRule) -> str:
-    """Return what to call a rule in tables and messages.
-
-    Example:
-        >>> rule_name("sqrt"), rule_name(math.cbrt)
-        ('sqrt', 'cbrt()')
-    """
+    """Return what to call a rule in tables and messages."""
     return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"
 
 
