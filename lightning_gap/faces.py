@@ -8,20 +8,10 @@ __all__ = ["lazy"]
 
 
 def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return ``__getattr__``, ``__dir__`` and ``__all__`` for a package, from the imports that it shows type checkers.
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package, by its ``__name__`` and ``__file__``.
 
     The table is what stands under ``if TYPE_CHECKING:`` in the package's ``__init__.py``, a line ``from home import
     name as name`` for each public name; so what readers and type checkers see is what there is.
-
-    Args:
-        package: The package's ``__name__``.
-        file: Its ``__file__``.
-
-    Example:
-        >>> import lightning_gap
-        >>> get, names, public = lazy("lightning_gap", lightning_gap.__file__)
-        >>> "MongeMap" in public, names() == public
-        (True, True)
     """
     homes = {}
     with open(file, encoding="utf-8") as lines:  # not parsed: that would take as long as the whole import

@@ -46,7 +46,6 @@ STRATEGIES = {
     "compile": "torch.compile",
 }
 _REGIME, _GHOST, _DIFFUSION, _MONGE = "regime/test_regime_", "ghost/test_ghost_", "diffusion/test_diffusion_", "monge/"
-_SHELL = f"{_MONGE}test_monge_map_"
 COMPONENTS: dict[str, dict[str, Cell]] = {
     "LargeBatchRegime": {
         "accumulation": works(
@@ -64,16 +63,16 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "compile": works(f"{_REGIME}first_updates.py::test_a_compiled_module_keeps_its_regime"),
     },
     "GradientNoiseScale": {
-        "accumulation": works(f"{_REGIME}noise_scale.py::test_a_known_noise_scale_is_found"),
+        "accumulation": works(f"{_REGIME}noise_scale_callback.py::test_a_known_noise_scale_is_found"),
         "ddp": works(f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_accumulation"),
         "fsdp2": REFUSED,
         "fsdp1": REFUSED,
         "deepspeed": REFUSED,
-        "half": works(f"{_REGIME}noise_scale.py::test_a_known_noise_scale_is_found"),
+        "half": works(f"{_REGIME}noise_scale_callback.py::test_a_known_noise_scale_is_found"),
         "compile": NOT_RUN,
     },
     "GhostBatchNorm": {
-        "accumulation": works(f"{_GHOST}callback.py::test_a_micro_batch_below_the_ghost_size_warns_once"),
+        "accumulation": works(f"{_GHOST}report.py::test_a_micro_batch_below_the_ghost_size_warns_once"),
         "ddp": works(
             f"{_GHOST}distributed.py::test_two_processes_equal_one_on_the_same_batches",
             f"{_GHOST}ranks.py::test_four_processes_equal_one",
@@ -94,8 +93,8 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "compile": works(f"{_DIFFUSION}callback.py::test_compiled_model"),
     },
     "MongeMap": {
-        "accumulation": works(f"{_SHELL}logging.py::test_each_step_is_logged_as_lightning_would"),
-        "ddp": works(f"{_SHELL}distributed.py::test_several_processes_train_as_one_does"),
+        "accumulation": works(f"{_MONGE}test_training_log.py::test_each_step_is_logged_as_lightning_would"),
+        "ddp": works(f"{_MONGE}test_monge_map_distributed.py::test_several_processes_train_as_one_does"),
         "fsdp2": NOT_RUN,
         "fsdp1": NOT_RUN,
         "deepspeed": NOT_RUN,

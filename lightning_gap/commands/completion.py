@@ -14,11 +14,7 @@ _SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     completion = commands.add_parser(
         "completion",
         help="print the script for a shell's completion",

@@ -5,17 +5,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_gap.commands.parsing import CommandError
+from lightning_gap.commands.parsing import CommandError, write_text
 
 __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     dashboard = commands.add_parser(
         "dashboard",
         help="build the W&B workspace of this package's metrics",
@@ -71,9 +67,5 @@ def _dashboard(options: argparse.Namespace) -> None:
         text = workspace_json(workspace)
     except WorkspaceError as error:
         raise CommandError(str(error)) from None
-    try:
-        options.offline.parent.mkdir(parents=True, exist_ok=True)
-        options.offline.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"cannot write --offline {options.offline}: {error.strerror}; choose another file") from None
+    write_text("--offline", options.offline, text)
     print(f"Written to {options.offline}; nothing was sent.")

@@ -15,11 +15,7 @@ _SMALL_BATCH = 128
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     demo = commands.add_parser(
         "demo",
         help="run both halves on real data and write a report",

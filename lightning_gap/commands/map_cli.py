@@ -44,27 +44,12 @@ _SPEAKING = {"lightning_gap", "lightning", "jsonargparse"}
 
 
 def run_trainer(words: Sequence[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
-
-    Args:
-        words: The command and its options.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name.
-    """
+    """Run ``fit``, ``validate``, ``test`` or ``predict``."""
     run_cli(MapCLI, words)
 
 
 def run_cli(cli: "type[MapCLI]", words: Sequence[str]) -> None:
-    """Run a LightningCLI, and say in one line what its user did wrong.
-
-    Args:
-        cli: Its class.
-        words: The command and its options.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name.
-    """
+    """Run a LightningCLI, and say in one line what its user did wrong."""
     try:
         cli(words)
     except _USERS as error:
@@ -125,10 +110,6 @@ class MapCLI(LightningCLI):
 
     A model or data module that is another class than :class:`MongeMap` or :class:`SamplesDataModule` is given by
     ``class_path``, and its arguments by ``init_args``; without, arguments are given directly.
-
-    Args:
-        words: The command and its options.
-        options: Arguments of ``LightningCLI`` that are to be others than here.
     """
 
     def __init__(self, words: Sequence[str], **options: Any) -> None:
@@ -215,14 +196,7 @@ class MapCLI(LightningCLI):
             say(f"checkpoint: {saved}")
 
     def predict(self, **options: Any) -> None:
-        """Map all source samples of the data, and write the images beside the logs.
-
-        Args:
-            **options: Arguments of ``Trainer.predict``.
-
-        Raises:
-            CommandError: Several devices would each map a part.
-        """
+        """Map all source samples of the data, and write the images beside the logs."""
         if self.trainer.world_size > 1:
             raise CommandError(
                 f"predict on {self.trainer.world_size} devices would give each a part of the samples: use "
@@ -289,11 +263,7 @@ def _free(path: Path) -> Path:
 
 
 def _set_length(trainer: Any) -> bool:
-    """Set the number of updates where no length is given; validate a few times in a run of so many updates.
-
-    Returns:
-        Whether no length was given.
-    """
+    """Set the number of updates where no length is given, validate a few times in it, and return whether it was."""
     without = not trainer.get("fast_dev_run") and all(
         trainer.get(key) in (None, -1) for key in ("max_steps", "max_epochs", "max_time")
     )

@@ -4,9 +4,10 @@ import argparse
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["CommandError", "Parser", "at_least", "between", "numbers", "positive"]
+__all__ = ["CommandError", "Parser", "at_least", "between", "numbers", "positive", "write_text"]
 
 
 class CommandError(Exception):
@@ -25,11 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a type of argument: whole numbers from ``least`` on.
-
-    Args:
-        least: The smallest.
-    """
+    """Return a type of argument: whole numbers from ``least`` on."""
 
     def integer(text: str) -> int:
         try:
@@ -62,12 +59,7 @@ def positive(text: str) -> float:
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
-    """Return a type of argument: numbers from ``low`` to ``high``.
-
-    Args:
-        low: The smallest.
-        high: The largest.
-    """
+    """Return a type of argument: numbers from ``low`` to ``high``."""
 
     def number(text: str) -> float:
         value = _finite(text)
@@ -84,3 +76,12 @@ def numbers(text: str) -> tuple[int, ...]:
     if any(later <= earlier for earlier, later in pairwise(values)):
         raise argparse.ArgumentTypeError(f"{text!r} does not increase")
     return values
+
+
+def write_text(option: str, path: Path, text: str) -> None:
+    """Write a file that an option names, and its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {option} {path}: {error.strerror}; choose another file") from None

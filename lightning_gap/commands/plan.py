@@ -15,11 +15,7 @@ __all__ = ["add", "names_config", "plan_config"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     plan = commands.add_parser(
         "plan",
         help="print what a small-batch regime becomes at another batch, without training",
@@ -73,14 +69,7 @@ def names_config(words: Sequence[str]) -> bool:
 
 
 def plan_config(words: Sequence[str]) -> None:
-    """Print the plan of a configuration.
-
-    Args:
-        words: ``--config FILE`` and what overrides it.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name.
-    """
+    """Print the plan of a configuration."""
     require_jsonargparse("plan --config")
     from lightning_gap.commands.plan_config import run
 

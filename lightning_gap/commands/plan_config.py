@@ -35,14 +35,9 @@ _TUNERS = (BatchSizeFinder, LearningRateFinder)
 
 
 def run(words: Sequence[str]) -> None:
-    """Print the plan of a configuration.
+    """Print the plan of a configuration: of ``--config FILE`` and what overrides it, as for ``fit``.
 
-    Args:
-        words: ``--config FILE`` and what overrides it, as for ``fit``; ``--model CLASS`` and ``--data CLASS`` say which
-            classes a file means that gives their arguments alone.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name, or there is no regime to plan.
+    ``--model CLASS`` and ``--data CLASS`` say which classes a file means that gives their arguments alone.
     """
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())  # for modules beside the configuration, as `python script.py` finds them

@@ -6,17 +6,13 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from lightning_gap.commands.parsing import CommandError
+from lightning_gap.commands.parsing import CommandError, write_text
 
 __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     report = commands.add_parser(
         "report",
         help="compare runs on one self-contained HTML page",
@@ -53,11 +49,7 @@ def _report(options: argparse.Namespace) -> None:
     except RunError as error:
         raise CommandError(str(error)) from None
     page = render_html(compare(runs, title=getattr(options, "title", None), left_out=left_out))
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"cannot write --output {options.output}: {error.strerror}; choose another file") from None
+    write_text("--output", options.output, page)
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{number}: open {options.output}")
     for reason in left_out:

@@ -11,24 +11,13 @@ __all__ = ["add", "parsers", "require_jsonargparse", "run"]
 
 
 def add(commands: Any) -> None:
-    """Add the commands to a parser, for its help: their own options are LightningCLI's.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the commands to a parser, for its help: their own options are LightningCLI's."""
     for name, what in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=what, add_help=False)
 
 
 def run(words: Sequence[str]) -> None:
-    """Run one of the commands.
-
-    Args:
-        words: The command and its options.
-
-    Raises:
-        CommandError: Something is wrong with them, or with what they name.
-    """
+    """Run one of the commands."""
     require_jsonargparse(words[0])
     from lightning_gap.commands.map_cli import run_trainer
 
@@ -36,11 +25,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands.
-
-    Raises:
-        CommandError: jsonargparse is missing.
-    """
+    """Return the parsers of the commands."""
     require_jsonargparse("completion")
     from lightning_gap.commands.map_cli import trainer_parsers
 

@@ -14,11 +14,7 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser.
-
-    Args:
-        commands: What ``parser.add_subparsers`` returned.
-    """
+    """Add the command to a parser."""
     transport = commands.add_parser(
         "transport",
         help="apply a trained map to a file of samples",

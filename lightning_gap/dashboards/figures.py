@@ -33,14 +33,7 @@ _SIZE = (5.2, 3.5)
 
 @dataclass(frozen=True)
 class Curve:
-    """One named line, or one line a seed.
-
-    Args:
-        label: Its name, written beside it or in the legend.
-        x: ``(n,)`` abscissae.
-        y: ``(n,)`` values, or ``(seeds, n)``: the mean is drawn, and the range of the seeds as a band.
-        colour: One of :data:`SERIES`.
-    """
+    """One named line: ``(n,)`` values, or ``(seeds, n)``, of which the mean is drawn and the range as a band."""
 
     label: str
     x: NDArray[np.float64]
@@ -90,11 +83,7 @@ def _new(size: tuple[float, float] = _SIZE, *, logx: bool = False, **labels: str
 
 
 def as_svg(figure: "Figure") -> str:
-    """Return the figure as inline SVG whose colours follow the page.
-
-    Args:
-        figure: A figure of this module.
-    """
+    """Return the figure as inline SVG whose colours follow the page."""
     buffer = io.StringIO()
     with style():
         figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
@@ -107,12 +96,7 @@ def as_svg(figure: "Figure") -> str:
 
 
 def as_png(figure: "Figure", *, dpi: int = 200) -> bytes:
-    """Return the figure as PNG on the light theme's paper.
-
-    Args:
-        figure: A figure of this module.
-        dpi: Pixels an inch; 200 suits a screen of double density.
-    """
+    """Return the figure as PNG on the light theme's paper; 200 dots an inch suit a screen of double density."""
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="png", dpi=dpi, facecolor=PAPER)
@@ -120,14 +104,7 @@ def as_png(figure: "Figure", *, dpi: int = 200) -> bytes:
 
 
 def dots(values: Mapping[str, Sequence[float]], colours: Sequence[str], *, xlabel: str, digits: int = 2) -> "Figure":
-    """Return one line a run: a dot for each seed, a bar at the mean, the mean written out.
-
-    Args:
-        values: The numbers of the seeds, by run.
-        colours: One a run.
-        xlabel: What the numbers are.
-        digits: Decimals of the written mean.
-    """
+    """Return one line a run: a dot for each seed, a bar at the mean, the mean written out."""
     with style():
         figure, axes = _new((_SIZE[0], 0.8 + 0.72 * len(values)), xlabel=xlabel)
         for row, ((label, numbers), colour) in enumerate(zip(values.items(), colours, strict=False)):
@@ -150,13 +127,7 @@ def curves(
 ) -> "Figure":
     """Return lines over a common axis, with a band from the lowest to the highest seed.
 
-    Args:
-        lines: What to draw.
-        xlabel: What the abscissa is.
-        ylabel: What the ordinate is.
-        logx: Whether the abscissa is logarithmic.
-        floor_quantile: Cut the ordinate below this quantile of all values, so that the first steps do not flatten
-            the rest.
+    The ordinate is cut below a quantile of all values, so that the first steps do not flatten the rest.
     """
     with style():
         figure, axes = _new(logx=logx, xlabel=xlabel, ylabel=ylabel)
@@ -186,17 +157,9 @@ def overlay(
 ) -> "Figure":
     """Return many lines over a common axis without a legend: the colours repeat after eight, with other dashes.
 
-    Args:
-        lines: What to draw; their own colours are not used.
-        styles: For each line a number: its place in :data:`SERIES`, and beyond these in :data:`DASHES`.
-        xlabel: What the abscissa is.
-        ylabel: What the ordinate is.
-        logx: Whether the abscissa is logarithmic.
-        logy: Whether the ordinate is.
-        wide: Whether the figure is as wide as the page.
-        laws: For each line ``(a, b, first, last)``: ``a + b·log x`` is drawn between these abscissae; or None.
-        floor_quantile: Cut the ordinate at this quantile of all values and at as much from the other side, so that
-            the first steps do not flatten the rest.
+    ``styles`` are places in :data:`SERIES`, and beyond these in :data:`DASHES`. A law ``(a, b, first, last)`` is drawn
+    as ``a + b·log x`` between these abscissae. The ordinate is cut at a quantile of all values and at as much from the
+    other side.
     """
     with style():
         figure, axes = _new((10.4, 4.2) if wide else _SIZE, logx=logx, xlabel=xlabel, ylabel=ylabel)
@@ -224,14 +187,7 @@ def overlay(
 
 
 def scatter(points: Sequence[tuple[float, float]], styles: Sequence[int], *, xlabel: str, ylabel: str) -> "Figure":
-    """Return one dot a run over a logarithmic abscissa to base 2, in the colours of :func:`overlay`.
-
-    Args:
-        points: Abscissa and ordinate of each run.
-        styles: For each run its place in :data:`SERIES`.
-        xlabel: What the abscissa is.
-        ylabel: What the ordinate is.
-    """
+    """Return one dot a run over a logarithmic abscissa to base 2, in the colours of :func:`overlay`."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     with style():
@@ -247,14 +203,7 @@ def scatter(points: Sequence[tuple[float, float]], styles: Sequence[int], *, xla
 
 
 def log_law(lines: Sequence[Curve], laws: Sequence[tuple[float, float]], *, xlabel: str, ylabel: str) -> "Figure":
-    """Return distances over the logarithm of the update, each with its law ``a + b·log t`` dashed.
-
-    Args:
-        lines: Updates from 1 and the distances there.
-        laws: ``(a, b)`` for each line, ``log`` natural.
-        xlabel: What the abscissa is.
-        ylabel: What the ordinate is.
-    """
+    """Return distances over the logarithm of the update, each with its law ``(a, b)``, ``a + b·log t``, dashed."""
     with style():
         figure, axes = _new(logx=True, xlabel=xlabel, ylabel=ylabel)
         for line, (intercept, slope) in zip(lines, laws, strict=True):
@@ -283,11 +232,7 @@ def _colour_axes(axes: "Axes") -> None:
 
 
 def cloud(colours: NDArray[np.float64]) -> "Figure":
-    """Return RGB colours as a cloud of points in their own colours.
-
-    Args:
-        colours: ``(n, 3)`` RGB in [0, 1]; what lies outside is clipped for the display alone.
-    """
+    """Return ``(n, 3)`` RGB colours in [0, 1] as a cloud of points in their own colours, clipped for display."""
     with style():
         figure, axes = _new((2.7, 2.5))
         _colour_axes(axes)
@@ -297,12 +242,7 @@ def cloud(colours: NDArray[np.float64]) -> "Figure":
 
 
 def movements(before: NDArray[np.float64], after: NDArray[np.float64]) -> "Figure":
-    """Return where each colour goes: a line from the colour to its image, the image drawn as a point.
-
-    Args:
-        before: ``(n, 3)`` RGB in [0, 1].
-        after: ``(n, 3)`` their images.
-    """
+    """Return where each ``(n, 3)`` RGB colour goes: a line to its image, which is drawn as a point."""
     from matplotlib.collections import LineCollection
 
     with style():

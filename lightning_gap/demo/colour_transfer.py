@@ -51,44 +51,26 @@ class ColourSettings:
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a map is on held-out pixels.
+    """How good a map is on held-out pixels."""
 
-    Args:
-        divergence: Sinkhorn divergence between the mapped pixels and the target's.
-        gap: Monge gap, debiased: 0 for an optimal map.
-        displacement: Mean ‖T(x) − x‖, the side of the RGB cube being 1.
-    """
-
-    divergence: float
-    gap: float
-    displacement: float
+    divergence: float  # Sinkhorn's, between the mapped pixels and the target's
+    gap: float  # debiased: 0 for an optimal map
+    displacement: float  # mean ‖T(x) − x‖, the side of the RGB cube being 1
 
 
 @dataclass(frozen=True)
 class ColourTransfer:
-    """One direction: the maps from the colours of ``source`` to those of ``target``.
-
-    Args:
-        source: Name of the photograph that is recoloured.
-        target: Name of the photograph whose colours it gets.
-        before: Scores of the identity.
-        floor: Sinkhorn divergence between two samples of the target: what a perfect map would score.
-        scores: Scores of the map, by the weight of its gap.
-        seconds: Wall time of the fit, likewise.
-        pictures: The recoloured photograph as ``(height, width, 3)`` RGB bytes, likewise.
-        images: Images of the held-out source pixels, likewise.
-        held_out: Held-out pixels of source and target, ``(n, 3)``.
-    """
+    """One direction: the maps from the colours of ``source`` to those of ``target``, by the weight of the gap."""
 
     source: str
     target: str
-    before: Scores
-    floor: float
+    before: Scores  # of the identity
+    floor: float  # divergence between two samples of the target: what a perfect map would score
     scores: dict[float, Scores]
     seconds: dict[float, float]
-    pictures: dict[float, NDArray[np.uint8]]
-    images: dict[float, NDArray[np.float64]]
-    held_out: tuple[NDArray[np.float64], NDArray[np.float64]]
+    pictures: dict[float, NDArray[np.uint8]]  # (height, width, 3) RGB bytes, recoloured
+    images: dict[float, NDArray[np.float64]]  # of the held-out source pixels
+    held_out: tuple[NDArray[np.float64], NDArray[np.float64]]  # (n, 3) pixels of source and target
 
 
 def _pixels(photograph: NDArray[np.uint8]) -> Tensor:
@@ -103,12 +85,7 @@ def _draw(photograph: NDArray[np.uint8], settings: ColourSettings, parts: int, g
 
 
 def recolour(model: MongeMap, photograph: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the photograph with every pixel mapped; colours that leave the RGB cube are clipped.
-
-    Args:
-        model: A map of three dimensions.
-        photograph: ``(height, width, 3)`` RGB bytes.
-    """
+    """Return the photograph with every pixel mapped; colours that leave the RGB cube are clipped."""
     mapped = model.transport(_pixels(photograph)).clamp(0, 1).mul(255).round().to(torch.uint8)
     return np.asarray(mapped.numpy().reshape(photograph.shape))
 
@@ -124,15 +101,7 @@ def _score(before: Tensor, after: Tensor, target: Tensor, epsilon: float) -> Sco
 def fit_map(
     source: Tensor, target: Tensor, gap_weight: float, settings: ColourSettings, tick: Callable[[int], None]
 ) -> MongeMap:
-    """Learn a map from the pixels of one photograph to those of the other.
-
-    Args:
-        source: ``(n, 3)`` pixels.
-        target: ``(n, 3)`` pixels.
-        gap_weight: Weight of the Monge gap.
-        settings: The configuration.
-        tick: Called after every step.
-    """
+    """Learn a map from the ``(n, 3)`` pixels of one photograph to those of the other."""
     seed_everything(settings.seed, workers=True, verbose=False)
     model = MongeMap(
         dim=3,
@@ -164,15 +133,7 @@ def transfer_colours(
     settings: ColourSettings,
     progress: Callable[[str, int], None],
 ) -> ColourTransfer:
-    """Learn the maps of one direction, apply them and score them.
-
-    Args:
-        photographs: RGB bytes by name.
-        source: The photograph to recolour.
-        target: The photograph whose colours it gets.
-        settings: The configuration.
-        progress: Called with what runs and 1 after every step.
-    """
+    """Learn the maps of one direction, apply them and score them."""
     generator = torch.Generator().manual_seed(settings.seed)
     x_train, x = _draw(photographs[source], settings, 1, generator)
     y_train, y, y_again = _draw(photographs[target], settings, 2, generator)

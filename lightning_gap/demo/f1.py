@@ -8,9 +8,7 @@ __all__ = ["F1"]
 class F1(nn.Sequential):
     """Five fully connected layers, each with a normalization and ReLU, then a classifier of ten.
 
-    Args:
-        normalization: ``"batch"``, the paper's, or ``"layer"``, under which samples do not interact.
-        width: Units a layer; the paper's are 512.
+    The paper's normalization is ``"batch"``; under ``"layer"`` samples do not interact.
     """
 
     def __init__(self, normalization: str = "batch", width: int = 512) -> None:

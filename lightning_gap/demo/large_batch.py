@@ -26,13 +26,7 @@ __all__ = ["RECIPES", "Classifier", "LargeBatchSettings", "Recipe", "TrainingRun
 
 
 class Classifier(LightningModule):
-    """F1 under the paper's regime of learning rates.
-
-    Args:
-        epochs: Length of the small-batch regime; the learning rate falls at 20 %, 40 % and 60 % of it.
-        learning_rate: Learning rate of the small batch.
-        width: Units a layer.
-    """
+    """F1 under the paper's regime: the learning rate falls at 20 %, 40 % and 60 % of the small-batch epochs."""
 
     def __init__(self, epochs: int, learning_rate: float = 0.1, width: int = 512) -> None:
         super().__init__()
@@ -86,14 +80,7 @@ class LargeBatchSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One line of the table.
-
-    Args:
-        name: What it is called.
-        detail: What was done, in a few words.
-        large: Whether it trains with the large batch.
-        callbacks: What it adds to the trainer.
-    """
+    """One line of the table; ``callbacks`` makes what it adds to the trainer."""
 
     name: str
     detail: str
@@ -121,35 +108,20 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What one run came to.
-
-    Args:
-        recipe: Name of its recipe.
-        seed: Its seed.
-        test_accuracy: Per cent, with the last weights.
-        train_accuracy: Per cent, the same.
-        train_loss: Cross-entropy over the training part, in evaluation mode.
-        updates: Optimizer steps.
-        epochs: Passes over the training part.
-        seconds: Wall time of the fit, with the looks at the test part for the curve.
-        curve: (updates, test accuracy in per cent) along the way.
-        distances: (updates, ‖w_t − w_0‖) along the way.
-        diffusion: The laws fitted to the distances at the first learning rate; ``None`` if the run was too short.
-        plan: What the regime callback changed, ``None`` without it.
-    """
+    """What one run came to; losses and accuracies (per cent) are the last weights' in evaluation mode."""
 
     recipe: str
     seed: int
     test_accuracy: float
     train_accuracy: float
     train_loss: float
-    updates: int
+    updates: int  # optimizer steps
     epochs: int
-    seconds: float
-    curve: list[tuple[int, float]]
-    distances: list[tuple[int, float]]
-    diffusion: DiffusionFit | None
-    plan: RegimePlan | None
+    seconds: float  # of the fit
+    curve: list[tuple[int, float]]  # (updates, test accuracy in per cent) along the way
+    distances: list[tuple[int, float]]  # (updates, ‖w_t − w_0‖) along the way
+    diffusion: DiffusionFit | None  # the laws at the first learning rate; None if the run was too short
+    plan: RegimePlan | None  # what the regime callback changed
 
 
 class Watch(Callback):
@@ -177,12 +149,7 @@ class Watch(Callback):
 
 
 def images_to_pass(settings: LargeBatchSettings, images: int) -> int:
-    """Return how many images pass through the network in all runs together, for a progress bar.
-
-    Args:
-        settings: The configuration.
-        images: Images in the training part.
-    """
+    """Return how many images pass through the network in all runs together, for a progress bar."""
     stretch = settings.large_batch / settings.small_batch
     return round(len(settings.seeds) * settings.epochs * images * (2 + 2 * stretch))
 
@@ -190,15 +157,7 @@ def images_to_pass(settings: LargeBatchSettings, images: int) -> int:
 def train(
     recipe: Recipe, seed: int, data: ImageSplit, settings: LargeBatchSettings, advance: Callable[[int], None]
 ) -> TrainingRun:
-    """Train one recipe with one seed.
-
-    Args:
-        recipe: What to do.
-        seed: Of the weights and of the order of the images.
-        data: The images.
-        settings: The configuration.
-        advance: Called with the number of images of every batch.
-    """
+    """Train one recipe with one seed, which sets the weights and the order of the images."""
     seed_everything(seed, workers=True, verbose=False)
     batch_size = settings.large_batch if recipe.large else settings.small_batch
     added = recipe.callbacks(settings)
@@ -254,13 +213,7 @@ def _diffusion(callback: UltraSlowDiffusion) -> tuple[list[tuple[int, float]], D
 def train_all(
     data: ImageSplit, settings: LargeBatchSettings, progress: Callable[[str, int], None]
 ) -> dict[str, list[TrainingRun]]:
-    """Train every recipe with every seed and return the runs by recipe.
-
-    Args:
-        data: The images.
-        settings: The configuration.
-        progress: Called with the name of the run and the number of images of every batch.
-    """
+    """Train every recipe with every seed and return the runs by recipe."""
     results: dict[str, list[TrainingRun]] = {recipe.name: [] for recipe in RECIPES}
     for seed in settings.seeds:
         for recipe in RECIPES:

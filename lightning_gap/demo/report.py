@@ -19,16 +19,7 @@ __all__ = ["DemoResults", "jpeg", "tell"]
 
 @dataclass(frozen=True)
 class DemoResults:
-    """All that the demo measured.
-
-    Args:
-        data: Name of the images of the large-batch half.
-        runs: The training runs by recipe.
-        large_batch: Their configuration.
-        transfers: The colour transfers.
-        photographs: RGB bytes by name.
-        configuration: Groups of settings and versions, for the report's last chapter.
-    """
+    """All that the demo measured; ``configuration`` groups settings and versions for the last chapter."""
 
     data: str
     runs: Runs
@@ -39,12 +30,7 @@ class DemoResults:
 
 
 def jpeg(photograph: NDArray[np.uint8], *, quality: int = 86) -> bytes:
-    """Return RGB bytes as a JPEG file.
-
-    Args:
-        photograph: ``(height, width, 3)``.
-        quality: Of the JPEG, 1 to 95.
-    """
+    """Return ``(height, width, 3)`` RGB bytes as a JPEG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -90,21 +76,17 @@ def _accuracy_figures(runs: Runs) -> Gallery:
 
 
 def _diffusion_figure(runs: Runs) -> Gallery:
-    lines, laws = [], []
+    lines, laws, whole = [], [], []
     for (name, several), colour in zip(runs.items(), figures.SERIES, strict=False):
-        run = several[0]
-        if run.diffusion is None:
-            continue
-        points = np.array([(t, d) for t, d in run.distances if t <= run.diffusion.last_update], dtype=np.float64)
-        label = f"{name}: slope {run.diffusion.log_slope:.2f}, R² {run.diffusion.log_r2:.2f}"
-        lines.append(figures.Curve(label, points[:, 0], points[:, 1], colour))
-        laws.append((run.diffusion.log_intercept, run.diffusion.log_slope))
+        fit, trace = several[0].diffusion, np.array(several[0].distances, dtype=np.float64).reshape(-1, 2)
+        whole.append(figures.Curve(name, trace[:, 0], trace[:, 1], colour))
+        if fit is not None:
+            points = trace[trace[:, 0] <= fit.last_update]
+            label = f"{name}: slope {fit.log_slope:.2f}, R² {fit.log_r2:.2f}"
+            lines.append(figures.Curve(label, points[:, 0], points[:, 1], colour))
+            laws.append((fit.log_intercept, fit.log_slope))
     if not lines:
         return Gallery([], 1)
-    whole = []
-    for (name, several), colour in zip(runs.items(), figures.SERIES, strict=False):
-        trace = np.array(several[0].distances, dtype=np.float64)
-        whole.append(figures.Curve(name, trace[:, 0], trace[:, 1], colour))
     return Gallery(
         [
             Figure(
@@ -260,13 +242,7 @@ def _facts(results: DemoResults) -> list[Fact]:
 
 
 def tell(results: DemoResults, *, epsilon: float, held_out: int) -> Report:
-    """Return the demo's report.
-
-    Args:
-        results: What was measured.
-        epsilon: Regularization of the reported transport numbers.
-        held_out: Held-out pixels they are over.
-    """
+    """Return the demo's report; ``epsilon`` and ``held_out`` pixels are those of the transport numbers."""
     sections = [_large_batch_section(results)]
     sections += [_colour_section(transfer, results, epsilon, held_out) for transfer in results.transfers]
     return Report(

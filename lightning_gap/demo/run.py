@@ -22,7 +22,7 @@ from lightning_gap import __version__
 from lightning_gap.dashboards import render_html
 from lightning_gap.demo.colour_transfer import ColourSettings, ColourTransfer, transfer_colours
 from lightning_gap.demo.datasets import DemoError, load_images, photographs
-from lightning_gap.demo.large_batch import LargeBatchSettings, TrainingRun, images_to_pass, train_all
+from lightning_gap.demo.large_batch import LargeBatchSettings, images_to_pass, train_all
 from lightning_gap.demo.report import DemoResults, tell
 from lightning_gap.demo.tables import accuracy_table, colour_table
 from lightning_gap.trainer.terminal import quiet
@@ -82,11 +82,6 @@ def _require_extras() -> None:
             raise DemoError(f"the demo needs {module}: pip install 'lightning_gap[data,plots]'") from error
 
 
-def _check_size(large_batch: int, images: int) -> None:
-    if large_batch > images:
-        raise DemoError(f"--large-batch {large_batch} is more than the {images} training images: choose a smaller one")
-
-
 def _prepare(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -109,11 +104,13 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> Path:
     started = time.perf_counter()
     _require_extras()
     images = load_images(settings.data)
-    _check_size(settings.large_batch.large_batch, len(images.train[0]))
+    count, batch = len(images.train[0]), settings.large_batch.large_batch
+    if batch > count:
+        raise DemoError(f"--large-batch {batch} is more than the {count} training images: choose a smaller one")
     _prepare(settings.output)
     pictures = photographs()
 
-    total = images_to_pass(settings.large_batch, len(images.train[0]))
+    total = images_to_pass(settings.large_batch, count)
     with _progress(console, "Large batch", total) as progress, _quiet():
         runs = train_all(images, settings.large_batch, progress)
     plan = next(run.plan for several in runs.values() for run in several if run.plan is not None)
@@ -167,16 +164,15 @@ def _write(results: DemoResults, settings: DemoSettings) -> Path:
     (settings.output / "report.html").write_text(page, encoding="utf-8")
     numbers = {
         "configuration": results.configuration,
-        "large_batch": {name: [_run_facts(run) for run in several] for name, several in results.runs.items()},
+        "large_batch": {
+            name: [asdict(run) | {"plan": run.plan and run.plan.to_dict()} for run in several]
+            for name, several in results.runs.items()
+        },
         "colour_transfer": [_transfer_facts(transfer) for transfer in results.transfers],
     }
     text = json.dumps(_plain(numbers), indent=1, ensure_ascii=False, allow_nan=False)
     (settings.output / "results.json").write_text(text + "\n", encoding="utf-8")
     return settings.output / "report.html"
-
-
-def _run_facts(run: TrainingRun) -> dict[str, Any]:
-    return asdict(run) | {"plan": run.plan.to_dict() if run.plan else None}
 
 
 def _transfer_facts(transfer: ColourTransfer) -> dict[str, Any]:

@@ -17,13 +17,7 @@ Runs = Mapping[str, Sequence[TrainingRun]]
 
 
 def accuracy_table(data: str, runs: Runs, settings: LargeBatchSettings) -> ResultTable:
-    """Return the table of the four recipes.
-
-    Args:
-        data: Name of the images.
-        runs: The training runs by recipe.
-        settings: Their configuration.
-    """
+    """Return the table of the four recipes."""
     columns = [
         Column("Test accuracy", 2, "max", "%"),
         Column("Train loss", 4),
@@ -56,11 +50,7 @@ def accuracy_table(data: str, runs: Runs, settings: LargeBatchSettings) -> Resul
 
 
 def diffusion_table(runs: Runs) -> ResultTable:
-    """Return the table of the laws of diffusion at the first learning rate.
-
-    Args:
-        runs: The training runs by recipe.
-    """
+    """Return the table of the laws of diffusion at the first learning rate."""
     columns = [
         Column("Slope b", 2),
         Column("R² of a + b·log t", 3),
@@ -97,13 +87,7 @@ def map_name(weight: float) -> str:
 
 
 def colour_table(transfer: ColourTransfer, epsilon: float, held_out: int) -> ResultTable:
-    """Return the table of the maps of one direction.
-
-    Args:
-        transfer: The maps.
-        epsilon: Regularization of the reported numbers.
-        held_out: How many held-out pixels they are over.
-    """
+    """Return the table of the maps of one direction."""
     columns = [
         Column("Sinkhorn divergence", 4, "min"),
         Column("Monge gap", 4, "min"),

@@ -30,16 +30,9 @@ __all__ = ["Anchor", "folder_of_shards", "weights_of"]
 class Anchor:
     """A copy of the weights w_0, or of this rank's shards of them, and of how they are measured.
 
-    Args:
-        start: w_0, name -> whole tensor or ``DTensor``.
-        sharded: Whether ranks hold parts, so that sums go over all of them. Everything is collective then.
-        device: Where the copy is kept; with the weights if None.
-        dtype: Of the copy, ``"float16"`` or ``"bfloat16"``, where that is narrower than the weights'.
-        groups: Which tensors are measured together too, by name.
-        per_layer: Whether each module that owns tensors is such a group.
-
-    Raises:
-        ValueError: There are no weights, or too large ones for ``dtype``; a group has none, or the name of a layer.
+    ``sharded``: ranks hold parts, and everything is collective. ``dtype``: half precision, where that is narrower than
+    the weights'. ``groups``, and with ``per_layer`` each module that owns tensors, are measured by themselves too.
+    Raises ``ValueError`` without weights, or where they are too large for ``dtype``, or a group has none.
 
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
@@ -110,11 +103,7 @@ class Anchor:
         self.folder = folder
 
     def squares(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return ‖w − w_0‖² and ‖w‖² of every tensor: (tensors, 2), over all ranks.
-
-        Raises:
-            ValueError: The weights are not those of the anchor.
-        """
+        """Return ‖w − w_0‖² and ‖w‖² of every tensor, which must be the anchor's: (tensors, 2), over all ranks."""
         local = {name: local_shard(weights[name]) for name in self.weights if name in weights}
         check_same_tensors(local, self.weights)
         sums = square_sums(local, self.weights)
@@ -155,11 +144,7 @@ class Anchor:
 def weights_of(
     module: nn.Module, shapes: Mapping[str, Sequence[int]], exclude: ParameterFilter | None = None
 ) -> dict[str, Tensor]:
-    """Return the weights of a module that belong to an anchor.
-
-    Raises:
-        ValueError: It has not all of them, or in other shapes, or some are excluded.
-    """
+    """Return a module's weights of an anchor, or raise ``ValueError`` where not all are there, in their shapes."""
     named = {name: p.detach() for name, p in module.named_parameters() if holds_values(p)}
     gone = [name for name in shapes if name not in named]
     reshaped = [name for name in shapes if name in named and list(named[name].shape) != list(shapes[name])]
@@ -174,11 +159,7 @@ def weights_of(
 
 
 def folder_of_shards(folder: str, checkpoint: Any) -> str:
-    """Return the anchor's folder where it was written, or beside the checkpoint if that was moved.
-
-    Raises:
-        ValueError: It is in neither place.
-    """
+    """Return the anchor's folder where it was written, or beside the checkpoint if that was moved."""
     beside = PurePath(str(checkpoint)).parent / PurePath(folder).name
     for place in (folder, str(beside)):
         filesystem, path = fsspec.core.url_to_fs(place)

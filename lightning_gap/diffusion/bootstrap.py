@@ -60,9 +60,8 @@ def effective_points(points: int, rho: float) -> float:
 def autocorrelation(residuals: Vector, design: Vector) -> float:
     """Return the lag-one autocorrelation of the errors behind least-squares residuals, between 0 and 0.97.
 
-    Residuals look less correlated than the errors, because the fit has taken out what it could. That bias is undone:
-    for errors of covariance Σ_ρ and residuals M·error the expected autocorrelation is tr(M A M Σ_ρ) / tr(M Σ_ρ), where
-    A shifts by one, and ρ is found at which this is the one observed.
+    Residuals look less correlated than errors. For errors of covariance Σ_ρ and residuals M·error the expected
+    autocorrelation is tr(M A M Σ_ρ) / tr(M Σ_ρ), where A shifts by one; ρ is found at which this is the one observed.
     """
     n = len(residuals)
     observed = float(residuals[1:] @ residuals[:-1] / (residuals @ residuals))

@@ -79,12 +79,7 @@ def present_parameters(module: nn.Module, *, exclude: ParameterFilter | None = N
 
 
 def holds_values(parameter: Tensor) -> bool:
-    """Return whether a parameter can be read: not of a lazy module before its first batch, nor on the meta device.
-
-    Example:
-        >>> holds_values(torch.nn.Linear(2, 3).weight), holds_values(torch.nn.LazyLinear(3).weight)
-        (True, False)
-    """
+    """Return whether a parameter can be read: not of a lazy module before its first batch, nor on the meta device."""
     return not is_lazy(parameter) and not parameter.is_meta
 
 
@@ -115,12 +110,7 @@ def check_filter(argument: str, which: object) -> None:
 
 
 def layer_of(name: str) -> str:
-    """Return the name of the module that owns a parameter; ``"."`` for the module itself.
-
-    Example:
-        >>> layer_of("net.0.weight"), layer_of("scale")
-        ('net.0', '.')
-    """
+    """Return the name of the module that owns a parameter; ``"."`` for the module itself."""
     return name.rpartition(".")[0] or "."
 
 
@@ -254,11 +244,9 @@ def _cpu_square_sums(
 
 def _as_numpy(vector: Tensor, buffer: Tensor) -> NDArray[Any]:
     """A CPU tensor of the buffer's dtype itself, anything else copied into the buffer."""
-    if vector.dtype == buffer.dtype and vector.device.type == "cpu":
-        array: NDArray[Any] = vector.numpy()
-        return array
-    copied: NDArray[Any] = buffer[: len(vector)].copy_(vector).numpy()
-    return copied
+    own = vector.dtype == buffer.dtype and vector.device.type == "cpu"
+    array: NDArray[Any] = (vector if own else buffer[: len(vector)].copy_(vector)).numpy()
+    return array
 
 
 def _square_sum(vector: NDArray[Any]) -> float:

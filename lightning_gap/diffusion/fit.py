@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_gap.checks import check_integer
 from lightning_gap.diffusion.bootstrap import Model, Vector, autocorrelation, bootstrap, effective_points
 from lightning_gap.diffusion.grid import longest_segment
-from lightning_gap.diffusion.laws import least_squares_line, least_squares_power, line_law, power_law
 from lightning_gap.precision import widest
 
 __all__ = ["DiffusionFit", "fit_diffusion", "fit_with_replicates", "interval", "vector"]
@@ -176,6 +175,8 @@ def fit_with_replicates(
     total, n = _squares(d - d.mean()), len(t)
     law, parameters = (line_law, line) if log_ssr <= power_ssr else (power_law, power)
     points = _effective_points(law, parameters, x, d)
+    floor = total * np.finfo(np.float64).eps ** 2
+    half_difference = 0.5 * points * math.log(max(log_ssr, floor) / max(power_ssr, floor))  # of Akaike's criteria
     log_replicates = bootstrap(line_law, line, x, d, resamples=resamples, confidence=confidence)
     power_replicates = bootstrap(power_law, power, x, d, resamples=resamples, confidence=confidence)
     alpha, alpha_interval = _alpha(t, d, resamples, confidence)
@@ -193,7 +194,7 @@ def fit_with_replicates(
         power_coefficient=float(coefficient),
         power_exponent=float(exponent),
         power_r2=1 - power_ssr / total,
-        log_weight=_akaike_weight(log_ssr, power_ssr, points, floor=total * np.finfo(np.float64).eps ** 2),
+        log_weight=0.5 * (1 - math.tanh(half_difference / 2)),
         alpha=alpha,
         log_slope_interval=interval(log_replicates[:, 1], confidence),
         power_exponent_interval=interval(power_replicates[:, 1], confidence),
@@ -263,11 +264,6 @@ def _effective_points(law: Model, parameters: Vector, x: Vector, d: Vector) -> f
     return effective_points(len(x), autocorrelation(residuals, np.stack(gradient, 1)))
 
 
-def _akaike_weight(log_ssr: float, power_ssr: float, n: float, floor: float) -> float:
-    half_difference = 0.5 * n * math.log(max(log_ssr, floor) / max(power_ssr, floor))
-    return 0.5 * (1 - math.tanh(half_difference / 2))
-
-
 def _alpha(t: Vector, d: Vector, resamples: int, confidence: float) -> tuple[float, Interval]:
     late = (t >= _ALPHA_FROM_UPDATE) & (d > 0)
     if late.sum() < 3:
@@ -290,3 +286,36 @@ def interval(replicates: Vector, confidence: float) -> Interval:
     # "nearest" does not interpolate between a finite and an infinite replicate.
     low, high = np.quantile(replicates, edges, method="nearest")
     return float(low), float(high)
+
+
+# Both laws as functions of x = log t, which is a line for ultra-slow diffusion and an exponential for a power.
+def line_law(parameters: Vector, x: Vector) -> tuple[Vector, Vector, Vector]:
+    """Return a + b·x, and its derivatives by both."""
+    values = parameters[:, :1] + parameters[:, 1:] * x
+    return values, np.ones_like(values), np.broadcast_to(x, values.shape)
+
+
+def power_law(parameters: Vector, x: Vector) -> tuple[Vector, Vector, Vector]:
+    """Return C·exp(p·x), and its derivatives by both."""
+    shape = np.exp(parameters[:, 1:] * x)
+    values = parameters[:, :1] * shape
+    return values, shape, values * x
+
+
+def least_squares_line(x: Vector, y: Vector) -> Vector:
+    """Return intercept and slope of the least-squares line."""
+    centred = x - x.mean()
+    slope = centred @ y / (centred @ centred)
+    return np.array([y.mean() - slope * x.mean(), slope])
+
+
+def least_squares_power(x: Vector, d: Vector) -> Vector:
+    """Return C and p of the least-squares C·exp(p·x), by variable projection on C."""
+    low, high = -8.0, 8.0
+    for _ in range(5):  # each round narrows the bracket 128 times
+        p = np.linspace(low, high, 257)
+        shape = np.exp(p[:, None] * x)
+        c = (shape @ d) / (shape * shape).sum(1)
+        best = int(((d - c[:, None] * shape) ** 2).sum(1).argmin())
+        low, high = p[max(best - 1, 0)], p[min(best + 1, 256)]
+    return np.array([c[best], p[best]])

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lightning_gap.diffusion.bootstrap import Vector
 from lightning_gap.diffusion.fit import fit_with_replicates, interval, vector
-from lightning_gap.diffusion.laws import line_time, power_time
 
 __all__ = ["Forecast", "forecast_updates"]
 
@@ -69,12 +69,24 @@ def forecast_updates(
     )
     from_log = round(fit.log_weight * resamples)
     log, power = log_replicates[:from_log], power_replicates[: resamples - from_log]
-    times = np.concatenate([line_time(log[:, 0], log[:, 1], target), power_time(power[:, 0], power[:, 1], target)])
+    times = np.concatenate([_line_time(log[:, 0], log[:, 1], target), _power_time(power[:, 0], power[:, 1], target)])
     low, high = interval(times, confidence)
     one = np.ones(1)
     if fit.preferred == "log":
-        update = line_time(fit.log_intercept * one, fit.log_slope * one, target)
+        update = _line_time(fit.log_intercept * one, fit.log_slope * one, target)
     else:
-        update = power_time(fit.power_coefficient * one, fit.power_exponent * one, target)
+        update = _power_time(fit.power_coefficient * one, fit.power_exponent * one, target)
     last = float(vector("updates", updates)[-1])
     return Forecast(*(max(last, t) for t in (float(update[0]), low, high)))
+
+
+def _line_time(a: Vector, b: Vector, target: float) -> Vector:
+    """Return t at which a + b·log t reaches a distance; infinite where it never does."""
+    with np.errstate(all="ignore"):
+        return np.where(b > 0, np.exp((target - a) / b), math.inf)
+
+
+def _power_time(c: Vector, p: Vector, target: float) -> Vector:
+    """Return t at which c·t^p reaches a distance; infinite where it never does."""
+    with np.errstate(all="ignore"):
+        return np.where((c > 0) & (p > 0), np.exp(np.log(target / c) / p), math.inf)

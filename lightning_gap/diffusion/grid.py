@@ -26,12 +26,7 @@ def constant_lr_segments(learning_rates: Sequence[float]) -> list[slice]:
 
 
 def longest_segment(updates: Sequence[float], learning_rates: Sequence[float]) -> slice:
-    """Return the run of equal learning rate that spans the most decades of ``updates``.
-
-    Example:
-        >>> longest_segment([1, 10, 100, 1000, 2000], [0.1, 0.1, 0.1, 0.01, 0.01])
-        slice(0, 3, None)
-    """
+    """Return the run of equal learning rate that spans the most decades of ``updates``."""
     return max(constant_lr_segments(learning_rates), key=lambda s: updates[s.stop - 1] / updates[s.start])
 
 

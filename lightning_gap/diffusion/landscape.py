@@ -152,8 +152,12 @@ def estimate_alpha(
     generator = torch.Generator().manual_seed(seed)
     distances = radius * torch.rand(samples, generator=generator, dtype=torch.float64, device="cpu")
     losses = []
-    with torch.no_grad(), _forked_generators(weights), _put_back(module, weights) as start:
-        _set_modes(module, batch_norm)
+    accelerators = sorted({weight.device.index for weight in weights.values() if weight.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(accelerators), _put_back(module, weights) as start:
+        module.eval()
+        for part in module.modules():
+            if isinstance(part, BatchNormBase) and batch_norm == "batch":
+                part.train()
         loss_at_start = _value(loss(module), 0.0)
         for distance in distances.tolist():
             _step(weights, start, distance, generator)
@@ -189,18 +193,6 @@ def _put_back(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict
             tensor.copy_(before)
         for part, training in modes:
             part.training = training
-
-
-def _forked_generators(weights: Mapping[str, Tensor]) -> Any:
-    accelerators = sorted({weight.device.index for weight in weights.values() if weight.device.type == "cuda"})
-    return torch.random.fork_rng(accelerators)
-
-
-def _set_modes(module: nn.Module, batch_norm: str) -> None:
-    module.eval()
-    for part in module.modules():
-        if isinstance(part, BatchNormBase) and batch_norm == "batch":
-            part.train()
 
 
 def _step(

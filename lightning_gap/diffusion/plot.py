@@ -55,11 +55,7 @@ def plot_diffusion(
 
 
 def axes_or_new(ax: Any) -> Any:
-    """Return Matplotlib axes, new ones where there are none.
-
-    Raises:
-        ModuleNotFoundError: New ones are needed, and Matplotlib is not installed.
-    """
+    """Return Matplotlib axes, new ones where there are none."""
     if ax is None:
         ax = library("matplotlib.pyplot", "plot()", "plots").subplots()[1]
     return ax

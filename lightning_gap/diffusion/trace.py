@@ -19,11 +19,7 @@ _FORECAST = ("remaining_updates", "remaining_updates_low", "remaining_updates_hi
 
 
 class Trace:
-    """Points of a run, in columns of equal length.
-
-    Args:
-        groups: Names of the groups that have columns of their own.
-        before: Columns of an earlier part of the run; groups that are new have no numbers there.
+    """Points of a run, in columns of equal length, some for each group, that go on from those of an earlier part.
 
     Example:
         >>> trace = Trace()
@@ -67,11 +63,7 @@ class Trace:
         return f", and was a number at update {updates[-1]:.0f}" if updates else ""
 
     def fit(self) -> tuple[DiffusionFit, bool]:
-        """Return the fit, and whether it is one of the whole trace in spite of a learning rate that varied.
-
-        Raises:
-            ValueError: The trace is too short.
-        """
+        """Return the fit, and whether it is one of the whole trace in spite of a learning rate that varied."""
         updates, distances, rates = self.finite()
         try:
             return fit_diffusion(updates, distances, learning_rates=rates), False
@@ -97,10 +89,7 @@ class Trace:
 
 
 class LiveComparison:
-    """Where a run that is under way stands beside another, with a forecast at each point of the logarithmic grid.
-
-    A forecast has fewer resamples than at the end: it is made again soon.
-    """
+    """Where a run under way stands beside another, with forecasts on the logarithmic grid, of fewer resamples."""
 
     def __init__(
         self, reference: ReferenceRun, points_per_decade: int, from_update: int = 0, resamples: int = 199

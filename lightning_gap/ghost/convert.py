@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from warnings import warn
 
 from torch import nn
@@ -23,14 +23,9 @@ from lightning_gap.ranks.group import RankGroup
 from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = [
-    "GhostConversion",
-    "NoBatchNormError",
-    "Skip",
-    "convert_ghost_batchnorm",
-    "plain_layers",
-    "plan_ghost_batchnorm",
+    "GhostConversion", "NoBatchNormError", "Skip", "convert_ghost_batchnorm", "plain_layers", "plan_ghost_batchnorm",
     "revert_ghost_batchnorm",
-]
+]  # fmt: skip
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -90,10 +85,13 @@ class GhostConversion:
         rows = self.rows_of_layers(rows_per_sample)
         ranks = None if process_group is None else rank_group(process_group)
         channels = {name: layer.num_features for name, layer in self.layers.items()}
-        before = [(layer, _settings(layer)) for layer in self.layers.values()]
+        before = [
+            (layer, {n: getattr(layer, n) for n in _Settings._fields} if isinstance(layer, GhostNorm) else None)
+            for layer in self.layers.values()
+        ]
         for number, (name, layer) in enumerate(self.layers.items()):
             group = ranks and ranks.for_layer(number, channels)
-            _set(layer, _Settings(ghost_batch_size, running_stats, grouping, rows[name], group))
+            _set(layer, _Settings(ghost_batch_size, running_stats, grouping, rows[name], group)._asdict())
 
         def undo() -> None:
             for layer, settings in before:
@@ -188,7 +186,8 @@ def plan_ghost_batchnorm(module: nn.Module, skip: Skip | Iterable[Skip] = ()) ->
         else:
             layers[name] = layer
     for inner, aliases in hidden.items():
-        hits = [rule for rule in rules if not _is_predicate(rule) and any(_matches(rule, n, inner) for n in aliases)]
+        kinds = [rule for rule in rules if isinstance(rule, str | type)]  # and no functions of BatchNorm layers
+        hits = [rule for rule in kinds if any(_matches(rule, name, inner) for name in aliases)]
         used.update(rule for rule in hits if isinstance(rule, str))
         if hits:
             skipped.append(aliases[0])
@@ -307,10 +306,6 @@ def _rules(skip: Skip | Iterable[Skip]) -> list[Skip]:
     return rules
 
 
-def _is_predicate(rule: Skip) -> bool:
-    return not isinstance(rule, str | type)
-
-
 def _matches(rule: Skip, name: str, layer: nn.Module) -> bool:
     if isinstance(rule, str):
         return name == rule or name.startswith(f"{rule}.") or fnmatchcase(name, rule)
@@ -333,14 +328,10 @@ def _cannot(layer: BatchNormBase) -> str | None:
     return None
 
 
-def _settings(layer: BatchNormBase) -> _Settings | None:
-    return _Settings(*(getattr(layer, name) for name in _Settings._fields)) if isinstance(layer, GhostNorm) else None
-
-
-def _set(layer: BatchNormBase, settings: _Settings) -> None:
+def _set(layer: BatchNormBase, settings: Mapping[str, Any]) -> None:
     if not isinstance(layer, GhostNorm):
         layer.__class__ = ghost_class(type(layer))
-    vars(layer).update(settings._asdict())
+    vars(layer).update(settings)
 
 
 def _revert(layer: BatchNormBase) -> None:

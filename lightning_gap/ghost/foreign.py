@@ -41,11 +41,7 @@ def class_of(plain: type[BatchNormBase], base: type[Layer], prefix: str) -> type
 def normalizing_by(
     normalization: Normalization, layer: Any, forward: Callable[[Tensor], Tensor], input: Tensor
 ) -> Tensor:
-    """Call a layer's own forward, and have another normalization where it calls ``batch_norm`` in training.
-
-    Raises:
-        RuntimeError: If it makes no such call.
-    """
+    """Call a layer's own forward, and have another normalization where it calls ``batch_norm`` in training."""
     updates = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
     redirected: list[bool] = []  # no attribute of the mode: compilers lose those
     with _Redirecting(normalization, layer, updates, redirected):

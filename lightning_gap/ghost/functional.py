@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.ghost.kernels import Maybe, Run, normalize, normalize_over_ranks
-from lightning_gap.ghost.transforms import looks_into_operations
+from lightning_gap.ghost.kernels import Maybe, Run, looks_into_operations, normalize, normalize_over_ranks
 from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
@@ -27,12 +26,7 @@ _RUNNING_STATS, _GROUPINGS = get_args(RunningStats), get_args(Grouping)
 
 
 def check_settings(ghost_batch_size: object, running_stats: object, grouping: object) -> None:
-    """Raise unless the three arguments that describe ghost batches are usable.
-
-    Raises:
-        TypeError: If ``ghost_batch_size`` is not an int.
-        ValueError: If a value is out of range.
-    """
+    """Raise unless the three arguments that describe ghost batches are usable."""
     what = "the samples that share statistics, in the paper the small batch size, 128"
     check_integer("ghost_batch_size", ghost_batch_size, what=what)
     check_choice("running_stats", running_stats, _RUNNING_STATS)
@@ -40,12 +34,7 @@ def check_settings(ghost_batch_size: object, running_stats: object, grouping: ob
 
 
 def check_rows_per_sample(rows_per_sample: object) -> None:
-    """Raise unless ``rows_per_sample`` is a positive int.
-
-    Raises:
-        TypeError: If it is not an int.
-        ValueError: If it is below 1.
-    """
+    """Raise unless ``rows_per_sample`` is a positive int."""
     check_integer("rows_per_sample", rows_per_sample, what="the rows of a layer's input that are one sample")
 
 

@@ -95,21 +95,12 @@ class GhostNorm(BatchNormBase):
             input, self.running_mean if tracks else None, self.running_var if tracks else None, self.weight, self.bias
         )
 
-    def _over_ghosts(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def _over_ghosts(self, input: Tensor, running_mean: Tensor | None, *others: Tensor | None) -> Tensor:
         rows = self.rows_per_sample
         return ghost_batch_norm(
             input,
             running_mean,
-            running_var,
-            weight,
-            bias,
+            *others,
             ghost_batch_size=self.ghost_batch_size,
             momentum=self.momentum,
             eps=self.eps,
@@ -198,9 +189,6 @@ def ghost_class(plain: type[BatchNormBase]) -> type[GhostNorm]:
 
     Lazy layers, layers that wrappers have subclassed (parametrizations, sharding) and users' subclasses
     get a class of their own, so that a converted layer is still what it was.
-
-    Args:
-        plain: A BatchNorm class.
 
     Example:
         >>> ghost_class(nn.BatchNorm2d) is GhostBatchNorm2d

@@ -20,12 +20,7 @@ class GhostsOverRanks:
     def of(
         cls, sizes: Sequence[int], ghost_batch_size: int, together: int | Literal["auto"], *, strided: bool = False
     ) -> "GhostsOverRanks":
-        """Let a ghost reach into so many ranks; ``"auto"`` for as many as fill it, 1 if no equal share of them does.
-
-        Example:
-            >>> GhostsOverRanks.of([32] * 8, 128, "auto").together
-            4
-        """
+        """Let a ghost reach into so many ranks; ``"auto"`` for as many as fill it, 1 if no equal share of them does."""
         if together == "auto":
             together = 1
             for size in range(2, len(sizes) + 1) if min(sizes) < ghost_batch_size and all(sizes) else ():
@@ -42,12 +37,7 @@ class GhostsOverRanks:
         return range(len(self.sizes) // self.together) if self.strided else range(0, len(self.sizes), self.together)
 
     def describe(self) -> str:
-        """Return how the ghosts lie, in words.
-
-        Example:
-            >>> GhostsOverRanks([80], 32).describe()
-            '2 on each of 1 ranks, and one of 16 samples'
-        """
+        """Return how the ghosts lie, in words."""
         ranks = len(self.sizes)
         if self.together > 1:
             return f"{ranks // self.together}, each over {self.together} ranks"

@@ -105,11 +105,7 @@ def recalibrate_batchnorm(
 def average_statistics(
     module: nn.Module, layers: Sequence[BatchNormBase], batches: Iterable[Any], run: Callable[[Any, int], Any]
 ) -> None:
-    """Give BatchNorm layers the plain averages of their statistics over batches; collective.
-
-    Raises:
-        ValueError: If there is no batch. After an error the statistics are those of before.
-    """
+    """Give BatchNorm layers plain averages of their statistics over batches; undone on an error; collective."""
     modes = {submodule: submodule.training for submodule in module.modules()}
     before = [
         (layer, layer.momentum, {k: b.clone() for k, b in layer.named_buffers(recurse=False)}) for layer in layers

@@ -11,19 +11,10 @@ __all__ = ["BatchRows", "samples_in"]
 
 
 class BatchRows:
-    r"""The rows that a sample has in the inputs of layers, from the number of samples of the batch that runs.
+    """The rows of a sample in the inputs of layers: k where an input has kB rows in a batch of B ``samples``.
 
-    Where a layer's input has :math:`k B` rows for a batch of B samples, a sample has k of them. A copy of a layer
-    shares this object, and a pickle of it holds 1.
-
-    Args:
-        fixed: What is answered whatever the batch, or None.
-
-    Attributes:
-        samples: Samples in the batch that runs, None where that is not known.
-        watching: Whether to keep what each layer is answered.
-        seen: What each layer has been answered.
-        unfit: Layers whose rows are no multiple of the samples, with rows and samples.
+    While ``watching`` what each layer is answered is ``seen``; ``unfit`` are layers whose rows are no multiple, with
+    rows and samples. A copy of a layer shares this object, and a pickle of it holds 1.
 
     Example:
         >>> rows, layer = BatchRows(), nn.BatchNorm1d(4)
@@ -66,8 +57,7 @@ class BatchRows:
 def samples_in(batch: Any) -> int | None:
     """Return how many samples a batch has, None where it cannot be told.
 
-    They are the length of the first dimension, if all tensors in the batch agree on it, or else of the batch's members,
-    tensors and lists, if these agree.
+    They are the length of the first dimension, if all tensors agree on it, or else of the batch's members, if these do.
 
     Example:
         >>> samples_in({"image": torch.zeros(8, 3), "boxes": [torch.zeros(n, 4) for n in range(8)]})

@@ -24,11 +24,7 @@ __all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "s
 
 
 def step_of(module: LightningModule) -> Callable[[Any, int], Any]:
-    """Return a module's training step as a function of a batch and its number.
-
-    Raises:
-        ValueError: If the step is none: with manual optimization it would train.
-    """
+    """Return a module's training step as a function of batch and number; a manual one, which trains, is refused."""
     if not module.automatic_optimization:
         raise ValueError(
             f"the training_step of {type(module).__name__} makes updates itself (manual optimization), so statistics "

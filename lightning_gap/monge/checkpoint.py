@@ -29,14 +29,9 @@ _PACKAGES = ("torch.optim.", "lightning_gap.")
 _FACE = "lightning_gap.monge"
 # Arguments that a map keeps as they were given.
 _AS_THEY_ARE = (
-    "conservative_weight",
-    "conservative_probes",
-    "lr_scheduler_monitor",
-    "global_batch",
-    "condition_names",
-    "feature_names",
-    "condition_range",
-)
+    "conservative_weight", "conservative_probes", "lr_scheduler_monitor", "global_batch", "condition_names",
+    "feature_names", "condition_range",
+)  # fmt: skip
 _OF_WHOM = " or ".join(package[:-1] for package in _PACKAGES)
 # And of these what a map is made of: others may read or write files when they are made.
 _KINDS = (nn.Module, Optimizer, LRScheduler, Anneal)
@@ -64,12 +59,7 @@ def describe(thing: Any) -> dict[str, Any] | None:
 
 
 def build(argument: str, description: Any) -> Any:
-    """Return what was described; anything that is no description is returned as it is.
-
-    Raises:
-        ValueError: The class is not one of this package's or of ``torch.optim``'s, is no network, optimizer or
-            schedule, or its arguments are no plain Python or describe further objects.
-    """
+    """Return what was described, if it is of this package or ``torch.optim``; what is no description as it is."""
     if not isinstance(description, Mapping):
         return description
     if "class_path" not in description:
@@ -123,10 +113,7 @@ def build_cost(argument: str, cost: Any) -> Cost:
 
 
 def described_map(net: nn.Module | None) -> dict[str, Any] | None:
-    """Return what a network is made from; ``None`` for one of the user's own.
-
-    That one is asked for when its weights are there: see ``MongeMap.on_load_checkpoint``.
-    """
+    """Return what a network is made from; ``None`` for one of the user's own, asked for when its weights are there."""
     described = describe(net)
     return described if described is not None and "class_path" in described else None
 

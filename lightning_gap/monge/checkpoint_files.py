@@ -53,12 +53,7 @@ class SafelyLoaded(LightningModule):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint of a :class:`MongeMap` holds, on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, holds more than tensors and plain Python, or is no such checkpoint.
-    """
+    """Return what a checkpoint of a :class:`MongeMap` holds, on the CPU, or raise ``ValueError`` where it is none."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"the checkpoint {str(path)!r} is a folder: name the .ckpt file in it")
@@ -73,10 +68,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _arguments_of(file: str | Path | IO[bytes], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with which Lightning is to make a map from a checkpoint, whose hyperparameters are checked.
-
-    Of a file on this machine the tensors are not read.
-    """
+    """Return the arguments to make a map with, hyperparameters checked; of a local file no tensor is read."""
     checkpoint = None
     if not isinstance(file, str | Path):
         start = file.tell()

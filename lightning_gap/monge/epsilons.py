@@ -28,9 +28,8 @@ FITTING, GAP, STARTED = "fitting_epsilon", "gap_epsilon", "started"
 class KeptEpsilons:
     """Both epsilons of a map, and whether it has started, as numbers on the host.
 
-    Buffers of the module, by which every strategy's checkpoints hold them, are read when a run is set up or a state is
-    loaded. In between the numbers go before: callbacks that average weights average buffers too, and exchange them in
-    validation.
+    Buffers, which every strategy's checkpoints hold, are read when a run is set up or a state is loaded. In between the
+    numbers go before: callbacks that average weights average buffers too, and exchange them in validation.
     """
 
     def __init__(self, model: "MongeMap", fitting: Epsilon, gap: Epsilon) -> None:
@@ -94,9 +93,6 @@ class KeptEpsilons:
 
         Once, so that the loss does not change under the optimizer's feet: what has been decided is only compared, where
         these are all training samples (``again``) and not a batch, and what differs is warned of.
-
-        Raises:
-            ValueError: One that is needed cannot be decided.
         """
         if all(epsilon.absolute is not None for epsilon in self.given.values()):
             return

@@ -51,8 +51,8 @@ class MapFigure(Callback):
         theme: ``"light"`` or ``"dark"``.
 
     Raises:
-        TypeError: ``samples`` is no pair.
-        ValueError: ``every_n_validations`` is not a positive integer.
+        TypeError: ``samples`` is no pair, or ``every_n_validations`` no integer.
+        ValueError: ``every_n_validations`` is not positive.
         ModuleNotFoundError: When it is set up: Matplotlib is not installed.
 
     Example:

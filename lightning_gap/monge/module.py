@@ -271,12 +271,7 @@ class MongeMap(SafelyLoaded):
 
     @override
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map encoded ``(n, d)`` samples to ``(n, d)`` samples, differentiably.
-
-        Args:
-            x: ``(n, d)`` samples.
-            condition: ``(n,)`` labels or ``(n, p)`` vectors, for a conditional map.
-        """
+        """Map encoded ``(n, d)`` samples, under their conditions if the map is conditional, differentiably."""
         return mapped(self.map, x, condition)
 
     def transport(

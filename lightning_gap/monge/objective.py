@@ -10,9 +10,10 @@ from torch import Tensor
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.energy import energy_distance
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon
 from lightning_gap.monge.ot.options import SolverOptions
-from lightning_gap.monge.ot.problem import Problem
-from lightning_gap.monge.ot.terms import divergence_problem, gap_problem, solve_terms
+from lightning_gap.monge.ot.problem import Problem, checked_problem
+from lightning_gap.monge.ot.terms import solve_terms
 from lightning_gap.monge.ot.unbalanced import normalized, unbalanced_weights
 
 __all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms"]
@@ -36,16 +37,7 @@ class ObjectiveTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class MapObjective:
-    r"""The terms that a map T is trained by (Uscidda and Cuturi 2023, section 3).
-
-    .. math::
-        \Delta(T\sharp\mu, \nu) \quad\text{and}\quad M^c_{\rho, \varepsilon}(T)
-
-    See :class:`MongeMap` for the fields; ``options`` are the solver's.
-
-    Raises:
-        ValueError: A choice is not known, or two do not go together.
-    """
+    """The terms that a map is trained by (Uscidda and Cuturi 2023, section 3); see :class:`MongeMap` for the fields."""
 
     cost: Cost
     fitting_cost: Cost
@@ -93,10 +85,6 @@ class MapObjective:
 
         Weights have any positive sum; ``reference`` are further samples and their images, for ``gap_on``. Epsilons that
         are ``None`` are 5 % and 1 % of the mean cost.
-
-        Raises:
-            ValueError: A cost is not defined at some samples.
-            FloatingPointError: A problem cannot be solved.
         """
         many, options = source.dim() == 3, self.options
         each: list[list[Any]] = [
@@ -107,25 +95,27 @@ class MapObjective:
         regularizing: list[Problem] = []
         other: list[Tensor] = []
         soft = None if self.reweight else self.rho
-        how: dict[str, Any] = {"cost": self.fitting_cost, "epsilon": fitting_epsilon}
+        near: dict[str, Any] = {"epsilon": Epsilon.given(options, fitting_epsilon, FITTING_SHARE), "check": False}
+        far: dict[str, Any] = {"epsilon": Epsilon.given(options, gap_epsilon, GAP_SHARE), "check": False}
+        how: dict[str, Any] = {"cost": self.fitting_cost, "epsilon": fitting_epsilon, "solver": options.solver}
         for x, t, y, a, b, r, tr in zip(*each, strict=True):
             if self.reweight:
-                a, b = unbalanced_weights(x, y, rho=self.rho, weights=(a, b), solver=options.solver, **how)
+                a, b = unbalanced_weights(x, y, rho=self.rho, weights=(a, b), **how)
             a, b = normalized(a), normalized(b)
             if self.fitting_loss == "sinkhorn":
                 for name, points in (("mapped", t), ("target", y)):
                     self.fitting_cost.check_domain(name, points)
-                fitting.append(divergence_problem(t, y, (a, b), options, rho=soft, check=False, **how))
+                fitting.append(checked_problem(t, y, (a, b), cost=self.fitting_cost, rho=soft, **near))
             elif self.fitting_loss == "energy":
                 other.append(energy_distance(t, y, weights=(a, b)))
             else:
                 weighted = {} if a is None and b is None else {"weights": (a, b)}
                 other.append(self.fitting_loss(t, y, **weighted))
             if with_gap:
-                where = self._gap_samples(x, t, a, r, tr)
-                for name, points in (("source", where[0]), ("mapped", where[1])):
+                s, image, w = self._gap_samples(x, t, a, r, tr)
+                for name, points in (("source", s), ("mapped", image)):
                     self.cost.check_domain(name, points)
-                regularizing.append(gap_problem(*where, options, cost=self.cost, epsilon=gap_epsilon, check=False))
+                regularizing.append(checked_problem(s, image, [w], cost=self.cost, paired=True, **far))
         terms = solve_terms(fitting, regularizing, options, silent=True)
         loss = torch.stack(terms.divergences or other).mean()
         gap = torch.stack(terms.gaps).mean() if with_gap else None

@@ -47,7 +47,7 @@ def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *
             f"cost={str(cost)!r}: give cost={str(made_for)!r}, or gap_weight=0, or another map such as ResidualMLP"
         )
     flat = _is_of_the_package(cost) and not isinstance(cost, Geodesic)  # a cost of your own may be one on the sphere
-    if on_sphere and flat and share_optimal_maps(cost, Cosine(), dim, _on_sphere) is False:
+    if on_sphere and flat and share_optimal_maps(cost, Cosine(), dim, partial(normalize, dim=-1)) is False:
         rank_zero_warn(
             f"SphereMap moves points along the sphere, and cost={str(cost)!r} is not one on the sphere: give "
             "cost='geodesic' or 'cosine' if the gap is to be that of the sphere"
@@ -92,9 +92,8 @@ def share_optimal_maps(
 ) -> bool | None:
     r"""Return whether two costs have the same optimal maps, for they are :math:`a\,c(x, y) + f(x) + g(y)` of another.
 
-    Decided by :math:`c(x, y) + c(x', y') - c(x, y') - c(x', y)`, which must be proportional, at some points.
-
-    ``None`` where a cost cannot be evaluated at such points; ``to_domain`` takes them to where both costs are defined.
+    Decided at some points, which ``to_domain`` takes to where both are defined, by cross differences, which must be
+    proportional; ``None`` where a cost cannot be evaluated there.
     """
     if cost == other:
         return True
@@ -121,15 +120,8 @@ def _is_of_the_package(cost: Cost) -> bool:
     return not isinstance(cost, CallableCost) and type(cost).__module__.startswith("lightning_gap.")
 
 
-def _on_sphere(points: Tensor) -> Tensor:
-    return normalize(points, dim=-1)
-
-
 def refuse_learned_cost(name: str, cost: Cost, points: Tensor | None = None) -> None:
-    """Refuse a cost with parameters that would be trained: the gap over them is least where the cost is 0.
-
-    It is tried at a point, where there are some, and else only searched for parameters.
-    """
+    """Refuse a cost with parameters that require a gradient, seen at a point or, without one, by a search."""
     if _is_of_the_package(cost):
         return
     if points is None:

@@ -18,11 +18,7 @@ _SINGLE = torch.float32.itemsize
 
 
 class TrainingLog:
-    """The values of the last training step.
-
-    They are where ``LightningModule.log`` would put them, which would take a fifth of a step of 256 samples: it
-    describes each value anew, and moves what it knows of it to its device.
-    """
+    """The values of the last training step, where ``LightningModule.log`` would put them, but much sooner."""
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}

@@ -11,8 +11,7 @@ from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.samples.batches import UnpairedBatch
-from lightning_gap.monge.samples.draws import FiniteSamples, Turn
-from lightning_gap.monge.samples.splits import generator
+from lightning_gap.monge.samples.draws import FiniteSamples, Turn, generator
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.signs import not_converged
 from lightning_gap.ranks.group import RankGroup

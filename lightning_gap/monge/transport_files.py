@@ -18,7 +18,7 @@ from lightning_gap.monge.samples.files.read import open_file
 from lightning_gap.monge.samples.files.table import Reading, Table, as_texts
 from lightning_gap.monge.samples.files.write import Output
 
-__all__ = ["load_map", "transport_file"]
+__all__ = ["load_map", "transport_blocks", "transport_file"]
 
 # The condition of each row of a block, or one for all.
 Conditions = Callable[[Table], Tensor | None]
@@ -52,7 +52,6 @@ def transport_file(
     condition: str | None = None,
     columns: Sequence[str] | None = None,
     batch_size: int = 8192,
-    block_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> int:
@@ -76,12 +75,11 @@ def transport_file(
             columns of numbers that ``condition`` does not name. Names that the map does not know stand for its
             features by place.
         batch_size: Rows that go through the network at once.
-        block_size: Rows that are read and written at once; by default some that take 16 MiB in single precision.
         overwrite: Whether to replace a file that exists.
         progress: Called with the number of rows done, and of all where it is known.
 
     Returns:
-        The number of table.
+        The number of rows.
 
     Raises:
         FileExistsError: The output exists.
@@ -97,8 +95,25 @@ def transport_file(
         10000000
     """
     check_integer("batch_size", batch_size)
-    if block_size is not None:
-        check_integer("block_size", block_size)
+    return transport_blocks(
+        model, source, output, condition=condition, columns=columns, batch_size=batch_size, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
+
+
+def transport_blocks(
+    model: MongeMap,
+    source: str | Path,
+    output: str | Path,
+    *,
+    condition: str | None = None,
+    columns: Sequence[str] | None = None,
+    batch_size: int = 8192,
+    block_size: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> int:
+    """Do what :func:`transport_file` does, ``block_size`` rows at once: by default what takes 16 MiB in float32."""
     labels = [] if condition is None or place_of(condition, _known(model)) is not None else _words(model, condition)
     reading = Reading(columns, labels=labels, wanted=model.feature_names, texts_pass=columns is None)
     table = open_file("IN", str(source), reading)

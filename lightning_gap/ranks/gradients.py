@@ -10,10 +10,6 @@ def gradient_values(gradient: Tensor) -> Tensor:
     """Return the numbers of a gradient, each element once: of a sparse one those that it holds, the others being zero.
 
     Sparse ones, as of ``nn.Embedding(sparse=True)``, may name a row twice; the gradient itself is left as it is.
-
-    Example:
-        >>> gradient_values(torch.sparse_coo_tensor([[3, 3]], [1.0, 2.0], (5,), check_invariants=True))
-        tensor([3.])
     """
     if gradient.layout is torch.strided:
         return gradient

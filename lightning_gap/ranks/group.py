@@ -30,10 +30,8 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of ``value`` over all processes, detached; ``value`` itself where there is one process."""
-    value = value.detach()
-    if not is_distributed() or dist.get_world_size() == 1:
-        return value
-    return torch.div(sum_over_ranks(value), dist.get_world_size())
+    ranks = dist.get_world_size() if is_distributed() else 1
+    return value.detach() if ranks == 1 else torch.div(sum_over_ranks(value), ranks)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

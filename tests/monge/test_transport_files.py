@@ -12,7 +12,7 @@ from lightning_gap import MongeMap
 from lightning_gap.cli import main
 from lightning_gap.monge import ConditionalMap, ResidualMLP
 from lightning_gap.monge.samples.standardize import AffineRepresentation
-from lightning_gap.monge.transport_files import load_map, transport_file
+from lightning_gap.monge.transport_files import load_map, transport_blocks, transport_file
 
 N = 23
 
@@ -54,7 +54,7 @@ def model():
 
 def run(model, source, output, **options):
     """Map in blocks of eight rows, so that a file has several."""
-    return transport_file(model, source, output, batch_size=8, block_size=8, **options)
+    return transport_blocks(model, source, output, batch_size=8, block_size=8, **options)
 
 
 def images(model, x, condition=None):
@@ -243,16 +243,15 @@ def test_what_fails_midway_leaves_nothing(model, x):
     assert sorted(os.listdir()) == ["in.npy", "out.npy"]
 
 
-@pytest.mark.parametrize("name", ["batch_size", "block_size"])
-def test_sizes_are_checked_before_anything_is_read(model, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        transport_file(model, "none.npy", "out.npy", **{name: 0})
+def test_sizes_are_checked_before_anything_is_read(model):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        transport_file(model, "none.npy", "out.npy", batch_size=0)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 8, 23, 1000, None])
 def test_blocks_of_any_size_give_the_same_images(model, x, block_size):
     np.save("in.npy", x)
-    assert transport_file(model, "in.npy", "out.npy", block_size=block_size) == N
+    assert transport_blocks(model, "in.npy", "out.npy", block_size=block_size) == N
     assert np.allclose(np.load("out.npy"), images(model, x), atol=1e-6)
 
 

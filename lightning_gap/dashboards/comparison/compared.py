@@ -1,6 +1,7 @@
 """Runs beside each other: their tables, curves and pictures, in which each keeps its colour."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,12 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gap.dashboards import figures
-from lightning_gap.dashboards.comparison.names import better, short
 from lightning_gap.dashboards.report import Figure, Gallery, Legend
 from lightning_gap.dashboards.runs import Run
 from lightning_gap.dashboards.table import Column, ResultTable, Row
 
-__all__ = ["MOST_COLUMNS", "Compared", "as_float", "count", "curve"]
+__all__ = [
+    "DIFFUSION",
+    "HELD_OUT",
+    "MONGE",
+    "MOST_COLUMNS",
+    "REGIME",
+    "TRAINING",
+    "Compared",
+    "as_float",
+    "better",
+    "count",
+    "curve",
+    "result_metrics",
+    "short",
+]
 
 MOST_COLUMNS = 6
 _MOST_POINTS = 400
@@ -22,12 +36,7 @@ _MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Compared:
-    """Some of the runs.
-
-    Args:
-        runs: In order.
-        numbers: The number of each run's colour and dashes, by its name; the same in all figures.
-    """
+    """Some of the runs, in order, and the number of each one's colour and dashes, the same in all figures."""
 
     runs: Sequence[Run]
     numbers: Mapping[str, int]
@@ -56,13 +65,7 @@ class Compared:
 
     def table(self, title: str, columns: Mapping[str, Sequence[Any] | tuple[Sequence[Any], Any]], caption: str
               ) -> ResultTable:  # fmt: skip
-        """Return a table of one row a run.
-
-        Args:
-            title: Of the table.
-            columns: For each name its values; or these, and which of them is the best. A column of nothing is left out.
-            caption: Of the table.
-        """
+        """Return a table of one row a run: of values by column, or these and which is the best. Empty columns go."""
         pairs = {name: each if isinstance(each, tuple) else (each, None) for name, each in columns.items()}
         shown = {name: each for name, each in pairs.items() if any(value is not None for value in each[0])}
         heads = [
@@ -108,10 +111,7 @@ class Compared:
 
 
 def curve(run: Run, key: str) -> figures.Curve:
-    """Return a metric of a run as a line of at most 400 points, the first and the last among them.
-
-    What lies between is the mean of several.
-    """
+    """Return a metric as a line of at most 400 points, the first and the last among them, and means between."""
     series = run.metrics.get(key, np.zeros((0, 2)))
     series = _thinned(series[np.isfinite(series).all(1)])
     return figures.Curve(run.name, series[:, 0], series[:, 1], figures.INK)
@@ -144,3 +144,43 @@ def as_float(value: Any) -> float | None:
 def count(number: int, noun: str) -> str:
     """Return a number of things in words."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+REGIME, DIFFUSION, MONGE = (f"lightning_gap/{room}/" for room in ("regime", "diffusion", "monge"))
+HELD_OUT = re.compile(r"(?:^|[_/.-])(?:val|valid|validation|test|eval)(?:[_/.-]|$)|^(?:val|test)")
+TRAINING = re.compile(r"(^|[_/.-])train(ing)?([_/.-]|$)")
+# Words in the names of metrics, and whether more of it is better.
+_MORE = re.compile(r"acc|auc|auroc|f1|precision|recall|r2|cosine|iou|dice|bleu|score|correlation")
+_LESS = re.compile(r"loss|error|err\b|rmse|mse|mae|nll|perplexity|divergence|gap|distance|wasserstein|unexplained|fid")
+# What is logged beside the metrics.
+_BESIDE = re.compile(r"^(epoch|hp_metric|lr-.*|step)$")
+
+
+def better(metric: str) -> Literal["max", "min"] | None:
+    """Return whether more or less of a metric is better, by the words in its name; None where these do not tell.
+
+    Args:
+        metric: The key it is logged under.
+
+    Example:
+        >>> better("val_accuracy"), better("lightning_gap/monge/val_monge_gap"), better("val_temperature")
+        ('max', 'min', None)
+    """
+    name = metric.rpartition("/")[2].lower()
+    return "max" if _MORE.search(name) else "min" if _LESS.search(name) else None
+
+
+def result_metrics(runs: Sequence[Run]) -> list[str]:
+    """Return the metrics of the users' own modules: those on held-out data first, and then those with a best.
+
+    Args:
+        runs: The runs.
+    """
+    keys = {key for run in runs for key in run.metrics}
+    own = [key for key in keys if not key.startswith("lightning_gap/") and not _BESIDE.match(key)]
+    return sorted(own, key=lambda key: (not HELD_OUT.search(key), better(key) is None, better(key) != "max", key))
+
+
+def short(key: str) -> str:
+    """Return a key without the package's prefix."""
+    return re.sub(r"^lightning_gap/\w+/", "", key)

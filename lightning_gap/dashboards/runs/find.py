@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_gap.dashboards.runs.csv import CSV
+from lightning_gap.dashboards.runs.csv import CSV, TRACE
 from lightning_gap.dashboards.runs.mlflow import MLFLOW
 from lightning_gap.dashboards.runs.run import Format, Run, RunError
 from lightning_gap.dashboards.runs.tensorboard import TENSORBOARD
-from lightning_gap.dashboards.runs.trace import TRACE
 from lightning_gap.dashboards.runs.wandb import WANDB
 
 __all__ = ["FORMATS", "find_runs", "read_runs"]

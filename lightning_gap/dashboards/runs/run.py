@@ -60,21 +60,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Format:
-    """The files of one logger.
+    """The files of one logger."""
 
-    Args:
-        kind: What a table calls it.
-        pattern: Of the name of a file by which a folder is known as such a run.
-        read: From such a folder to the run.
-        whole: Whether a run has a name of its own, and all that lies below its folder.
-        known: What else must be true of the folder.
-    """
-
-    kind: str
-    pattern: str
-    read: Callable[[Path], Run]
-    whole: bool = False
-    known: Callable[[Path], bool] = lambda folder: True
+    kind: str  # what a table calls it
+    pattern: str  # of the name of a file by which a folder is known as such a run
+    read: Callable[[Path], Run]  # from such a folder to the run
+    whole: bool = False  # a run has a name of its own, and all that lies below its folder
+    known: Callable[[Path], bool] = lambda folder: True  # what else must be true of the folder
 
     def holds(self, folder: Path, names: Sequence[str]) -> bool:
         """Return whether a folder, of whose files the names are given, is a run of this kind."""

@@ -9,7 +9,8 @@ differentiation. Ghosts that span ranks are kernels of their own, with one colle
 """
 
 from lightning_gap.ghost.kernels.dispatch import normalize
+from lightning_gap.ghost.kernels.formula import looks_into_operations
 from lightning_gap.ghost.kernels.layout import Limits, Maybe, Run
 from lightning_gap.ghost.kernels.over_ranks import normalize_over_ranks
 
-__all__ = ["Limits", "Maybe", "Run", "normalize", "normalize_over_ranks"]
+__all__ = ["Limits", "Maybe", "Run", "looks_into_operations", "normalize", "normalize_over_ranks"]

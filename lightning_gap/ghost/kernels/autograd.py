@@ -8,12 +8,11 @@ from torch import Tensor
 
 from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.as_channels import AS_CHANNELS, gradients_as_channels
-from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula
+from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula, looks_into_operations
 from lightning_gap.ghost.kernels.layout import LIMITS, Kernel, Limits, Maybe, Run, Tables
 from lightning_gap.ghost.kernels.native import positions_as_channels
 from lightning_gap.ghost.kernels.one_by_one import ONE_BY_ONE
 from lightning_gap.ghost.kernels.side_by_side import SIDE_BY_SIDE
-from lightning_gap.ghost.transforms import looks_into_operations
 
 __all__ = ["forward_over_ghosts", "gradients_over_ghosts", "over_ghosts", "where_wanted"]
 

@@ -1,16 +1,15 @@
 """Which way a batch is normalized: by the eager kernels, by one operator of a compiled graph, or by the formula."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gap.ghost.kernels import layout
-from lightning_gap.ghost.kernels.autograd import over_ghosts
-from lightning_gap.ghost.kernels.formula import formula
-from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized, Run
-from lightning_gap.ghost.kernels.operator import ghost_norm
-from lightning_gap.ghost.transforms import looks_into_operations
+from lightning_gap.ghost.kernels.autograd import forward_over_ghosts, gradients_over_ghosts, over_ghosts, where_wanted
+from lightning_gap.ghost.kernels.formula import formula, looks_into_operations
+from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized, Run, Tables
 
 __all__ = ["normalize"]
 
@@ -18,18 +17,9 @@ __all__ = ["normalize"]
 def normalize(
     x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits = LIMITS
 ) -> Normalized:
-    """Normalize each ghost of ``x`` by its own statistics.
+    """Normalize each ghost of ``x``, (N, C) or (N, C, ...), by its own statistics; graphs take the default limits.
 
-    Args:
-        x: (N, C) or (N, C, ...).
-        weight: (C,) or None.
-        bias: (C,) or None.
-        eps: Added to the variance.
-        runs: The partition, which covers the batch in order.
-        limits: Where one way of computing becomes faster than another; graphs of compilers take no others.
-
-    Returns:
-        The output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
+    Returns the output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
     opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
     traced = torch.compiler.is_compiling() and not opaque
@@ -49,7 +39,7 @@ def normalize(
     weight, bias = layout.in_statistics_dtype(x, weight, bias)
     if opaque:
         numbers = [number for run in runs for number in (run.start, run.stop, run.ghosts, int(run.strided))]
-        y, mean, var, _ = ghost_norm(layout.dense(x), weight, bias, eps, numbers)
+        y, mean, var, _ = _ghost_norm(layout.dense(x), weight, bias, eps, numbers)
         return y, mean.detach(), var.detach()
     y, mean, var, _ = over_ghosts(layout.dense(x), weight, bias, eps, runs, limits)
     return y, mean, var
@@ -58,3 +48,64 @@ def normalize(
 def _with_rest(ghosts: Tensor, rest: Tensor) -> Tensor:
     samples = ghosts.flatten(0, 1)
     return torch.cat((samples, rest)) if len(rest) else samples
+
+
+# The eager kernels as one operator for torch.compile, whose own CPU code for the statistics of images takes longer.
+# Schemas are written out: what annotations they can be inferred from differs among torch's versions.
+@torch.library.custom_op(
+    "lightning_gap::ghost_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt[] runs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _ghost_norm(
+    x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalize as :func:`forward_over_ghosts` does, a run being four numbers of ``runs``."""
+    y, mean, var, invstd = forward_over_ghosts(x, weight, bias, eps, _runs_of(runs))
+    return y, mean, var, invstd
+
+
+@_ghost_norm.register_fake
+def _(x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, var, invstd = (x.new_empty(sum(runs[2::4]), x.shape[1], dtype=layout.statistics_dtype(x)) for _ in range(3))
+    return torch.empty_like(x), mean, var, invstd
+
+
+@torch.library.custom_op(
+    "lightning_gap::ghost_norm_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad_y, Tensor? weight, Tensor mean, Tensor invstd, SymInt[] runs, bool wanted)"
+    " -> (Tensor, Tensor)",
+)
+def _ghost_norm_backward(
+    x: Tensor, grad_y: Tensor, weight: Maybe, mean: Tensor, invstd: Tensor, runs: list[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, total = gradients_over_ghosts(x, grad_y, weight, Tables(mean, mean, invstd), _runs_of(runs), wanted)
+    return x.new_empty(0) if grad_x is None else grad_x, total
+
+
+@_ghost_norm_backward.register_fake
+def _(
+    x: Tensor, grad_y: Tensor, weight: Maybe, mean: Tensor, invstd: Tensor, runs: list[int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if wanted else x.new_empty(0), mean.new_empty(2, x.shape[1])
+
+
+def _runs_of(runs: list[int]) -> list[Run]:
+    return [Run(runs[i], runs[i + 1], runs[i + 2], bool(runs[i + 3])) for i in range(0, len(runs), 4)]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, ctx.runs = inputs
+    _, mean, _, invstd = output
+    ctx.save_for_backward(x, weight, mean, invstd)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Maybe, ...]:
+    x, weight, mean, invstd = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
+    grad_x, total = _ghost_norm_backward(x, grad_y, weight, mean, invstd, ctx.runs, wanted)
+    return grad_x if wanted else None, *where_wanted(ctx, total), None, None
+
+
+_ghost_norm.register_autograd(_backward, setup_context=_remember)

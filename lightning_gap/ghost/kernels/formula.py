@@ -9,8 +9,14 @@ from torch import Tensor
 
 from lightning_gap.ghost.kernels.layout import Maybe, Normalized, Run, statistics_dtype
 from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.internals.of_torch import is_batched, transforms_run
 
-__all__ = ["formula", "formula_over_ranks", "gradients_of_formula", "refuse_one_value"]
+__all__ = ["formula", "formula_over_ranks", "gradients_of_formula", "looks_into_operations", "refuse_one_value"]
+
+
+def looks_into_operations(gradient: Tensor | None = None) -> bool:
+    """Return whether a transform of ``torch.func``, forward-mode or batched differentiation follows each operation."""
+    return transforms_run() or (gradient is not None and is_batched(gradient))
 
 
 def formula(x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run]) -> Normalized:

@@ -57,9 +57,8 @@ class Tables(NamedTuple):
 class Kernel(NamedTuple):
     """How to normalize a run.
 
-    ``forward(run, x, y, weight, bias, eps, tables, limits)`` fills ``y`` and the tables. ``backward(run, x, grad_y,
-    weight, tables, out, limits)`` fills ``out``, if given, with the gradient of x, and returns those of weight and
-    bias, (2, C).
+    ``forward`` fills ``y`` and the tables. ``backward(run, x, grad_y, weight, tables, out, limits)`` fills ``out``, if
+    given, with the gradient of x, and returns those of weight and bias, (2, C).
     """
 
     forward: Callable[[Run, Tensor, Tensor, Maybe, Maybe, float, Tables, Limits], None]

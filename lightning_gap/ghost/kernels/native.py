@@ -46,10 +46,7 @@ def gradient_sums(x: Tensor, grad_y: Tensor, mean: Tensor, invstd: Tensor) -> tu
 
 
 def coefficients(weight: Maybe, invstd: Tensor, n: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what makes the gradient of x of its two sums.
-
-    It is a·dy + b·(x − μ) + c, with a = γ/σ, b = −a/(σn) for each unit of Σ dy·x̂ and c = −a/n for each of Σ dy.
-    """
+    """Return a, b, c of the gradient of x, a·dy + b·Σdy·x̂·(x − μ) + c·Σdy: a = γ/σ, b = −a/(σn) and c = −a/n."""
     scale = invstd if weight is None else invstd * weight
     shift = scale / -n
     return scale, shift * invstd, shift

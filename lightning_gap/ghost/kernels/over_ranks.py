@@ -7,9 +7,13 @@ from torch import Tensor
 
 from lightning_gap.ghost.kernels import layout, native
 from lightning_gap.ghost.kernels.autograd import where_wanted
-from lightning_gap.ghost.kernels.formula import formula_over_ranks, gradients_of_formula, refuse_one_value
+from lightning_gap.ghost.kernels.formula import (
+    formula_over_ranks,
+    gradients_of_formula,
+    looks_into_operations,
+    refuse_one_value,
+)
 from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized
-from lightning_gap.ghost.transforms import looks_into_operations
 from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["normalize_over_ranks"]
@@ -21,16 +25,7 @@ def normalize_over_ranks(
 ) -> Normalized:
     """Normalize all samples of all ``ranks`` as one ghost; collective, in the backward pass too.
 
-    Args:
-        x: This rank's samples, (N, C) or (N, C, ...); as many as it has, none included.
-        weight: (C,) or None.
-        bias: (C,) or None.
-        eps: Added to the variance.
-        ranks: The ranks that share the ghost.
-        limits: Where one way of computing becomes faster than another.
-
-    Returns:
-        This rank's output, and the ghost's mean and unbiased variance, (1, C), detached.
+    A rank may have none. Returns its output, and the ghost's mean and unbiased variance, (1, C), detached.
     """
     if looks_into_operations():
         return formula_over_ranks(x, weight, bias, eps, ranks)
@@ -40,10 +35,7 @@ def normalize_over_ranks(
 
 
 class _RankGhostNorm(torch.autograd.Function):
-    """One ghost over several ranks: its moments are gathered forward, its two sums of gradients are added backward.
-
-    A second derivative goes through the formula.
-    """
+    """Moments are gathered forward, two sums added backward; a second derivative goes through the formula."""
 
     @staticmethod
     def forward(

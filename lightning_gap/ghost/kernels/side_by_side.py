@@ -72,14 +72,11 @@ def _forward(
     var.mul_(n / (n - 1))
     scale = invstd if weight is None else invstd * weight
     shift = torch.addcmul(mean.new_zeros(1) if bias is None else bias, mean, scale, value=-1)
-    _addcmul(blocks.whole(shift), x.view(blocks.shape), blocks.whole(scale), y.view(blocks.shape))
-
-
-def _addcmul(shift: Tensor, x: Tensor, scale: Tensor, out: Tensor) -> None:
-    if out.dtype == scale.dtype:
-        torch.addcmul(shift, x, scale, out=out)
+    each = blocks.whole(shift), x.view(blocks.shape), blocks.whole(scale)
+    if y.dtype == scale.dtype:
+        torch.addcmul(*each, out=y.view(blocks.shape))
     else:
-        out.copy_(torch.addcmul(shift, x, scale))
+        y.view(blocks.shape).copy_(torch.addcmul(*each))
 
 
 def _backward(run: Run, x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, out: Maybe, limits: Limits) -> Tensor:

@@ -1,34 +1,27 @@
 """What the maps of this package have in common, with a start or without."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice
-from lightning_gap.monge.maps.conditioning import check_condition
-from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths
-from lightning_gap.monge.maps.starts import Start, affine_start
+from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
+from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
+from lightning_gap.monge.maps.potential import PotentialGradient
 from lightning_gap.monge.ot.checks import check_pair
 from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.gaussian import gaussian_map
 
-__all__ = ["StartedMap", "TransportMap"]
+__all__ = ["Start", "StartedMap", "TransportMap"]
+
+Start = Literal["identity", "mean", "gaussian"]
 
 
 class TransportMap(nn.Module):
-    """What the maps of this package have in common: their dimension, their arguments, and checks of their inputs.
-
-    Args:
-        dim: Dimension :math:`d` of the samples.
-        hidden: Widths of the hidden layers.
-        activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
-        num_conditions: Number of categories of the condition, or ``None``.
-        condition_dim: Dimension of the condition's vectors, or ``None``.
-        embedding_dim: Width of the condition's embedding, for a map that may be conditional.
-        others: Further arguments that make the map again.
-    """
+    """What the maps of this package have in common: their dimension, their arguments, and checks of their inputs."""
 
     def __init__(
         self,
@@ -51,6 +44,20 @@ class TransportMap(nn.Module):
             arguments |= {"num_conditions": num_conditions, "condition_dim": condition_dim}
             arguments["embedding_dim"] = embedding_dim
         self._hparams = None if name is None or others.get("cost", "") is None else arguments
+
+    def made_network(
+        self, hidden: Sequence[int], activation: Activation, embedding_dim: int = 32, *, potential: bool = False
+    ) -> nn.Module:
+        """Return a network from samples, and perhaps conditions, to vectors, which starts at zero."""
+        dim, (factory, name), conditioning = self.dim, activation_factory(activation), None
+        if self.conditional:
+            kinds = {"num_conditions": self.num_conditions, "condition_dim": self.condition_dim}
+            conditioning = Conditioning(hidden, dim, embedding_dim=embedding_dim, **kinds)
+        if potential:
+            return PotentialGradient(dim, hidden, name, conditioning)
+        if conditioning is not None:
+            return ConditionalPerceptron(dim, hidden, factory, conditioning)
+        return perceptron(dim, hidden, dim, factory, zero=True)
 
     @property
     def hparams(self) -> dict[str, Any] | None:
@@ -105,24 +112,16 @@ class StartedMap(TransportMap):
 
     @torch.no_grad()
     def start(self, source: Tensor, target: Tensor) -> None:
-        """Set the affine term from training samples.
-
-        Once: a map that has started keeps its start, in a second fit and from a checkpoint as well.
-
-        Args:
-            source: ``(n, d)`` samples.
-            target: ``(m, d)`` samples.
-
-        Raises:
-            TypeError: An argument is no floating-point tensor.
-            ValueError: Shapes do not fit, or values are not finite.
-        """
+        """Set the affine term from ``(n, d)`` and ``(m, d)`` training samples; once, also after a checkpoint."""
         if self.starts_at == "identity" or bool(self.started):
             return
         check_pair("source", source, "target", target)
         if source.shape[1] != self.dim:
             raise ValueError(f"source has dimension {source.shape[1]}, but the map was made with dim={self.dim}")
-        matrix, offset = self.affine_term(*affine_start(self.starts_at, source, target))
+        if self.starts_at == "mean":
+            matrix, offset = self.affine_term(None, target.double().mean(0) - source.double().mean(0))
+        else:
+            matrix, offset = self.affine_term(*gaussian_map(source, target, shrinkage="auto"))
         self.offset.copy_(offset)
         if matrix is not None:
             self.matrix.copy_(matrix)

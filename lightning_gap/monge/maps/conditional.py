@@ -1,16 +1,13 @@
 """One map for many conditions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from lightning_gap.checks import renamed
-from lightning_gap.monge.maps.base import StartedMap
-from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.base import Start, StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
 from lightning_gap.monge.maps.residual import ResidualMLP
-from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ConditionalMap"]
 
@@ -32,9 +29,9 @@ class ConditionalMap(ResidualMLP):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, a number is not a positive
-            integer, or a name is not known.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: Not just one of ``num_conditions`` and ``condition_dim`` is given, a number is not positive, or a
+            name is not known.
 
     Example:
         >>> import torch
@@ -56,12 +53,12 @@ class ConditionalMap(ResidualMLP):
         start: Start = "identity",
         conditions: int | None = None,
     ) -> None:
-        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
-        if kinds["num_conditions"] is None and condition_dim is None:
+        num_conditions = renamed("conditions", "num_conditions", conditions, num_conditions)
+        if num_conditions is None and condition_dim is None:
             raise ValueError("give num_conditions=, the number of categories, or condition_dim=, that of vectors")
+        kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
         StartedMap.__init__(self, dim, hidden, activation, start, **kinds)
-        self.displacement = network(dim, hidden, activation, **kinds)
+        self.displacement = self.made_network(hidden, activation, embedding_dim)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(n, d)`` samples under their ``(n,)`` labels or ``(n, p)`` vectors to ``(n, d)`` samples."""

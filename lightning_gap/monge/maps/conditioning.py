@@ -13,11 +13,10 @@ __all__ = ["ConditionalPerceptron", "Conditioning", "check_condition", "check_la
 
 
 class Conditioning(nn.Module):
-    r"""Turns a condition into a scale and a shift for every hidden layer, and a shift of the output.
+    """Turns a condition into a scale and a shift for every hidden layer, and a shift of the output.
 
-    Feature-wise linear modulation (Perez et al. 2018, "FiLM"): a layer's :math:`u` becomes
-    :math:`(1 + \gamma(c)) \odot u + \beta(c)`, with :math:`\gamma, \beta` linear in an embedding of :math:`c`. The
-    shift of the output starts at zero, and so does :math:`\gamma`.
+    Feature-wise linear modulation (Perez et al. 2018, "FiLM"), linear in an embedding: scales start at 1, the output's
+    shift at 0.
     """
 
     def __init__(

@@ -40,7 +40,8 @@ def conservativity(
         A scalar, differentiable in the parameters of the field (not in ``x``).
 
     Raises:
-        ValueError: ``x`` has no row, the field changes the shape, or ``probes`` is not a positive integer.
+        TypeError: ``probes`` is no integer.
+        ValueError: ``x`` has no row, the field changes the shape, or ``probes`` is not positive.
 
     Example:
         >>> import torch

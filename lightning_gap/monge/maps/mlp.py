@@ -22,8 +22,8 @@ class MLP(TransportMap):
             ``torch.nn``, or a function that makes a module.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: A width is not a positive integer, or the activation's name is not known.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: A width is not positive, or the activation's name is not known.
 
     Example:
         >>> import torch

@@ -36,10 +36,9 @@ _SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class PotentialGradient(nn.Module):
-    r"""The gradient :math:`\nabla\varphi(x)` of a scalar perceptron :math:`\varphi`, which starts at zero.
+    """The gradient of a scalar perceptron, which starts at zero, written out as a forward pass.
 
-    The backward pass through the layers is written out as a forward pass, so that it works without gradients, in
-    inference mode, compiled and exported, and can be differentiated like any network.
+    So it works without gradients, in inference mode, compiled and exported, and can be differentiated like any network.
     """
 
     def __init__(

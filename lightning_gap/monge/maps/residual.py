@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_gap.monge.maps.base import StartedMap
-from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.base import Start, StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ResidualMLP"]
 
@@ -27,8 +25,8 @@ class ResidualMLP(StartedMap):
             :math:`h(x - y)`; or ``"gaussian"``, :func:`gaussian_map`, optimal for the squared Euclidean cost only.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: A width is not a positive integer, or a name is not known.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: A width is not positive, or a name is not known.
 
     Example:
         >>> import torch
@@ -50,7 +48,7 @@ class ResidualMLP(StartedMap):
         start: Start = "identity",
     ) -> None:
         super().__init__(dim, hidden, activation, start)
-        self.displacement = network(dim, hidden, activation)
+        self.displacement = self.made_network(hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, d)`` samples to ``(n, d)`` samples."""

@@ -1,7 +1,6 @@
 """Maps of the unit sphere to itself."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,6 @@ from torch.linalg import vector_norm
 
 from lightning_gap.checks import renamed
 from lightning_gap.monge.maps.base import TransportMap
-from lightning_gap.monge.maps.networks import network
 from lightning_gap.monge.maps.perceptron import Activation
 
 __all__ = ["SphereMap", "circle"]
@@ -38,8 +36,8 @@ class SphereMap(TransportMap):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
-        ValueError: A number is not a positive integer, ``dim`` is 1, or a name is not known; and when the map is
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
+        ValueError: A number is not positive, ``dim`` is 1, or a name is not known; and when the map is
             called, a sample is off the unit sphere by more than 1e-3 (1e-2 in half precision).
 
     Example:
@@ -60,12 +58,12 @@ class SphereMap(TransportMap):
         embedding_dim: int = 32,
         conditions: int | None = None,
     ) -> None:
-        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
+        num_conditions = renamed("conditions", "num_conditions", conditions, num_conditions)
+        kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
         super().__init__(dim, hidden, activation, **kinds)
         if dim == 1:
             raise ValueError("dim must be at least 2, got 1: the sphere of R¹ is two points, which no map moves")
-        self.displacement = network(dim, hidden, activation, **kinds)
+        self.displacement = self.made_network(hidden, activation, embedding_dim)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(n, d)`` unit vectors, under their conditions if the map is conditional, to ``(n, d)`` unit vectors."""

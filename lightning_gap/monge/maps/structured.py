@@ -1,16 +1,13 @@
 """Maps with the structure that a translation-invariant cost gives to its optimal maps."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gap.checks import renamed
-from lightning_gap.monge.maps.base import StartedMap
-from lightning_gap.monge.maps.networks import network
+from lightning_gap.monge.maps.base import Start, StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import Start
 from lightning_gap.monge.ot.costs import CostLike, Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
 
 __all__ = ["StructuredMap"]
@@ -48,9 +45,9 @@ class StructuredMap(StartedMap):
         conditions: Old name of ``num_conditions``.
 
     Raises:
-        TypeError: ``hidden`` is no sequence, or ``activation`` makes nothing.
+        TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
         ValueError: The cost has no :math:`\nabla h^*`, the start is not optimal for it, the activation is not smooth
-            enough, a number is not a positive integer, or a name is not known.
+            enough, a number is not positive, or a name is not known.
 
     Example:
         >>> import torch
@@ -89,8 +86,8 @@ class StructuredMap(StartedMap):
             raise ValueError(
                 f"start='gaussian' is optimal for the cost sqeuclidean only, got {resolved}: use start='mean'"
             )
-        kinds: dict[str, Any] = {"condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        kinds["num_conditions"] = renamed("conditions", "num_conditions", conditions, num_conditions)
+        num_conditions = renamed("conditions", "num_conditions", conditions, num_conditions)
+        kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
         # A cost of the user's own has no name by which it could be made again.
         name = str(resolved) if type(resolved).__module__.startswith("lightning_gap.") else None
         super().__init__(dim, hidden, activation, start, cost=name, potential=potential, **kinds)
@@ -106,7 +103,7 @@ class StructuredMap(StartedMap):
             raise ValueError(f"{error}, so no map is structured by it: use ResidualMLP") from error
         # Of this cost ∇h* is linear: its matrix is found once.
         self.register_buffer("slope", probe if isinstance(resolved, Mahalanobis) else None, persistent=False)
-        self.field = network(dim, hidden, activation, potential=potential, **kinds)
+        self.field = self.made_network(hidden, activation, embedding_dim, potential=potential)
 
     @property
     def made_for(self) -> TranslationInvariantCost:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_gap.checks import check_number
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.precision import widest
+from lightning_gap.trainer.internals.of_torch import is_wrapped_by_transform
 
 __all__ = [
     "check_all_samples",
@@ -18,7 +20,6 @@ __all__ = [
     "check_samples",
     "check_transforms",
     "check_weights",
-    "is_transformed",
     "solver_precision",
 ]
 
@@ -140,20 +141,11 @@ def solver_precision(samples: Tensor) -> Tensor:
 @eager
 def check_transforms(*inputs: Any) -> None:
     """Raise ``NotImplementedError`` inside a transform of ``torch.func`` or forward-mode differentiation."""
-    for tensor in inputs:
-        if not isinstance(tensor, Tensor):
-            continue
-        # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
-        if is_transformed(tensor):
-            raise NotImplementedError(
-                "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
-                "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
-                "(B, n, d) samples for B problems at once"
-            )
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a tensor is seen through a transform of ``torch.func``, or carries a forward-mode tangent."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    # Solvers compute outside of torch, where a tangent or a batch of torch.func would be lost.
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    if any(is_wrapped_by_transform(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "distances between samples do not support torch.func (grad, jacrev, jvp, vmap, ...) nor forward-mode "
+            "differentiation: use torch.autograd.grad or torch.autograd.functional (jacobian, hessian), and "
+            "(B, n, d) samples for B problems at once"
+        )

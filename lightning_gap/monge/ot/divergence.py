@@ -5,10 +5,10 @@ from torch import Tensor
 from lightning_gap.checks import renamed
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.costs import CostLike
-from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Scale
+from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon, Scale
 from lightning_gap.monge.ot.options import Solver, SolverOptions
 from lightning_gap.monge.ot.problem import checked_problem
-from lightning_gap.monge.ot.terms import divergence_problem, each, gap_problem, solve_terms, stacked
+from lightning_gap.monge.ot.terms import each, solve_terms, stacked
 
 __all__ = ["divergence_and_gap", "sinkhorn_divergence"]
 
@@ -41,8 +41,7 @@ def sinkhorn_divergence(
         y: ``(m, d)`` samples; or ``(B, m, d)``.
         cost: Ground cost: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         epsilon: Regularization in units of the cost; overrides ``relative_epsilon``.
-        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted,
-            detached).
+        relative_epsilon: Regularization as a share of the mean cost between ``x`` and ``y`` (weighted, detached).
         relative_to: ``"mean"``; ``"std"`` for a share of the costs' standard deviation; ``"typical"`` for one of their
             mean without outliers.
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``rho`` is given.
@@ -57,7 +56,7 @@ def sinkhorn_divergence(
         A scalar, or ``(B,)`` values, differentiable in ``x`` and ``y``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, or an option is unknown.
 
     Example:
@@ -117,7 +116,7 @@ def divergence_and_gap(
         Two scalars, differentiable in ``x``, ``mapped`` and ``y``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, or an option is unknown.
 
     Example:
@@ -130,7 +129,9 @@ def divergence_and_gap(
     """
     options = SolverOptions(solver, tolerance, max_iterations)
     rho = check_epsilon("rho", renamed("reach", "rho", reach, rho))
-    fitting = divergence_problem(mapped, y, (None, None), options, cost=fitting_cost, epsilon=fitting_epsilon, rho=rho)
-    regularizing = gap_problem(x, mapped, None, options, cost=cost, epsilon=gap_epsilon)
+    regularization = Epsilon.given(options, fitting_epsilon, FITTING_SHARE, rho=rho)
+    fitting = checked_problem(mapped, y, (None, None), cost=fitting_cost, epsilon=regularization, rho=rho)
+    regularization = Epsilon.given(options, gap_epsilon, GAP_SHARE)
+    regularizing = checked_problem(x, mapped, [None], cost=cost, epsilon=regularization, paired=True)
     terms = solve_terms([fitting], [regularizing], options)
     return terms.divergences[0], terms.gaps[0]

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_gap.monge.ot.checks import check_pair, check_transforms, check_weights, solver_precision
 from lightning_gap.monge.ot.costs import Euclidean
 from lightning_gap.monge.ot.solvers.blocks import row_blocks
-from lightning_gap.monge.ot.weights import counted
+from lightning_gap.monge.ot.subsets import counted
 from lightning_gap.precision import widest
 
 __all__ = ["energy_distance"]

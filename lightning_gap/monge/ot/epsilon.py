@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gap.checks import check_choice, check_number
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.options import SolverOptions
-from lightning_gap.monge.ot.weights import counted
+from lightning_gap.monge.ot.subsets import counted
 from lightning_gap.precision import widest
 
 __all__ = ["FITTING_SHARE", "GAP_SHARE", "Epsilon", "Scale", "Weighted", "cost_scale", "mean_scale"]

@@ -70,7 +70,7 @@ def monge_gap(
         A scalar, or ``(B,)`` values, differentiable in ``x`` and ``mapped``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, or an option is unknown.
 
     Example:

@@ -52,7 +52,7 @@ def minibatch_energy_distance(
         A scalar, differentiable in ``x`` and ``y``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, an option is unknown, or a set has less than 2 samples.
 
     Example:

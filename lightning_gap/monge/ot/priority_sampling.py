@@ -29,16 +29,8 @@ def priority_sample(points: Tensor, weights: Tensor | None, most: int) -> tuple[
     weights :math:`\max(w_i, \tau)`, with :math:`\tau` the largest priority that is not (Duffield, Lund and Thorup 2007,
     "Priority sampling for estimation of arbitrary subset sums"). The uniform number :math:`u_i` is a hash of the
     sample itself: no random number is drawn, the order does not matter, and another sample in the place of one
-    changes at most one of those that are kept.
-
-    Few enough samples are returned as they are; ``None`` for uniform weights.
-
-    Example:
-        >>> import torch
-        >>> points = torch.linspace(0, 1, 5000)[:, None]
-        >>> few, weights = priority_sample(points, None, 1000)
-        >>> len(few), round(float(weights @ few[:, 0] / weights.sum()), 1)
-        (1000, 0.5)
+    changes at most one of those that are kept. Few enough samples are returned as they are; ``None`` for uniform
+    weights.
     """
     if len(points) <= most:
         return points, weights

@@ -10,7 +10,7 @@ from lightning_gap.monge.ot.checks import check_pair, check_transforms, check_we
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
 from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
-from lightning_gap.monge.ot.weights import weighing
+from lightning_gap.monge.ot.subsets import weighing
 
 __all__ = ["Problem", "checked_problem"]
 

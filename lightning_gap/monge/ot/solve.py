@@ -94,7 +94,7 @@ def optimal_transport(
         ``"blocked"``.
 
     Raises:
-        TypeError: An argument is no floating-point tensor.
+        TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, an option is unknown, or the solver cannot take the
             problem.
         RuntimeError: ``strict``, and the tolerance was not reached; or KeOps was named and cannot compile.

@@ -1,18 +1,32 @@
-"""Some of the rows, the same in each run."""
+"""Some of the rows: the same few in each run, or those that weigh something."""
+
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
 
-__all__ = ["fixed_rows"]
+from lightning_gap.monge.ot.compiling import eager
+
+__all__ = ["counted", "fixed_rows", "weighing"]
 
 
 def fixed_rows(size: int, most: int) -> Tensor | None:
-    """Return the first of the row numbers in a fixed permutation; ``None`` where there are no more than ``most``.
-
-    Example:
-        >>> fixed_rows(3, 3) is None, len(fixed_rows(100, 3))
-        (True, 3)
-    """
+    """Return the first of the row numbers in a fixed permutation; ``None`` where there are no more than ``most``."""
     if size <= most:
         return None
     return torch.randperm(size, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
+
+
+@eager
+def weighing(*weights: Tensor) -> list[Tensor] | None:
+    """Return which samples of each set weigh something; ``None`` where all do, for which a device is asked once."""
+    rows = [w.detach() > 0 for w in weights]
+    return None if bool(reduce(and_, (some.all() for some in rows))) else rows
+
+
+def counted(weights: Tensor, *points: Tensor) -> tuple[Tensor, ...]:
+    """Return weights and points without those that weigh nothing, unless the weights are differentiated."""
+    if weights.requires_grad or (rows := weighing(weights)) is None:
+        return weights, *points
+    return weights[rows[0]], *(p[rows[0]] for p in points)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.compiling import eager
-from lightning_gap.monge.ot.costs import CallableCost, CostLike
-from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE, Epsilon
+from lightning_gap.monge.ot.costs import CallableCost
+from lightning_gap.monge.ot.epsilon import Epsilon
 from lightning_gap.monge.ot.options import SolverOptions
-from lightning_gap.monge.ot.problem import Problem, checked_problem
+from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solve import solve_all
-from lightning_gap.monge.ot.weights import counted
+from lightning_gap.monge.ot.subsets import counted
 from lightning_gap.precision import widest
 
-__all__ = ["Convention", "Terms", "divergence_problem", "each", "gap_problem", "solve_terms", "stacked"]
+__all__ = ["Convention", "Terms", "each", "solve_terms", "stacked"]
 
 Convention = Literal["shannon", "kl", "debiased"]
 
@@ -36,37 +36,6 @@ class Terms(NamedTuple):
     gaps: list[Tensor]
     marginal_error: float
     converged: bool
-
-
-def divergence_problem(
-    mapped: Tensor,
-    y: Tensor,
-    weights: tuple[Tensor | None, Tensor | None],
-    options: SolverOptions,
-    *,
-    cost: CostLike,
-    epsilon: float | None,
-    rho: float | None = None,
-    check: bool = True,
-) -> Problem:
-    """Check the arguments of a Sinkhorn divergence, for :func:`solve_terms`."""
-    regularization = Epsilon.given(options, epsilon, FITTING_SHARE, rho=rho)
-    return checked_problem(mapped, y, weights, cost=cost, epsilon=regularization, rho=rho, check=check)
-
-
-def gap_problem(
-    x: Tensor,
-    mapped: Tensor,
-    weights: Tensor | None,
-    options: SolverOptions,
-    *,
-    cost: CostLike,
-    epsilon: float | None,
-    check: bool = True,
-) -> Problem:
-    """Check the arguments of a Monge gap, for :func:`solve_terms`."""
-    regularization = Epsilon.given(options, epsilon, GAP_SHARE)
-    return checked_problem(x, mapped, [weights], cost=cost, epsilon=regularization, paired=True, check=check)
 
 
 @eager

@@ -23,6 +23,18 @@ THEMES: dict[str, dict[str, str]] = {
     "light": {"paper": "#ffffff", "ink": "#1d2430", "muted": "#5d6570", "grid": "#e9ebee"},
     "dark": {"paper": "#14171c", "ink": "#eceef1", "muted": "#a3aab4", "grid": "#2b3038"},
 }
+# What is drawn in which of them, and all else.
+_COLOURED = {
+    "paper": ("figure.facecolor", "savefig.facecolor", "axes.facecolor"),
+    "ink": ("axes.titlecolor", "text.color", "legend.labelcolor"),
+    "muted": ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "patch.edgecolor"),
+    "grid": ("grid.color",),
+}
+_PLAIN: Any = {
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 9, "legend.frameon": False, "axes.grid": True,
+    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "grid.linewidth": 0.7, "xtick.major.size": 0, "ytick.major.size": 0,
+}  # fmt: skip
 
 
 @contextmanager
@@ -30,34 +42,8 @@ def style(theme: str) -> Iterator[None]:
     """Draw in the colours of a theme within."""
     import matplotlib as mpl
 
-    colours = THEMES[theme]
-    rc: Any = {
-        "font.size": 9,
-        "figure.facecolor": colours["paper"],
-        "savefig.facecolor": colours["paper"],
-        "axes.facecolor": colours["paper"],
-        "axes.edgecolor": colours["muted"],
-        "axes.labelcolor": colours["muted"],
-        "axes.titlecolor": colours["ink"],
-        "axes.titlesize": 9,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.7,
-        "grid.color": colours["grid"],
-        "grid.linewidth": 0.7,
-        "xtick.color": colours["muted"],
-        "ytick.color": colours["muted"],
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "text.color": colours["ink"],
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.labelcolor": colours["ink"],
-        "patch.edgecolor": colours["muted"],
-    }
-    with mpl.rc_context(rc):
+    rc: Any = {key: THEMES[theme][role] for role, keys in _COLOURED.items() for key in keys}
+    with mpl.rc_context(_PLAIN | rc):
         yield
 
 

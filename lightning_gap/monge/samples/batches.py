@@ -1,21 +1,29 @@
 """What a training, validation or test step of a map is given, and how it is drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
-from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, Turn
-from lightning_gap.monge.samples.splits import generator
+from lightning_gap.monge.samples.draws import FiniteSamples, Part, Population, Turn, generator
 
 __all__ = [
+    "BatchLoader",
+    "BatchNumbers",
+    "HeldOut",
     "HeldOutBatches",
+    "NumberedLoader",
     "Predicted",
     "UnpairedBatch",
     "UnpairedBatches",
+    "batch_loader",
+    "fitting_batch_size",
+    "own_randomness",
 ]
 
 # First entries of the keys of random draws, so that none is used for two things.
@@ -61,18 +69,9 @@ Pair = tuple[Population, Population]
 class UnpairedBatches(Dataset[UnpairedBatch]):
     """Training batches by ``(epoch, step)``, each the same whenever it is asked for.
 
-    The source and the target are shuffled independently and anew in each epoch; a set that is smaller than what an
-    epoch takes is gone through again and again. The order follows from the seed alone.
-
-    Args:
-        pairs: Source and target of each condition; of the one there is, without conditions.
-        size: Samples of each side, and condition, in the global batch; divisible by ``num_replicas``.
-        steps: Batches in an epoch.
-        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` for batches without conditions.
-        per_batch: How many conditions a batch has, chosen at random; all by default.
-        seed: Seed of the shuffles.
-        num_replicas: How many processes share the global batch.
-        rank: Which of them this is.
+    Source and target are shuffled independently and anew in each epoch, by the seed alone; a set that is smaller than
+    what an epoch takes is gone through again. ``size`` counts the samples of each side, and condition, in the global
+    batch of all ``num_replicas`` processes; ``conditions`` are ``(K,)`` labels or ``(K, p)`` vectors of the K pairs.
     """
 
     def __init__(
@@ -100,9 +99,6 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         """Return how many samples of the smaller set whole batches hold, of this process: not how many batches.
 
         Lightning's batch size finder takes it for the largest batch. It doubles what is smaller.
-
-        Raises:
-            TypeError: Both sides are endless.
         """
         sizes = [len(side) for pair in self.pairs for side in pair if isinstance(side, FiniteSamples)]
         if not sizes:
@@ -110,11 +106,7 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         return min(sizes) // self.size * (self.size // self.num_replicas)
 
     def __getitem__(self, number: tuple[int, int] | int) -> UnpairedBatch:
-        """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again.
-
-        Raises:
-            TypeError: A plain number comes from a sampler that shares batches out among several processes.
-        """
+        """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again."""
         if not isinstance(number, tuple):
             if self.num_replicas > 1:
                 raise TypeError(
@@ -141,52 +133,37 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
         return source, target
 
 
+@dataclass
+class HeldOut:
+    """The held-out samples of one stage."""
+
+    pairs: list[tuple[FiniteSamples, FiniteSamples]]  # of each condition, in random order
+    again: list[Tensor | None]  # training samples of each target, as many; None if not trained on
+    conditions: Tensor | None = None  # (K,) labels or (K, p) vectors of the pairs
+    titles: Sequence[str] = ()  # how messages call each pair
+
+
 class HeldOutBatches(Dataset[UnpairedBatch]):
-    """The held-out samples as one batch, or one of ``(1, n, d)`` for each condition.
+    """The first ``most`` held-out samples as one batch, or one of ``(1, n, d)`` for each condition."""
 
-    Args:
-        pairs: Source and target of each condition; the first rows are taken.
-        again: Further samples of each target, ``None`` where there are none.
-        most: Largest number of samples of each side in a batch of all processes.
-        conditions: ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` without conditions.
-        titles: What messages call each pair.
-        num_replicas: How many processes share each batch.
-        rank: Which of them this is.
-
-    Raises:
-        ValueError: A pair has fewer samples than there are processes.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[FiniteSamples, FiniteSamples]],
-        again: Sequence[Tensor | None],
-        most: int,
-        *,
-        conditions: Tensor | None = None,
-        titles: Sequence[str] = (),
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> None:
+    def __init__(self, given: HeldOut, most: int, *, num_replicas: int = 1, rank: int = 0) -> None:
         def part(size: int) -> slice:
             return slice(rank * size // num_replicas, (rank + 1) * size // num_replicas)
 
         self.batches: list[UnpairedBatch] = []
-        self._largest = max((len(side) // num_replicas for pair in pairs for side in pair), default=0)
-        for k, ((source, target), further) in enumerate(zip(pairs, again, strict=True)):
+        self._largest = max((len(side) // num_replicas for pair in given.pairs for side in pair), default=0)
+        for k, ((source, target), further) in enumerate(zip(given.pairs, given.again, strict=True)):
             smallest = min(len(source), len(target), *([] if further is None else [len(further)]))
             if smallest < num_replicas:
                 raise ValueError(
-                    f"{titles[k] if titles else 'what is held out'} has {smallest} samples, fewer than the "
-                    f"{num_replicas} processes that share them: hold out at least {num_replicas}"
+                    f"{given.titles[k]} has {smallest} samples, fewer than the {num_replicas} processes that share "
+                    f"them: hold out at least {num_replicas}"
                 )
-            batch = _joined(
-                [(source.first(most, part), target.first(most, part))],
-                None if conditions is None else conditions[k : k + 1],
-            )
+            condition = None if given.conditions is None else given.conditions[k : k + 1]
+            batch = _joined([(source.first(most, part), target.first(most, part))], condition)
             if further is not None:
                 further = further[part(len(further))]
-                batch = batch._replace(target_again=further if conditions is None else further[None])
+                batch = batch._replace(target_again=further if condition is None else further[None])
             self.batches.append(batch)
 
     @property
@@ -205,19 +182,12 @@ class HeldOutBatches(Dataset[UnpairedBatch]):
 
 @dataclass
 class Predicted(Dataset[Any]):
-    """Raw samples of the source, with conditions as pairs.
-
-    Attributes:
-        samples: ``(n, d)`` samples.
-        rows: Rows to map, one after another.
-        codes: Places of their conditions among the names, or ``None`` without conditions.
-        vectors: Vectors of the named conditions, or ``None`` where these are labels.
-    """
+    """Raw samples of the source, with conditions as pairs."""
 
     samples: Tensor
-    rows: Tensor
-    codes: Tensor | None = None
-    vectors: Tensor | None = None
+    rows: Tensor  # rows to map, one after another
+    codes: Tensor | None = None  # places of their conditions among the names
+    vectors: Tensor | None = None  # vectors of the named conditions, where these are no labels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -244,3 +214,107 @@ def _joined(pairs: Sequence[tuple[Part, Part]], conditions: Tensor | None) -> Un
 
 def _only(tensors: list[Tensor]) -> Tensor:
     return tensors[0]
+
+
+def fitting_batch_size(batch_size: int, smallest: int, replicas: int, *, default: bool) -> int:
+    """Return the batch size of a device, which gives way to the smallest set where it is the default."""
+    if default and batch_size * replicas > smallest >= replicas:
+        batch_size = smallest // replicas
+        rank_zero_warn(f"the default batch_size shrinks to {batch_size} on each of {replicas} devices")
+    if batch_size * replicas > smallest:
+        what = f"{replicas} devices needs {batch_size * replicas}" if replicas > 1 else "a device needs as many"
+        raise ValueError(
+            f"batch_size={batch_size} on {what} samples of each set, the training split has {smallest}: "
+            f"use batch_size <= {smallest // replicas}"
+        )
+    return batch_size
+
+
+class BatchNumbers(DistributedSampler[Any]):
+    """All batch numbers in turn, on every process, each of which takes its part of each batch.
+
+    In training these are ``(epoch, step)``, from where a run that resumes within an epoch had stopped.
+    """
+
+    def __init__(self, batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None) -> None:
+        # A distributed sampler, so that Lightning does not wrap another one around it.
+        super().__init__(cast(Dataset[Any], range(batches.steps)), num_replicas=1, rank=0, shuffle=False)
+        self.trainer = trainer
+        self.epochs = isinstance(batches, UnpairedBatches)
+        self._resumed_at: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = range(self._start(), len(self))
+        return iter([(self.epoch, step) for step in numbers] if self.epochs else numbers)
+
+    def _start(self) -> int:
+        """Return how many batches of this epoch the checkpoint's run has seen."""
+        if self.trainer is None or self.trainer.ckpt_path is None:
+            return 0
+        # Lightning counts batches in the checkpoint, and leaves it to the loader to skip them.
+        here = (self.epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        if self._resumed_at is None:
+            self._resumed_at = here
+        # A callback that goes through the loader later in that epoch sees all of it.
+        return here[1] if here == self._resumed_at else 0
+
+
+class NumberedLoader(DataLoader[Any]):
+    """A loader of batches by their numbers, whatever torch's default device.
+
+    Lightning numbers the dataset's items anew to overfit a few of them. These are batches, and its length is samples.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, sampler: Any = None, **options: Any) -> None:
+        if isinstance(sampler, SequentialSampler) and hasattr(dataset, "steps"):
+            sampler = SequentialSampler(range(dataset.steps))
+        super().__init__(dataset, sampler=sampler, **options)
+
+    def __iter__(self) -> Any:
+        # An iterator draws its workers' seed on the default device, by a generator of the CPU.
+        with torch.device("cpu"):
+            return super().__iter__()
+
+
+class BatchLoader(NumberedLoader):
+    """A loader that asks for the first number when the first batch is wanted, and resumes within an epoch.
+
+    Lightning makes the iterator before it tells the epoch, and before it knows whether it resumes.
+    """
+
+    def __iter__(self) -> Iterator[UnpairedBatch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the trainer's count of batches and the seed are the state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing; that there is a method tells Lightning that this loader resumes."""
+
+
+def batch_loader(
+    batches: UnpairedBatches | HeldOutBatches, trainer: Trainer | None = None, num_workers: int = 0
+) -> NumberedLoader:
+    """Return the loader of batches: of training, for any number of epochs, or else of validation or test."""
+    return (BatchLoader if isinstance(batches, UnpairedBatches) else NumberedLoader)(
+        batches,
+        sampler=BatchNumbers(batches, trainer),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        generator=own_randomness(),
+    )
+
+
+def own_randomness() -> torch.Generator:
+    """Return a generator for a loader, which would draw its workers' seed from the global one otherwise."""
+    return torch.Generator(device="cpu").manual_seed(0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,26 +1,35 @@
-"""Names and vectors of conditions."""
+"""Names and vectors of conditions, and which are trained on and scored: those with samples enough on both sides."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap.monge.samples.draws import FiniteSamples, Population
 from lightning_gap.monge.samples.files.read import is_file, open_frame
 from lightning_gap.monge.samples.files.table import as_texts, there_is
+from lightning_gap.monge.samples.splits import Request
 
-__all__ = ["condition_names", "condition_vectors_of", "conditions_of", "label_indices", "place_of"]
+__all__ = [
+    "ByName",
+    "condition_names",
+    "condition_vectors_of",
+    "conditions_of",
+    "held_out_pairs",
+    "label_indices",
+    "place_of",
+    "trained_pairs",
+]
 
 
 def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
-    """Return all names in order: by number if all are numbers, by text otherwise.
-
-    Args:
-        labels: Names of the rows of some sets.
-    """
+    """Return all names in order: by number if all are numbers, by text otherwise."""
     names = {str(name) for given in labels if given is not None for name in np.unique(given)}
     try:
         return tuple(sorted(names, key=float))
@@ -29,18 +38,7 @@ def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
 
 
 def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """Return the vectors of the named conditions, ``(K, p)``.
-
-    Args:
-        given: ``{name: vector or number}``, a data frame with the names as its index, or a path to a table whose first
-            column holds the names.
-        names: The names, in order.
-        dtype: Precision of the result.
-
-    Raises:
-        TypeError: It is no such table, or an entry is no number.
-        ValueError: A name has no vector, lengths differ, or an entry is not finite.
-    """
+    """Return the ``(K, p)`` vectors of the named conditions, from what ``condition_vectors=`` may be."""
     if is_file(given):
         given = open_frame("condition_vectors", str(given))
     if hasattr(given, "to_dict") and hasattr(given, "index"):
@@ -74,21 +72,10 @@ def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -
 def conditions_of(
     given: Any, n: int, names: Sequence[str], *, vector_dim: int | None = None, labels: bool = False
 ) -> Tensor:
-    """Return a condition for each of n samples.
+    """Return ``(n,)`` labels (int64) or ``(n, p)`` vectors: from one condition for all samples, or one for each.
 
-    Args:
-        given: One condition for all samples, or one for each: names, labels, or vectors.
-        n: Number of samples.
-        names: Names of the labels, in order.
-        vector_dim: Dimension of the vectors where conditions are vectors, as far as it is known.
-        labels: Whether conditions are known to be labels, not vectors.
-
-    Returns:
-        ``(n,)`` labels (int64) or ``(n, p)`` vectors.
-
-    Raises:
-        ValueError: A name is not known, a number could be a name or a label, names are given where conditions are
-            vectors, or there is neither one condition nor one for each sample.
+    ``vector_dim`` is the dimension of vectors as far as it is known; ``labels`` tells that conditions are no vectors. A
+    number that could be a name or a label is refused.
     """
     if not isinstance(given, Tensor):
         array = np.asarray(given)
@@ -152,19 +139,7 @@ def _refuse_ambiguous(numbers: NDArray[Any], names: Sequence[str]) -> None:
 
 
 def label_indices(argument: str, labels: NDArray[Any], names: Sequence[str]) -> Tensor:
-    """Return the place of each label among some names.
-
-    Args:
-        argument: The caller's argument, for messages.
-        labels: ``(n,)`` labels.
-        names: The names.
-
-    Returns:
-        ``(n,)`` int64.
-
-    Raises:
-        ValueError: A label is no such name.
-    """
+    """Return the place of each label among some names, ``(n,)`` int64."""
     places, unknown = _places(as_texts(labels), names)
     if unknown is not None:
         raise ValueError(
@@ -183,12 +158,7 @@ def _places(texts: NDArray[Any], names: Sequence[str]) -> tuple[NDArray[Any], st
 
 
 def place_of(label: Any, names: Sequence[str]) -> int | None:
-    """Return the place of a label among names: as text, or else as a number; ``None`` where it is no such name.
-
-    Args:
-        label: A name, or a number: 0.1, "0.1" and "0.10" are one name if "0.1" is.
-        names: The names.
-    """
+    """Return the place of a label among names, as text or else as a number: 0.1, "0.1" and "0.10" are one name."""
     text = str(as_texts(np.array([label], dtype=object))[0])
     if text in names:
         return list(names).index(text)
@@ -201,3 +171,120 @@ def place_of(label: Any, names: Sequence[str]) -> int | None:
             if float(name) == number:
                 return place
     return None
+
+
+# Populations by condition; under None that of a side without labels, which serves every condition.
+ByName = dict[str | None, Population]
+
+
+def _size(population: Population | None) -> float:
+    return len(population) if isinstance(population, FiniteSamples) else 0 if population is None else math.inf
+
+
+def trained_pairs(
+    populations: Sequence[ByName], names: Sequence[str], request: Request
+) -> tuple[dict[str | None, tuple[Population, Population]], int]:
+    """Return the pairs of the conditions that are trained on, and the batch size."""
+    pairs: dict[str | None, tuple[Population, Population]] = {}
+    small: dict[str | None, tuple[float, float]] = {}
+    batch_size = request.batch_size
+    for name in names or (None,):
+        source, target = (by.get(name, by.get(None)) for by in populations)
+        sizes = _size(source), _size(target)
+        labelled = [size for size, by in zip(sizes, populations, strict=True) if None not in by]
+        if labelled and not any(labelled):
+            # No row of it is trained on. Labels of such a condition would mean nothing to a map; vectors do.
+            if request.condition_vectors is None and request.small_conditions != "drop":
+                raise ValueError(
+                    f"condition {name!r} has no training samples: a map learns nothing of its label; give "
+                    "condition_vectors, hold out less, or leave it out by small_conditions='drop'"
+                )
+            if request.condition_vectors is None:
+                small[name] = sizes
+            continue
+        if min(sizes) < batch_size:
+            small[name] = sizes
+        if min(sizes) > 0:
+            assert source is not None
+            assert target is not None
+            pairs[name] = source, target
+    if small:
+        batch_size = _settle(pairs, small, request)
+    return pairs, batch_size
+
+
+def _settle(
+    pairs: dict[str | None, tuple[Population, Population]],
+    small: Mapping[str | None, tuple[float, float]],
+    request: Request,
+) -> int:
+    """Refuse, drop, or shrink the batch for what is smaller than a batch; return the batch size."""
+    wanted, whole = f"batch_size={request.batch_size}", None in small
+    listed = ", ".join(
+        f"{name!r} ({source:.0f} source, {target:.0f} target)" for name, (source, target) in list(small.items())[:8]
+    ) + (", ..." if len(small) > 8 else "")
+    if request.small_conditions == "drop" and not whole:
+        for name in small:
+            pairs.pop(name, None)
+        if not pairs:
+            raise ValueError(f"all conditions are smaller than {wanted}: {listed}")
+        rank_zero_warn(
+            f"conditions with fewer than {wanted} training samples are left out: {listed}"
+            + ("; prediction leaves their rows out too" if request.condition_vectors is None else "")
+        )
+        return request.batch_size
+    name, sizes = min(small.items(), key=lambda item: min(item[1]))
+    source, target = (f"{size:.0f}" if size < math.inf else "endless" for size in sizes)
+    least = int(min(sizes))
+    if least < 1 and not whole:
+        raise ValueError(
+            f"condition {name!r} has {source} source and {target} target training samples: it must be on both sides; "
+            "leave it out, or give small_conditions='drop'"
+        )
+    if least > 0 and (request.small_conditions == "shrink" or request.default_batch):
+        drop = "; small_conditions='drop' leaves small ones out" if request.default_batch else ""
+        rank_zero_warn(
+            f"{'the default ' if request.default_batch else ''}{wanted} shrinks to {least}, "
+            + ("the smaller training set" if whole else f"because of {listed}{drop}")
+        )
+        return least
+    if whole:
+        raise ValueError(
+            f"{wanted} is larger than the training split ({source} source and {target} target samples): "
+            f"use batch_size <= {least}, or hold out less"
+        )
+    raise ValueError(
+        f"{wanted} is larger than the training samples of the conditions {listed}: "
+        f"use batch_size <= {least}, or small_conditions='drop' or 'shrink'"
+    )
+
+
+def held_out_pairs(
+    stage: str,
+    populations: Sequence[ByName],
+    names: Sequence[str],
+    trained: Mapping[str | None, Any],
+    request: Request,
+) -> dict[str | None, tuple[FiniteSamples, FiniteSamples]]:
+    """Return the held-out pairs of the conditions that have some on both sides."""
+    pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]] = {}
+    one_sided = []
+    for name in names or (None,):
+        source, target = (by.get(name, by.get(None)) for by in populations)
+        if not isinstance(source, FiniteSamples) or not isinstance(target, FiniteSamples):
+            one_sided += [name] if source is not None or target is not None else []
+            continue
+        if name not in trained and request.condition_vectors is None:
+            continue
+        if len(source) and len(target):
+            pairs[name] = source, target
+        else:
+            one_sided.append(name)
+    if not pairs:
+        groups = getattr(request.rule, f"{stage}_groups")
+        what = f"the groups {', '.join(map(repr, groups))} hold" if groups else "there is"
+        raise ValueError(f"{stage}: {what} nothing of both source and target: hold out other samples")
+    if one_sided:
+        listed = ", ".join(map(repr, one_sided))
+        rank_zero_info(f"{stage}: the conditions {listed} are held out on one side only, and are left out of scores")
+    return pairs

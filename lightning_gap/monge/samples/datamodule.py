@@ -14,16 +14,22 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.monge.samples.batches import HeldOutBatches, UnpairedBatch, UnpairedBatches
+from lightning_gap.monge.samples.batches import (
+    HeldOutBatches,
+    NumberedLoader,
+    UnpairedBatch,
+    UnpairedBatches,
+    batch_loader,
+    fitting_batch_size,
+    own_randomness,
+)
 from lightning_gap.monge.samples.draws import Part
 from lightning_gap.monge.samples.features import feature_places
 from lightning_gap.monge.samples.files.table import Reading
 from lightning_gap.monge.samples.given import KnownMap, Samples
-from lightning_gap.monge.samples.loaders import NumberedLoader, batch_loader, fitting_batch_size, own_randomness
-from lightning_gap.monge.samples.prepare import prepare
-from lightning_gap.monge.samples.prepared import Split
+from lightning_gap.monge.samples.prepare import Split, prepare
 from lightning_gap.monge.samples.rearrangement import with_features
-from lightning_gap.monge.samples.stages import Request, read_stages
+from lightning_gap.monge.samples.splits import Request, read_stages
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.trainer.strategy import data_parallel_rank, data_parallel_size
 
@@ -371,14 +377,4 @@ class SamplesDataModule(LightningDataModule):
         if most > self.eval_batch_size:
             rank_zero_info(f"{stage}: {self.eval_batch_size} of up to {most} held-out samples are compared at once")
         replicas, rank = self._replicas()
-        return batch_loader(
-            HeldOutBatches(
-                held_out.pairs,
-                held_out.again,
-                self.eval_batch_size,
-                conditions=held_out.conditions,
-                titles=held_out.titles,
-                num_replicas=replicas,
-                rank=rank,
-            )
-        )
+        return batch_loader(HeldOutBatches(held_out, self.eval_batch_size, num_replicas=replicas, rank=rank))

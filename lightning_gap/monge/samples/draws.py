@@ -10,31 +10,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_gap.monge.ot.checks import check_samples
-from lightning_gap.monge.samples.splits import generator
 
-__all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn"]
+__all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn", "generator"]
 
 Encode = Callable[[Tensor], Tensor]
 
 
+def generator(seed: int, *key: int) -> torch.Generator:
+    """Return a generator of its own for every seed and key of non-negative integers."""
+    # With the length: a seed sequence takes [s] and [s, 0] for the same.
+    state = np.random.SeedSequence([seed, len(key), *key]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device="cpu").manual_seed(int(state) & (2**63 - 1))
+
+
 class Turn(NamedTuple):
-    """Which batch of a run is drawn, and which part of it.
+    """Which batch of a run is drawn, and which part of it."""
 
-    Attributes:
-        key: Non-negative integers that tell this draw's stage, side and condition from others of the run.
-        epoch: Number of the epoch.
-        step: Number of the batch within the epoch.
-        steps: Batches in an epoch.
-        size: Samples in the global batch.
-        part: The rows of the global batch that this process holds.
-    """
-
-    key: tuple[int, ...]
+    key: tuple[int, ...]  # tells this draw's stage, side and condition from others of the run
     epoch: int
     step: int
-    steps: int
-    size: int
-    part: slice
+    steps: int  # batches in an epoch
+    size: int  # samples in the global batch
+    part: slice  # its rows that this process holds
 
 
 class Part(NamedTuple):
@@ -54,13 +51,7 @@ class Population(Protocol):
 
 
 class FiniteSamples:
-    """A set of samples that batches go through in a random order, anew in each epoch.
-
-    Args:
-        samples: ``(n, d)`` samples.
-        weights: ``(n,)`` positive weights, or ``None``.
-        images: ``(n, d)`` known images of the samples, or ``None``.
-    """
+    """``(n, d)`` samples that batches go through in a random order, anew in each epoch; weights are positive."""
 
     def __init__(self, samples: Tensor, weights: Tensor | None = None, images: Tensor | None = None) -> None:
         self.samples = samples
@@ -121,13 +112,7 @@ class FiniteSamples:
 
 
 class _Endless:
-    """Samples without an end, of which some are raw.
-
-    Args:
-        argument: The caller's argument, for messages.
-        true_map: Known map of raw samples, or ``None``.
-        encode: Applied to samples and images.
-    """
+    """Samples without an end; ``argument`` names them in messages, ``encode`` applies to samples and images."""
 
     def __init__(self, argument: str, true_map: Encode | None, encode: Encode | None) -> None:
         self.argument = argument
@@ -143,13 +128,7 @@ class _Endless:
 
 
 class SampledSamples(_Endless):
-    """Fresh samples for each batch from a function of their number and a generator.
-
-    Args:
-        argument: The caller's argument, for messages.
-        sampler: ``(n, generator) -> (n, d)`` samples, which depend on the generator alone.
-        true_map: As for all endless samples; so ``encode``.
-    """
+    """Fresh samples for each batch from a function of their number and a generator, on which alone they depend."""
 
     def __init__(
         self,
@@ -186,13 +165,8 @@ class SampledSamples(_Endless):
 class StreamedSamples(_Endless):
     """Samples in the order in which something iterable yields them, again from its start when it ends.
 
-    Every process reads the whole stream and takes its part of each batch.
-
-    Args:
-        argument: The caller's argument, for messages.
-        stream: Yields ``(n, d)`` samples, ``(d,)`` single ones, or tuples that start with them.
-        reserved: How many samples at the start are held out.
-        true_map: As for all endless samples; so ``encode``.
+    It yields ``(n, d)`` samples, ``(d,)`` single ones, or tuples that start with them; the first ``reserved`` are held
+    out. Every process reads the whole stream and takes its part of each batch.
     """
 
     def __init__(

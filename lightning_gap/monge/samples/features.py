@@ -16,22 +16,10 @@ Array = NDArray[Any]
 def feature_places(
     title: str, given: Sequence[str] | None, wanted: Sequence[str] | None, whose: str, *, remedy: str = ""
 ) -> Array | None:
-    """Return where the wanted features stand among given ones; ``None`` where they stand so already.
+    """Return the ``(d,)`` places of wanted features among given ones; ``None`` where they stand so already.
 
-    Sets of which one has no names go together by place. What is given and not wanted is warned of.
-
-    Args:
-        title: How messages call what is given.
-        given: Names of the given columns, or ``None``.
-        wanted: Names of the wanted ones, in order, or ``None``.
-        whose: How messages call what has the wanted ones.
-        remedy: Ends the message on a missing one.
-
-    Returns:
-        ``(d,)`` places, or ``None``.
-
-    Raises:
-        ValueError: A wanted name is missing, or is there twice.
+    Sets of which one has no names go together by place. What is given and not wanted is warned of; what is missing
+    raises, with the ``remedy``. ``title`` and ``whose`` are how messages call what has the given and the wanted ones.
     """
     if given is None or wanted is None or tuple(given) == tuple(wanted):
         return None
@@ -56,15 +44,7 @@ def feature_places(
 
 
 def match_features(data: Any, names: Sequence[str] | None) -> None:
-    """Have a data module give its features in a map's order.
-
-    Args:
-        data: A data module, or ``None``; one without names goes by place.
-        names: The map's features, in order, or ``None``.
-
-    Raises:
-        MisconfigurationException: It has others, or cannot put them in order.
-    """
+    """Have a data module give its features in a map's order; one without names goes by place."""
     theirs = getattr(data, "feature_names", None)
     if names is None or theirs is None or list(map(str, theirs)) == list(names):
         return
@@ -81,27 +61,13 @@ def match_features(data: Any, names: Sequence[str] | None) -> None:
 
 
 def names_of(data: Any) -> tuple[str, ...] | None:
-    """Return the names of a data frame's columns as text, of whichever library; ``None`` for anything else.
-
-    Args:
-        data: Anything.
-    """
+    """Return the names of a data frame's columns as text, of whichever library; ``None`` for anything else."""
     columns = getattr(data, "columns", None)
     return None if columns is None or callable(columns) else tuple(map(str, columns))
 
 
 def columns_like(title: str, data: Any, like: Any, whose: str) -> Any:
-    """Return a data frame with the columns of another, in its order; anything else, and without names, as it is.
-
-    Args:
-        title: How messages call it.
-        data: The data frame.
-        like: The other one.
-        whose: How messages call the other one.
-
-    Raises:
-        ValueError: A column of the other one is missing.
-    """
+    """Return a data frame with the columns of another, in its order; anything else, and without names, as it is."""
     given, wanted = names_of(data), names_of(like)
     numbered = any(
         names is not None and list(names) == [str(i) for i in range(len(names))] for names in (given, wanted)
@@ -114,12 +80,7 @@ def columns_like(title: str, data: Any, like: Any, whose: str) -> Any:
 
 
 def listed(names: Iterable[Any], most: int = 5) -> str:
-    """Return the first names, and how many there are.
-
-    Args:
-        names: The names.
-        most: How many are shown.
-    """
+    """Return the first names, and how many there are."""
     shown = [repr(name) for name in names]
     return ", ".join(shown[:most]) + (f", ... ({len(shown)} in all)" if len(shown) > most else "")
 

@@ -41,25 +41,15 @@ Samples: TypeAlias = Sampler | str | Path | ArrayLike | Tensor | Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """The rows of one population.
+    """The rows of one population."""
 
-    Attributes:
-        title: How messages call it: the argument, and the file.
-        samples: ``(n, d)`` raw samples.
-        features: Names of the features, where they have names.
-        weights: ``(n,)`` non-negative weights, or ``None``.
-        conditions: ``(n,)`` names, or ``None``.
-        groups: ``(n,)`` names, or ``None``.
-        images: ``(n, d)`` known images, or ``None``.
-    """
-
-    title: str
-    samples: Tensor
+    title: str  # how messages call it: the argument, and the file
+    samples: Tensor  # (n, d), raw
     features: tuple[str, ...] | None = None
-    weights: Tensor | None = None
-    conditions: Array | None = None
-    groups: Array | None = None
-    images: Tensor | None = None
+    weights: Tensor | None = None  # (n,), not negative
+    conditions: Array | None = None  # (n,) names
+    groups: Array | None = None  # (n,) names
+    images: Tensor | None = None  # (n, d), known
 
     def moved(self, like: Tensor) -> "Side":
         """Return the same rows on the device and in the precision of a tensor."""
@@ -89,23 +79,10 @@ def read_sides(
     true_images: Any = None,
     like: Side | None = None,
 ) -> tuple[Side | Endless, Side | Endless]:
-    """Return both sides, of rows or endless.
+    """Return both sides, of rows or endless; a file that holds both is read once.
 
-    Args:
-        source: Samples, a path to them, a sampler, or a stream.
-        target: Likewise; a file that is also the source's is read once.
-        reading: How tables are read.
-        prefix: Goes before the names of arguments in messages.
-        rows: For each side, which rows are kept, ``{label: value or values}``.
-        weights: Name of a label of both sides, or a pair of names, arrays, or ``None``.
-        conditions: Likewise.
-        groups: Likewise.
-        true_images: Images of the source's rows: an array, a path, or a function of the samples.
-        like: A side whose features both are to have, in its order.
-
-    Raises:
-        TypeError: Something is of the wrong kind.
-        ValueError: Something does not fit; the message names argument, file and remedy.
+    The arguments are those of :class:`SamplesDataModule`, named in messages after ``prefix``; ``like`` is a side whose
+    features both are to have, in its order.
     """
     pairs = {
         name: _pair(prefix + name, given)

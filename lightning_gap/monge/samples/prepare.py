@@ -1,35 +1,115 @@
-"""From what was given to what is drawn: splits, conditions and representation put together."""
+"""From what was given to what batches are drawn from: splits, conditions and representation put together."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gap.monge.samples.batches import Predicted
-from lightning_gap.monge.samples.conditions import condition_names, condition_vectors_of
-from lightning_gap.monge.samples.conditions_kept import ByName, held_out_pairs, trained_pairs
-from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Population
+from lightning_gap.monge.samples.batches import HeldOut, Predicted
+from lightning_gap.monge.samples.conditions import (
+    ByName,
+    condition_names,
+    condition_vectors_of,
+    held_out_pairs,
+    trained_pairs,
+)
+from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Part, Population, Turn, generator
 from lightning_gap.monge.samples.given import Side
-from lightning_gap.monge.samples.prepared import HeldOut, Prepared
-from lightning_gap.monge.samples.splits import SplitRule, generator, split_rows
-from lightning_gap.monge.samples.stages import Given, Request
+from lightning_gap.monge.samples.splits import Given, Request, SplitRule, split_rows
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
-__all__ = ["prepare"]
+__all__ = ["Prepared", "Split", "prepare"]
 
 Array = NDArray[Any]
+P = TypeVar("P", bound=Population)
 
 _STAGES = ("val", "test")
 # First entries of the keys of random draws, besides those of the training batches.
-_HELD_OUT, _AGAIN, _FIT, _PREDICT = 10, 11, 12, 13
+_HELD_OUT, _AGAIN, _FIT, _PREDICT, _START = 10, 11, 12, 13, 20
 # Samples that stand for an endless population where the representation is fitted.
 _MANY = 8192
+_ENDLESS_STEPS = 100
+
+
+class Split(NamedTuple):
+    """Samples of a stage: ``(n, d)`` of the source, ``(m, d)`` of the target."""
+
+    source: Tensor
+    target: Tensor
+
+
+@dataclass
+class Prepared:
+    """Everything that batches are drawn from, in encoded space but for what is predicted.
+
+    Methods that ask for a ``size`` take so many samples of an endless side, the same ones for the same seed.
+    """
+
+    dim: int  # of the batches
+    features: tuple[str, ...] | None  # names of the raw ones
+    representation: AffineRepresentation | None
+    batch_size: int  # of each side and condition; it may have shrunk
+    names: tuple[str, ...]  # of the conditions
+    vectors: Tensor | None  # (K, p) of the named conditions
+    train: list[tuple[Population, Population]]  # of each condition that is trained on
+    conditions: Tensor | None  # labels or vectors of these
+    held_out: dict[str, HeldOut]  # by stage
+    predicted: Predicted
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of the finite sets that are trained on."""
+        return [len(x) for pair in self.train for x in pair if isinstance(x, FiniteSamples)]
+
+    @property
+    def endless(self) -> bool:
+        """Whether a side is drawn anew for each batch."""
+        return len(self.sizes) < 2 * len(self.train)
+
+    def steps(self, size: int, per_batch: int | None) -> int:
+        """Return the batches of one pass through the largest set, or some number where all are endless."""
+        largest, conditions = max(self.sizes, default=0), len(self.train)
+        return max(1, largest // size * conditions // (per_batch or conditions)) if largest else _ENDLESS_STEPS
+
+    def _training_part(self, population: Population, side: int, seed: int, size: int) -> Part:
+        """Return a finite set, or some samples of an endless one, the same ones each time."""
+        if isinstance(population, FiniteSamples):
+            return Part(population.samples, population.weights)
+        return population.draw(Turn((seed, _START, side), 0, 0, 1, size, slice(None)))
+
+    def training_pairs(self, seed: int, size: int) -> list[tuple[Part, Part]]:
+        """Return the samples and weights of each condition in turn."""
+        part = self._training_part
+        return [(part(source, 0, seed, size), part(target, 1, seed, size)) for source, target in self.train]
+
+    def training_samples(self, seed: int, size: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return all samples of each side, or ``most`` of each, of all conditions in random order."""
+        sides = []
+        for i in range(2):
+            parts = [self._training_part(x, i, seed, size).samples for x in _distinct(self.train, i)]
+            samples = torch.cat(parts)
+            order = torch.randperm(len(samples), generator=generator(seed, _START, i), device="cpu")[:most]
+            sides.append(samples[order.to(samples.device)])
+        return sides[0], sides[1]
+
+    def splits(self, seed: int, size: int) -> dict[str, Split]:
+        """Return the samples of all stages, of all conditions."""
+        parts = {"train": Split(*self.training_samples(seed, size))}
+        for stage, held_out in self.held_out.items():
+            sides = (torch.cat([x.samples for x in _distinct(held_out.pairs, i)]) for i in range(2))
+            parts[stage] = Split(*sides)
+        return parts
+
+
+def _distinct(pairs: Sequence[tuple[P, P]], side: int) -> list[P]:
+    """Return one side of pairs: one without labels is in the pair of every condition."""
+    return list({id(pair[side]): pair[side] for pair in pairs}.values())
 
 
 class Encoding:
@@ -48,16 +128,7 @@ class Encoding:
 
 
 def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request) -> Prepared:
-    """Split, choose conditions, fit the representation, and return what batches are drawn from.
-
-    Args:
-        given: The source and the target.
-        explicit: Sides of ``"val"`` and ``"test"`` that were given apart.
-        request: What is asked for.
-
-    Raises:
-        ValueError: Something does not fit; the message names it and the remedy.
-    """
+    """Split, choose conditions, fit the representation, and return what batches are drawn from."""
     stages = _stages(given, explicit, request)
     sides = [side for pair in stages.values() for side, _ in pair]
     dim, dtype = _common_space(sides)

@@ -9,22 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.draws import FiniteSamples, Population
-from lightning_gap.monge.samples.prepared import Prepared
+from lightning_gap.monge.samples.prepare import Prepared
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
 __all__ = ["with_features"]
 
 
 def with_features(prepared: Prepared, places: NDArray[Any]) -> Prepared:
-    """Return the same samples with other columns of the raw features; the given ones stay as they are.
-
-    Args:
-        prepared: The samples.
-        places: ``(d,)`` places of the wanted features among the present ones.
-
-    Raises:
-        ValueError: Principal components were found with features that are to be left out.
-    """
+    """Return the same samples with other columns of the raw features; the given ones stay as they are."""
     representation = prepared.representation
     components = representation is not None and representation.components is not None
     if components and len(places) < len(prepared.features or ()):

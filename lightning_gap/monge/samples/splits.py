@@ -1,6 +1,6 @@
-"""Which rows are trained on, and which are held out: by row, or by group."""
+"""What is trained on and what is held out: by row, by group, or given apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_gap.monge.samples.draws import Endless, generator
 from lightning_gap.monge.samples.features import listed
-from lightning_gap.monge.samples.files.table import as_texts
+from lightning_gap.monge.samples.files.table import Reading, as_texts
+from lightning_gap.monge.samples.given import Side, is_stream, read_sides
 
-__all__ = ["SplitRule", "generator", "named_groups", "split_rows"]
+__all__ = ["Given", "Request", "SplitRule", "named_groups", "read_stages", "split_rows"]
 
 Array = NDArray[Any]
 STAGES = ("train", "val", "test")
@@ -19,24 +21,9 @@ STAGES = ("train", "val", "test")
 _GROUPS, _ROWS = 1, 2
 
 
-def generator(seed: int, *key: int) -> torch.Generator:
-    """Return a generator of its own for every seed and key of non-negative integers."""
-    # With the length: a seed sequence takes [s] and [s, 0] for the same.
-    state = np.random.SeedSequence([seed, len(key), *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device="cpu").manual_seed(int(state) & (2**63 - 1))
-
-
 @dataclass(frozen=True)
 class SplitRule:
-    """What is held out.
-
-    Attributes:
-        val_fraction: Share of the rows, but for those of held-out groups, that is held out for validation.
-        test_fraction: Share held out for the test.
-        val_groups: Groups that are held out whole for validation.
-        test_groups: Groups that are held out whole for the test.
-        seed: Seed of what is left to chance.
-    """
+    """What is held out: shares of the rows of groups that are not held out whole, and groups that are."""
 
     val_fraction: float
     test_fraction: float
@@ -55,18 +42,7 @@ def named_groups(
     available: Sequence[str],
     seed: int,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the groups that are held out for validation and for the test.
-
-    Args:
-        val_groups: Names, or the share of all groups that chance picks, at least one.
-        test_groups: Likewise; the test picks first.
-        available: Names of all groups, on either side.
-        seed: Seed of the choice.
-
-    Raises:
-        TypeError: An argument is neither names nor a number.
-        ValueError: There is no such group, one is named twice, a share is not in (0, 1), or none is left.
-    """
+    """Return the groups that are held out for validation and for the test: named, or a share that chance picks."""
     named: dict[str, tuple[str, ...]] = {}
     for argument, groups in (("test_groups", test_groups), ("val_groups", val_groups)):
         if isinstance(groups, str | bool) or (
@@ -114,19 +90,8 @@ def split_rows(
 ) -> dict[str, Array]:
     """Return the rows of one side in each stage, in random order.
 
-    Groups go first; then each stratum is divided by the fractions, at least one row a stage.
-
-    Args:
-        title: What the rows are of, for messages.
-        strata: ``(n,)`` integer labels of the strata, such as conditions.
-        groups: ``(n,)`` names of the groups, or ``None``.
-        usable: ``(n,)``; rows where it is false are in no stage.
-        rule: What is held out.
-        side: 0 for the source, 1 for the target, whose rows are shuffled independently.
-        strict: Whether a stratum that is too small to be divided is refused, or else trained on.
-
-    Raises:
-        ValueError: Nothing is left to train on.
+    Groups go first; then each of the ``(n,)`` strata is divided by the fractions, at least one row a stage. One that is
+    too small is refused where ``strict``, and else trained on. Rows that are not ``usable`` are in no stage.
     """
     parts: dict[str, list[Array]] = {stage: [] for stage in STAGES}
     held = {"val": rule.val_groups, "test": rule.test_groups}
@@ -158,3 +123,112 @@ def split_rows(
         stage: rows[torch.randperm(len(rows), generator=draws, device="cpu").numpy()].astype(np.int64)
         for stage, rows in rows_of.items()
     }
+
+
+Given = tuple[Side | Endless, Side | Endless]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for of the samples, by the arguments of :class:`SamplesDataModule`."""
+
+    rule: SplitRule
+    batch_size: int
+    default_batch: bool = False  # nobody asked for the batch size: it gives way
+    small_conditions: str = "refuse"
+    condition_vectors: Any = None
+    conditions_per_batch: int | None = None
+    standardize: bool = False
+    components: int | None = None
+    eval_batch_size: int = 2048
+
+
+def read_stages(
+    source: Any,
+    target: Any,
+    reading: Reading,
+    *,
+    fractions: tuple[float | None, float],
+    held_groups: tuple[Any, Any],
+    explicit: tuple[Any, Any],
+    seed: int,
+    **options: Any,
+) -> tuple[Given, dict[str, tuple[Side, Side]], SplitRule]:
+    """Return both sides, those of ``"val"`` and ``"test"`` that are given apart, and what is held out of the others.
+
+    ``fractions``, ``held_groups`` and ``explicit`` are pairs, of validation and of the test.
+    """
+    shares = _fractions(fractions, held_groups, explicit)
+    sides = read_sides(source, target, reading, **options)
+    apart = {
+        stage: _read_explicit(stage, given, reading, sides)
+        for stage, given in zip(("val", "test"), explicit, strict=True)
+        if given is not None
+    }
+    return sides, apart, _split_rule(sides, shares, held_groups, seed)
+
+
+def _fractions(
+    fractions: tuple[float | None, float], held_groups: tuple[Any, Any], explicit: tuple[Any, Any]
+) -> tuple[float, float]:
+    """Return the shares of the rows that are held out, checked."""
+    found = []
+    for stage, fraction, groups, apart, default in zip(
+        ("val", "test"), fractions, held_groups, explicit, (0.1, 0.0), strict=True
+    ):
+        if fraction is None:
+            fraction = default if groups is None and apart is None else 0.0
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+            raise ValueError(f"{stage}_fraction must be in [0, 1), got {fraction!r}")
+        given = [f"{stage}_fraction"] * bool(fraction)
+        given += [name for name, x in ((f"{stage}_groups", groups), (stage, apart)) if x is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say what is held out: give one of them")
+        found.append(float(fraction))
+    if sum(found) >= 1:
+        raise ValueError(f"val_fraction + test_fraction = {sum(found)} leaves nothing to train on")
+    return found[0], found[1]
+
+
+def _split_rule(sides: Given, fractions: tuple[float, float], held_groups: tuple[Any, Any], seed: int) -> SplitRule:
+    labels = [side.groups for side in sides if isinstance(side, Side)]
+    have = [x for x in labels if x is not None]
+    if all(groups is None for groups in held_groups):
+        if have:
+            raise ValueError("groups are for val_groups and test_groups: name the groups to hold out, or their share")
+        return SplitRule(*fractions, seed=seed)
+    if not have or len(have) < len(labels):
+        raise ValueError("val_groups and test_groups need the groups of both sides: give groups=, their labels")
+    available = sorted({str(name) for names in have for name in np.unique(names)})
+    return SplitRule(*fractions, *named_groups(*held_groups, available, seed), seed=seed)
+
+
+_EXPLICIT = ("source", "target", "weights", "conditions", "true_images")
+
+
+def _read_explicit(stage: str, given: Any, reading: Reading, train: Given) -> tuple[Side, Side]:
+    """Return the sides that were given for one stage."""
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2:
+        given = dict(zip(("source", "target"), given, strict=True))
+    if not isinstance(given, Mapping) or not {"source", "target"} <= set(given) <= set(_EXPLICIT):
+        raise TypeError(
+            f"{stage} must be a pair (source, target), or a mapping with these and any of "
+            f"{', '.join(_EXPLICIT[2:])}, got {type(given).__name__}"
+            + (f" with {', '.join(map(repr, given))}" if isinstance(given, Mapping) else "")
+        )
+    options = {name: value for name, value in given.items() if name not in ("source", "target")}
+    for name in ("source", "target"):
+        if is_stream(given[name]):
+            raise TypeError(f"{stage}: {name} must be samples, got {type(given[name]).__name__}: draw them first")
+    wanted = next((side for side in train if isinstance(side, Side) and side.features is not None), None)
+    source, target = read_sides(given["source"], given["target"], reading, prefix=f"{stage} ", like=wanted, **options)
+    assert isinstance(source, Side)
+    assert isinstance(target, Side)
+    for name, side, trained in zip(("source", "target"), (source, target), train, strict=True):
+        labelled = isinstance(trained, Side) and trained.conditions is not None
+        if labelled != (side.conditions is not None):
+            raise ValueError(
+                f"{stage}: the {name} {'needs' if labelled else 'takes no'} conditions, as in training: give "
+                f"{stage}={{'source': ..., 'target': ..., 'conditions': (of the source, of the target)}}"
+            )
+    return source, target

@@ -180,9 +180,6 @@ def principal_components(
 
     Above ``dense`` rows and features only the wanted singular vectors are found; ``block`` numbers are in double
     precision at once.
-
-    Raises:
-        ValueError: The samples vary in fewer directions.
     """
     n, d = samples.shape
     at_once = min(n, d) <= dense or 4 * components >= min(n, d)

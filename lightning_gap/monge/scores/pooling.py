@@ -16,13 +16,9 @@ __all__ = ["DrawnMetric", "SampleMetric", "TwoSampleMetric", "pooled", "pooling_
 
 
 def pooling_weights(name: str, weights: Tensor | None, samples: Tensor, part_of: int | None = None) -> Tensor:
-    """Return weights such that batches can be pooled: 1 a sample on average, so that a batch counts by its samples.
+    """Return weights of ``(n, d)`` samples of mean 1, so that a batch counts by its samples, but those of weight 0.
 
-    Args:
-        name: The caller's argument, for messages.
-        weights: ``(n,)`` weights of a batch, summing to 1; uniform where ``None``. Samples of weight 0 do not count.
-        samples: The ``(n, d)`` samples they belong to.
-        part_of: Size of the batch where these are one process's part of it; the weights sum to 1 over all parts then.
+    Given ones sum to 1, over all parts where these are one process's part of a batch of size ``part_of``.
     """
     if weights is None:
         return samples.new_ones(len(samples), dtype=widest(samples.device))
@@ -44,18 +40,7 @@ class DrawnMetric(Metric):
     full_state_update: bool = False
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw one or several values.
-
-        Args:
-            val: A value, or one for each step; :meth:`compute` by default.
-            ax: Matplotlib axes to draw on; new ones by default.
-
-        Returns:
-            The figure and its axes.
-
-        Raises:
-            ModuleNotFoundError: Matplotlib is not installed.
-        """
+        """Draw a value, or one for each step, on Matplotlib axes; by default that of ``compute()``, on new ones."""
         library("matplotlib", f"{type(self).__name__}.plot()", "plots")
         return plot_metric(self, val, ax)
 
@@ -123,11 +108,6 @@ class TwoSampleMetric(SampleMetric):
         Args:
             x: ``(n, d)`` samples.
             y: ``(m, d)`` samples.
-            weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default. Batches count by their
-                numbers of samples.
-
-        Raises:
-            TypeError: An argument is no floating-point tensor, or the dtypes differ.
-            ValueError: Shapes or devices do not fit, values are not finite, or a cost is not defined there.
+            weights: Of both, each summing to 1; uniform by default. Batches count by their numbers of samples.
         """
         self.keep(x, y, *weights)

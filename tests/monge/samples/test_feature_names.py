@@ -12,7 +12,7 @@ from monge_runs import FAST, trainer
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.cli import main
 from lightning_gap.monge import ConditionalMap
-from lightning_gap.monge.transport_files import load_map, transport_file
+from lightning_gap.monge.transport_files import load_map, transport_blocks, transport_file
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -141,7 +141,7 @@ def test_tables_in_files(model, images, path, suffix, tmp_path, monkeypatch):
         transport_file(model, f"in.{suffix}", "no.npy", columns=["a", "b"])
     _write(frame.assign(dose=1.0), f"more.{suffix}")
     with pytest.warns(UserWarning, match=r"IN .* has 'dose', which the map does not know: ignored"):
-        transport_file(model, f"more.{suffix}", f"kept.{suffix}", block_size=40)
+        transport_blocks(model, f"more.{suffix}", f"kept.{suffix}", block_size=40)
     assert _read(f"kept.{suffix}")["dose"].tolist() == [1.0] * len(S)
 
 
@@ -170,7 +170,7 @@ def test_genes_in_files(model, images, matrix, further, tmp_path, monkeypatch):
     given.X = matrix(frame.to_numpy())
     given.write_h5ad("in.h5ad")
     for name in ("out.h5ad", "out.npy", "out.csv"):
-        transport_file(model, "in.h5ad", name, batch_size=40, block_size=40)
+        transport_blocks(model, "in.h5ad", name, batch_size=40, block_size=40)
     out = anndata.read_h5ad("out.h5ad")
     assert list(out.var_names) == list(frame.columns)
     np.testing.assert_allclose(out[:, NAMES].X, images.numpy(), rtol=1e-4, atol=1e-4)

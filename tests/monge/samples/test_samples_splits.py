@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gap import SamplesDataModule
-from lightning_gap.monge.samples.splits import SplitRule, generator, named_groups, split_rows
+from lightning_gap.monge.samples.draws import generator
+from lightning_gap.monge.samples.splits import SplitRule, named_groups, split_rows
 
 
 @settings(deadline=None, max_examples=50)

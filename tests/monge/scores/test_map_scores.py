@@ -20,7 +20,7 @@ from lightning_gap.monge import (
     marginal_wasserstein,
 )
 from lightning_gap.monge.ot.costs import SqEuclidean
-from lightning_gap.monge.samples.batches import HeldOutBatches
+from lightning_gap.monge.samples.batches import HeldOut, HeldOutBatches
 from lightning_gap.monge.samples.draws import FiniteSamples
 from lightning_gap.monge.scores import map_scores
 from lightning_gap.monge.scores.pools import Pool, typical_share
@@ -345,7 +345,7 @@ def test_parts_of_a_weighted_batch_are_scored_as_the_batch(parts):
     for replicas in (1, parts):
         scores = MapScores(fitting_epsilon=0.5, gap_epsilon=0.5)
         for rank in range(replicas):
-            b = HeldOutBatches([(source, target)], [None], 100, num_replicas=replicas, rank=rank)[0]
+            b = HeldOutBatches(HeldOut([(source, target)], [None]), 100, num_replicas=replicas, rank=rank)[0]
             scores.update(
                 b.source, 2 * b.source + 1, b.target, source_weights=b.source_weights,
                 target_weights=b.target_weights, parts_of=(20, 31) if replicas > 1 else None,

@@ -11,25 +11,24 @@ convex, the gradient of the conjugate :math:`h^*` which structured maps need (Us
 from lightning_gap.monge.ot.costs.angles import Cosine, Geodesic
 from lightning_gap.monge.ot.costs.base import Cost, TranslationInvariantCost
 from lightning_gap.monge.ot.costs.euclidean import Euclidean, Mahalanobis, SqEuclidean
-from lightning_gap.monge.ot.costs.geometry import Geometry, PlanFactors
-from lightning_gap.monge.ot.costs.names import CallableCost, CostLike, is_learned, resolve
+from lightning_gap.monge.ot.costs.geometry import PlanFactors
+from lightning_gap.monge.ot.costs.names import CallableCost, resolve
+from lightning_gap.monge.ot.costs.names import CostLike as CostLike
+from lightning_gap.monge.ot.costs.names import is_learned as is_learned
 from lightning_gap.monge.ot.costs.norms import Elastic, PNorm, SqPNorm
 
 __all__ = [
     "CallableCost",
     "Cosine",
     "Cost",
-    "CostLike",
     "Elastic",
     "Euclidean",
     "Geodesic",
-    "Geometry",
     "Mahalanobis",
     "PNorm",
     "PlanFactors",
     "SqEuclidean",
     "SqPNorm",
     "TranslationInvariantCost",
-    "is_learned",
     "resolve",
 ]

@@ -27,6 +27,7 @@ class Cosine(Cost):
     """
 
     name: ClassVar[str] = "cosine"
+    keops_formula = "(RatCst(1,2) * SqDist(Normalize(X),Normalize(Y)))"
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus the cosine."""
@@ -40,11 +41,6 @@ class Cosine(Cost):
     def geometry(self) -> Geometry:
         """Products of augmented unit vectors."""
         return SquaredGeometry(self, 0.5, _unit)
-
-    @property
-    def keops_formula(self) -> str:
-        """Half the squared distance of the normalized vectors."""
-        return "(RatCst(1,2) * SqDist(Normalize(X),Normalize(Y)))"
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse zero vectors."""
@@ -76,6 +72,7 @@ class Geodesic(Cost):
     """
 
     name: ClassVar[str] = "geodesic"
+    keops_formula = "(IntCst(2) * Atan2(Norm2(X-Y),Norm2(X+Y)))"
     _TOLERANCE: ClassVar[float] = 1e-3
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
@@ -86,11 +83,6 @@ class Geodesic(Cost):
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return all angles through two matrix products."""
         return 2 * torch.atan2(safe_sqrt(squared_distances(x, y)), safe_sqrt(squared_distances(x, -y)))
-
-    @property
-    def keops_formula(self) -> str:
-        """Twice the angle of the half chords."""
-        return "(IntCst(2) * Atan2(Norm2(X-Y),Norm2(X+Y)))"
 
     def check_domain(self, name: str, points: Tensor) -> None:
         """Refuse points off the unit sphere."""

@@ -26,6 +26,7 @@ from lightning_gap.monge.ot.costs.products import (
 )
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.precision import widest
+from lightning_gap.trainer.internals.of_torch import distances_backward
 
 __all__ = ["Euclidean", "Mahalanobis", "SqEuclidean"]
 
@@ -41,6 +42,7 @@ class SqEuclidean(TranslationInvariantCost):
     """
 
     name: ClassVar[str] = "sqeuclidean"
+    keops_formula = "SqDist(X,Y)"
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|²``."""
@@ -58,11 +60,6 @@ class SqEuclidean(TranslationInvariantCost):
     def geometry(self) -> Geometry:
         """Products of augmented points."""
         return _SqEuclideanGeometry(self)
-
-    @property
-    def keops_formula(self) -> str:
-        """``SqDist(X,Y)``."""
-        return "SqDist(X,Y)"
 
 
 class _SqEuclideanGeometry(SquaredGeometry):
@@ -97,6 +94,7 @@ class Mahalanobis(TranslationInvariantCost):
 
     factor: Any
     name: ClassVar[str] = "mahalanobis"
+    keops_formula = "SqDist(X,Y)"  # of the images
 
     def __post_init__(self) -> None:
         if isinstance(self.factor, Tensor) and self.factor.requires_grad:
@@ -152,11 +150,6 @@ class Mahalanobis(TranslationInvariantCost):
         """Return the squared Euclidean cost, and the images."""
         return SqEuclidean(), self.image(points)
 
-    @property
-    def keops_formula(self) -> str:
-        """``SqDist(X,Y)``, of the images."""
-        return "SqDist(X,Y)"
-
 
 class _MahalanobisGeometry(SquaredGeometry):
     def __init__(self, cost: Mahalanobis) -> None:
@@ -191,6 +184,7 @@ class Euclidean(TranslationInvariantCost):
     """
 
     name: ClassVar[str] = "euclidean"
+    keops_formula = "Norm2(X-Y)"
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|``, also where squares would underflow or overflow."""
@@ -205,11 +199,6 @@ class Euclidean(TranslationInvariantCost):
     def geometry(self) -> Geometry:
         """Roots of products, or of differences where points are near."""
         return _EuclideanGeometry(self)
-
-    @property
-    def keops_formula(self) -> str:
-        """``Norm2(X-Y)``."""
-        return "Norm2(X-Y)"
 
 
 class _EuclideanGeometry(Geometry):
@@ -263,7 +252,7 @@ class _EuclideanGeometry(Geometry):
 
 def _pulls(P: Tensor, x: Tensor, y: Tensor, C: Tensor) -> Tensor:
     """Return ``Σ_j P_ij (x_i - y_j) / C_ij``, the differences over the distances; 0 where these are 0."""
-    pulls: Tensor = torch.ops.aten._cdist_backward(P, x, y.contiguous(), 2.0, C)
+    pulls: Tensor = distances_backward(P, x, y.contiguous(), 2.0, C)
     return pulls
 
 

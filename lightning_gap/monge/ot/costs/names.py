@@ -37,11 +37,7 @@ class CallableCost(Cost):
 
     function: Callable[[Tensor, Tensor], Tensor]
     name: ClassVar[str] = "callable"
-
-    @property
-    def symmetric(self) -> bool:
-        """Nobody knows."""
-        return False
+    symmetric = False  # for all that is known
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the function's values, checked for their shape."""

@@ -6,22 +6,35 @@ grows, the iteration goes back to where plain Sinkhorn would have gone.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from lightning_gap.monge.ot.solvers.kernel import Kernel
-from lightning_gap.monge.ot.solvers.solution import (
-    LONGEST_JUMP,
-    MEMORY,
-    PLAIN_SWEEPS,
-    STUCK,
-    Solution,
-    regularization,
-    too_large,
-)
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector
 
-__all__ = ["iterate_on_cpu"]
+__all__ = ["LONGEST_JUMP", "MEMORY", "PLAIN_SWEEPS", "STUCK", "Solution", "iterate_on_cpu"]
+
+# A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
+MEMORY = 15
+# A measure against itself is nearly always solved after so many averaged sweeps, each cheaper than an extrapolation.
+PLAIN_SWEEPS = 8
+# An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
+LONGEST_JUMP = 20.0
+# A marginal error above it is still large.
+STUCK = 1e-3
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where the iteration of B problems ended: ``(B, n)`` and ``(B, m)`` potentials in units of epsilon, and errors."""
+
+    F: Tensor
+    G: Tensor
+    iterations: list[int]
+    marginal_errors: list[float]
+    converged: list[bool]
 
 
 class _Anderson:
@@ -35,7 +48,7 @@ class _Anderson:
         self.steps = as_vector(kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype))
         # The last row is the present residual: one product then gives all that the least squares need.
         self.residuals = as_vector(kernel.b.new_zeros(count, self.memory + 1, m, dtype=kernel.dtype))
-        self.regularization = regularization(kernel)
+        self.regularization = kernel.regularization
         self.calls = 0
         self.last: Vector | None = None
         # Problems without a last step to compare with, and how many steps each one has.
@@ -117,7 +130,7 @@ def iterate_on_cpu(
                 residual[i] = 0
             elif not math.isfinite(error):
                 if iterations == restarted[i] + 1:
-                    raise too_large(kernel, i)
+                    raise kernel.too_large(i)
                 image[i] = kernel.restart(i, as_tensor(safe[i]))
                 residual[i] = 0
                 best[i], restarted[i] = math.inf, iterations

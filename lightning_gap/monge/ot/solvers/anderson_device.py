@@ -10,16 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK, Solution
 from lightning_gap.monge.ot.solvers.kernel import Kernel
-from lightning_gap.monge.ot.solvers.solution import (
-    LONGEST_JUMP,
-    MEMORY,
-    PLAIN_SWEEPS,
-    STUCK,
-    Solution,
-    regularization,
-    too_large,
-)
 from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
 __all__ = ["iterate_on_device"]
@@ -42,7 +34,7 @@ class _Anderson:
         self.steps = kernel.b.new_zeros(count, self.memory, m, dtype=kernel.dtype)
         self.residuals = torch.zeros_like(self.steps)
         self.last = kernel.b, kernel.b
-        self.regularization = regularization(kernel)
+        self.regularization = kernel.regularization
         self.forget()
 
     def forget(self) -> None:
@@ -109,7 +101,7 @@ def iterate_on_device(
         for i in astray:
             # The extrapolation led astray: back to where plain Sinkhorn had been.
             if i in lost and i in restarted:
-                raise too_large(kernel, i)
+                raise kernel.too_large(i)
             image[i] = kernel.restart(i, safe[i]) if i in lost else safe[i]
         if astray:
             anderson.forget()

@@ -15,7 +15,7 @@ from lightning_gap.monge.ot.solvers.blocks import block_rows, exponentiate, soft
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
 from lightning_gap.monge.ot.solvers.kernel import Kernel, damping
 from lightning_gap.monge.ot.solvers.memory import blas_threads
-from lightning_gap.monge.ot.solvers.sizes import bounded_epsilon, checked_size, range_of_costs
+from lightning_gap.monge.ot.solvers.sizes import range_of_costs, size_and_epsilon
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector
 
 __all__ = ["BlockedKernel"]
@@ -40,8 +40,8 @@ class BlockedKernel(Kernel):
         """Lend the kernel of a problem."""
         (p,) = problems
         least, most = range_of_costs(p)
-        largest = checked_size(p, least, most)
-        yield cls(problems, [bounded_epsilon(p, p.resolved_epsilon(largest), most - least)], [largest])
+        largest, epsilon = size_and_epsilon(p, least, most)
+        yield cls(problems, [epsilon], [largest])
 
     def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager[Kernel]:
         """Lend a kernel of fewer points, in memory where it fits."""

@@ -11,7 +11,7 @@ from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.blocks import exponentiate
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.memory import buffers
-from lightning_gap.monge.ot.solvers.sizes import bounded_epsilon, checked_size
+from lightning_gap.monge.ot.solvers.sizes import size_and_epsilon
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector, in_format_of
 
 __all__ = ["DenseKernel"]
@@ -54,12 +54,9 @@ class DenseKernel(Kernel):
                 p.cost.geometry.fill(costs, p.x, p.y)
                 told.append(torch.stack([costs.amin(), costs.amax(), torch.dot(p.a @ costs, p.b)]))
             # One question to the device for all of them.
-            sizes = torch.stack(told).tolist()
-            epsilons = []
-            for p, (least, most, mean) in zip(problems, sizes, strict=True):
-                epsilon = p.resolved_epsilon(checked_size(p, least, most), mean)
-                epsilons.append(bounded_epsilon(p, epsilon, most - least))
-            yield cls(problems, C, K, epsilons, [max(abs(least), abs(most)) for least, most, _ in sizes])
+            sizes = zip(problems, torch.stack(told).tolist(), strict=True)
+            largest, epsilons = zip(*(size_and_epsilon(p, *numbers) for p, numbers in sizes), strict=True)
+            yield cls(problems, C, K, epsilons, largest)
 
     def __getitem__(self, part: slice) -> "DenseKernel":
         """Return some of the problems, in the same memory."""

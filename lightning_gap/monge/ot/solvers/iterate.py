@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from lightning_gap.monge.ot.solvers.anderson import iterate_on_cpu
+from lightning_gap.monge.ot.solvers.anderson import STUCK, Solution, iterate_on_cpu
 from lightning_gap.monge.ot.solvers.anderson_device import iterate_on_device
 from lightning_gap.monge.ot.solvers.kernel import Kernel
-from lightning_gap.monge.ot.solvers.solution import STUCK, Solution
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_vector
 
 __all__ = ["iterate", "iterate_to_end"]

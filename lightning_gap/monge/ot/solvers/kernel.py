@@ -93,6 +93,18 @@ class Kernel(ABC):
         sizes = zip(self.largest, self.epsilons, strict=True)
         return all(size == 0 or least * epsilon <= size <= most * epsilon for size, epsilon in sizes)
 
+    @property
+    def regularization(self) -> float:
+        """The share of the diagonal by which an extrapolation's least squares are made regular."""
+        return 1e-8 if self.dtype == torch.float32 else 1e-14
+
+    def too_large(self, i: int) -> FloatingPointError:
+        """Return the error for a problem whose exponents its floating-point format does not bear."""
+        return FloatingPointError(
+            f"the costs are too large for epsilon = {self.epsilons[i]:.3g} in {self.dtype}: use a larger epsilon, or "
+            "float64; if a network made the samples, lower its learning rate"
+        )
+
     def begin(self, F: Tensor, G: Tensor) -> Vector:
         """Prepare for potentials; return the columns' ones to start from."""
         return as_vector(G)

@@ -7,7 +7,7 @@ import torch
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.precision import widest
 
-__all__ = ["bounded_epsilon", "checked_size", "range_of_costs"]
+__all__ = ["range_of_costs", "size_and_epsilon"]
 
 # An epsilon so many times the largest cost is as good as any larger one, of which no number would be left.
 _LARGEST_EPSILON = 1e6
@@ -23,8 +23,12 @@ def range_of_costs(p: Problem, dtype: torch.dtype | None = None) -> tuple[float,
     return least, most
 
 
-def checked_size(p: Problem, least: float, most: float) -> float:
-    """Return the size of the largest cost; raise ``FloatingPointError`` where it is beyond the format."""
+def size_and_epsilon(p: Problem, least: float, most: float, mean: float | None = None) -> tuple[float, float]:
+    """Return the size of the largest cost, and the epsilon to solve with; from the mean cost where it is known.
+
+    Raises:
+        FloatingPointError: The size is beyond the floating-point format.
+    """
     if not (math.isfinite(least) and math.isfinite(most)):
         raise FloatingPointError(
             f"the {p.cost} costs are not all finite in {p.x.dtype}: divide the samples by their scale, or use float64; "
@@ -38,19 +42,14 @@ def checked_size(p: Problem, least: float, most: float) -> float:
         exact = max(map(abs, range_of_costs(p, widest(p.x.device))))
         apart = float((torch.cat([p.x, p.y]) - p.x[0]).abs().amax())
         if exact == 0 and 0 < apart < 10 * math.sqrt(limits.tiny):
-            exact = apart * apart
-            exact = exact or limits.smallest_normal
+            exact = apart * apart or limits.smallest_normal
     if (0 < exact < 1e3 * limits.tiny) or (size == 0 and exact > 0):
         raise FloatingPointError(
             f"the {p.cost} costs, {exact:.1e} at most, are below what {p.x.dtype} resolves: divide the samples by "
             "their scale, or use float64"
         )
-    return size
-
-
-def bounded_epsilon(p: Problem, epsilon: float, spread: float) -> float:
-    """Return the epsilon to solve with."""
-    if p.rho is not None:
-        # Soft marginals are softened by epsilon, whose size then counts; none of it is left of nothing.
-        return epsilon if spread > 0 or p.epsilon.absolute is not None else max(epsilon, 1e-6 * p.rho)
-    return min(epsilon, _LARGEST_EPSILON * spread) if spread > 0 else epsilon
+    epsilon, spread = p.resolved_epsilon(size, mean), most - least
+    if p.rho is None:
+        return size, min(epsilon, _LARGEST_EPSILON * spread) if spread > 0 else epsilon
+    # Soft marginals are softened by epsilon, whose size then counts; none of it is left of nothing.
+    return size, epsilon if spread > 0 or p.epsilon.absolute is not None else max(epsilon, 1e-6 * p.rho)

@@ -7,9 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.formats import FrameFile
 from lightning_gap.monge.samples.files.frames import columns_of_row_names, frame_format, frame_with_images
-from lightning_gap.monge.samples.files.table import Table, library, readable
+from lightning_gap.monge.samples.files.table import FrameFile, Table, library, readable
 
 __all__ = ["FEATHER", "PARQUET"]
 

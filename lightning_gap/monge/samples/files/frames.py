@@ -9,8 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.formats import Format, FrameFile, RowWriter
-from lightning_gap.monge.samples.files.table import Reading, Table, as_tensor, library, objects, there_is
+from lightning_gap.monge.samples.files.table import (
+    Format,
+    FrameFile,
+    Reading,
+    RowWriter,
+    Table,
+    as_tensor,
+    library,
+    objects,
+    there_is,
+)
 
 __all__ = ["columns_of_row_names", "frame_format", "frame_table", "frame_with_images"]
 
@@ -76,14 +85,7 @@ def _file_table(title: str, file: FrameFile, reading: Reading) -> Table:
 
 
 def frame_table(title: str, frame: Any, reading: Reading, *, start: int | None = None) -> Table:
-    """Return the table of a data frame.
-
-    Args:
-        title: How messages call it.
-        frame: The data frame.
-        reading: Which columns are samples.
-        start: Number of the first row, where it is a block of a file.
-    """
+    """Return the table of a data frame, of which ``start`` is the number of the first row in its file."""
     names = [str(name) for name in frame.columns]
     _refuse_repeated(title, names)
     named = frame.set_axis(names, axis=1)

@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_gap.monge.samples.files.arrays import dense_rows, dim_of
-from lightning_gap.monge.samples.files.formats import Format
-from lightning_gap.monge.samples.files.table import Reading, Table, library, objects, readable, there_is
+from lightning_gap.monge.samples.files.table import Format, Reading, Table, library, objects, readable, there_is
 
 __all__ = ["H5AD", "InFile", "InMemory", "anndata_table"]
 
@@ -82,13 +81,7 @@ class _SparseRows:
 
 
 def anndata_table(title: str, data: "InMemory | InFile", reading: Reading) -> Table:
-    """Return the table of AnnData.
-
-    Args:
-        title: How messages call it.
-        data: The object or file.
-        reading: Which genes, layer or embedding are the samples.
-    """
+    """Return the table of AnnData."""
     layer, obsm = reading.layer, reading.obsm
     if layer is not None and layer not in data.layers:
         raise ValueError(f"layer: {title} has no layer {layer!r}; {there_is(data.layers)}")
@@ -137,19 +130,12 @@ def _chosen(title: str, stored: list[str] | None, reading: Reading) -> tuple[lis
 
 @dataclass(frozen=True)
 class _Stored:
-    """The array of which a table's samples are columns.
-
-    Attributes:
-        matrix: All of it.
-        places: Where the features stand among its columns; ``None`` where they are all of them, in order.
-        path: Its file.
-        key: Its path in there.
-    """
+    """The array of a file, of which a table's samples are columns."""
 
     matrix: Any
-    places: Array | None
+    places: Array | None  # of the features; None where they are all columns, in order
     path: Path = Path()
-    key: str = ""
+    key: str = ""  # of the array in its file
 
 
 def _key(layer: str | None, obsm: str | None) -> str:

@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.features import feature_places, names_of
-from lightning_gap.monge.samples.files.arrays import array_table
+from lightning_gap.monge.samples.files.arrays import NPY, NPZ, array_table, load_array
 from lightning_gap.monge.samples.files.arrow import FEATHER, PARQUET
-from lightning_gap.monge.samples.files.formats import Format
 from lightning_gap.monge.samples.files.frames import frame_table
 from lightning_gap.monge.samples.files.h5ad import H5AD, InMemory, anndata_table
-from lightning_gap.monge.samples.files.npy import NPY, NPZ, load_array
-from lightning_gap.monge.samples.files.table import Reading, Table
+from lightning_gap.monge.samples.files.table import Format, Reading, Table
 from lightning_gap.monge.samples.files.text import TEXT
 
 __all__ = ["FORMATS", "is_file", "open_file", "open_frame", "open_table", "read_matrix", "read_vector", "suffix_of"]
@@ -44,17 +42,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def open_table(argument: str, data: Any, reading: Reading = _DEFAULT) -> Table:
-    """Return the table of an array, tensor, sparse matrix, data frame, AnnData, or a path to a file of one.
-
-    Args:
-        argument: The caller's argument, for messages.
-        data: What to read. After ``::`` a path names an array within an ``.npz`` or ``.h5ad`` file.
-        reading: Which of its columns are samples.
-
-    Raises:
-        TypeError: Samples are no real numbers.
-        ValueError: There is no such array, layer, embedding or column.
-    """
+    """Return the table of an array, tensor, sparse matrix, data frame, AnnData, or a path to a file of one."""
     if is_file(data):
         return open_file(argument, str(data), reading).whole()
     data = _as_pandas(data)
@@ -66,20 +54,7 @@ def open_table(argument: str, data: Any, reading: Reading = _DEFAULT) -> Table:
 
 
 def open_file(argument: str, location: str, reading: Reading = _DEFAULT) -> Table:
-    """Return the table of a file, of which no row is read yet but for an ``.npz`` file.
-
-    Args:
-        argument: The caller's argument, for messages.
-        location: The path, and after ``::`` a name within.
-        reading: Which of its columns are samples.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ModuleNotFoundError: The library that reads such files is not installed.
-        TypeError: Samples are no real numbers.
-        ValueError: The file is of another kind, or has no such array, layer, embedding or column, or lacks a wanted
-            feature.
-    """
+    """Return the table of a file, of which no row is read yet but for an ``.npz`` file."""
     path, form, within = _resolved(argument, location)
     title = f"{argument} ({path.name})"
     if not form.holds_anndata:
@@ -90,12 +65,7 @@ def open_file(argument: str, location: str, reading: Reading = _DEFAULT) -> Tabl
 
 
 def open_frame(argument: str, location: str) -> Any:
-    """Return a ``.csv``, ``.tsv``, ``.parquet`` or ``.feather`` file as a data frame, with the names of its rows.
-
-    Args:
-        argument: The caller's argument, for messages.
-        location: The path. Names of rows are those that pandas has for an index, or else in the first column.
-    """
+    """Return a file of a table as a data frame, with its names of rows or else its first column as index."""
     path, form, within = _resolved(argument, location)
     if within is not None or form.frame is None:
         raise ValueError(f"{argument}: {location!r} is no .csv, .tsv, .parquet or .feather file")
@@ -114,17 +84,8 @@ def read_matrix(
 ) -> Tensor:
     """Return samples in memory as a tensor, float64 if they are that and float32 otherwise.
 
-    Args:
-        argument: The caller's argument, for messages.
-        data: Array, sparse matrix, data frame or ``AnnData``. It may be empty.
-        features: Which features are wanted, in this order, where ``data`` names its own; by default all as they stand.
-        whose: How messages call what wants them.
-        layer: Layer of ``AnnData``; ``X`` by default.
-        obsm: Embedding of ``AnnData`` in place of a layer.
-
-    Raises:
-        TypeError: It is a path, or holds no real numbers.
-        ValueError: A feature is missing, or a row is not finite.
+    Where ``data`` names its features, the wanted ones are taken in their order; messages call what wants them
+    ``whose``.
     """
     if is_file(data):
         raise TypeError(
@@ -150,12 +111,7 @@ def read_matrix(
 
 
 def read_vector(argument: str, data: Any) -> Array:
-    """Return a one-dimensional array, from memory or from an ``.npy`` or ``.npz`` file.
-
-    Args:
-        argument: The caller's argument, for messages.
-        data: Array, tensor, sequence, pandas series, or path.
-    """
+    """Return a one-dimensional array, from memory or from an ``.npy`` or ``.npz`` file."""
     if is_file(data):
         path, form, within = _resolved(argument, str(data))
         if form not in (NPY, NPZ):

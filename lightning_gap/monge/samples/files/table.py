@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from lightning_gap import extras
 from lightning_gap.monge.samples.features import feature_places, listed
 
 __all__ = [
+    "Format",
+    "FrameFile",
     "Reading",
+    "RowWriter",
     "Table",
     "as_tensor",
     "as_texts",
@@ -33,28 +36,15 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Reading:
-    """Which columns of a table are samples.
+    """Which columns of a table are samples."""
 
-    Attributes:
-        columns: Names of the features, in this order; by default all that are no labels. Where none of them is wanted
-            they stand for the wanted ones, by place.
-        layer: Layer of AnnData; its ``X`` by default.
-        obsm: Embedding of AnnData, in place of a layer.
-        labels: Names that are used as labels, hence are no features.
-        wanted: Names of a map's features, in its order, where it knows them: columns are matched to them by name.
-        texts_pass: Whether columns of text are passed over rather than refused.
-
-    Raises:
-        TypeError: ``columns`` is a text.
-        ValueError: ``layer`` and ``obsm`` are both given.
-    """
-
+    # Their names, in order; all that are no labels by default. If none is wanted they stand for the wanted ones.
     columns: Sequence[str] | None = None
-    layer: str | None = None
-    obsm: str | None = None
-    labels: Collection[str] = ()
-    wanted: Sequence[str] | None = None
-    texts_pass: bool = False
+    layer: str | None = None  # of AnnData; X by default
+    obsm: str | None = None  # embedding of AnnData, in place of a layer
+    labels: Collection[str] = ()  # used as labels, hence no features
+    wanted: Sequence[str] | None = None  # a map's features, in its order: columns are matched to them by name
+    texts_pass: bool = False  # columns of text are passed over rather than refused
 
     def __post_init__(self) -> None:
         if self.layer is not None and self.obsm is not None:
@@ -73,33 +63,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Table:
-    """Samples in rows, and labels of the rows. Samples are read when they are asked for.
+    """Samples in rows, and labels of the rows. Samples are read when they are asked for."""
 
-    Attributes:
-        title: How messages call it: the argument, and the file.
-        length: Number of rows; ``None`` where a file does not tell before it is read.
-        dim: Number of the columns of samples; 0 where there is no matrix.
-        features: Their names, where they have names.
-        label_names: Names of the labels beside the rows.
-        read: Returns the samples of some rows, in increasing order; of all where ``None``.
-        label: Returns the labels of a name, one a row.
-        start: Number of the first row, in a block of a larger table; ``None`` where this is all of it.
-        frame: The data frame that the samples are columns of, where there is one.
-        stream: Yields tables of so many rows, or of all where ``None``: how a file is read that is read in order.
-        origin: What its file keeps of it beside rows, for who writes a copy.
-    """
-
-    title: str
-    length: int | None
-    dim: int
+    title: str  # how messages call it: the argument, and the file
+    length: int | None  # rows; None where a file does not tell before it is read
+    dim: int  # columns of samples; 0 where there is no matrix
     features: tuple[str, ...] | None
-    label_names: tuple[str, ...]
-    read: Callable[[Array | None], Tensor]
-    label: Callable[[str], Array]
-    start: int | None = None
-    frame: Any = None
+    label_names: tuple[str, ...]  # of the labels beside the rows
+    read: Callable[[Array | None], Tensor]  # samples of some rows, in increasing order, or of all
+    label: Callable[[str], Array]  # of a name, one a row
+    start: int | None = None  # the first row's number in a larger table; None where this is all
+    frame: Any = None  # the data frame that the samples are columns of
+    # Yields tables of so many rows, or of all where None: how a file is read that is read in order.
     stream: Callable[[int | None], Iterator["Table"]] | None = None
-    origin: Any = None
+    origin: Any = None  # what its file keeps of it beside rows, for who writes a copy
 
     def __len__(self) -> int:
         if self.length is None:
@@ -155,12 +132,7 @@ class Table:
         return np.flatnonzero(keep)
 
     def samples(self, rows: Array | None = None) -> Tensor:
-        """Return the samples of some rows, float64 if they are stored so and float32 otherwise.
-
-        Raises:
-            TypeError: They are no real numbers.
-            ValueError: They are no ``(n, d)`` matrix, there are none, or some are not finite (the rows are named).
-        """
+        """Return the finite ``(n, d)`` samples of some rows, float64 if they are stored so and float32 otherwise."""
         samples = self.read(rows)
         if samples.dim() != 2:
             remedy = "add the missing dimension, as in x[:, None]" if samples.dim() == 1 else "flatten each sample"
@@ -179,18 +151,7 @@ def refuse_not_finite(
     *,
     start: int | None = None,
 ) -> None:
-    """Raise for samples that hold NaN or infinity.
-
-    Args:
-        title: How messages call them.
-        samples: ``(n, d)`` samples.
-        rows: Numbers of their rows, for the message; by default from 0 on.
-        features: Names of the columns, likewise.
-        start: Number of the first row, of a block of a larger table.
-
-    Raises:
-        ValueError: Some are not finite; the rows are named.
-    """
+    """Raise for samples that hold NaN or infinity, naming the rows by their numbers, from ``start`` on."""
     # One pass, and no copy, where all is well; two large numbers may overflow in it.
     if not samples.is_floating_point() or bool(samples.detach().sum().isfinite()):
         return
@@ -268,3 +229,42 @@ def as_tensor(array: Array) -> Tensor:
     """Return an array as float64 if it is that, and as float32 otherwise."""
     # A copy: read-only arrays and foreign byte orders are welcome, and later changes to the array do no harm.
     return torch.from_numpy(np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32))
+
+
+class RowWriter(Protocol):
+    """Writes images block by block."""
+
+    def write(self, block: Table, images: NDArray[Any]) -> None:
+        """Append the images of a block."""
+
+    def close(self) -> None:
+        """Complete the file."""
+
+
+@dataclass(frozen=True)
+class FrameFile:
+    """A file of a data frame, of which the columns are known and the rows are read when they are asked for."""
+
+    names: tuple[str, ...]  # of all columns
+    row_names: tuple[str, ...]  # of those that hold names of rows, which are no features
+    header: tuple[str, ...]  # names as the file has them, "" for an unnamed column
+    length: int | None  # None where the file does not tell before it is read
+    first: Any  # the first rows, or none of a file that tells the types of its columns
+    # Yields frames of at most so many rows (None: all at once) of some columns, of which some are features.
+    frames: Callable[[int | None, Collection[str], Collection[str]], Iterator[Any]]
+    metadata: dict[str, Any] | None = None  # what pandas has written of the table beside it
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of some endings are read and written."""
+
+    # Of a title, a path, the name of an array within, and what is read.
+    open: Callable[[str, Path, str | None, Reading], Table]
+    # Of a path, its ending, the table that is mapped, and its first images.
+    writer: Callable[[Path, str, Table, NDArray[Any]], RowWriter] | None = None
+    frame: Callable[[str, Path], FrameFile] | None = None  # of a title and a path
+    libraries: tuple[str, ...] = ()  # needed to write
+    holds_named: bool = False  # a name after "::" in the path means an array within
+    holds_anndata: bool = False  # has layers and embeddings
+    copies: type | None = None  # the origin of a table that is written as a copy of its file

@@ -7,9 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lightning_gap.monge.samples.files.formats import RowWriter
 from lightning_gap.monge.samples.files.read import FORMATS, suffix_of
-from lightning_gap.monge.samples.files.table import Table, library
+from lightning_gap.monge.samples.files.table import RowWriter, Table, library
 
 __all__ = ["Output"]
 
@@ -17,18 +16,7 @@ Array = NDArray[Any]
 
 
 class Output:
-    """A file that appears under its name only when it is complete.
-
-    Args:
-        argument: The caller's argument, for messages.
-        location: The path.
-        table: What is mapped.
-        overwrite: Whether a file of that name may be replaced.
-
-    Raises:
-        ValueError: The name has another ending, or cannot be written.
-        FileExistsError: There is such a file.
-    """
+    """A file that appears under its name only when it is complete."""
 
     def __init__(self, argument: str, location: str, table: Table, *, overwrite: bool) -> None:
         self.path = Path(location).expanduser()

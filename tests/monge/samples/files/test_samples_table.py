@@ -8,7 +8,7 @@ from lightning_gap import MongeMap
 from lightning_gap.monge.samples.conditions import condition_vectors_of
 from lightning_gap.monge.samples.files.read import open_file, open_table
 from lightning_gap.monge.samples.files.table import Reading
-from lightning_gap.monge.transport_files import transport_file
+from lightning_gap.monge.transport_files import transport_blocks
 
 pd = pytest.importorskip("pandas")
 arrow = pytest.importorskip("pyarrow")
@@ -101,7 +101,7 @@ def test_a_copy_keeps_the_index_and_the_order(name, suffix, tmp_path):
     location = write(frame, suffix, tmp_path)
     model = MongeMap(map=torch.nn.Identity()).float()
     columns = ["0", "1", "2"] if name == "numbered columns" else ["b", "a", "c"]
-    transport_file(model, location, f"{tmp_path}/out.{suffix}", columns=columns, batch_size=4, block_size=4)
+    transport_blocks(model, location, f"{tmp_path}/out.{suffix}", columns=columns, batch_size=4, block_size=4)
     read = pd.read_parquet if suffix == "parquet" else arrow_frame
     given, out = read(location), read(f"{tmp_path}/out.{suffix}")
     assert list(out.columns) == list(given.columns)
