@@ -135,13 +135,7 @@ def plan_verdict(
 
     To the same training loss the batch B takes :math:`(1 + B_c / B) / (1 + B_c / B_S)` times the updates of
     :math:`B_S`. It says nothing of generalization, for which Hoffer et al. train as many updates.
-
-    Example:
-        >>> estimate = NoiseScaleEstimate(decay=0.9)
-        >>> estimate.update(1000.0, 1.0)
-        >>> plan_verdict(4000, 250, estimate, planned=1.0)
-        "To the reference run's training loss this batch needs 0.25 times its updates, 4 times its samples; the plan makes 1 times its updates."
-    """  # noqa: E501
+    """
     critical = estimate.critical_batch_size
     if not critical > 0:
         return ""
@@ -158,11 +152,7 @@ def normalization_note(layers: Mapping[str, nn.Module], micro_batch: int, replic
 
     A micro-batch's gradient is then one sample of its own, so averages over more of them obey the same two equations,
     with the variance of a sample's gradient replaced by the samples of a group times the variance of a group's.
-
-    Example:
-        >>> normalization_note({"net.1": nn.BatchNorm1d(2)}, 16)
-        'net.1 normalizes over 16 samples, so the noise scale is that of batches made of such groups, and another number for groups of another size.'
-    """  # noqa: E501
+    """
     if not layers:
         return ""
     more = f" and {len(layers) - 1} more normalize" if len(layers) > 1 else " normalizes"

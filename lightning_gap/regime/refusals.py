@@ -139,12 +139,39 @@ def check_fit(
     batches: Iterable[int],
     otherwise: Callable[[], Any] | None,
 ) -> list[tuple[ReferenceClock, Rollout]]:
-    """Refuse optimizers, schedulers and users' code before anything is changed; return what was rolled out."""
+    """Refuse optimizers, schedulers and users' code before anything is changed, and warn of what is doubtful.
+
+    Returns the schedules of the first optimizer, rolled out.
+    """
     _check_optimizers(fit, plan)
     if plan.lr_factor != 1.0:
         _check_hand_set_rates(fit)
         refused_as(check_unscaled, fit.optimizers)
-    rollouts = _check_schedulers(fit, plan, stretch, stepping, batches, otherwise)
+    asked = _Asked(len(fit.configs), otherwise)
+    rollouts = []
+    for at, config in enumerate(fit.configs):
+        scheduler, name = config.scheduler, type(config.scheduler).__name__
+        if plan.train_longer and plan.updates_per_epoch is None and config.interval == "epoch":
+            raise MisconfigurationException(
+                f"{name} is stepped every epoch, and the loader does not tell how many updates an epoch has. Use "
+                'interval="step", or a loader with a length.'
+            )
+        if config.reduce_on_plateau:
+            _check_plateau(config, plan, stretch)
+            continue
+        interval: Interval = "epoch" if config.interval == "epoch" else "step"
+        clock = ReferenceClock(scheduler, interval, 1, 1, last=1000, stepping=stepping)
+        if plan.reference_updates_per_epoch is not None:
+            clock = ReferenceClock.of(plan, scheduler, interval, config.frequency, stepping)
+            if stretch:
+                if stretch is not True:
+                    refused_as(check_frequency, clock, plan, batches)
+                proven = partial(asked.proves, clock, at)
+                seen = refused_as(check_lengths, clock, plan, trust=stretch is True, batches=batches, proven=proven)
+                if seen is not None and scheduler.optimizer is fit.optimizers[0]:
+                    rollouts.append((clock, seen))
+                _warn_of_epochs_past_the_end(config, plan, stretch)
+        refused_as(check_rates, clock, plan)
     if plan.reclocked and stretch:
         _check_hand_stepped(fit)
     if plan.lr_factor != 1.0:
@@ -243,43 +270,6 @@ def _source(method: Any) -> str:
         return inspect.getsource(method)
     except (OSError, TypeError):
         return ""
-
-
-def _check_schedulers(
-    fit: Fit,
-    plan: RegimePlan,
-    stretch: str | bool,
-    stepping: Stepping,
-    batches: Iterable[int],
-    otherwise: Callable[[], Any] | None,
-) -> list[tuple[ReferenceClock, Rollout]]:
-    """Refuse the schedulers that cannot be matched, and warn of the doubtful ones; roll out the first optimizer's."""
-    asked = _Asked(len(fit.configs), otherwise)
-    rollouts = []
-    for at, config in enumerate(fit.configs):
-        scheduler, name = config.scheduler, type(config.scheduler).__name__
-        if plan.train_longer and plan.updates_per_epoch is None and config.interval == "epoch":
-            raise MisconfigurationException(
-                f"{name} is stepped every epoch, and the loader does not tell how many updates an epoch has. Use "
-                'interval="step", or a loader with a length.'
-            )
-        if config.reduce_on_plateau:
-            _check_plateau(config, plan, stretch)
-            continue
-        interval: Interval = "epoch" if config.interval == "epoch" else "step"
-        clock = ReferenceClock(scheduler, interval, 1, 1, last=1000, stepping=stepping)
-        if plan.reference_updates_per_epoch is not None:
-            clock = ReferenceClock.of(plan, scheduler, interval, config.frequency, stepping)
-            if stretch:
-                if stretch is not True:
-                    refused_as(check_frequency, clock, plan, batches)
-                proven = partial(asked.proves, clock, at)
-                seen = refused_as(check_lengths, clock, plan, trust=stretch is True, batches=batches, proven=proven)
-                if seen is not None and scheduler.optimizer is fit.optimizers[0]:
-                    rollouts.append((clock, seen))
-                _warn_of_epochs_past_the_end(config, plan, stretch)
-        refused_as(check_rates, clock, plan)
-    return rollouts
 
 
 class _Asked:

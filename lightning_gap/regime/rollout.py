@@ -128,16 +128,7 @@ def _own(value: Any) -> Any:
 
 
 def turns(rates: list[float]) -> dict[str, int]:
-    """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still.
-
-    Example:
-        >>> turns([1.0, 0.5, 0.0, 0.0])
-        {'end': 2}
-        >>> turns([1.0, 0.5, 0.0, 0.5, 1.0])
-        {'lowest': 2}
-        >>> turns([0.5, 1.0, 1.0])
-        {}
-    """
+    """Return after how many steps a schedule ends or turns: where it reaches 0, has its lowest, and stands still."""
     top = max(map(abs, rates), default=0.0)
     if len(rates) < 2 or top == 0:
         return {}
@@ -153,15 +144,7 @@ def turns(rates: list[float]) -> dict[str, int]:
 
 
 def hidden_lengths(scheduler: Any) -> dict[str, int]:
-    """Return the whole numbers that a scheduler, its parts and its functions hold, by where they are.
-
-    Example:
-        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> def schedule(total):
-        ...     return torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / total)
-        >>> hidden_lengths(schedule(48))
-        {'LambdaLR: total': 48}
-    """
+    """Return the whole numbers that a scheduler, its parts and its functions hold, by where they are."""
     found: dict[str, int] = dict(horizons(scheduler)) if isinstance(scheduler, LRScheduler) else {}
     for part in flattened(scheduler):
         name = type(part).__name__

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.clock import RegimeClock
@@ -155,7 +155,8 @@ class RegimeRun:
             otherwise=self.planner.otherwise(self._answers, pl_module),
         )
         validations = refused_as(ValidationClock.of, trainer, fit, plan)
-        weighted = self._weighted_module(pl_module) if plan.noise_variance else None
+        noise = self.regime.gradient_noise
+        weighted = refused_as(output_module, pl_module, noise) if plan.noise_variance else None
         if not self.planner.keeps_lengths:
             self._set_limits(trainer)
         self.limits.lift_updates(trainer)
@@ -177,11 +178,6 @@ class RegimeRun:
             curve=curve(plan, before[0], rollouts) if before else (),
         )
         self.phase = Phase.TAKEN_OVER
-
-    def _weighted_module(self, pl_module: LightningModule) -> nn.Module:
-        name = self.regime.gradient_noise
-        found: tuple[str, nn.Module] = refused_as(output_module, pl_module, name if isinstance(name, str) else None)
-        return found[1]
 
     def start(self, trainer: Trainer) -> None:
         """Check that the loaded data is what was planned for, and take up what a checkpoint left."""

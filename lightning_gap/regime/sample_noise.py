@@ -64,34 +64,31 @@ def sample_weights(rows: int, variance: float, *, seed: Sequence[int]) -> Tensor
     return normal.mul_(variance**0.5).add_(1)
 
 
-def output_module(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
+def output_module(model: nn.Module, name: bool | str) -> nn.Module:
     """Return the part of a model whose output has one row a sample, by its name or as the only trainable child.
-
-    Raises:
-        ValueError: If there is no such part, or several children have weights to train.
 
     Example:
         >>> model = nn.ModuleDict({"net": nn.Linear(2, 2), "loss": nn.MSELoss()})
-        >>> output_module(model, None)
-        ('net', Linear(in_features=2, out_features=2, bias=True))
+        >>> output_module(model, True)
+        Linear(in_features=2, out_features=2, bias=True)
     """
-    if name is not None:
+    if isinstance(name, str):
         try:
-            return name, model.get_submodule(name)
+            return model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"gradient_noise={name!r} is not a submodule of {type(model).__name__}: {error}") from None
-    trained = [
-        (child, module)
+    trained = {
+        child: module
         for child, module in model.named_children()
         if any(parameter.requires_grad for parameter in module.parameters())
-    ]
+    }
     if len(trained) != 1:
         raise ValueError(
             f"gradient_noise=True needs one child of {type(model).__name__} with weights to train, and there are "
-            f"{[child for child, _ in trained]}. Name the last module before the loss, whose output has one row a "
-            "sample: gradient_noise='head'."
+            f"{list(trained)}. Name the last module before the loss, whose output has one row a sample: "
+            "gradient_noise='head'."
         )
-    return trained[0]
+    return next(iter(trained.values()))
 
 
 def mixing_layers(model: nn.Module) -> dict[str, nn.Module]:

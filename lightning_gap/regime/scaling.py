@@ -73,36 +73,17 @@ def lr_factor(rule: LRRule, ratio: float) -> float:
 
 
 def rule_name(rule: LRRule) -> str:
-    """Return what to call a rule in tables and messages.
-
-    Example:
-        >>> rule_name("sqrt"), rule_name(math.cbrt)
-        ('sqrt', 'cbrt()')
-    """
+    """Return what to call a rule in tables and messages."""
     return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"
 
 
 def default_train_longer(rule: LRRule) -> float:
-    """Return how far a rule goes from the reference run's epochs, 0, to its updates, 1, where nothing else is asked.
-
-    Example:
-        >>> default_train_longer("sqrt"), default_train_longer("linear"), default_train_longer("adam")
-        (1.0, 0.0, 0.0)
-    """
+    """Return how far a rule goes from the reference run's epochs, 0, to its updates, 1, where nothing else is asked."""
     return 0.0 if rule in EQUAL_SAMPLES else 1.0
 
 
 def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: float) -> str | None:
-    """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes.
-
-    Example:
-        >>> import torch
-        >>> check_rule(torch.optim.Rprop([torch.zeros(1, requires_grad=True)]), "linear", 4.0, 0.0)
-        Traceback (most recent call last):
-        ...
-        ValueError: lr_rule="linear" is a rule for SGD, SGDW, SGDP, Lars, LARS, and the optimizer is Rprop. Pass \
-lr_rule="none", which leaves its learning rate as it is, or a callable ratio -> factor to decide the factor yourself.
-    """
+    """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes."""
     known = RULES.get(rule)
     if ratio == 1.0 or rule == "none":
         return None

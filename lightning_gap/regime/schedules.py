@@ -121,14 +121,7 @@ def scale(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], factor: fl
 
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:
-    """Return after how many steps a scheduler, or a part of it, ends or last turns, by attribute name.
-
-    Example:
-        >>> import torch
-        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> horizons(torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=10))
-        {'CosineAnnealingLR.T_max': 10}
-    """
+    """Return after how many steps a scheduler, or a part of it, ends or last turns, by attribute name."""
     found = {
         f"{type(part).__name__}.{name.lstrip('_')}": getattr(part, name)
         for part in flattened(scheduler)

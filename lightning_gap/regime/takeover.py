@@ -151,8 +151,8 @@ def take_schedulers(
     clocks, fates = [], []
     for config in fit.configs:
         fate, every = _fate(config, plan, stretch)
-        told = type(config.scheduler).__name__, fate, config.interval, config.frequency, every
-        fates.append(SchedulerFate(*told))
+        name = type(config.scheduler).__name__
+        fates.append(SchedulerFate(name, fate, config.interval, config.frequency, every))
         if fate is Fate.AT_EPOCH_END:
             plateaus.take(config)
         elif fate not in (Fate.AS_IT_WAS, Fate.THIS_RUNS):

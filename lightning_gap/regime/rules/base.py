@@ -7,7 +7,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MOMENT_KEYS", "MOST_FORGOTTEN", "Rule"]
 
-
 # Malladi et al. 2022 derive their rule for 1 - beta small after it is scaled.
 MOST_FORGOTTEN = 0.5
 # The shares of the past that moments keep: Adam's, RMSprop's, and the ends between which a scheduler moves the first of
