@@ -1,7 +1,7 @@
 """What the maps of this package have in common, with a start or without."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,11 @@ from lightning_gap.checks import check_choice
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
 from lightning_gap.monge.maps.potential import PotentialGradient
+from lightning_gap.monge.maps.starts import Start, affine_start
 from lightning_gap.monge.ot.checks import check_pair
 from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.gaussian import gaussian_map
 
-__all__ = ["Start", "StartedMap", "TransportMap"]
-
-Start = Literal["identity", "mean", "gaussian"]
+__all__ = ["StartedMap", "TransportMap"]
 
 
 class TransportMap(nn.Module):
@@ -118,10 +116,7 @@ class StartedMap(TransportMap):
         check_pair("source", source, "target", target)
         if source.shape[1] != self.dim:
             raise ValueError(f"source has dimension {source.shape[1]}, but the map was made with dim={self.dim}")
-        if self.starts_at == "mean":
-            matrix, offset = self.affine_term(None, target.double().mean(0) - source.double().mean(0))
-        else:
-            matrix, offset = self.affine_term(*gaussian_map(source, target, shrinkage="auto"))
+        matrix, offset = self.affine_term(*affine_start(self.starts_at, source, target))
         self.offset.copy_(offset)
         if matrix is not None:
             self.matrix.copy_(matrix)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,15 @@ from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.starts import BrenierStart, plan_start
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
-from lightning_gap.monge.ot.solve import optimal_transport
-from lightning_gap.monge.ot.subsets import fixed_rows
 
 __all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
-_PLAN_LR, _PLAN_TOLERANCE = 3e-2, 1e-2
-
-BrenierStart = Literal["identity", "gaussian", "plan"]
+_PLAN_LR = 3e-2
 
 
 class BrenierMap(TransportMap):
@@ -181,11 +178,9 @@ class BrenierMap(TransportMap):
         A, b = gaussian_map(source, target, shrinkage="auto")
         self._fit(source.to(dtype), (source.double() @ A + b).to(dtype), _GAUSSIAN_STEPS, _GAUSSIAN_LR)
         if self.starts_at == "plan":
-            rows = [fixed_rows(len(samples), self.plan_samples) for samples in (source, target)]
-            sets = zip((source, target), rows, strict=True)
-            x, y = (samples if some is None else samples[some.to(samples.device)] for samples, some in sets)
-            plan = optimal_transport(x, y, relative_epsilon=self.plan_relative_epsilon, tolerance=_PLAN_TOLERANCE)
-            self._fit(x.to(dtype), plan.barycentric_projection().to(dtype), self.plan_steps, _PLAN_LR)
+            share, most = self.plan_relative_epsilon, self.plan_samples
+            x, images = plan_start(source, target, relative_epsilon=share, most=most)
+            self._fit(x.to(dtype), images.to(dtype), self.plan_steps, _PLAN_LR)
         self.started.fill_(1)
 
     @torch.no_grad()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_gap.checks import renamed
-from lightning_gap.monge.maps.base import Start, StartedMap
+from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
 from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ConditionalMap"]
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_gap.monge.maps.base import Start, StartedMap
+from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
+from lightning_gap.monge.maps.starts import Start
 
 __all__ = ["ResidualMLP"]
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_gap.checks import renamed
-from lightning_gap.monge.maps.base import Start, StartedMap
+from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
+from lightning_gap.monge.maps.starts import Start
 from lightning_gap.monge.ot.costs import CostLike, Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
 
 __all__ = ["StructuredMap"]
