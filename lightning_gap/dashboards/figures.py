@@ -17,9 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "DASHES", "SERIES", "Curve", "as_png", "as_svg", "cloud", "curves", "dots", "log_law", "movements", "overlay",
-    "scatter", "style",
-]  # fmt: skip
+    "DASHES",
+    "SERIES",
+    "Curve",
+    "as_png",
+    "as_svg",
+    "cloud",
+    "curves",
+    "dots",
+    "log_law",
+    "movements",
+    "overlay",
+    "scatter",
+    "style",
+]
 
 # The colours of the light theme; `as_svg` replaces each by the page's custom property of that name.
 INK, MUTED, GRID, MID, PAPER = "#1d2430", "#656d78", "#ebe8e1", "#8d9096", "#fbfaf7"

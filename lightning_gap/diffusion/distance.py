@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
-    "ParameterFilter", "WeightDisplacement", "check_filter", "holds_values", "layer_of", "matches", "norms_and_biases",
-    "present_parameters", "tracked_parameters", "weight_displacement", "weight_norm",
-]  # fmt: skip
+    "ParameterFilter",
+    "WeightDisplacement",
+    "check_filter",
+    "holds_values",
+    "layer_of",
+    "matches",
+    "norms_and_biases",
+    "present_parameters",
+    "tracked_parameters",
+    "weight_displacement",
+    "weight_norm",
+]
 
 # Squares that a single-precision sum may add: equal ones, as Adam's first step makes them, all round the same way.
 _ROW = 1 << 11

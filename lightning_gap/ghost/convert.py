@@ -23,9 +23,14 @@ from lightning_gap.ranks.group import RankGroup
 from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = [
-    "GhostConversion", "NoBatchNormError", "Skip", "convert_ghost_batchnorm", "plain_layers", "plan_ghost_batchnorm",
+    "GhostConversion",
+    "NoBatchNormError",
+    "Skip",
+    "convert_ghost_batchnorm",
+    "plain_layers",
+    "plan_ghost_batchnorm",
     "revert_ghost_batchnorm",
-]  # fmt: skip
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 Skip = str | type[nn.Module] | Callable[[str, nn.Module], bool]

@@ -30,9 +30,15 @@ if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
 __all__ = [
-    "adopt", "begin", "begin_with_batch", "chosen_map", "feature_texts", "note_conditions", "read_reference",
+    "adopt",
+    "begin",
+    "begin_with_batch",
+    "chosen_map",
+    "feature_texts",
+    "note_conditions",
+    "read_reference",
     "take_from_checkpoint",
-]  # fmt: skip
+]
 
 Pairs = Sequence[tuple[Weighted, Weighted]]
 

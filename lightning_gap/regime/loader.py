@@ -16,9 +16,15 @@ from lightning_gap.trainer.internals.of_lightning import shards_loaders, trainin
 from lightning_gap.trainer.strategy import data_parallel_size
 
 __all__ = [
-    "DataNotReady", "Pass", "batch_of_update", "check_first_batch", "effective_batch_size", "pass_over_data",
-    "same_data", "training_loader",
-]  # fmt: skip
+    "DataNotReady",
+    "Pass",
+    "batch_of_update",
+    "check_first_batch",
+    "effective_batch_size",
+    "pass_over_data",
+    "same_data",
+    "training_loader",
+]
 
 _GIVEN = "or pass batch_size=, and with it samples=, max_steps without max_epochs, or train_longer=False"
 _LR_ONLY = (

@@ -18,8 +18,13 @@ from lightning_gap.regime.scaling import scale_optimizer
 from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
 
 __all__ = [
-    "Rollout", "follows_its_factor", "hidden_lengths", "optimizer_of", "roll_out", "turns",
-]  # fmt: skip
+    "Rollout",
+    "follows_its_factor",
+    "hidden_lengths",
+    "optimizer_of",
+    "roll_out",
+    "turns",
+]
 
 # No look ahead takes longer, in seconds: some hundred thousand updates of a schedule by updates.
 _PATIENCE = 4.0

@@ -13,9 +13,18 @@ from lightning_gap.regime.rules import RULES
 from lightning_gap.regime.rules.base import MOMENT_KEYS
 
 __all__ = [
-    "EQUAL_SAMPLES", "LR_RULES", "LRRule", "Rate", "check_rule", "default_train_longer", "lr_factor",
-    "remembered", "rule_name", "scale_optimizer", "scaled",
-]  # fmt: skip
+    "EQUAL_SAMPLES",
+    "LR_RULES",
+    "LRRule",
+    "Rate",
+    "check_rule",
+    "default_train_longer",
+    "lr_factor",
+    "remembered",
+    "rule_name",
+    "scale_optimizer",
+    "scaled",
+]
 
 LRRule = str | Callable[[float], float]
 

@@ -17,9 +17,16 @@ from torch import Tensor
 from lightning_gap.trainer.internals.of_lightning import batches_that_stepped
 
 __all__ = [
-    "define_axes", "filled", "log_at_update", "log_facts", "log_figure", "log_now", "log_table", "markdown",
+    "define_axes",
+    "filled",
+    "log_at_update",
+    "log_facts",
+    "log_figure",
+    "log_now",
+    "log_table",
+    "markdown",
     "takes_figures",
-]  # fmt: skip
+]
 
 _KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()

@@ -20,10 +20,21 @@ from lightning_gap.trainer.internals.of_lightning import replaces_batchnorm
 from lightning_gap.trainer.internals.of_torch import group_timeout, loss_scale_without_waiting, unscales_in_step
 
 __all__ = [
-    "clip_gradients", "data_parallel_group", "data_parallel_rank", "data_parallel_size", "data_parallel_subgroup",
-    "from_rank_zero", "gradients_stay_scaled", "holds_whole_weights", "leaves_updates_to_torch", "loss_scale",
-    "replaces_batchnorm_by_syncbatchnorm", "require_lightning", "shards_by_dtensor", "strategy_name",
-]  # fmt: skip
+    "clip_gradients",
+    "data_parallel_group",
+    "data_parallel_rank",
+    "data_parallel_size",
+    "data_parallel_subgroup",
+    "from_rank_zero",
+    "gradients_stay_scaled",
+    "holds_whole_weights",
+    "leaves_updates_to_torch",
+    "loss_scale",
+    "replaces_batchnorm_by_syncbatchnorm",
+    "require_lightning",
+    "shards_by_dtensor",
+    "strategy_name",
+]
 
 
 _T = TypeVar("_T")

@@ -7,9 +7,21 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "LIMITS", "Kernel", "Limits", "Maybe", "Normalized", "Run", "Tables", "block", "channels_inside", "dense",
-    "dense_like", "flat_view", "in_statistics_dtype", "statistics_dtype",
-]  # fmt: skip
+    "LIMITS",
+    "Kernel",
+    "Limits",
+    "Maybe",
+    "Normalized",
+    "Run",
+    "Tables",
+    "block",
+    "channels_inside",
+    "dense",
+    "dense_like",
+    "flat_view",
+    "in_statistics_dtype",
+    "statistics_dtype",
+]
 
 Maybe = Tensor | None
 Normalized = tuple[Tensor, Tensor, Tensor]  # output, means and unbiased variances (ghosts, channels)

@@ -12,6 +12,12 @@ from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.maps.structured import StructuredMap
 
 __all__ = [
-    "MLP", "BrenierMap", "ConditionalMap", "ResidualMLP", "SphereMap", "StructuredMap", "TransportMap",
+    "MLP",
+    "BrenierMap",
+    "ConditionalMap",
+    "ResidualMLP",
+    "SphereMap",
+    "StructuredMap",
+    "TransportMap",
     "conservativity",
-]  # fmt: skip
+]
