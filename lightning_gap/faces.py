@@ -1,8 +1,9 @@
 """Faces of packages: one table of names, each imported when it is first used."""
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["lazy"]
 
@@ -14,11 +15,12 @@ def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
     name as name`` for each public name; so what readers and type checkers see is what there is.
     """
     homes = {}
-    with open(file, encoding="utf-8") as lines:  # not parsed: that would take as long as the whole import
-        for line in lines:
-            if line.startswith("    from ") and " as " in line:
-                _, home, _, name, _, _ = line.split()
-                homes[name] = home
+    spec = sys.modules[package].__spec__
+    # The loader reads from archives, too. Not parsed: that would take as long as the whole import.
+    for line in cast(Any, spec).loader.get_data(file).decode().splitlines():
+        if line.startswith("    from ") and " as " in line:
+            _, home, _, name, _, _ = line.split()
+            homes[name] = home
 
     def get(name: str) -> Any:
         if name not in homes:
@@ -27,4 +29,4 @@ def lazy(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
             return import_module(f"{package}.{name}")
         return getattr(import_module(homes[name]), name)
 
-    return get, lambda: sorted(homes), sorted(homes)
+    return get, lambda: sorted({*vars(sys.modules[package]), *homes}), sorted(homes)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning_gap.faces import lazy
+from lightning_gap.monge.moved import answer_for
 
 if TYPE_CHECKING:
     from lightning_gap.monge import costs as costs
@@ -42,3 +43,4 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.truth import unexplained_variance as unexplained_variance
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)
+answer_for()

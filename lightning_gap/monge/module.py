@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from typing_extensions import deprecated, override
+from typing_extensions import override
 
 from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge import from_data
@@ -219,7 +219,6 @@ class MongeMap(SafelyLoaded):
         return self.objective.rho
 
     @property
-    @deprecated("MongeMap.reach is called rho now")
     def reach(self) -> float | None:
         """Old name of :attr:`rho`."""
         return self.rho

@@ -182,7 +182,8 @@ class LargeBatchRegime(Callback):
 
     @property
     def _now(self) -> RegimeRun:
-        assert self._run is not None, "setup precedes every other hook of fit"
+        if self._run is None:
+            raise AttributeError("setup precedes every other hook of fit")
         return self._run
 
     @override

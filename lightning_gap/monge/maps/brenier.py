@@ -121,6 +121,11 @@ class BrenierMap(TransportMap):
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
 
     @property
+    def plan_epsilon(self) -> float:
+        """Old name of ``plan_relative_epsilon``."""
+        return self.plan_relative_epsilon
+
+    @property
     def hparams(self) -> dict[str, Any]:
         """Plain arguments that make the map again."""
         return {name: value for name, value in (super().hparams or {}).items() if name != "activation"}

@@ -139,6 +139,11 @@ class MapScores(DrawnMetric):
         for name in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
+    @property
+    def reach(self) -> float | None:
+        """Old name of ``rho``."""
+        return self.rho
+
     def update(
         self,
         source: Tensor,

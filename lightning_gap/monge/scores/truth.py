@@ -82,7 +82,7 @@ class UnexplainedVariance(_SumsMetric):
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, or values are not finite.
         """
-        true = renamed("true_map", "true_images", true_map, true_images)
+        true = _given(true_images, true_map)
         self.add(_unexplained_variance_update(mapped, true, weights))
 
     def compute(self) -> Tensor:
@@ -150,7 +150,7 @@ class DisplacementCosine(_SumsMetric):
             TypeError: An argument is no floating-point tensor, or the dtypes differ.
             ValueError: Shapes or devices do not fit, or values are not finite.
         """
-        true = renamed("true_map", "true_images", true_map, true_images)
+        true = _given(true_images, true_map)
         self.add(_displacement_cosine_update(x, mapped, true, weights))
 
     def compute(self) -> Tensor:
@@ -199,6 +199,13 @@ def displacement_cosine(x: Tensor, mapped: Tensor, true_images: Tensor, *, weigh
         tensor(1.)
     """
     return _displacement_cosine_compute(**_displacement_cosine_update(x, mapped, true_images, weights))
+
+
+def _given(true_images: Tensor | None, true_map: Tensor | None) -> Tensor:
+    true = renamed("true_map", "true_images", true_map, true_images)
+    if true is None:
+        raise TypeError("update() needs true_images, the images under the true map")
+    return true
 
 
 def _unexplained_variance_update(mapped: Tensor, true: Any, weights: Tensor | None) -> dict[str, Any]:

@@ -161,10 +161,14 @@ def refuse_not_finite(
         where = [(start or 0) + (int(i) if rows is None else int(rows[int(i)])) for i in bad[:5]]
         shown = ", ".join(map(str, where)) + (", ..." if len(bad) > 5 else "")
         column = int((~finite[bad[0]]).nonzero()[0])
+        if start is not None:  # of a block: what follows is not known
+            of_column = f" of {features[column]!r}" if features else ""
+            raise ValueError(
+                f"{title} holds NaN or infinity in row {where[0]}{of_column}: remove or fill it; rows count from 0"
+            )
         first = f", first in {features[column]!r}" if features else ""
-        of = f"{len(samples)} rows" if start is None else f"the {len(samples)} rows from {start} on"
         raise ValueError(
-            f"{title} holds NaN or infinity in {len(bad)} of {of} ({shown}{first}): "
+            f"{title} holds NaN or infinity in {len(bad)} of {len(samples)} rows ({shown}{first}): "
             "remove or fill them; rows count from 0"
         )
 

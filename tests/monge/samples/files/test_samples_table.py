@@ -184,7 +184,7 @@ def test_gaps_are_named_in_both(missing, tmp_path):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=r"holds NaN or infinity in 1 of 19 rows \(9, first in 'b'\)"):
         open_table("source", str(tmp_path / "t.csv")).samples(None)
-    with pytest.raises(ValueError, match=r"holds NaN or infinity in 1 of the 4 rows from 8 on \(9, first in 'b'\)"):
+    with pytest.raises(ValueError, match="holds NaN or infinity in row 9 of 'b'"):
         in_blocks(str(tmp_path / "t.csv"))
 
 
