@@ -12,7 +12,7 @@ import torch
 from lightning_gap import costs, monge_gap
 from lightning_gap.monge.ot.solve import optimal_transport
 
-DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("LIGHTNING_GAP_DATA", Path(__file__).parents[4] / "shared" / "data"))
 GOLDEN = DATA / "monge_gap_reference.npz"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no golden values at {GOLDEN}; set LIGHTNING_GAP_DATA")
 
