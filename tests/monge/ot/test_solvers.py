@@ -276,8 +276,12 @@ def test_workers_share_the_blocks(threads, symmetric, monkeypatch):
     p = Problem(x, y, a, b, costs.resolve("sqeuclidean"), Epsilon(0.5))
     (expected,) = solve_all([p], SolverOptions("dense", 1e-9, 5000))
     monkeypatch.setattr(LIMITS, "block", Size(7 * 33, 0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    (found,) = solve_all([p], SolverOptions("blocked", 1e-9, 5000))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        (found,) = solve_all([p], SolverOptions("blocked", 1e-9, 5000))
+    finally:
+        torch.set_num_threads(before)
     torch.testing.assert_close(found.value, expected.value, rtol=1e-9, atol=0)
     torch.testing.assert_close(found.plan(), expected.plan(), rtol=1e-5, atol=1e-9)
 
