@@ -89,22 +89,24 @@ def test_a_missing_extra_is_named_with_its_remedy(capsys, monkeypatch, tmp_path,
 
 
 @pytest.fixture
-def _few_images(monkeypatch):
-    """Four training images in place of the digits, which take seconds to read."""
+def _few_images(monkeypatch, request):
+    """Four training images, or as many as are asked for, in place of the digits, which take seconds to read."""
     torch = pytest.importorskip("torch")
     from lightning_gap.demo import run
     from lightning_gap.demo.datasets import ImageSplit
 
-    part = (torch.zeros(4, 784), torch.zeros(4, dtype=torch.int64))
+    count = getattr(request, "param", 4)
+    part = (torch.zeros(count, 784), torch.zeros(count, dtype=torch.int64))
     monkeypatch.setattr(run, "load_images", lambda name: ImageSplit("four", part, part))
     monkeypatch.setattr(run, "_require_extras", lambda: None)
 
 
+@pytest.mark.parametrize("_few_images", [256], indirect=True)
 @pytest.mark.usefixtures("_few_images")
-def test_an_output_that_is_a_file_is_refused_before_training(capsys, monkeypatch, tmp_path):
+def test_an_output_that_is_a_file_is_refused_before_training(capsys, tmp_path):
     (tmp_path / "taken").write_text("")
-    monkeypatch.setattr("lightning_gap.demo.run._check_size", lambda *_: None)
-    assert "choose another folder" in _refused(capsys, "demo", "--output", str(tmp_path / "taken"))
+    words = ("demo", "--large-batch", "256", "--output", str(tmp_path / "taken"))
+    assert "choose another folder" in _refused(capsys, *words)
 
 
 @pytest.mark.usefixtures("_few_images")
