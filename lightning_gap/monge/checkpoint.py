@@ -91,13 +91,10 @@ def _path(made: Any) -> str:
 
 def _found(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        face = import_module(_FACE)
-        if path.startswith(f"{_FACE}.") and name in face.__all__:  # as an older version called it
-            return getattr(face, name)
-        raise
+    face = import_module(_FACE)
+    if path.startswith(f"{_FACE}.") and name in face.__all__:  # whatever an older version called its module
+        return getattr(face, name)
+    return getattr(import_module(module), name)
 
 
 def build_cost(argument: str, cost: Any) -> Cost:
