@@ -136,7 +136,7 @@ def transport(
     refuse_not_finite("x", x, features=names)
     check_integer("batch_size", batch_size)
     each = _conditions(model, condition, len(x))
-    device = next(model.parameters(), torch.empty(0)).device
+    device = next(model.parameters(), model.started).device
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
