@@ -1,6 +1,7 @@
 """What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
+from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.conditional import ConditionalMap
 from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.epsilon import Weighted
@@ -107,13 +110,19 @@ def begin(model: "MongeMap") -> bool:
     data = _data_of(model)
     if not hasattr(data, "training_samples") or (model.epsilons.complete and getattr(data, "endless", False)):
         return False  # endless ones would have to be drawn, and for nothing
+    conditions: Tensor | None = None
+    # An endless side is asked for as many as the map's start takes.
+    most = getattr(model.map, "samples_wanted", None) if getattr(data, "endless", False) else None
     if hasattr(data, "training_pairs"):
-        pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+        parts = data.training_pairs(most) if most else data.training_pairs()
+        pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in parts]
+        conditions = getattr(data, "trained_conditions", None)
     else:
         source, target = data.training_samples()
         pairs = _by_condition((source, None), (target, None))
     if pairs:
-        _begin(model, pairs, data.training_samples, again=True)
+        all_samples = partial(data.training_samples, most) if most else data.training_samples
+        _begin(model, pairs, all_samples, conditions, again=True)
     return bool(pairs)
 
 
@@ -128,19 +137,50 @@ def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
     for sides in pairs:
         for name, side in zip(("source_weights", "target_weights"), sides, strict=True):
             check_weights(name, side.weights, side.samples, balanced=False)
-    _begin(model, pairs, lambda: (source, target), again=False)
+    _begin(model, pairs, lambda: (source, target), b.condition, again=False)
     return True
 
 
 @torch.no_grad()
-def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tensor, Tensor]], *, again: bool) -> None:
+def _begin(
+    model: "MongeMap",
+    pairs: Pairs,
+    all_samples: Callable[[], tuple[Tensor, Tensor]],
+    conditions: Tensor | None,
+    *,
+    again: bool,
+) -> None:
     for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
         refuse_learned_cost(name, cost, on_device(model, pairs[0][0].samples[:1]))
     if not model.epsilons.started:
         if callable(start := getattr(model.map, "start", None)):
-            start(*(on_device(model, part.flatten(0, -2)) for part in all_samples()))
+            samples = (on_device(model, part.flatten(0, -2)) for part in all_samples())
+            if isinstance(model.map, TransportMap):
+                start(*samples, cost=model.cost, pairs=_start_pairs(model, pairs, conditions))
+            else:
+                start(*samples)
         model.epsilons.start()
     model.epsilons.decide(pairs, again=again)
+
+
+def _start_pairs(model: "MongeMap", pairs: Pairs, conditions: Tensor | None) -> list[StartPair]:
+    """Return the samples of each condition where the network is, with weights that sum to 1."""
+    moved: dict[int, Tensor] = {}  # a side without labels is in the pair of every condition
+
+    def here(samples: Tensor) -> Tensor:
+        if id(samples) not in moved:
+            moved[id(samples)] = on_device(model, samples)
+        return moved[id(samples)]
+
+    def shares(weights: Tensor | None) -> Tensor | None:
+        return None if weights is None else weights.to(model.device) / weights.sum()
+
+    found = []
+    for (x, y), c in zip(pairs, [None] * len(pairs) if conditions is None else conditions, strict=True):
+        condition = None if c is None else (on_device(model, c) if c.is_floating_point() else c.to(model.device))
+        sides = here(x.samples), here(y.samples), condition, shares(x.weights), shares(y.weights)
+        found.append(StartPair(*sides))
+    return found
 
 
 def _by_condition(

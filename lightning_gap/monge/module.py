@@ -32,6 +32,7 @@ from lightning_gap.monge.suitability import check_costs, check_run, modules_of_c
 from lightning_gap.monge.training_log import TrainingLog
 from lightning_gap.monge.training_loss import training_loss
 from lightning_gap.monge.transporting import Transporting
+from lightning_gap.monge.untrained import Untrained
 from lightning_gap.trainer.internals.of_torch import apply_to_module
 
 __all__ = ["MongeMap"]
@@ -200,6 +201,7 @@ class MongeMap(Transporting):
         self.held_out = HeldOut(self)
         self.training_log = TrainingLog()
         self.remarks = Remarks()
+        self.untrained = Untrained()
         self._began = False
         self.save_hyperparameters(hyper_parameters(self, dim, given))
 
@@ -279,7 +281,7 @@ class MongeMap(Transporting):
     @override
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler, which is stepped after every update, or after every validation."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(list(self.parameters()) or self.untrained.parameters(self))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self)
@@ -299,11 +301,12 @@ class MongeMap(Transporting):
             self._began = from_data.begin_with_batch(self, b)
         loss, values = training_loss(self, b, batch_idx)
         self.training_log.keep(self, values)
-        return loss
+        return self.untrained.loss(loss)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.training_log.write(self.trainer)
+        self.untrained.end(self.trainer)
 
     @override
     def on_train_end(self) -> None:
