@@ -149,13 +149,14 @@ class ConditionEncoding(nn.Module):
                 if bool((numbers < 0).any()):
                     raise ValueError(f"condition: {name}={float(numbers.min()):g} is negative, and its logarithm taken")
                 numbers = (numbers / column["unit"]).log1p()
-            return ((numbers - column["mean"]) / column["scale"])[:, None].float()
+            scaled: Tensor = (numbers - column["mean"]) / column["scale"]
+            return scaled[:, None].float()
         if kind == "category":
             known = column["names"]
             one_hot = torch.eye(len(known), device="cpu")
             mean = torch.full((len(known),), 1 / len(known), device="cpu")
             return torch.stack([self._category(column, value, one_hot, mean) for value in values])
-        table = getattr(self, f"vectors_{i}").detach().cpu().float()
+        table: Tensor = getattr(self, f"vectors_{i}").detach().cpu().float()
         return torch.stack([self._embedded(column, value, table) for value in values])
 
     @staticmethod

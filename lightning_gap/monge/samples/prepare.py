@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
         by = {str(name): _of_rows(side, rows[labels == name], *encoded(side)) for name in np.unique(labels)}
         if combinations is not None and side.label_columns is not None:
             by = combinations.served(by, side.label_columns.names)
-        return {**by}
+        return cast(ByName, by)
 
     found = {
         stage: [populations(stage, i, side, rows) for i, (side, rows) in enumerate(pair)]
