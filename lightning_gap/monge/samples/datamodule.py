@@ -267,7 +267,8 @@ class SamplesDataModule(PreparedDataModule):
         Example:
             >>> import torch
             >>> labels = {"drug": ["A", "A", "B", "B"] * 50, "dose": [1, 10, 1, 10] * 50}
-            >>> data = SamplesDataModule(torch.randn(90, 2), torch.randn(200, 2), conditions=(None, labels))
+            >>> x, y = torch.randn(90, 2), torch.randn(200, 2)
+            >>> data = SamplesDataModule(x, y, batch_size=16, conditions=(None, labels))
             >>> for name, fold in data.leave_one_condition_out("drug"):
             ...     print(name, fold.condition_names, len(fold.test_dataloader()))
             A ('A, 1', 'A, 10', 'B, 1', 'B, 10') 2
