@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.conjugate import conjugate_point
 from lightning_gap.monge.maps.starts import BrenierStart, plan_start
 from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import SqEuclidean
@@ -20,6 +21,8 @@ __all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
 _PLAN_LR = 3e-2
+# Of the inverse: rows whose Hessians are held at once, and most steps.
+_ROWS, _NEWTON_STEPS = 2048, 50
 
 
 class BrenierMap(TransportMap):
@@ -140,6 +143,100 @@ class BrenierMap(TransportMap):
         self.inputs(x, None)
         image = self._gradient((x - self.center) / self.scale)
         return (self.image_scale * image + self.image_center).to(x.dtype)
+
+    def potential(self, x: Tensor) -> Tensor:
+        r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
+
+        Args:
+            x: ``(..., d)`` samples.
+
+        Returns:
+            ``(...)`` values, differentiable in the samples and in the weights.
+        """
+        self.inputs(x, None)
+        u = (x - self.center) / self.scale
+        skips = (F.linear(u, self.squares).square() + F.linear(u, self.slopes, self.biases)).split(self.widths, dim=-1)
+        z = F.softplus(skips[0])
+        for raw, skip in zip(self.mixing, skips[1:], strict=True):
+            z = F.softplus(F.linear(z, F.softplus(raw)) + skip)
+        value = z @ F.softplus(self.last) + F.softplus(self.curvature) / 2 * u.square().sum(-1) + u @ self.offset
+        return self.scale * self.image_scale * value + x @ self.image_center
+
+    def hessian(self, x: Tensor) -> Tensor:
+        r"""Return the Jacobian of the map, the potential's Hessian, which is symmetric and positive definite.
+
+        Args:
+            x: ``(n, d)`` samples.
+
+        Returns:
+            ``(n, d, d)`` matrices.
+        """
+        self.inputs(x, None)
+        u = (x - self.center) / self.scale
+        squares = F.linear(u, self.squares)
+        skips = (squares.square() + F.linear(u, self.slopes, self.biases)).split(self.widths, dim=-1)
+        turns = (2 * squares[..., None] * self.squares + self.slopes).split(self.widths, dim=-2)
+        mixing = [F.softplus(raw) for raw in self.mixing]
+        rates, jacobians = [torch.sigmoid(skips[0])], [turns[0]]
+        z = F.softplus(skips[0])
+        for weights, skip, turn in zip(mixing, skips[1:], turns[1:], strict=True):
+            jacobians.append(weights @ (rates[-1][..., None] * jacobians[-1]) + turn)
+            through = F.linear(z, weights) + skip
+            rates.append(torch.sigmoid(through))
+            z = F.softplus(through)
+        # From the last layer back: the potential's slopes in a layer's values, and in what goes into them.
+        outer = F.softplus(self.last).expand_as(rates[-1])
+        hessian = F.softplus(self.curvature) * torch.eye(self.dim, dtype=x.dtype, device=x.device)
+        for k in range(len(rates) - 1, -1, -1):
+            bent = (outer * rates[k] * (1 - rates[k]))[..., None] * jacobians[k]
+            hessian = hessian + jacobians[k].mT @ bent
+            inner = outer * rates[k]
+            start = sum(self.widths[:k])
+            own = self.squares[start : start + self.widths[k]]
+            hessian = hessian + 2 * own.mT @ (inner[..., None] * own)
+            if k:
+                outer = inner @ mixing[k - 1]
+        return self.image_scale / self.scale * hessian
+
+    @property
+    def target_scale(self) -> float:
+        """Standard deviation of a feature of the target, over all features."""
+        return float(self.image_scale)
+
+    @torch.no_grad()
+    def inverse(self, y: Tensor, *, start: Tensor | None = None, tolerance: float = 1e-5) -> Tensor:
+        r"""Return the samples whose images are given, :math:`\arg\max_x \langle x, y \rangle - \psi(x)`.
+
+        Args:
+            y: ``(n, d)`` images.
+            start: ``(n, d)`` samples to search from; by default the affine map between the units of the map's data.
+            tolerance: Distance of the images from ``y``, as a share of the target's scale, at which the search ends.
+
+        Returns:
+            ``(n, d)`` samples. Where the search came no further, its nearest one.
+        """
+        self.inputs(y, None)
+        if start is None:
+            start = (y - self.image_center) / self.image_scale * self.scale + self.center
+        within = tolerance * float(self.image_scale)
+        parts = zip(y.split(_ROWS), start.split(_ROWS), strict=True)
+        found = [
+            conjugate_point(self, self.hessian, part, begin, tolerance=within, max_iterations=_NEWTON_STEPS)[0]
+            for part, begin in parts
+        ]
+        return torch.cat(found) if found else y.clone()
+
+    def conjugate(self, y: Tensor) -> Tensor:
+        r"""Return :math:`\psi^*(y) = \max_x \langle x, y \rangle - \psi(x)`, differentiable in y and the weights.
+
+        Args:
+            y: ``(n, d)`` images.
+
+        Returns:
+            ``(n,)`` values. By the envelope theorem their gradient in y is the inverse map.
+        """
+        x = self.inverse(y.detach())
+        return (x * y).sum(-1) - self.potential(x)
 
     def _gradient(self, x: Tensor) -> Tensor:
         """Return the potential's gradient in the units of the network."""
