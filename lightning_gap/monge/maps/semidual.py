@@ -13,10 +13,13 @@ __all__ = [
     "semidual_values",
 ]  # fmt: skip
 
-_BATCH, _LOOKS, _PATIENCE, _WARM_UP = 1024, 12, 4, 50
+_LOOKS, _PATIENCE, _WARM_UP = 12, 4, 50
+# In few dimensions the noise of steps is what is left; in many, Hessians take time.
+_LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 512, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
-_BLOCK = 4096
+_BLOCK = 4096  # rows of products with all points
+_ENTRIES = 2**25  # of Hessians at once
 
 
 class ConvexMap(Protocol):
@@ -100,10 +103,10 @@ def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
 def _conjugate_points(
     net: ConvexMap, y: Tensor, start: Tensor, *, tolerance: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    within = tolerance * net.target_scale
+    within, rows = tolerance * net.target_scale, max(1, _ENTRIES // y.shape[1] ** 2)
     parts = [
         conjugate_point(net, net.hessian, target, begin, tolerance=within, max_iterations=steps)
-        for target, begin in zip(y.split(_BLOCK), start.split(_BLOCK), strict=True)
+        for target, begin in zip(y.split(rows), start.split(rows), strict=True)
     ]
     return torch.cat([found for found, _ in parts]), torch.cat([residual for _, residual in parts])
 
@@ -146,17 +149,21 @@ def fit_semidual(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     held: HeldOutSamples | None = None,
     steps: int,
-    lr: float,
-    batch: int = _BATCH,
+    lr: float | None = None,
+    batch: int | None = None,
 ) -> None:
-    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep the weights that held-out ones favour.
+    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep what held-out ones favour.
 
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
     is drawn again. Random rows come from a generator of its own. Where held-out samples do not get better for a third
     of the looks at them, it ends.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
-    like = parameters[0]
+    like, dim = parameters[0], x.shape[1]
+    lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
+    batch = max(_LEAST_BATCH, min(_BATCH, _BATCH * 32 // dim)) if batch is None else batch
+    if held is not None:
+        held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
