@@ -57,7 +57,9 @@ class SemidualValues(NamedTuple):
     conjugate: Tensor
 
 
-def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = None) -> Tensor:
+def semidual(
+    net: ConvexMap, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
     r"""Return the semi-dual of a convex potential, which the optimal one alone makes least.
 
     .. math::
@@ -72,7 +74,7 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         net: The map, with its potential and its inverse.
         x: ``(n, d)`` source samples.
         y: ``(m, d)`` target samples.
-        points: ``(m, d)`` points near those where the conjugate is attained; from the batch's own by default.
+        weights: ``(n,)`` and ``(m,)`` weights of the means; uniform by default.
 
     Returns:
         A scalar, differentiable in the weights (by the envelope theorem).
@@ -87,9 +89,10 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         >>> bool((loss - 2 * x.square().sum(1).mean()).abs() < 0.1)
         True
     """
-    start = _nearest(net, x, y) if points is None else points
-    found = _conjugate_points(net, y, start, tolerance=_TRAINED, steps=20)[0]
-    return net.potential(x).mean() + ((found * y).sum(-1) - net.potential(found)).mean()
+    found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
+    values = net.potential(x), (found * y).sum(-1) - net.potential(found)
+    means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
+    return means[0] + means[1]
 
 
 @torch.no_grad()
