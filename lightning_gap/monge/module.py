@@ -67,11 +67,17 @@ class MongeMap(Transporting):
         dim: Dimension of the samples; taken from the data module where it is ``None``.
         cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
             function. By default the one that the map is made for, and ``"sqeuclidean"`` for a map that suits any.
-        map: The network; by default a :class:`ResidualMLP` of widths ``hidden``, or a :class:`ConditionalMap` where the
-            data have conditions.
+        map: The network. By default, up to 128 dimensions, one that starts at an entropic plan of all training samples:
+            a :class:`BrenierMap` for the squared Euclidean cost, a :class:`ConditionalMap` where the data have
+            conditions, a :class:`ResidualMLP` for other costs; beyond, one that starts at the Gaussian map; and a
+            :class:`SphereMap` for the geodesic cost. What was chosen is said at the start of a fit, and is in the
+            hyperparameters.
         hidden: Widths of the default network.
-        fitting_loss: :math:`\Delta`: ``"sinkhorn"``, ``"energy"``, or a function of ``(n, d)`` images and ``(m, d)``
-            target samples (and of a keyword ``weights``, a pair, where there are weights).
+        fitting_loss: :math:`\Delta`: ``"sinkhorn"``; ``"energy"``; ``"semidual"``, :func:`semidual` of a map with a
+            convex potential, which draws no image to another; or a function of ``(n, d)`` images and ``(m, d)`` target
+            samples (and of a keyword ``weights``, a pair, where there are weights). By default ``"semidual"`` for a
+            :class:`BrenierMap`, ``"energy"`` for the other maps that were chosen, ``"sinkhorn"`` for those that were
+            given, and where an argument of that divergence is.
         fitting_cost: Ground cost of the Sinkhorn divergence.
         fitting_epsilon: Its regularization :math:`\varepsilon_1`, in units of the cost; by default the share
             ``relative_fitting_epsilon`` of the typical cost within the target, decided once, and kept in the
@@ -83,7 +89,8 @@ class MongeMap(Transporting):
         relative_gap_epsilon: See ``gap_epsilon``.
         epsilon_factor: What both are multiplied by in training: a number, or a schedule of the updates so far such as
             ``Anneal(10, 1, updates=1000)``.
-        gap_weight: Weight :math:`\lambda \ge 0` of the gap, or a schedule; at 0 it is only measured in validation.
+        gap_weight: Weight :math:`\lambda \ge 0` of the gap, or a schedule; at 0 it is only measured in validation. By
+            default 0 for a :class:`BrenierMap`, whose gap is 0; 0.1 for other maps that were chosen; 1 for given ones.
         gap_reference: ``(r, d)`` samples, or a path to them, of a reference measure :math:`\rho` whose support covers
             the source's: a map that is optimal on it is optimal on the source. A step takes as many as of the source.
         gap_on: Where the gap is measured: on the ``"source"`` batch, on the ``"reference"`` (the default where there is
@@ -93,7 +100,8 @@ class MongeMap(Transporting):
         rho: Strength :math:`\rho` of soft marginals, for unbalanced transport, in units of the fitting cost.
         reweight: Whether ``rho`` weighs the samples by the marginals of the unbalanced plan between source and target
             batch, in all terms, rather than softening the divergence's marginals.
-        optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
+        optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default, for
+            a chosen map with a decay along a cosine, over the run but no more than twenty passes.
         lr_scheduler: Makes a scheduler, stepped after every update; ``ReduceLROnPlateau`` after every validation.
         lr_scheduler_monitor: The logged value that a ``ReduceLROnPlateau`` watches.
         solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.
