@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gap.monge.maps.semidual import ConvexMap, HeldOutSamples, difference, mean_semidual, semidual_values
 from lightning_gap.monge.maps.starts import StartPair
 
-__all__ = ["SharedMap", "choose_share", "hold_out"]
+__all__ = ["SharedMap", "choose_share", "held_samples", "hold_out"]
 
 # Of the samples, one in so many is held out, but no more than these; below so many, or so many a dimension, none is.
 _ONE_IN, _MOST, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 100, 4
@@ -21,7 +21,12 @@ class SharedMap(ConvexMap, Protocol):
     share: Tensor
 
 
-def hold_out(pair: StartPair) -> tuple[HeldOutSamples | None, StartPair]:
+def held_samples(pair: StartPair) -> HeldOutSamples:
+    """Return a pair of held-out samples without its condition."""
+    return HeldOutSamples(pair.source, pair.target, (pair.source_weights, pair.target_weights))
+
+
+def hold_out(pair: StartPair) -> tuple[StartPair | None, StartPair]:
     """Return some samples of both sides, and the others; ``None`` and all where there are too few to hold any out."""
     sides = []
     for points, weights in ((pair.source, pair.source_weights), (pair.target, pair.target_weights)):
@@ -41,7 +46,7 @@ def hold_out(pair: StartPair) -> tuple[HeldOutSamples | None, StartPair]:
         )  # fmt: skip
     ((x, a), (x_rest, a_rest)), ((y, b), (y_rest, b_rest)) = parts
     rest_pair = pair._replace(source=x_rest, target=y_rest, source_weights=a_rest, target_weights=b_rest)
-    return HeldOutSamples(x, y, (a, b)), rest_pair
+    return pair._replace(source=x, target=y, source_weights=a, target_weights=b), rest_pair
 
 
 @torch.no_grad()
