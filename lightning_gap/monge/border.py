@@ -1,5 +1,7 @@
 """Samples on their way into a map and out of it: checked once, in the precision of the network."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +22,23 @@ from lightning_gap.monge.signs import out_of_range
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["as_network_takes", "checked", "flat", "images", "mapped", "on_device", "predicted", "transport"]
+__all__ = [
+    "as_network_takes",
+    "by_batches",
+    "checked",
+    "conditions_for",
+    "decoded",
+    "device_of",
+    "encoded",
+    "evaluating",
+    "flat",
+    "images",
+    "mapped",
+    "on_device",
+    "predicted",
+    "read_samples",
+    "transport",
+]
 
 
 def as_network_takes(module: nn.Module, x: Tensor) -> Tensor:
@@ -100,7 +118,7 @@ def predicted(model: "MongeMap", batch: Any) -> Tensor:
     """Return the raw images of a batch to predict."""
     if isinstance(batch, UnpairedBatch):
         b = checked(model, batch)
-        return _decoded(model, images(model, b.source, b.condition))
+        return decoded(model, images(model, b.source, b.condition))
     if isinstance(batch, Tensor):
         refuse_not_finite("a batch", batch, features=model.feature_names)
         return _raw_images(model, batch, None)
@@ -112,11 +130,16 @@ def predicted(model: "MongeMap", batch: Any) -> Tensor:
 
 
 def _raw_images(model: "MongeMap", x: Tensor, condition: Tensor | None) -> Tensor:
-    encoded = x if model.representation is None else model.representation.encode(x)
-    return _decoded(model, model(as_network_takes(model, encoded), condition))
+    return decoded(model, model(encoded(model, x), condition))
 
 
-def _decoded(model: "MongeMap", x: Tensor) -> Tensor:
+def encoded(model: "MongeMap", x: Tensor) -> Tensor:
+    """Return raw samples in the map's coordinates."""
+    return as_network_takes(model, x if model.representation is None else model.representation.encode(x))
+
+
+def decoded(model: "MongeMap", x: Tensor) -> Tensor:
+    """Return samples of the map's coordinates as raw ones."""
     return x if model.representation is None else as_network_takes(model, model.representation.decode(x))
 
 
@@ -125,32 +148,65 @@ def transport(
     model: "MongeMap", x: Any, condition: Any, *, batch_size: int, layer: str | None, obsm: str | None
 ) -> Tensor:
     """Return the images of raw samples: see :meth:`MongeMap.transport`."""
+    return by_batches(model, x, condition, _raw_images, batch_size=batch_size, layer=layer, obsm=obsm)
+
+
+def by_batches(
+    model: "MongeMap",
+    x: Any,
+    condition: Any,
+    function: Callable[["MongeMap", Tensor, Tensor | None], Tensor],
+    *,
+    batch_size: int,
+    layer: str | None,
+    obsm: str | None,
+) -> Tensor:
+    """Return what a function makes of raw samples and their conditions, in evaluation mode and a batch at once."""
+    x = read_samples(model, "x", x, layer, obsm)
+    check_integer("batch_size", batch_size)
+    each, device = conditions_for(model, condition, len(x)), device_of(model)
+    with evaluating(model):
+        rows = x.split(batch_size)
+        conditions = [None] * len(rows) if each is None else each.to(device).split(batch_size)
+        parts = [function(model, part.to(device), c).to(x.device) for part, c in zip(rows, conditions, strict=True)]
+    return torch.cat(parts, dim=-2)
+
+
+def read_samples(model: "MongeMap", name: str, x: Any, layer: str | None, obsm: str | None) -> Tensor:
+    """Return raw samples as a tensor, or refuse them by the name of their argument."""
     names = model.feature_names
-    x = x if isinstance(x, Tensor) else read_matrix("x", x, names, layer=layer, obsm=obsm)
+    x = x if isinstance(x, Tensor) else read_matrix(name, x, names, layer=layer, obsm=obsm)
     if x.dim() != 2:
-        raise ValueError(f"x must have shape (n, d), got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape (n, d), got {tuple(x.shape)}")
     if names is not None and x.shape[1] != len(names):
         raise ValueError(
-            f"x has {x.shape[1]} columns, and the map takes {len(names)} features ({listed(names)}): they must agree"
+            f"{name} has {x.shape[1]} columns, and the map takes {len(names)} features ({listed(names)}): they must "
+            "agree"
         )
-    refuse_not_finite("x", x, features=names)
-    check_integer("batch_size", batch_size)
-    each = _conditions(model, condition, len(x))
-    device = next(model.parameters(), model.started).device
+    refuse_not_finite(name, x, features=names)
+    return cast(Tensor, x)
+
+
+def device_of(model: "MongeMap") -> torch.device:
+    """Return where the network is."""
+    return next(model.parameters(), model.started).device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        rows = x.split(batch_size)
-        conditions = [None] * len(rows) if each is None else each.to(device).split(batch_size)
-        parts = [_raw_images(model, part.to(device), c).to(x.device) for part, c in zip(rows, conditions, strict=True)]
+        yield
     finally:
         # Module by module: a layer that its owner froze in evaluation mode stays there.
         for module in training:
             module.training = True
-    return torch.cat(parts)
 
 
-def _conditions(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
+def conditions_for(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
+    """Return the condition of each of some samples, as the network takes it."""
     if condition is None:
         return None
     if not getattr(model.map, "conditional", False):

@@ -205,10 +205,31 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             NotFittedError: ``fit`` has not been called.
             ValueError: The samples cannot be used.
         """
+        return self._through(X, "transport")
+
+    def inverse_transform(self, X: ArrayLike) -> NDArray[np.floating[Any]]:
+        """Return the samples whose images are given, solved for each sample; see :meth:`MongeMap.inverse`.
+
+        With ``n_components`` they lie in the span of the components.
+
+        Args:
+            X: ``(n, d)`` samples.
+
+        Returns:
+            ``(n, d)`` samples, of the precision of ``X``. Where none was found, which is warned of, the nearest.
+
+        Raises:
+            NotFittedError: ``fit`` has not been called.
+            ValueError: The samples cannot be used.
+        """
+        return self._through(X, "inverse")
+
+    def _through(self, X: ArrayLike, method: str) -> NDArray[np.floating[Any]]:
+        """Return what a method of the map makes of samples."""
         check_is_fitted(self)
         samples = validate_data(self, X, dtype=_DTYPES, reset=False)
         encoded = torch.from_numpy(np.array(self.representation_.transform(samples), dtype=np.float64))
-        images = self.representation_.inverse_transform(self.model_.transport(encoded).numpy())
+        images = self.representation_.inverse_transform(getattr(self.model_, method)(encoded).numpy())
         return np.asarray(images, dtype=samples.dtype)
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:

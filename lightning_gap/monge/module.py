@@ -13,9 +13,8 @@ from typing_extensions import override
 
 from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge import from_data
-from lightning_gap.monge.border import checked, mapped, predicted, transport
+from lightning_gap.monge.border import checked, mapped, predicted
 from lightning_gap.monge.checkpoint import build, build_cost, hyper_parameters
-from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
 from lightning_gap.monge.maps.base import TransportMap
@@ -32,13 +31,14 @@ from lightning_gap.monge.signs import Remarks
 from lightning_gap.monge.suitability import check_costs, check_run, modules_of_cost
 from lightning_gap.monge.training_log import TrainingLog
 from lightning_gap.monge.training_loss import training_loss
+from lightning_gap.monge.transporting import Transporting
 from lightning_gap.monge.untrained import Untrained
 from lightning_gap.trainer.internals.of_torch import apply_to_module
 
 __all__ = ["MongeMap"]
 
 
-class MongeMap(SafelyLoaded):
+class MongeMap(Transporting):
     r"""Learns a transport map between two sets of unpaired samples that is optimal for a cost.
 
     .. math::
@@ -275,37 +275,6 @@ class MongeMap(SafelyLoaded):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map encoded ``(n, d)`` samples, under their conditions if the map is conditional, differentiably."""
         return mapped(self.map, x, condition)
-
-    def transport(
-        self,
-        x: Any,
-        condition: Any = None,
-        *,
-        batch_size: int = 65_536,
-        layer: str | None = None,
-        obsm: str | None = None,
-    ) -> Tensor:
-        """Return the images of raw samples, in evaluation mode and without gradients.
-
-        Columns of a data frame and genes of ``AnnData`` are matched to ``feature_names`` by name, in any order; further
-        ones are ignored with a warning. Tensors and arrays go by place.
-
-        Args:
-            x: ``(n, d)`` samples: a tensor on any device, an array, a sparse matrix, a data frame or ``AnnData``.
-            condition: For a conditional map, one condition for all samples or one for each: names, labels, or vectors.
-            batch_size: Rows that go through the network at once.
-            layer: Layer of ``AnnData``; ``X`` by default where there is no layer, ``"X"`` where there are some.
-            obsm: Embedding of ``AnnData`` in place of a layer.
-
-        Returns:
-            ``(n, d)`` tensor on the device of ``x``, in the network's precision and the map's order of features.
-
-        Raises:
-            TypeError: ``x`` is a path, or holds no real numbers.
-            ValueError: The shape is not ``(n, d)``, a feature is missing, a sample is not finite (the rows are named),
-                or another argument is out of range.
-        """
-        return transport(self, x, condition, batch_size=batch_size, layer=layer, obsm=obsm)
 
     # --- the loops ---
 

@@ -104,6 +104,16 @@ def test_components_and_scales():
     assert raw.model_.fitting_epsilon == pytest.approx(0.05 * 2 * Y.var(0).sum(), rel=1e-5)
 
 
+def test_the_inverse_transform_undoes_the_transform():
+    transformer = MongeMapTransformer(**{**QUICK, "max_steps": 20}).fit(X, Y)
+    np.testing.assert_allclose(transformer.inverse_transform(transformer.transform(X)), X, atol=1e-3)
+    few = MongeMapTransformer(**QUICK, n_components=2).fit(X, Y)
+    moved = few.transform(X)
+    back = few.inverse_transform(moved.astype(np.float32))
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(few.transform(back), moved, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_images_do_not_depend_on_the_samples_beside_them(dtype):
     transformer = MongeMapTransformer(**QUICK).fit(X, Y)
