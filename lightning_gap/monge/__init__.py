@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from lightning_gap.monge.ot.result import OTResult as OTResult
     from lightning_gap.monge.ot.solve import optimal_transport as optimal_transport
     from lightning_gap.monge.ot.unbalanced import unbalanced_weights as unbalanced_weights
+    from lightning_gap.monge.perturbation_scoring import PerturbationScoring as PerturbationScoring
     from lightning_gap.monge.plot import plot_map as plot_map
     from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
+    from lightning_gap.monge.samples.condition_encoding import ConditionEncoding as ConditionEncoding
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
     from lightning_gap.monge.schedules import Anneal as Anneal
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.divergence import SinkhornDivergence as SinkhornDivergence
     from lightning_gap.monge.scores.gap import MongeGap as MongeGap
     from lightning_gap.monge.scores.map_scores import MapScores as MapScores
+    from lightning_gap.monge.scores.perturbation import PerturbationScores as PerturbationScores
     from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine

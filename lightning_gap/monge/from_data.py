@@ -1,6 +1,7 @@
 """What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,7 +21,8 @@ from lightning_gap.monge.objective import GapOn
 from lightning_gap.monge.ot.checks import check_weights
 from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.monge.samples.batches import UnpairedBatch
-from lightning_gap.monge.samples.features import feature_places, match_features
+from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
+from lightning_gap.monge.samples.features import feature_places, listed, match_features
 from lightning_gap.monge.samples.files.read import open_table
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.signs import unused_conditions
@@ -37,6 +39,7 @@ __all__ = [
     "begin",
     "begin_with_batch",
     "chosen_map",
+    "encoding_from",
     "feature_texts",
     "note_conditions",
     "read_reference",
@@ -60,6 +63,7 @@ def adopt(model: "MongeMap") -> None:
     match_features(data, model.feature_names)
     _order_reference(model)
     _adopt_representation(model, data)
+    _adopt_encoding(model, data)
     conditions = getattr(data, "condition_names", ())
     if conditions and model.condition_names is None:
         _set_names(model, "condition_names", conditions)
@@ -85,6 +89,11 @@ def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
     if found.get("feature_names"):
         _set_names(model, "feature_names", found["feature_names"])
         match_features(data, model.feature_names)
+    if found.get("condition_encoding"):
+        theirs, prefix = ConditionEncoding(**found["condition_encoding"]), "condition_encoding."
+        theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        _set_encoding(model, theirs)
+        _adopt_encoding(model, data)
     if found.get("condition_names"):
         _set_names(model, "condition_names", found["condition_names"])
         _check_condition_names(model, data)
@@ -98,6 +107,9 @@ def note_conditions(model: "MongeMap") -> None:
     vectors: Tensor | None = getattr(data, "trained_vectors", None)
     if vectors is None:
         return
+    if model.condition_encoding is not None:
+        model.condition_encoding.note(getattr(data, "trained_combinations", ()))
+        model.hparams["condition_encoding"] = model.condition_encoding.hparams
     ends = [vectors.amin(0).tolist(), vectors.amax(0).tolist()]
     if model.condition_range is not None and len(model.condition_range[0]) == len(ends[0]):
         wider = zip((min, max), model.condition_range, ends, strict=True)
@@ -265,6 +277,34 @@ def _adopt_representation(model: "MongeMap", data: Any) -> None:
             "the data module encodes samples otherwise than in this map's training: give it the samples, the split and "
             "the options of then"
         )
+
+
+def encoding_from(given: ConditionEncoding | Mapping[str, Any] | None) -> ConditionEncoding | None:
+    """Return the encoding of conditions that was given or described."""
+    return ConditionEncoding(**given) if isinstance(given, Mapping) else given
+
+
+def _set_encoding(model: "MongeMap", like: ConditionEncoding) -> None:
+    model.condition_encoding = deepcopy(like).to(model.device)
+    model.hparams["condition_encoding"] = like.hparams
+
+
+def _adopt_encoding(model: "MongeMap", data: Any) -> None:
+    theirs: ConditionEncoding | None = getattr(data, "condition_encoding", None)
+    if theirs is None:
+        return
+    if model.condition_encoding is None:
+        if model.epsilons.started:
+            raise MisconfigurationException(
+                "this map was trained on labels or vectors, and the data module encodes the columns "
+                f"{listed(theirs.names)}: give it the conditions of then, or train a new map"
+            )
+        _set_encoding(model, theirs)
+    elif not model.condition_encoding.agrees_with(theirs):
+        try:
+            data.match_conditions(deepcopy(model.condition_encoding).cpu())
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
 
 def _check_condition_names(model: "MongeMap", data: Any) -> None:

@@ -17,7 +17,7 @@ from lightning_gap.trainer.strategy import data_parallel_group
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "sizes_of_whole"]
 
 
 class HeldOut:
@@ -62,7 +62,7 @@ class HeldOut:
             b.target,
             source_weights=b.source_weights,
             target_weights=b.target_weights,
-            parts_of=self._sizes_of_whole(b),
+            parts_of=sizes_of_whole(model, b),
             condition=b.condition,
             true_images=b.true_images,
             target_again=b.target_again,
@@ -84,11 +84,12 @@ class HeldOut:
         if fitting and model.objective.fitting_loss == "sinkhorn":
             model.remarks.say("drawn together", lambda: drawn_together(scores, values))
 
-    def _sizes_of_whole(self, b: UnpairedBatch) -> tuple[int, int] | None:
-        """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
-        group = data_parallel_group(self._model.trainer)
-        if group is None or (b.source_weights is None and b.target_weights is None):
-            return None
-        sizes = torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=self._model.device)
-        n, m = group.sum(sizes).tolist()
-        return n, m
+
+def sizes_of_whole(model: "MongeMap", b: UnpairedBatch) -> tuple[int, int] | None:
+    """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
+    group = data_parallel_group(model.trainer)
+    if group is None or (b.source_weights is None and b.target_weights is None):
+        return None
+    sizes = torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=model.device)
+    n, m = group.sum(sizes).tolist()
+    return n, m

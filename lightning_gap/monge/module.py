@@ -24,6 +24,7 @@ from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.monge.ot.costs import Cost, CostLike
 from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
 from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.schedules import Schedule, number_or_schedule, stepped
@@ -99,9 +100,10 @@ class MongeMap(Transporting):
         max_iterations: Most sweeps of the solver. Where they do not suffice, the first time is warned of, and
             ``train_marginal_error`` tells how far the solver came.
         global_batch: Whether the terms are those of all devices' samples together, or each compares its own batch.
-        representation: Encodes raw samples and decodes images; this and the next three are taken from the data module.
+        representation: Encodes raw samples and decodes images; this and the next four are taken from the data module.
         condition_names: Names of the conditions, by label.
         feature_names: Names of the raw samples' features, in the map's order, to which tables are matched by name.
+        condition_encoding: How named columns, such as drug and dose, become the vectors that are conditions.
         condition_range: Least and greatest trained value of each entry of vectors that are conditions, two sequences.
             Images under vectors far outside are warned of.
         reach: Old name of ``rho``.
@@ -160,6 +162,7 @@ class MongeMap(Transporting):
         representation: AffineRepresentation | Mapping[str, Any] | None = None,
         condition_names: Sequence[str] | None = None,
         feature_names: Sequence[str] | None = None,
+        condition_encoding: ConditionEncoding | Mapping[str, Any] | None = None,
         condition_range: Sequence[Sequence[float]] | None = None,
         reach: float | None = None,
     ) -> None:
@@ -193,6 +196,7 @@ class MongeMap(Transporting):
         self.hidden = tuple(hidden)
         encodes = AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
         self.representation = encodes
+        self.condition_encoding = from_data.encoding_from(condition_encoding)
         self.condition_names = None if condition_names is None else [str(name) for name in condition_names]
         self.feature_names = from_data.feature_texts(feature_names, dim if self.representation is None else None)
         self.condition_range = None if condition_range is None else [[float(x) for x in end] for end in condition_range]
