@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice
+from lightning_gap.monge.maps.affine import affine_of_labels, affinely, for_each_label
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
 from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
@@ -135,9 +135,14 @@ class StartedMap(TransportMap):
         if start != "identity":
             # A number: callbacks that average weights average buffers too, and truth values have no average.
             self.register_buffer("started", torch.zeros(()))
-            self.register_buffer("offset", torch.zeros(dim))
+            self.register_buffer("offset", self._for_each_label(torch.zeros(dim)))
         if start in ("gaussian", "plan"):
-            self.register_buffer("matrix", self.matrix_at_identity())
+            self.register_buffer("matrix", self._for_each_label(self.matrix_at_identity()))
+        if self.num_conditions is not None:
+            nn.Module.register_load_state_dict_pre_hook(self, for_each_label)
+
+    def _for_each_label(self, one: Tensor) -> Tensor:
+        return one if self.num_conditions is None else one.expand(self.num_conditions, *one.shape).clone()
 
     def matrix_at_identity(self) -> Tensor:
         """Return the matrix with which the map is the identity."""
@@ -168,11 +173,17 @@ class StartedMap(TransportMap):
         affine = self.starts_at
         if with_plan:  # the translation is optimal for every cost h(x - y)
             affine = "gaussian" if isinstance(cost, SqEuclidean) else "mean"
-        matrix, offset = self.affine_term(*affine_start(affine, source, target))
+        terms = [affine_start(affine, source, target)]
+        if self.num_conditions is not None:
+            own = parts if with_plan or not pairs else check_start(self, source, target, pairs)
+            labelled = [part for part in own if part.condition is not None]
+            terms = affine_of_labels(affine, labelled, self.num_conditions, terms[0])
+        found = [self.affine_term(*term) for term in terms]
         targets = self.plan_start.targets(parts, cost) if with_plan else None
-        self.offset.copy_(offset)
-        if matrix is not None:
-            self.matrix.copy_(matrix)
+        self.offset.copy_(torch.stack([offset for _, offset in found]).view_as(self.offset))
+        matrices = [matrix for matrix, _ in found if matrix is not None]
+        if matrices:
+            self.matrix.copy_(torch.stack(matrices).view_as(self.matrix))
         if targets is not None:
             fit_images(self, targets, steps=fit_steps(self.plan_start.steps, len(targets.points)), lr=_PLAN_LR)
         self.started.fill_(1)
@@ -181,7 +192,7 @@ class StartedMap(TransportMap):
         """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``."""
         return A, b
 
-    def affine(self, x: Tensor) -> Tensor:
-        """Return the matrix times ``x`` plus the offset, in full precision under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.matrix.dtype), self.matrix, self.offset).to(x.dtype)
+    def affine(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the matrix times ``x``, if there is one, plus the offset, in full precision under autocast."""
+        label = condition if self.num_conditions is not None else None
+        return affinely(x, None if self.starts_at == "mean" else self.matrix, self.offset, label)

@@ -71,4 +71,5 @@ class ResidualMLP(StartedMap):
         displacement: Tensor = self.displacement(*self.inputs(x, condition))
         if self.starts_at == "identity":
             return x + displacement
-        return (x + self.offset if self.starts_at == "mean" else self.affine(x)) + displacement
+        affine = self.affine(x, condition)
+        return (x + affine if self.starts_at == "mean" else affine) + displacement
