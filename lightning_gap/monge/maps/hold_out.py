@@ -10,8 +10,8 @@ from lightning_gap.monge.maps.starts import StartPair
 
 __all__ = ["SharedMap", "choose_share", "held_samples", "hold_out"]
 
-# Of the samples, one in so many is held out, but no more than these; below so many, or so many a dimension, none is.
-_ONE_IN, _MOST, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 100, 4
+# Of the samples, one in so many is held out, but no more than these or one in so many more; below so many, or so many a dimension, none is.
+_ONE_IN, _MOST, _ONE_IN_MANY, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 16, 100, 4
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -38,7 +38,7 @@ def hold_out(pair: StartPair) -> tuple[StartPair | None, StartPair]:
     parts: list[tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]] = []
     for seed, (points, weights) in enumerate(sides):
         order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)).to(points.device)
-        count = min(len(points) // _ONE_IN, _MOST)
+        count = min(len(points) // _ONE_IN, max(_MOST, len(points) // _ONE_IN_MANY))
         held, rest = order[:count], order[count:]
         parts.append(
             ((points[held], None if weights is None else weights[held]),
