@@ -10,7 +10,8 @@ from lightning_gap.monge.maps.starts import StartPair
 
 __all__ = ["SharedMap", "choose_share", "held_samples", "hold_out"]
 
-# Of the samples, one in so many is held out, but no more than these or one in so many more; below so many, or so many a dimension, none is.
+# Of the samples one in so many is held out, but no more than these, or one in so many more of very many; below so many
+# samples, or so many a dimension, none is.
 _ONE_IN, _MOST, _ONE_IN_MANY, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 16, 100, 4
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
