@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
     from lightning_gap.monge.maps.conservativity import conservativity as conservativity
+    from lightning_gap.monge.maps.entropic import EntropicMap as EntropicMap
     from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
+    from lightning_gap.monge.maps.starts import StartPair as StartPair
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
     from lightning_gap.monge.module import MongeMap as MongeMap
     from lightning_gap.monge.ot.divergence import divergence_and_gap as divergence_and_gap

@@ -190,7 +190,7 @@ def read_samples(model: "MongeMap", name: str, x: Any, layer: str | None, obsm: 
 
 def device_of(model: "MongeMap") -> torch.device:
     """Return where the network is."""
-    return next(model.parameters(), torch.empty(0)).device
+    return next(model.parameters(), model.started).device
 
 
 @contextmanager

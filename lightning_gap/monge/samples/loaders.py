@@ -141,12 +141,17 @@ class PreparedDataModule(LightningDataModule):
         """``(K, p)`` vectors of the conditions that are trained on; ``None`` where conditions are labels."""
         return None if self.condition_vectors is None else self._prepared.conditions
 
-    def training_pairs(self) -> list[tuple[Part, Part]]:
+    @property
+    def trained_conditions(self) -> Tensor | None:
+        """Labels ``(K,)`` or vectors ``(K, p)`` of the conditions that are trained on; ``None`` without conditions."""
+        return self._prepared.conditions
+
+    def training_pairs(self, most: int | None = None) -> list[tuple[Part, Part]]:
         """Return the encoded training samples of source and target, with weights, of each condition in turn.
 
-        A sampler or stream gives as many as an evaluation takes.
+        A sampler or stream gives ``most``, by default as many as an evaluation takes.
         """
-        return self._prepared.training_pairs(self.seed, self.eval_batch_size)
+        return self._prepared.training_pairs(self.seed, most or self.eval_batch_size)
 
     @override
     def train_dataloader(self) -> DataLoader[UnpairedBatch]:
@@ -185,6 +190,11 @@ class PreparedDataModule(LightningDataModule):
         A source without labels comes once under every condition, in the order of :attr:`condition_names`.
         """
         return NumberedLoader(self._prepared.predicted, batch_size=self.eval_batch_size, generator=own_randomness())
+
+    @property
+    def training_sizes(self) -> list[int]:
+        """Numbers of training samples of the sides and conditions that are finite."""
+        return self._prepared.sizes
 
     def _replicas(self) -> tuple[int, int]:
         return (data_parallel_size(self.trainer), data_parallel_rank(self.trainer)) if self.trainer else (1, 0)
