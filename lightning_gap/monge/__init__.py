@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine
     from lightning_gap.monge.scores.truth import unexplained_variance as unexplained_variance
+    from lightning_gap.monge.trajectory import Trajectory as Trajectory
+    from lightning_gap.monge.trajectory_fits import fit_trajectory as fit_trajectory
+    from lightning_gap.monge.trajectory_fits import held_out_times as held_out_times
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)
 answer_for()
