@@ -198,6 +198,11 @@ class BrenierMap(TransportMap):
                 outer = inner @ mixing[k - 1]
         return self.image_scale / self.scale * hessian
 
+    @property
+    def target_scale(self) -> float:
+        """Standard deviation of a feature of the target, over all features."""
+        return float(self.image_scale)
+
     @torch.no_grad()
     def inverse(self, y: Tensor, *, start: Tensor | None = None, tolerance: float = 1e-5) -> Tensor:
         r"""Return the samples whose images are given, :math:`\arg\max_x \langle x, y \rangle - \psi(x)`.
