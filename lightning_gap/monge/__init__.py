@@ -7,6 +7,8 @@ from lightning_gap.monge.moved import answer_for
 
 if TYPE_CHECKING:
     from lightning_gap.monge import costs as costs
+    from lightning_gap.monge.ensemble import MapEnsemble as MapEnsemble
+    from lightning_gap.monge.ensemble import fit_ensemble as fit_ensemble
     from lightning_gap.monge.figure import MapFigure as MapFigure
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.ot.unbalanced import unbalanced_weights as unbalanced_weights
     from lightning_gap.monge.plot import plot_map as plot_map
     from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
+    from lightning_gap.monge.samples.bootstrap import bootstrap as bootstrap
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
     from lightning_gap.monge.schedules import Anneal as Anneal

@@ -47,8 +47,8 @@ def read_maps(
     except Exception as error:  # the archive, its pickle and its tensors each fail in their own way
         raise ValueError(f"cannot read {str(path)!r}: it is damaged, or holds more than tensors and numbers") from error
     if not isinstance(found, dict) or found.get(_KIND) != kind:
-        what = f"a {found[_KIND]}" if isinstance(found, dict) and _KIND in found else "something else"
-        raise ValueError(f"{str(path)!r} holds {what} and no {kind}: give a file that {kind.capitalize()}.save wrote")
+        what = f"maps of the kind {found[_KIND]!r}" if isinstance(found, dict) and _KIND in found else "something else"
+        raise ValueError(f"{str(path)!r} holds {what}, and none of the kind {kind!r}: load it by what saved it")
     maps = []
     for checkpoint in found.pop("maps"):
         buffer = io.BytesIO()

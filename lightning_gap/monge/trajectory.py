@@ -14,7 +14,7 @@ from lightning_gap.monge.dynamics import inverse, is_one, times_of
 from lightning_gap.monge.map_files import read_maps, write_maps
 from lightning_gap.monge.module import MongeMap
 
-__all__ = ["Trajectory"]
+__all__ = ["Trajectory", "check_spaces", "checked_times"]
 
 
 class Trajectory:
@@ -67,7 +67,7 @@ class Trajectory:
         self.times = checked_times(times, len(maps) + 1)
         if not maps:
             raise ValueError("maps is empty: give a map between each two times")
-        _check_spaces(maps)
+        check_spaces(maps)
 
     def __repr__(self) -> str:
         return f"Trajectory({len(self.maps)} maps, times={self.times})"
@@ -187,7 +187,7 @@ def checked_times(times: Sequence[float], count: int) -> list[float]:
     return found
 
 
-def _check_spaces(maps: Sequence[MongeMap]) -> None:
+def check_spaces(maps: Sequence[MongeMap]) -> None:
     """Refuse maps whose raw samples are not of one space."""
 
     def space(model: MongeMap) -> tuple[int | None, list[str] | None]:

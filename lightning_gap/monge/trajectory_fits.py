@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import pairwise
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from lightning_gap.monge.samples.datamodule import SamplesDataModule
 from lightning_gap.monge.trajectory import Trajectory, checked_times
 
 __all__ = ["fit_trajectory", "held_out_times"]
+
+_DRAWS = 5  # of samples that are compared
 
 
 def fit_trajectory(
@@ -79,8 +82,8 @@ def held_out_times(
 
     A map is fitted from the population before to the one after, and its samples at the time between are compared with
     the population that was left out, in the map's coordinates: by the energy distance and by the exact Wasserstein-1
-    distance of the Euclidean cost. All comparisons are with the same samples of that population, and of equal numbers
-    of samples, so that they compare with each other:
+    distance of the Euclidean cost. All compare equal numbers of samples, in five draws of them, so that they compare
+    with each other:
 
     =============== ==========================================================================
     ``candidate``   what is compared with the population
@@ -106,8 +109,9 @@ def held_out_times(
         **data: As in :func:`fit_trajectory`.
 
     Returns:
-        A row for each time and candidate: ``time``, ``candidate``, ``energy_distance``, ``wasserstein_1`` and
-        ``samples``, the number of each set; ``pandas.DataFrame(rows)`` is a table.
+        A row for each time and candidate: ``time``, ``candidate``, ``samples``, the number of each set,
+        ``energy_distance`` and ``wasserstein_1``, means over the draws, and ``energy_distance_std`` and
+        ``wasserstein_1_std``, what one draw varies by; ``pandas.DataFrame(rows)`` is a table.
 
     Raises:
         TypeError: As in :func:`fit_trajectory`.
@@ -189,35 +193,36 @@ def _held_out(steps: _Steps, k: int, share: float, most: int) -> list[dict[str, 
     for batch in data.predict_dataloader():
         x, condition = (batch, None) if isinstance(batch, Tensor) else batch
         moved.append(model.interpolate(x, share, condition if getattr(model.map, "conditional", False) else None))
+    images, between = coordinates(torch.cat(moved)), coordinates(left_out.source)
     before, after = (coordinates(x) for x in (data.source, steps.data(k + 1, k).source))
-    between = coordinates(left_out.source)
-    generator = torch.Generator().manual_seed(0)
-
-    def some(x: Tensor, n: int) -> Tensor:
-        return x[torch.randperm(len(x), generator=generator)[:n]]
-
-    images = coordinates(torch.cat(moved))
     n = min(most, len(between) // 2, len(before), len(after), len(images))
     if n < 1:
         raise ValueError(f"the population at time {steps.times[k]:g} has {len(between)} samples: give it two at least")
-    halves = some(between, 2 * n)
     A, b = gaussian_map(before, after, shrinkage="auto")
-    pairs = [some(side, n) for side in (before, after)]
-    candidates = {
-        "floor": halves[n:],
-        "map": some(images, n),
-        "linear": some((1 - share) * before + share * (before @ A + b), n),
-        "random": torch.lerp(pairs[0], pairs[1], share),
-        "before": some(before, n),
-        "after": some(after, n),
-    }
-    return [
-        {
-            "time": steps.times[k],
-            "candidate": name,
-            "energy_distance": float(energy_distance(x, halves[:n])),
-            "wasserstein_1": float(optimal_transport(x, halves[:n], cost="euclidean", solver="exact").value),
-            "samples": n,
+    linear = torch.lerp(before, before @ A + b, share)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(x: Tensor, size: int) -> Tensor:
+        return x[torch.randperm(len(x), generator=generator)[:size]]
+
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(_DRAWS):
+        reference, floor = some(between, 2 * n).split(n)
+        candidates = {
+            "floor": floor,
+            "map": some(images, n),
+            "linear": some(linear, n),
+            "random": torch.lerp(some(before, n), some(after, n), share),
+            "before": some(before, n),
+            "after": some(after, n),
         }
-        for name, x in candidates.items()
-    ]
+        for name, x in candidates.items():
+            exact = optimal_transport(x, reference, cost="euclidean", solver="exact").value
+            scores.setdefault(name, []).append((float(energy_distance(x, reference)), float(exact)))
+    rows = []
+    for name, found in scores.items():
+        row: dict[str, Any] = {"time": steps.times[k], "candidate": name, "samples": n}
+        for score, values in zip(("energy_distance", "wasserstein_1"), zip(*found, strict=True), strict=True):
+            row |= {score: mean(values), f"{score}_std": stdev(values)}
+        rows.append(row)
+    return rows
