@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_gap.monge.maps.energy_fit import energy_gain
 from lightning_gap.monge.maps.semidual import ConvexMap, HeldOutSamples, difference, mean_semidual, semidual_values
 from lightning_gap.monge.maps.starts import StartPair
 
@@ -54,6 +55,8 @@ def hold_out(pair: StartPair) -> tuple[StartPair | None, StartPair]:
 def choose_share(net: SharedMap, held: HeldOutSamples) -> float:
     """Set and return the network's share: that of the least held-out semi-dual, or 0 within a standard error of it.
 
+    Or 0 where its images are no nearer to the held-out target, by the energy distance, than the Gaussian map's.
+
     The semi-dual is convex in the share, and a mean of convex potentials is one.
     """
     like = net.share
@@ -64,6 +67,12 @@ def choose_share(net: SharedMap, held: HeldOutSamples) -> float:
         scored[share] = semidual_values(net, held.source, held.target)
     best = min(_SHARES, key=lambda share: mean_semidual(scored[share], held))
     gain, error = difference(scored[0.0], scored[best], held)
-    chosen = best if gain > error else 0.0  # a comparison with NaN is false
+    pairs = [StartPair(held.source, held.target)]
+    images = []
+    for share in (0.0, best):
+        like.fill_(share)
+        images.append([net(held.source).double()])
+    nearer = energy_gain(images[0], images[1], pairs)[0]
+    chosen = best if gain > error and nearer > 0 else 0.0  # a comparison with NaN is false
     like.fill_(chosen)
     return chosen
