@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.entropic import EntropicMap as EntropicMap
     from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
+    from lightning_gap.monge.maps.semidual import semidual as semidual
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
     from lightning_gap.monge.maps.starts import StartPair as StartPair
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
