@@ -163,7 +163,7 @@ def fit_semidual(
     parameters = [p for p in net.parameters() if p.requires_grad]
     like, dim = parameters[0], x.shape[1]
     lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
-    batch = max(_LEAST_BATCH, min(_BATCH, 8 * _BATCH // dim)) if batch is None else batch
+    batch = _default_batch(dim) if batch is None else batch
     if held is not None:
         held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
@@ -211,6 +211,11 @@ def fit_semidual(
                 p.grad = None
                 if held is not None:
                     p.copy_(keep)
+
+
+def _default_batch(dim: int) -> int:
+    """Return the size of a step: samples are cheap in few dimensions, and noise is what is left to lose."""
+    return max(_LEAST_BATCH, min(_BATCH, max(4 * _BATCH // dim, min(_BATCH // 4, 8 * _BATCH // dim))))
 
 
 def _rows(points: Tensor, weights: Tensor | None, batch: int, generator: torch.Generator) -> Tensor:
