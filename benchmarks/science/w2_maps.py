@@ -4,8 +4,8 @@
     python -m benchmarks.science.w2_maps fresh --data FOLDER --networks FOLDER
 
 ``default``: ``MongeMap()`` and nothing more, by ``Trainer(max_steps=400)`` on the 16384 samples of each side in
-``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, and no finish. ``fresh``: a :class:`BrenierMap` with a longer finish by the semi-dual, on 131072 fresh ones
-of each side, which :mod:`benchmarks.science.w2_pairs` draws; the file of the pairs gives the test, and shift and scale
+``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, and no finish. ``fresh``: a :class:`BrenierMap` with a
+longer finish by the semi-dual, on 131072 fresh ones of each side, which :mod:`benchmarks.science.w2_pairs` draws; the file of the pairs gives the test, and shift and scale
 of the true map. L2-UVP is 100 E|T - T*|² / Var(ν) on the 4096 test samples. One thread; seconds are CPU seconds of
 ``Trainer.fit``, start and all.
 
@@ -85,7 +85,8 @@ def row(args: argparse.Namespace, method: str, dim: int, seed: int) -> dict[str,
     found = against_truth(z["test_x"], model.transport(z["test_x"]), z["test_map"], float(z["var_out"]))
     return {
         "solver": SOLVERS[method], "pairs": "mix3to10", "dim": dim, "seed": seed, **found,
-        "cpu_seconds": round(seconds, 1), "wall_seconds": round(wall, 1), "budget": 600 if method == "fresh" else 120, "config": config,
+        "cpu_seconds": round(seconds, 1), "wall_seconds": round(wall, 1),
+        "budget": 600 if method == "fresh" else 120, "config": config,
     }  # fmt: skip
 
 
