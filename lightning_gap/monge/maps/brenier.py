@@ -84,7 +84,6 @@ class BrenierMap(TransportMap):
     image_center: Tensor
     image_scale: Tensor
     linear: Tensor
-    shift: Tensor
     share: Tensor
     started: Tensor
 
@@ -130,12 +129,11 @@ class BrenierMap(TransportMap):
             self.register_buffer(f"{prefix}scale", torch.ones(()))
         # The Gaussian map, and how much of the map is the network's rather than that.
         self.register_buffer("linear", torch.eye(dim))
-        self.register_buffer("shift", torch.zeros(dim))
         self.register_buffer("share", torch.ones(()))
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in ("linear", "shift", "share"):  # which older states have not: there the network is the map
+        for name in ("linear", "share"):  # which older states have not: there the network is the map
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -163,7 +161,9 @@ class BrenierMap(TransportMap):
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
         image = self.image_scale * self._gradient((x - self.center) / self.scale) + self.image_center
-        return (self.share * image + (1 - self.share) * F.linear(x, self.linear, self.shift)).to(x.dtype)
+        return (
+            self.share * image + (1 - self.share) * (F.linear(x - self.center, self.linear) + self.image_center)
+        ).to(x.dtype)
 
     def potential(self, x: Tensor) -> Tensor:
         r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
@@ -174,16 +174,20 @@ class BrenierMap(TransportMap):
         Returns:
             ``(...)`` values, differentiable in the samples and in the weights.
         """
+        return self.centred_potential(x) + x @ self.image_center
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\psi(x) - \langle m_\nu, x \rangle` up to a constant, which is small where means are large."""
         self.inputs(x, None)
-        u = (x - self.center) / self.scale
+        off = x - self.center
+        u = off / self.scale
         skips = (F.linear(u, self.squares).square() + F.linear(u, self.slopes, self.biases)).split(self.widths, dim=-1)
         z = F.softplus(skips[0])
         for raw, skip in zip(self.mixing, skips[1:], strict=True):
             z = F.softplus(F.linear(z, F.softplus(raw)) + skip)
         value = z @ F.softplus(self.last) + F.softplus(self.curvature) / 2 * u.square().sum(-1) + u @ self.offset
-        value = self.scale * self.image_scale * value + x @ self.image_center
-        gaussian = (F.linear(x, self.linear) * x).sum(-1) / 2 + x @ self.shift
-        return self.share * value + (1 - self.share) * gaussian
+        gaussian = (F.linear(off, self.linear) * off).sum(-1) / 2
+        return self.share * self.scale * self.image_scale * value + (1 - self.share) * gaussian
 
     def hessian(self, x: Tensor) -> Tensor:
         r"""Return the Jacobian of the map, the potential's Hessian, which is symmetric and positive definite.
@@ -308,7 +312,6 @@ class BrenierMap(TransportMap):
         gaussian = PlanTargets(source, source.double() @ A + b, None)
         with torch.no_grad():
             self.linear.copy_(A)
-            self.shift.copy_(b)
         if held is None and self.starts_at == "plan":
             with torch.no_grad():  # so few samples tell no more
                 self.share.zero_()
