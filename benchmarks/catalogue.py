@@ -192,6 +192,10 @@ SCIENCE = {
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
     ),
+    "unseen": Benchmark(
+        "science.unseen_conditions sachs kang --data DATA",
+        "Conditions that no map was trained on", 30, needs=("data",), page="../real_cells.md", rows=False,
+    ),
     "known_maps": Benchmark(
         "science.transport_maps w2 gaussians line sphere --data DATA",
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,
