@@ -192,6 +192,11 @@ SCIENCE = {
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
     ),
+    "default_maps": Benchmark(
+        "science.default_maps --data DATA",
+        "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",
+        rows=False,
+    ),
     "known_maps": Benchmark(
         "science.transport_maps w2 gaussians line sphere --data DATA",
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,
