@@ -197,6 +197,10 @@ SCIENCE = {
         "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",
         rows=False,
     ),
+    "unseen": Benchmark(
+        "science.unseen_conditions sachs kang --data DATA",
+        "Conditions that no map was trained on", 30, needs=("data",), page="../real_cells.md", rows=False,
+    ),
     "known_maps": Benchmark(
         "science.transport_maps w2 gaussians line sphere --data DATA",
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,

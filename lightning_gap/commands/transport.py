@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     transport.add_argument(
         "--condition", metavar="NAME",
         help="of a conditional map: the condition of all samples, or the column of IN with each one's; for vectors, "
-        "numbers with commas between, or columns",
+        "numbers with commas between, or columns; for a map of drugs and doses, 'A, 10' or 'drug,dose'",
     )  # fmt: skip
     transport.add_argument(
         "--columns", metavar="A,B,...", type=_names,

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
     from lightning_gap.monge.maps.conservativity import conservativity as conservativity
+    from lightning_gap.monge.maps.entropic import EntropicMap as EntropicMap
     from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
+    from lightning_gap.monge.maps.starts import StartPair as StartPair
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
     from lightning_gap.monge.module import MongeMap as MongeMap
     from lightning_gap.monge.ot.divergence import divergence_and_gap as divergence_and_gap
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from lightning_gap.monge.ot.result import OTResult as OTResult
     from lightning_gap.monge.ot.solve import optimal_transport as optimal_transport
     from lightning_gap.monge.ot.unbalanced import unbalanced_weights as unbalanced_weights
+    from lightning_gap.monge.perturbation_scoring import PerturbationScoring as PerturbationScoring
     from lightning_gap.monge.plot import plot_map as plot_map
     from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
+    from lightning_gap.monge.samples.condition_encoding import ConditionEncoding as ConditionEncoding
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
     from lightning_gap.monge.schedules import Anneal as Anneal
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.divergence import SinkhornDivergence as SinkhornDivergence
     from lightning_gap.monge.scores.gap import MongeGap as MongeGap
     from lightning_gap.monge.scores.map_scores import MapScores as MapScores
+    from lightning_gap.monge.scores.perturbation import PerturbationScores as PerturbationScores
     from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine

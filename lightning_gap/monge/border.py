@@ -13,6 +13,7 @@ from lightning_gap.checks import check_integer
 from lightning_gap.monge.maps.conditioning import check_labels
 from lightning_gap.monge.ot.checks import check_all_samples
 from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.samples.condition_values import vectors_asked_for
 from lightning_gap.monge.samples.conditions import conditions_of
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.read import read_matrix
@@ -189,7 +190,7 @@ def read_samples(model: "MongeMap", name: str, x: Any, layer: str | None, obsm: 
 
 def device_of(model: "MongeMap") -> torch.device:
     """Return where the network is."""
-    return next(model.parameters(), torch.empty(0)).device
+    return next(model.parameters(), model.started).device
 
 
 @contextmanager
@@ -211,6 +212,8 @@ def conditions_for(model: "MongeMap", condition: Any, n: int) -> Tensor | None:
         return None
     if not getattr(model.map, "conditional", False):
         raise ValueError(f"condition={condition!r} was given, and this map has no conditions: leave it out")
+    if model.condition_encoding is not None and not isinstance(condition, Tensor):
+        return as_network_takes(model, vectors_asked_for(condition, n, model.condition_encoding))
     vector_dim = getattr(model.map, "condition_dim", None)
     labels = getattr(model.map, "conditions", None) is not None
     each = conditions_of(condition, n, model.condition_names or (), vector_dim=vector_dim, labels=labels)

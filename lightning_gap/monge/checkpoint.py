@@ -126,7 +126,7 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
         # Of a network that is not described, nothing is made in its place.
         "dim": dim if given is None or described is not None else None,
         "map": described,
-        "hidden": list(model.hidden),
+        "hidden": None if model.hidden is None else list(model.hidden),
         "cost": str(objective.cost),
         "fitting_cost": str(objective.fitting_cost),
         **epsilons,
@@ -136,6 +136,7 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
         **{name: describe(getattr(model, name)) for name in ("optimizer", "lr_scheduler")},
         **asdict(objective.options),
         "representation": None if model.representation is None else model.representation.hparams,
+        "condition_encoding": None if model.condition_encoding is None else model.condition_encoding.hparams,
         **{name: getattr(model, name) for name in _AS_THEY_ARE},
     }
 

@@ -1,6 +1,8 @@
 """What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
-from lightning_gap.monge.maps.conditional import ConditionalMap
-from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.defaults import default_map, take_recipe
+from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
 from lightning_gap.monge.ot.checks import check_weights
+from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.monge.samples.batches import UnpairedBatch
-from lightning_gap.monge.samples.features import feature_places, match_features
+from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
+from lightning_gap.monge.samples.features import feature_places, listed, match_features
 from lightning_gap.monge.samples.files.read import open_table
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 from lightning_gap.monge.signs import unused_conditions
@@ -34,6 +39,7 @@ __all__ = [
     "begin",
     "begin_with_batch",
     "chosen_map",
+    "encoding_from",
     "feature_texts",
     "note_conditions",
     "read_reference",
@@ -57,14 +63,16 @@ def adopt(model: "MongeMap") -> None:
     match_features(data, model.feature_names)
     _order_reference(model)
     _adopt_representation(model, data)
+    _adopt_encoding(model, data)
     conditions = getattr(data, "condition_names", ())
     if conditions and model.condition_names is None:
         _set_names(model, "condition_names", conditions)
     _check_condition_names(model, data)
     dim = getattr(data, "dim", None)
-    if model.map is None and dim is not None:
-        model.map = _default_map(data, dim, model.hidden)
+    if dim is not None and (model.map is None or _unfit_choice(model, data)):
+        model.map = _default_map(model, data, dim)
         model.hparams.update({"dim": dim, "map": described_map(model.map)})
+        take_recipe(model)
 
 
 def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
@@ -82,6 +90,11 @@ def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
     if found.get("feature_names"):
         _set_names(model, "feature_names", found["feature_names"])
         match_features(data, model.feature_names)
+    if found.get("condition_encoding"):
+        theirs, prefix = ConditionEncoding(**found["condition_encoding"]), "condition_encoding."
+        theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        _set_encoding(model, theirs)
+        _adopt_encoding(model, data)
     if found.get("condition_names"):
         _set_names(model, "condition_names", found["condition_names"])
         _check_condition_names(model, data)
@@ -95,6 +108,9 @@ def note_conditions(model: "MongeMap") -> None:
     vectors: Tensor | None = getattr(data, "trained_vectors", None)
     if vectors is None:
         return
+    if model.condition_encoding is not None:
+        model.condition_encoding.note(getattr(data, "trained_combinations", ()))
+        model.hparams["condition_encoding"] = model.condition_encoding.hparams
     ends = [vectors.amin(0).tolist(), vectors.amax(0).tolist()]
     if model.condition_range is not None and len(model.condition_range[0]) == len(ends[0]):
         wider = zip((min, max), model.condition_range, ends, strict=True)
@@ -107,13 +123,19 @@ def begin(model: "MongeMap") -> bool:
     data = _data_of(model)
     if not hasattr(data, "training_samples") or (model.epsilons.complete and getattr(data, "endless", False)):
         return False  # endless ones would have to be drawn, and for nothing
+    conditions: Tensor | None = None
+    # An endless side is asked for as many as the map's start takes.
+    most = getattr(model.map, "samples_wanted", None) if getattr(data, "endless", False) else None
     if hasattr(data, "training_pairs"):
-        pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in data.training_pairs()]
+        parts = data.training_pairs(most) if most else data.training_pairs()
+        pairs = [(Weighted(x.samples, x.weights), Weighted(y.samples, y.weights)) for x, y in parts]
+        conditions = getattr(data, "trained_conditions", None)
     else:
         source, target = data.training_samples()
         pairs = _by_condition((source, None), (target, None))
     if pairs:
-        _begin(model, pairs, data.training_samples, again=True)
+        all_samples = partial(data.training_samples, most) if most else data.training_samples
+        _begin(model, pairs, all_samples, conditions, again=True)
     return bool(pairs)
 
 
@@ -128,19 +150,50 @@ def begin_with_batch(model: "MongeMap", b: UnpairedBatch) -> bool:
     for sides in pairs:
         for name, side in zip(("source_weights", "target_weights"), sides, strict=True):
             check_weights(name, side.weights, side.samples, balanced=False)
-    _begin(model, pairs, lambda: (source, target), again=False)
+    _begin(model, pairs, lambda: (source, target), b.condition, again=False)
     return True
 
 
 @torch.no_grad()
-def _begin(model: "MongeMap", pairs: Pairs, all_samples: Callable[[], tuple[Tensor, Tensor]], *, again: bool) -> None:
+def _begin(
+    model: "MongeMap",
+    pairs: Pairs,
+    all_samples: Callable[[], tuple[Tensor, Tensor]],
+    conditions: Tensor | None,
+    *,
+    again: bool,
+) -> None:
     for name, cost in (("cost", model.cost), ("fitting_cost", model.fitting_cost)):
         refuse_learned_cost(name, cost, on_device(model, pairs[0][0].samples[:1]))
     if not model.epsilons.started:
         if callable(start := getattr(model.map, "start", None)):
-            start(*(on_device(model, part.flatten(0, -2)) for part in all_samples()))
+            samples = (on_device(model, part.flatten(0, -2)) for part in all_samples())
+            if isinstance(model.map, TransportMap):
+                start(*samples, cost=model.cost, pairs=_start_pairs(model, pairs, conditions))
+            else:
+                start(*samples)
         model.epsilons.start()
     model.epsilons.decide(pairs, again=again)
+
+
+def _start_pairs(model: "MongeMap", pairs: Pairs, conditions: Tensor | None) -> list[StartPair]:
+    """Return the samples of each condition where the network is, with weights that sum to 1."""
+    moved: dict[int, Tensor] = {}  # a side without labels is in the pair of every condition
+
+    def here(samples: Tensor) -> Tensor:
+        if id(samples) not in moved:
+            moved[id(samples)] = on_device(model, samples)
+        return moved[id(samples)]
+
+    def shares(weights: Tensor | None) -> Tensor | None:
+        return None if weights is None else weights.to(model.device) / weights.sum()
+
+    found = []
+    for (x, y), c in zip(pairs, [None] * len(pairs) if conditions is None else conditions, strict=True):
+        condition = None if c is None else (on_device(model, c) if c.is_floating_point() else c.to(model.device))
+        sides = here(x.samples), here(y.samples), condition, shares(x.weights), shares(y.weights)
+        found.append(StartPair(*sides))
+    return found
 
 
 def _by_condition(
@@ -170,10 +223,10 @@ def read_reference(samples: Any, gap_on: GapOn | None) -> tuple[Tensor | None, t
     return reference, features, chosen
 
 
-def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) -> nn.Module | None:
+def chosen_map(dim: int | None, given: nn.Module | None, cost: Cost, hidden: Sequence[int] | None) -> nn.Module | None:
     """Return the network that was given, or the default one where the dimension is known."""
     if given is None:
-        return None if dim is None else ResidualMLP(dim, hidden)
+        return None if dim is None else default_map(dim, cost, hidden)
     made_with = getattr(given, "dim", None)
     if dim is not None and isinstance(made_with, int) and made_with != dim:
         raise ValueError(f"dim={dim}, but the map was made with dim={made_with}: leave dim out, the map tells it")
@@ -227,6 +280,34 @@ def _adopt_representation(model: "MongeMap", data: Any) -> None:
         )
 
 
+def encoding_from(given: ConditionEncoding | Mapping[str, Any] | None) -> ConditionEncoding | None:
+    """Return the encoding of conditions that was given or described."""
+    return ConditionEncoding(**given) if isinstance(given, Mapping) else given
+
+
+def _set_encoding(model: "MongeMap", like: ConditionEncoding) -> None:
+    model.condition_encoding = deepcopy(like).to(model.device)
+    model.hparams["condition_encoding"] = like.hparams
+
+
+def _adopt_encoding(model: "MongeMap", data: Any) -> None:
+    theirs: ConditionEncoding | None = getattr(data, "condition_encoding", None)
+    if theirs is None:
+        return
+    if model.condition_encoding is None:
+        if model.epsilons.started:
+            raise MisconfigurationException(
+                "this map was trained on labels or vectors, and the data module encodes the columns "
+                f"{listed(theirs.names)}: give it the conditions of then, or train a new map"
+            )
+        _set_encoding(model, theirs)
+    elif not model.condition_encoding.agrees_with(theirs):
+        try:
+            data.match_conditions(deepcopy(model.condition_encoding).cpu())
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+
 def _check_condition_names(model: "MongeMap", data: Any) -> None:
     """Refuse labels that mean other conditions than in training; vectors mean the same everywhere."""
     names = [str(name) for name in getattr(data, "condition_names", ())]
@@ -238,8 +319,15 @@ def _check_condition_names(model: "MongeMap", data: Any) -> None:
         )
 
 
-def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
+def _default_map(model: "MongeMap", data: Any, dim: int) -> nn.Module:
     names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
     if vectors is not None:
-        return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
-    return ConditionalMap(dim, num_conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)
+        return default_map(dim, model.cost, model.hidden, vectors=vectors.shape[1])
+    return default_map(dim, model.cost, model.hidden, labels=len(names))
+
+
+def _unfit_choice(model: "MongeMap", data: Any) -> bool:
+    """Return whether the map was chosen before the data showed conditions."""
+    conditional = bool(getattr(data, "condition_names", ()))
+    heeds = getattr(model.map, "conditional", False)
+    return model.map_is_chosen and not model.epsilons.started and conditional and not heeds

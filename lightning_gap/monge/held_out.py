@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_gap.monge.border import checked, images
+from lightning_gap.monge.dual_loss import semidual_loss
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.scores.map_scores import MapScores
@@ -17,7 +18,7 @@ from lightning_gap.trainer.strategy import data_parallel_group
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "sizes_of_whole"]
 
 
 class HeldOut:
@@ -49,7 +50,9 @@ class HeldOut:
                 solver=model.solver,
                 conditions=model.condition_names if named else None,
             ).to(model.device)
-        if callable(model.objective.fitting_loss):
+        if model.objective.fitting_loss == "semidual":
+            self._losses.append(semidual_loss(model, b))
+        elif callable(model.objective.fitting_loss):
             weights = b.source_weights, b.target_weights
             terms = model.objective.terms(
                 b.source, mapped, b.target, weights=weights, with_gap=False, fitting_epsilon=model.epsilons.fitting,
@@ -62,7 +65,7 @@ class HeldOut:
             b.target,
             source_weights=b.source_weights,
             target_weights=b.target_weights,
-            parts_of=self._sizes_of_whole(b),
+            parts_of=sizes_of_whole(model, b),
             condition=b.condition,
             true_images=b.true_images,
             target_again=b.target_again,
@@ -84,11 +87,12 @@ class HeldOut:
         if fitting and model.objective.fitting_loss == "sinkhorn":
             model.remarks.say("drawn together", lambda: drawn_together(scores, values))
 
-    def _sizes_of_whole(self, b: UnpairedBatch) -> tuple[int, int] | None:
-        """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
-        group = data_parallel_group(self._model.trainer)
-        if group is None or (b.source_weights is None and b.target_weights is None):
-            return None
-        sizes = torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=self._model.device)
-        n, m = group.sum(sizes).tolist()
-        return n, m
+
+def sizes_of_whole(model: "MongeMap", b: UnpairedBatch) -> tuple[int, int] | None:
+    """Return the sizes of the batch whose weights this process has a part of; ``None`` where it has all."""
+    group = data_parallel_group(model.trainer)
+    if group is None or (b.source_weights is None and b.target_weights is None):
+        return None
+    sizes = torch.tensor([b.source.shape[-2], b.target.shape[-2]], device=model.device)
+    n, m = group.sum(sizes).tolist()
+    return n, m

@@ -30,7 +30,7 @@ def _check_costs_of_map(net: nn.Module | None, cost: Cost, fitting_cost: Cost, *
     if not isinstance(net, TransportMap):
         return
     kind, dim = type(net).__name__, net.dim
-    on_sphere = isinstance(net, SphereMap)
+    on_sphere = isinstance(net, SphereMap) or isinstance(net.made_for, Geodesic)
     if not on_sphere:
         for name, given in (("cost", cost), ("fitting_cost", fitting_cost)):
             if isinstance(given, Geodesic):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_gap.checks import check_integer
 from lightning_gap.monge.checkpoint_files import read_checkpoint
 from lightning_gap.monge.module import MongeMap
+from lightning_gap.monge.samples.condition_values import vectors_asked_for
 from lightning_gap.monge.samples.conditions import label_indices, place_of
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.read import open_file
@@ -70,7 +71,8 @@ def transport_file(
         output: Path to an ``.npy``, ``.csv``, ``.tsv``, ``.parquet`` or ``.feather`` file; or, for an ``.h5ad`` source,
             to an ``.h5ad`` file.
         condition: For a conditional map: the name of the condition of all samples, or of the column of the source
-            that holds each one's. For conditions that are vectors: numbers with commas between, or columns.
+            that holds each one's. For conditions that are vectors: numbers with commas between, or columns; for those
+            of named columns, such as drug and dose: ``"A, 10"``, or ``"drug,dose"`` for each one's.
         columns: Names of the features in the source; by default those of the map, and where it has no names all
             columns of numbers that ``condition`` does not name. Names that the map does not know stand for its
             features by place.
@@ -198,8 +200,15 @@ def _conditions(model: MongeMap, table: Table, given: str | None) -> Conditions:
         return lambda block: None
     if given is None:
         what = f"one of {listed(known, 12)}" if known and model.condition_names else "numbers"
+        if model.condition_encoding is not None:
+            what = f"values of {listed(model.condition_encoding.names)} with commas between"
         raise ValueError(f"this map is conditional: give --condition, {what}, or a column of IN")
-    words = _words(model, given)
+    words, encoding = _words(model, given), model.condition_encoding
+    if encoding is not None:
+        if set(words) == set(encoding.names) and all(word in table.label_names for word in words):
+            return lambda block: vectors_asked_for({w: block.label(w) for w in words}, len(block), encoding)
+        asked = vectors_asked_for(given, 1, encoding)
+        return lambda block: asked
     if dim is not None and len(words) != dim:
         raise ValueError(f"--condition {given}: this map's conditions are {dim} numbers, got {len(words)}")
     place = place_of(given, known)

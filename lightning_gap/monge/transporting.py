@@ -34,6 +34,8 @@ class Transporting(SafelyLoaded):
         Args:
             x: ``(n, d)`` samples: a tensor on any device, an array, a sparse matrix, a data frame or ``AnnData``.
             condition: For a conditional map, one condition for all samples or one for each: names, labels, or vectors.
+                Where they are of named columns: ``"A, 10"``, ``("A", 10)``, ``{"drug": "A", "dose": 10}``, or a table
+                with these columns; a tensor holds encoded vectors. What was not trained on is warned of.
             batch_size: Rows that go through the network at once.
             layer: Layer of ``AnnData``; ``X`` by default where there is no layer, ``"X"`` where there are some.
             obsm: Embedding of ``AnnData`` in place of a layer.

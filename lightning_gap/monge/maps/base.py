@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
+from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
 from lightning_gap.monge.maps.potential import PotentialGradient
-from lightning_gap.monge.maps.starts import Start, affine_start
-from lightning_gap.monge.ot.checks import check_pair
-from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.maps.starts import PlanStart, Start, StartPair, affine_start, check_start, fit_steps
+from lightning_gap.monge.ot.costs import Cost, SqEuclidean
 
 __all__ = ["StartedMap", "TransportMap"]
+
+_PLAN_LR = 2e-3
 
 
 class TransportMap(nn.Module):
@@ -68,6 +70,29 @@ class TransportMap(nn.Module):
         return None
 
     @property
+    def samples_wanted(self) -> int | None:
+        """How many samples of a side its start takes, where as many as one likes can be drawn; ``None`` for any."""
+        plan = getattr(self, "plan_start", None)
+        return plan.samples * plan.draws if plan is not None and getattr(self, "starts_at", None) == "plan" else None
+
+    def start(
+        self, source: Tensor, target: Tensor, *, cost: Cost | None = None, pairs: Sequence[StartPair] | None = None
+    ) -> None:
+        """Find from training samples where the map begins; once, also after a checkpoint.
+
+        Args:
+            source: ``(n, d)`` samples, of all conditions together.
+            target: ``(m, d)`` samples.
+            cost: The cost that the map is to be optimal for, where it is not made for one.
+            pairs: The samples of each condition, with its label or vector, and weights.
+
+        Raises:
+            TypeError: An argument is no floating-point tensor.
+            ValueError: Shapes do not fit, values are not finite, or a conditional map is given no pairs where it needs
+                them.
+        """
+
+    @property
     def conditions(self) -> int | None:
         """``num_conditions`` by its old name."""
         return self.num_conditions
@@ -93,15 +118,25 @@ class StartedMap(TransportMap):
     matrix: Tensor
     started: Tensor
 
-    def __init__(self, dim: int, hidden: Sequence[int], activation: Activation, start: Start, **others: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int],
+        activation: Activation,
+        start: Start,
+        plan: PlanStart | None = None,
+        **others: Any,
+    ) -> None:
         check_choice("start", start, get_args(Start))
-        super().__init__(dim, hidden, activation, start=start, **others)
+        self.plan_start = PlanStart() if plan is None else plan
+        options = self.plan_start.hparams if start == "plan" else {}
+        super().__init__(dim, hidden, activation, start=start, **options, **others)
         self.starts_at = start
         if start != "identity":
             # A number: callbacks that average weights average buffers too, and truth values have no average.
             self.register_buffer("started", torch.zeros(()))
             self.register_buffer("offset", torch.zeros(dim))
-        if start == "gaussian":
+        if start in ("gaussian", "plan"):
             self.register_buffer("matrix", self.matrix_at_identity())
 
     def matrix_at_identity(self) -> Tensor:
@@ -109,17 +144,37 @@ class StartedMap(TransportMap):
         return torch.eye(self.dim)
 
     @torch.no_grad()
-    def start(self, source: Tensor, target: Tensor) -> None:
-        """Set the affine term from ``(n, d)`` and ``(m, d)`` training samples; once, also after a checkpoint."""
+    def start(
+        self, source: Tensor, target: Tensor, *, cost: Cost | None = None, pairs: Sequence[StartPair] | None = None
+    ) -> None:
+        """Set the affine term from training samples, and fit the network to a plan; once, also after a checkpoint.
+
+        Args:
+            source: ``(n, d)`` samples, of all conditions together.
+            target: ``(m, d)`` samples.
+            cost: The cost of the plan, where the map is not made for one; squared Euclidean by default.
+            pairs: The samples of each condition, with its label or vector, and weights: a plan each.
+
+        Raises:
+            TypeError: An argument is no floating-point tensor.
+            ValueError: Shapes do not fit, values are not finite, or a conditional map that starts at plans is given no
+                pairs.
+        """
         if self.starts_at == "identity" or bool(self.started):
             return
-        check_pair("source", source, "target", target)
-        if source.shape[1] != self.dim:
-            raise ValueError(f"source has dimension {source.shape[1]}, but the map was made with dim={self.dim}")
-        matrix, offset = self.affine_term(*affine_start(self.starts_at, source, target))
+        with_plan = self.starts_at == "plan"
+        parts = check_start(self, source, target, pairs, each=with_plan)
+        cost = self.made_for or cost or SqEuclidean()
+        affine = self.starts_at
+        if with_plan:  # the translation is optimal for every cost h(x - y)
+            affine = "gaussian" if isinstance(cost, SqEuclidean) else "mean"
+        matrix, offset = self.affine_term(*affine_start(affine, source, target))
+        targets = self.plan_start.targets(parts, cost) if with_plan else None
         self.offset.copy_(offset)
         if matrix is not None:
             self.matrix.copy_(matrix)
+        if targets is not None:
+            fit_images(self, targets, steps=fit_steps(self.plan_start.steps, len(targets.points)), lr=_PLAN_LR)
         self.started.fill_(1)
 
     def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -12,17 +12,19 @@ from torch.nn import functional as F
 from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.conjugate import conjugate_point
-from lightning_gap.monge.maps.starts import BrenierStart, plan_start
-from lightning_gap.monge.ot.checks import check_epsilon, check_pair
-from lightning_gap.monge.ot.costs import SqEuclidean
+from lightning_gap.monge.maps.fitting import fit_images
+from lightning_gap.monge.maps.hold_out import choose_share, hold_out
+from lightning_gap.monge.maps.semidual import fit_semidual
+from lightning_gap.monge.maps.starts import BrenierStart, PlanStart, PlanTargets, StartPair, check_start, fit_steps
+from lightning_gap.monge.ot.costs import Cost, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
 
 __all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
-_PLAN_LR = 3e-2
-# Of the inverse: rows whose Hessians are held at once, and most steps.
-_ROWS, _NEWTON_STEPS = 2048, 50
+_PLAN_LR, _WARM_UP, _LEAST_STEPS = 3e-2, 100, 400
+# Of the inverse: entries of Hessians that are held at once, and most steps.
+_ENTRIES, _NEWTON_STEPS = 2**23, 50
 
 
 class BrenierMap(TransportMap):
@@ -55,8 +57,10 @@ class BrenierMap(TransportMap):
             samples; ``"plan"``, the barycentric projection of an entropic plan between all samples (Seguy et al. 2018,
             "Large-Scale Optimal Transport and Mapping Estimation", section 4); ``"identity"`` leaves it near there.
         plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
-        plan_samples: Most samples of each set in the plan: its time grows with their square.
-        plan_steps: Steps of the fit to the plan.
+        plan_samples: Most samples of each set in a plan: its time grows with their square.
+        plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
+        plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
+        finish_steps: Steps by the semi-dual after it.
         plan_epsilon: Old name of ``plan_relative_epsilon``.
 
     Raises:
@@ -79,6 +83,9 @@ class BrenierMap(TransportMap):
     scale: Tensor
     image_center: Tensor
     image_scale: Tensor
+    linear: Tensor
+    shift: Tensor
+    share: Tensor
     started: Tensor
 
     def __init__(
@@ -86,26 +93,26 @@ class BrenierMap(TransportMap):
         dim: int,
         hidden: Sequence[int] = (64, 64, 64),
         *,
-        start: BrenierStart = "gaussian",
+        start: BrenierStart = "plan",
         plan_relative_epsilon: float = 0.002,
         plan_samples: int = 16_384,
         plan_steps: int = 3000,
+        plan_draws: int = 1,
+        finish_steps: int = 600,
         plan_epsilon: float | None = None,
     ) -> None:
         check_choice("start", start, get_args(BrenierStart))
         share = renamed("plan_epsilon", "plan_relative_epsilon", plan_epsilon, None)
         share = plan_relative_epsilon if share is None else share
-        plan: dict[str, Any] = {"plan_relative_epsilon": check_epsilon("plan_relative_epsilon", share)}
-        plan |= {"plan_samples": plan_samples, "plan_steps": plan_steps}
-        for name in ("plan_samples", "plan_steps"):
-            check_integer(name, plan[name])
-        super().__init__(dim, hidden, "softplus", start=start, **plan)
+        self.plan_start = PlanStart(share, plan_samples, plan_steps, plan_draws)
+        self.finish_steps = check_integer("finish_steps", finish_steps, least=0)
+        options = {**self.plan_start.hparams, "finish_steps": finish_steps}
+        super().__init__(dim, hidden, "softplus", start=start, **options)
         widths = list(hidden)
         if not widths:
             raise ValueError("a convex potential needs at least one hidden layer, got hidden=(): write hidden=(64, 64)")
         self.widths = widths
         self.starts_at = start
-        self.plan_relative_epsilon, self.plan_samples, self.plan_steps = share, plan_samples, plan_steps
         total = sum(widths)
         self.slopes = nn.Parameter(torch.randn(total, dim) * dim**-0.5)
         self.biases = nn.Parameter(torch.empty(total).uniform_(-1, 1))
@@ -121,12 +128,26 @@ class BrenierMap(TransportMap):
         for prefix in ("", "image_"):
             self.register_buffer(f"{prefix}center", torch.zeros(dim))
             self.register_buffer(f"{prefix}scale", torch.ones(()))
+        # The Gaussian map, and how much of the map is the network's rather than that.
+        self.register_buffer("linear", torch.eye(dim))
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("share", torch.ones(()))
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in ("linear", "shift", "share"):  # which older states have not: there the network is the map
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    @property
+    def plan_relative_epsilon(self) -> float:
+        """Regularization of the plan, as a share of the mean cost."""
+        return self.plan_start.relative_epsilon
 
     @property
     def plan_epsilon(self) -> float:
         """Old name of ``plan_relative_epsilon``."""
-        return self.plan_relative_epsilon
+        return self.plan_start.relative_epsilon
 
     @property
     def hparams(self) -> dict[str, Any]:
@@ -141,8 +162,8 @@ class BrenierMap(TransportMap):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
-        image = self._gradient((x - self.center) / self.scale)
-        return (self.image_scale * image + self.image_center).to(x.dtype)
+        image = self.image_scale * self._gradient((x - self.center) / self.scale) + self.image_center
+        return (self.share * image + (1 - self.share) * F.linear(x, self.linear, self.shift)).to(x.dtype)
 
     def potential(self, x: Tensor) -> Tensor:
         r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
@@ -160,7 +181,9 @@ class BrenierMap(TransportMap):
         for raw, skip in zip(self.mixing, skips[1:], strict=True):
             z = F.softplus(F.linear(z, F.softplus(raw)) + skip)
         value = z @ F.softplus(self.last) + F.softplus(self.curvature) / 2 * u.square().sum(-1) + u @ self.offset
-        return self.scale * self.image_scale * value + x @ self.image_center
+        value = self.scale * self.image_scale * value + x @ self.image_center
+        gaussian = (F.linear(x, self.linear) * x).sum(-1) / 2 + x @ self.shift
+        return self.share * value + (1 - self.share) * gaussian
 
     def hessian(self, x: Tensor) -> Tensor:
         r"""Return the Jacobian of the map, the potential's Hessian, which is symmetric and positive definite.
@@ -196,7 +219,7 @@ class BrenierMap(TransportMap):
             hessian = hessian + 2 * own.mT @ (inner[..., None] * own)
             if k:
                 outer = inner @ mixing[k - 1]
-        return self.image_scale / self.scale * hessian
+        return self.share * self.image_scale / self.scale * hessian + (1 - self.share) * self.linear
 
     @property
     def target_scale(self) -> float:
@@ -219,7 +242,8 @@ class BrenierMap(TransportMap):
         if start is None:
             start = (y - self.image_center) / self.image_scale * self.scale + self.center
         within = tolerance * float(self.image_scale)
-        parts = zip(y.split(_ROWS), start.split(_ROWS), strict=True)
+        rows = max(1, _ENTRIES // self.dim**2)
+        parts = zip(y.split(rows), start.split(rows), strict=True)
         found = [
             conjugate_point(self, self.hessian, part, begin, tolerance=within, max_iterations=_NEWTON_STEPS)[0]
             for part, begin in parts
@@ -256,7 +280,9 @@ class BrenierMap(TransportMap):
         gradient = through @ self.slopes + (2 * squares * through) @ self.squares
         return gradient + F.softplus(self.curvature) * x + self.offset
 
-    def start(self, source: Tensor, target: Tensor) -> None:
+    def start(
+        self, source: Tensor, target: Tensor, *, cost: Cost | None = None, pairs: Sequence[StartPair] | None = None
+    ) -> None:
         r"""Fit the map to the images that it starts at, by least squares on random rows of the source.
 
         The whole network takes part in it. (Starting from an exact Gaussian map, with a network that is almost silent
@@ -265,6 +291,8 @@ class BrenierMap(TransportMap):
         Args:
             source: ``(n, d)`` samples.
             target: ``(m, d)`` samples.
+            cost: Not heeded: the map is made for the squared Euclidean cost.
+            pairs: The samples with their weights, which count in the plan.
 
         Raises:
             TypeError: An argument is no floating-point tensor.
@@ -272,17 +300,26 @@ class BrenierMap(TransportMap):
         """
         if self.starts_at == "identity" or bool(self.started):
             return
-        check_pair("source", source, "target", target)
-        self.inputs(source, None)
-        dtype = self.slopes.dtype
-        self._set_units(source, target)
-        # A fit to the Gaussian map comes first, so that the plan's need not start far away.
+        (pair,) = check_start(self, source, target, pairs)
         A, b = gaussian_map(source, target, shrinkage="auto")
-        self._fit(source.to(dtype), (source.double() @ A + b).to(dtype), _GAUSSIAN_STEPS, _GAUSSIAN_LR)
-        if self.starts_at == "plan":
-            share, most = self.plan_relative_epsilon, self.plan_samples
-            x, images = plan_start(source, target, relative_epsilon=share, most=most)
-            self._fit(x.to(dtype), images.to(dtype), self.plan_steps, _PLAN_LR)
+        self._set_units(source, target)
+        held, rest = hold_out(pair) if self.starts_at == "plan" else (None, pair)
+        # A fit to the Gaussian map comes first, so that the plan's need not start far away.
+        gaussian = PlanTargets(source, source.double() @ A + b, None)
+        with torch.no_grad():
+            self.linear.copy_(A)
+            self.shift.copy_(b)
+        if held is None and self.starts_at == "plan":
+            with torch.no_grad():  # so few samples tell no more
+                self.share.zero_()
+        else:
+            fit_images(self, gaussian, steps=_GAUSSIAN_STEPS, lr=_GAUSSIAN_LR, warm_up=_WARM_UP)
+        if held is not None:
+            targets = self.plan_start.targets([rest], SqEuclidean())
+            steps = fit_steps(self.plan_start.steps, len(targets.points), least=_LEAST_STEPS)
+            fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
+            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=held, steps=self.finish_steps)
+            choose_share(self, held)
         self.started.fill_(1)
 
     @torch.no_grad()
@@ -293,24 +330,6 @@ class BrenierMap(TransportMap):
             getattr(self, f"{prefix}center").copy_(center)
             # A point mass has no scale.
             getattr(self, f"{prefix}scale").copy_(scale if scale > 0 else torch.ones_like(scale))
-
-    def _fit(self, x: Tensor, images: Tensor, steps: int, lr: float) -> None:
-        """Minimize the mean squared distance of the images."""
-        parameters = list(self.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=lr)
-        generator = torch.Generator().manual_seed(0)
-        with torch.inference_mode(False), torch.enable_grad():
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = (
-                    lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-                )
-                rows = torch.randint(len(x), (512,), generator=generator, device="cpu").to(x.device)
-                loss = ((self(x[rows]) - images[rows]) / self.image_scale).square().sum(-1).mean()
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
 
 
 def _positive(n_out: int, n_in: int) -> nn.Parameter:

@@ -8,7 +8,7 @@ from lightning_gap.checks import renamed
 from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
 from lightning_gap.monge.maps.residual import ResidualMLP
-from lightning_gap.monge.maps.starts import Start
+from lightning_gap.monge.maps.starts import PlanStart, Start
 
 __all__ = ["ConditionalMap"]
 
@@ -26,7 +26,11 @@ class ConditionalMap(ResidualMLP):
         num_conditions: Number K of categories: they are labels 0 to K - 1. Or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
-        start: As in :class:`ResidualMLP`, from the samples of all conditions together.
+        start: As in :class:`ResidualMLP`, from the samples of all conditions together; ``"plan"`` from a plan for each.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_samples: Most samples of each set in a plan: its time grows with their square.
+        plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
+        plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
         conditions: Old name of ``num_conditions``.
 
     Raises:
@@ -52,13 +56,18 @@ class ConditionalMap(ResidualMLP):
         condition_dim: int | None = None,
         embedding_dim: int = 32,
         start: Start = "identity",
+        plan_relative_epsilon: float = 0.005,
+        plan_samples: int = 16_384,
+        plan_steps: int = 3000,
+        plan_draws: int = 1,
         conditions: int | None = None,
     ) -> None:
         num_conditions = renamed("conditions", "num_conditions", conditions, num_conditions)
         if num_conditions is None and condition_dim is None:
             raise ValueError("give num_conditions=, the number of categories, or condition_dim=, that of vectors")
         kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        StartedMap.__init__(self, dim, hidden, activation, start, **kinds)
+        plan = PlanStart(plan_relative_epsilon, plan_samples, plan_steps, plan_draws)
+        StartedMap.__init__(self, dim, hidden, activation, start, plan, **kinds)
         self.displacement = self.made_network(hidden, activation, embedding_dim)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import Start
+from lightning_gap.monge.maps.starts import PlanStart, Start
 
 __all__ = ["ResidualMLP"]
 
@@ -23,7 +23,13 @@ class ResidualMLP(StartedMap):
         activation: Name of the activation between layers (``"gelu"``, ``"silu"``, ``"relu"``, ...), a class of
             ``torch.nn``, or a function that makes a module.
         start: ``"identity"``; ``"mean"``, the translation between the means, optimal for every cost
-            :math:`h(x - y)`; or ``"gaussian"``, :func:`gaussian_map`, optimal for the squared Euclidean cost only.
+            :math:`h(x - y)`; ``"gaussian"``, :func:`gaussian_map`, optimal for the squared Euclidean cost only; or
+            ``"plan"``, a fit to the images of an entropic plan for the cost that :meth:`start` is given, as by
+            :class:`EntropicMap`.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_samples: Most samples of each set in a plan: its time grows with their square.
+        plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
+        plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
 
     Raises:
         TypeError: ``hidden`` is no sequence, a number no integer, or ``activation`` makes nothing.
@@ -47,8 +53,13 @@ class ResidualMLP(StartedMap):
         activation: Activation = "gelu",
         *,
         start: Start = "identity",
+        plan_relative_epsilon: float = 0.005,
+        plan_samples: int = 16_384,
+        plan_steps: int = 3000,
+        plan_draws: int = 1,
     ) -> None:
-        super().__init__(dim, hidden, activation, start)
+        plan = PlanStart(plan_relative_epsilon, plan_samples, plan_steps, plan_draws)
+        super().__init__(dim, hidden, activation, start, plan)
         self.displacement = self.made_network(hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ __all__ = [
     "semidual_values",
 ]  # fmt: skip
 
-_BATCH, _LOOKS, _PATIENCE, _WARM_UP = 1024, 12, 4, 50
+_LOOKS, _PATIENCE, _WARM_UP = 12, 4, 50
+# In few dimensions the noise of steps is what is left; in many, Hessians take time.
+_LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 512, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
-_BLOCK = 4096
+_BLOCK = 4096  # rows of products with all points
+_ENTRIES = 2**25  # of Hessians at once
 
 
 class ConvexMap(Protocol):
@@ -54,7 +57,9 @@ class SemidualValues(NamedTuple):
     conjugate: Tensor
 
 
-def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = None) -> Tensor:
+def semidual(
+    net: ConvexMap, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
     r"""Return the semi-dual of a convex potential, which the optimal one alone makes least.
 
     .. math::
@@ -69,7 +74,7 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         net: The map, with its potential and its inverse.
         x: ``(n, d)`` source samples.
         y: ``(m, d)`` target samples.
-        points: ``(m, d)`` points near those where the conjugate is attained; from the batch's own by default.
+        weights: ``(n,)`` and ``(m,)`` weights of the means; uniform by default.
 
     Returns:
         A scalar, differentiable in the weights (by the envelope theorem).
@@ -84,9 +89,10 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         >>> bool((loss - 2 * x.square().sum(1).mean()).abs() < 0.1)
         True
     """
-    start = _nearest(net, x, y) if points is None else points
-    found = _conjugate_points(net, y, start, tolerance=_TRAINED, steps=20)[0]
-    return net.potential(x).mean() + ((found * y).sum(-1) - net.potential(found)).mean()
+    found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
+    values = net.potential(x), (found * y).sum(-1) - net.potential(found)
+    means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
+    return means[0] + means[1]
 
 
 @torch.no_grad()
@@ -100,10 +106,10 @@ def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
 def _conjugate_points(
     net: ConvexMap, y: Tensor, start: Tensor, *, tolerance: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    within = tolerance * net.target_scale
+    within, rows = tolerance * net.target_scale, max(1, _ENTRIES // y.shape[1] ** 2)
     parts = [
         conjugate_point(net, net.hessian, target, begin, tolerance=within, max_iterations=steps)
-        for target, begin in zip(y.split(_BLOCK), start.split(_BLOCK), strict=True)
+        for target, begin in zip(y.split(rows), start.split(rows), strict=True)
     ]
     return torch.cat([found for found, _ in parts]), torch.cat([residual for _, residual in parts])
 
@@ -146,17 +152,21 @@ def fit_semidual(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     held: HeldOutSamples | None = None,
     steps: int,
-    lr: float,
-    batch: int = _BATCH,
+    lr: float | None = None,
+    batch: int | None = None,
 ) -> None:
-    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep the weights that held-out ones favour.
+    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep what held-out ones favour.
 
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
     is drawn again. Random rows come from a generator of its own. Where held-out samples do not get better for a third
     of the looks at them, it ends.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
-    like = parameters[0]
+    like, dim = parameters[0], x.shape[1]
+    lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
+    batch = max(_LEAST_BATCH, min(_BATCH, _BATCH * 32 // dim)) if batch is None else batch
+    if held is not None:
+        held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)

@@ -1,19 +1,50 @@
 """Where a map starts: at the identity, at the map between means or Gaussians, or at the images of a transport plan."""
 
-from typing import Literal
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lightning_gap.checks import check_integer
+from lightning_gap.monge.maps.conditioning import check_condition
+from lightning_gap.monge.maps.plan_images import HalfPlan, half_plan, plan_images, strictly_convex
+from lightning_gap.monge.ot.checks import check_epsilon, check_pair
+from lightning_gap.monge.ot.costs import Cost, Mahalanobis, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
 from lightning_gap.monge.ot.solve import optimal_transport
-from lightning_gap.monge.ot.subsets import fixed_rows
 
-__all__ = ["BrenierStart", "Start", "affine_start", "plan_start"]
+__all__ = [
+    "BrenierStart", "PlanStart", "PlanTargets", "Start", "StartPair", "affine_start", "check_start", "fit_steps",
+    "solved_plans",
+]  # fmt: skip
 
-Start = Literal["identity", "mean", "gaussian"]
+Start = Literal["identity", "mean", "gaussian", "plan"]
 BrenierStart = Literal["identity", "gaussian", "plan"]
 
 _PLAN_TOLERANCE = 1e-2
+# Of the square that is added to a distance, as a share of its value at the mean distance.
+TIE_BREAK = 0.3
+
+
+class StartPair(NamedTuple):
+    """Training samples of one condition: ``(n, d)``, ``(m, d)``, a label or ``(p,)`` vector, and weights."""
+
+    source: Tensor
+    target: Tensor
+    condition: Tensor | None = None
+    source_weights: Tensor | None = None
+    target_weights: Tensor | None = None
+
+
+class PlanTargets(NamedTuple):
+    """What a map is fitted to: points, their images, and the condition of each."""
+
+    points: Tensor
+    images: Tensor
+    condition: Tensor | None
 
 
 def affine_start(start: str, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -23,13 +54,119 @@ def affine_start(start: str, source: Tensor, target: Tensor) -> tuple[Tensor | N
     return gaussian_map(source, target, shrinkage="auto")
 
 
-def plan_start(source: Tensor, target: Tensor, *, relative_epsilon: float, most: int) -> tuple[Tensor, Tensor]:
-    """Return samples of the source, and their images by the barycentric projection of an entropic plan."""
-    x, y = (_some(samples, most) for samples in (source, target))
-    plan = optimal_transport(x, y, relative_epsilon=relative_epsilon, tolerance=_PLAN_TOLERANCE)
-    return x, plan.barycentric_projection()
+@dataclass(frozen=True)
+class PlanStart:
+    """How a plan is solved, and a map fitted to it.
+
+    Attributes:
+        relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        samples: Most samples of each set in a plan.
+        steps: Most steps of the fit.
+        draws: Number of plans, on fresh draws, where there are more samples than one takes.
+    """
+
+    relative_epsilon: float = 0.002
+    samples: int = 16_384
+    steps: int = 3000
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        check_epsilon("plan_relative_epsilon", self.relative_epsilon)
+        for name in ("samples", "steps", "draws"):
+            check_integer(f"plan_{name}", getattr(self, name))
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """The arguments of a map that make it again."""
+        return {f"plan_{name}": getattr(self, name) for name in ("relative_epsilon", "samples", "steps", "draws")}
+
+    def targets(self, pairs: Sequence[StartPair], cost: Cost) -> PlanTargets:
+        """Return source samples of all conditions and draws, and their images by the plans."""
+        points, images, conditions = [], [], []
+        for pair in pairs:
+            share, most = self.relative_epsilon, self.samples
+            for x, plan in solved_plans(pair, cost, relative_epsilon=share, most=most, draws=self.draws):
+                points.append(x)
+                images.append(plan_images(plan, x, cost))
+                if pair.condition is not None:
+                    conditions.append(pair.condition.expand(len(x), *pair.condition.shape))
+        return PlanTargets(torch.cat(points), torch.cat(images), torch.cat(conditions) if conditions else None)
 
 
-def _some(samples: Tensor, most: int) -> Tensor:
-    rows = fixed_rows(len(samples), most)
-    return samples if rows is None else samples[rows.to(samples.device)]
+@torch.no_grad()
+def solved_plans(
+    pair: StartPair,
+    cost: Cost,
+    *,
+    relative_epsilon: float,
+    most: int,
+    draws: int = 1,
+    epsilon: float | None = None,
+    tie_break: float = TIE_BREAK,
+) -> Iterator[tuple[Tensor, HalfPlan]]:
+    """Yield source samples and the plan from them, for each draw of samples; for one where a plan takes all."""
+    source, target = pair.source.detach(), pair.target.detach()
+    check_pair("source", source, "target", target)
+    squared = isinstance(cost, SqEuclidean | Mahalanobis)
+    for draw in range(draws if max(len(source), len(target)) > most else 1):
+        x, a = _drawn(source, pair.source_weights, most, draw)
+        y, b = _drawn(target, pair.target_weights, most, draw)
+        # The mean cost counts the way between the means, of which a plan for a squared cost knows nothing.
+        shift = _mean(x, a) - _mean(y, b) if squared else None
+        moved = y if shift is None else y + shift
+        used = cost
+        if tie_break:
+            used = strictly_convex(cost, 1.0)
+            if used is not cost:
+                mean = cost.mean(x, moved)
+                used = strictly_convex(cost, tie_break / mean if mean > 0 else 1.0)
+        options: dict[str, Any] = {"epsilon": epsilon, "relative_epsilon": relative_epsilon, "weights": (a, b)}
+        result = optimal_transport(x, moved, cost=used, tolerance=_PLAN_TOLERANCE, **options)
+        yield x, half_plan(result, shift)
+
+
+def _mean(points: Tensor, weights: Tensor | None) -> Tensor:
+    return points.mean(0) if weights is None else weights.to(points) @ points
+
+
+def _drawn(points: Tensor, weights: Tensor | None, most: int, draw: int) -> tuple[Tensor, Tensor | None]:
+    """Return the next ``most`` samples of a fixed permutation, which goes round, and weights that sum to 1."""
+    if len(points) > most:
+        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0), device="cpu")
+        rows = order[(draw * most + torch.arange(most)) % len(points)].to(points.device)
+        points, weights = points[rows], None if weights is None else weights[rows]
+    if weights is None:
+        return points, None
+    total = weights.sum()
+    return points, weights / total if bool(total > 0) else None
+
+
+def fit_steps(most: int, rows: int, least: int = 100) -> int:
+    """Return how many steps a fit to so many rows takes."""
+    return min(most, max(least, math.ceil(rows / 4)))
+
+
+def check_start(
+    net: Any, source: Tensor, target: Tensor, pairs: Sequence[StartPair] | None, *, each: bool = True
+) -> list[StartPair]:
+    """Return the pairs that a map is started with, checked: ``each`` of its conditions, or all samples."""
+    check_pair("source", source, "target", target)
+    if source.shape[1] != net.dim:
+        raise ValueError(f"source has dimension {source.shape[1]}, but the map was made with dim={net.dim}")
+    if not (net.conditional and each):
+        given = list(pairs or ())
+        # Samples of several conditions go together through a map that knows none.
+        if len(given) != 1:
+            return [StartPair(source, target)]
+        check_pair("source", given[0][0], "target", given[0][1])
+        return [StartPair(*given[0])._replace(condition=None)]
+    found = [StartPair(*pair) for pair in pairs or ()]
+    for pair in found or [StartPair(source, target)]:
+        if pair.condition is None:
+            raise ValueError(
+                "this map is conditional: give start() the samples of each condition, as in "
+                "pairs=[StartPair(source, target, torch.tensor(label)), ...]"
+            )
+        check_pair("source", pair.source, "target", pair.target)
+        check_condition(pair.source[:1], pair.condition[None], net.num_conditions, net.condition_dim)
+    return found

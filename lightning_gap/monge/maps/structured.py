@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gap.checks import renamed
 from lightning_gap.monge.maps.base import StartedMap
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import Start
+from lightning_gap.monge.maps.starts import PlanStart, Start
 from lightning_gap.monge.ot.costs import CostLike, Mahalanobis, SqEuclidean, TranslationInvariantCost, resolve
 
 __all__ = ["StructuredMap"]
@@ -38,8 +38,13 @@ class StructuredMap(StartedMap):
         activation: Name of the activation between layers; for a potential ``"gelu"``, ``"silu"``, ``"softplus"`` or
             ``"tanh"``.
         potential: Whether F is the gradient of a scalar network.
-        start: ``"identity"``; ``"mean"``, the translation between the means, which is optimal for every such cost; or
-            ``"gaussian"``, :func:`gaussian_map`, for the squared Euclidean cost.
+        start: ``"identity"``; ``"mean"``, the translation between the means, which is optimal for every such cost;
+            ``"gaussian"``, :func:`gaussian_map`, for the squared Euclidean cost; or ``"plan"``, a fit to the images of
+            an entropic plan for the cost, as by :class:`EntropicMap`.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_samples: Most samples of each set in a plan: its time grows with their square.
+        plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
+        plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
         num_conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
@@ -72,6 +77,10 @@ class StructuredMap(StartedMap):
         *,
         potential: bool = False,
         start: Start = "identity",
+        plan_relative_epsilon: float = 0.005,
+        plan_samples: int = 16_384,
+        plan_steps: int = 3000,
+        plan_draws: int = 1,
         num_conditions: int | None = None,
         condition_dim: int | None = None,
         embedding_dim: int = 32,
@@ -91,7 +100,8 @@ class StructuredMap(StartedMap):
         kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
         # A cost of the user's own has no name by which it could be made again.
         name = str(resolved) if type(resolved).__module__.startswith("lightning_gap.") else None
-        super().__init__(dim, hidden, activation, start, cost=name, potential=potential, **kinds)
+        plan = PlanStart(plan_relative_epsilon, plan_samples, plan_steps, plan_draws)
+        super().__init__(dim, hidden, activation, start, plan, cost=name, potential=potential, **kinds)
         self.cost = resolved
         if isinstance(resolved, Mahalanobis) and len(resolved.factor[0]) != dim:
             raise ValueError(

@@ -139,8 +139,16 @@ class HeldOut:
 
     pairs: list[tuple[FiniteSamples, FiniteSamples]]  # of each condition, in random order
     again: list[Tensor | None]  # training samples of each target, as many; None if not trained on
-    conditions: Tensor | None = None  # (K,) labels or (K, p) vectors of the pairs
+    places: Tensor | None = None  # (K,) of the pairs' conditions among the names; none, or empty, without conditions
+    vectors: Tensor | None = None  # of the named conditions, where these are no labels
     titles: Sequence[str] = ()  # how messages call each pair
+
+    @property
+    def conditions(self) -> Tensor | None:
+        """Return ``(K,)`` labels or ``(K, p)`` vectors of the pairs; ``None`` without conditions."""
+        if self.places is None or not len(self.places):
+            return None
+        return self.places if self.vectors is None else self.vectors[self.places]
 
 
 class HeldOutBatches(Dataset[UnpairedBatch]):

@@ -1,7 +1,7 @@
 """Names and vectors of conditions, and which are trained on and scored: those with samples enough on both sides."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,12 +18,13 @@ from lightning_gap.monge.samples.splits import Request
 
 __all__ = [
     "ByName",
-    "condition_names",
     "condition_vectors_of",
     "conditions_of",
     "held_out_pairs",
     "label_indices",
+    "named_vectors",
     "place_of",
+    "stacked_vectors",
     "trained_pairs",
 ]
 
@@ -31,45 +32,44 @@ __all__ = [
 ByName = dict[str | None, Population]
 
 
-def condition_names(labels: Iterable[NDArray[Any] | None]) -> tuple[str, ...]:
-    """Return all names in order: by number if all are numbers, by text otherwise."""
-    names = {str(name) for given in labels if given is not None for name in np.unique(given)}
-    try:
-        return tuple(sorted(names, key=float))
-    except ValueError:
-        return tuple(sorted(names))
-
-
-def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """Return the ``(K, p)`` vectors of the named conditions, from what ``condition_vectors=`` may be."""
+def named_vectors(argument: str, given: Any) -> dict[str, Any]:
+    """Return vectors by name, as they are, from a mapping, a data frame or a path to one."""
     if is_file(given):
-        given = open_frame("condition_vectors", str(given))
+        given = open_frame(argument, str(given))
     if hasattr(given, "to_dict") and hasattr(given, "index"):
         rows = as_texts(np.array(list(given.index), dtype=object))
         given = dict(zip(rows.tolist(), given.to_numpy().tolist(), strict=True))
     if not isinstance(given, Mapping):
         raise TypeError(
-            "condition_vectors must be a table, {name: vector}, a data frame or a path to one, "
-            f"got {type(given).__name__}"
+            f"{argument} must be a table, {{name: vector}}, a data frame or a path to one, got {type(given).__name__}"
         )
-    table = {str(as_texts(np.array([name], dtype=object))[0]): vector for name, vector in given.items()}
+    return {str(as_texts(np.array([name], dtype=object))[0]): vector for name, vector in given.items()}
+
+
+def stacked_vectors(argument: str, table: Mapping[str, Any], names: Sequence[str]) -> Tensor:
+    """Return the ``(K, p)`` vectors of some names, in double, once they have been checked."""
     vectors: list[Tensor] = []
     for name in names:
         if name not in table:
-            raise ValueError(f"condition_vectors has no vector of the condition {name!r}; {there_is(table)}")
+            raise ValueError(f"{argument} has no vector of the condition {name!r}; {there_is(table)}")
         try:
             vector = torch.as_tensor(table[name], dtype=torch.float64, device="cpu").reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"condition_vectors[{name!r}] must be numbers, got {table[name]!r}") from error
+            raise TypeError(f"{argument}[{name!r}] must be numbers, got {table[name]!r}") from error
         if vectors and len(vector) != len(vectors[0]):
             raise ValueError(
-                f"condition_vectors must have one length, got {len(vectors[0])} for {names[0]!r} and {len(vector)} for "
+                f"{argument} must have one length, got {len(vectors[0])} for {names[0]!r} and {len(vector)} for "
                 f"{name!r}"
             )
         if not len(vector) or not bool(vector.isfinite().all()):
-            raise ValueError(f"condition_vectors[{name!r}] must be finite numbers, got {table[name]!r}")
+            raise ValueError(f"{argument}[{name!r}] must be finite numbers, got {table[name]!r}")
         vectors.append(vector)
-    return torch.stack(vectors).to(dtype)
+    return torch.stack(vectors)
+
+
+def condition_vectors_of(given: Any, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """Return the ``(K, p)`` vectors of the named conditions, from what ``condition_vectors=`` may be."""
+    return stacked_vectors("condition_vectors", named_vectors("condition_vectors", given), names).to(dtype)
 
 
 def conditions_of(
@@ -188,17 +188,24 @@ def trained_pairs(
     small: dict[str | None, tuple[float, float]] = {}
     batch_size = request.batch_size
     for name in names or (None,):
+        if request.rule.stage_of(name) is not None:
+            if not request.has_vectors:
+                raise ValueError(
+                    f"condition {name!r} is held out, and a map learns nothing of a label: give condition_key=[...], "
+                    "columns, or condition_embeddings or condition_vectors"
+                )
+            continue
         source, target = (by.get(name, by.get(None)) for by in populations)
         sizes = _size(source), _size(target)
         labelled = [size for size, by in zip(sizes, populations, strict=True) if None not in by]
         if labelled and not any(labelled):
             # No row of it is trained on. Labels of such a condition would mean nothing to a map; vectors do.
-            if request.condition_vectors is None and request.small_conditions != "drop":
+            if not request.has_vectors and request.small_conditions != "drop":
                 raise ValueError(
                     f"condition {name!r} has no training samples: a map learns nothing of its label; give "
                     "condition_vectors, hold out less, or leave it out by small_conditions='drop'"
                 )
-            if request.condition_vectors is None:
+            if not request.has_vectors:
                 small[name] = sizes
             continue
         if min(sizes) < batch_size:
@@ -229,7 +236,7 @@ def _settle(
             raise ValueError(f"all conditions are smaller than {wanted}: {listed}")
         rank_zero_warn(
             f"conditions with fewer than {wanted} training samples are left out: {listed}"
-            + ("; prediction leaves their rows out too" if request.condition_vectors is None else "")
+            + ("; prediction leaves their rows out too" if not request.has_vectors else "")
         )
         return request.batch_size
     name, sizes = min(small.items(), key=lambda item: min(item[1]))
@@ -268,12 +275,16 @@ def held_out_pairs(
     """Return the held-out pairs of the conditions that have some on both sides."""
     pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]] = {}
     one_sided = []
+    of_stage = request.rule.conditions(stage)
     for name in names or (None,):
+        # What is held out whole is scored in its stage alone, and there is nothing else in it.
+        if request.rule.stage_of(name) not in (None, stage) or (of_stage and name not in of_stage):
+            continue
         source, target = (by.get(name, by.get(None)) for by in populations)
         if not isinstance(source, FiniteSamples) or not isinstance(target, FiniteSamples):
             one_sided += [name] if source is not None or target is not None else []
             continue
-        if name not in trained and request.condition_vectors is None:
+        if name not in trained and not request.has_vectors:
             continue
         if len(source) and len(target):
             pairs[name] = source, target
@@ -281,7 +292,8 @@ def held_out_pairs(
             one_sided.append(name)
     if not pairs:
         groups = getattr(request.rule, f"{stage}_groups")
-        what = f"the groups {', '.join(map(repr, groups))} hold" if groups else "there is"
+        held = groups or of_stage
+        what = f"the {'groups' if groups else 'conditions'} {', '.join(map(repr, held))} hold" if held else "there is"
         raise ValueError(f"{stage}: {what} nothing of both source and target: hold out other samples")
     if one_sided:
         listed = ", ".join(map(repr, one_sided))

@@ -1,37 +1,22 @@
 """Unpaired samples of two populations, as a LightningDataModule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.monge.samples.batches import (
-    HeldOutBatches,
-    NumberedLoader,
-    UnpairedBatch,
-    UnpairedBatches,
-    batch_loader,
-    fitting_batch_size,
-    own_randomness,
-)
-from lightning_gap.monge.samples.draws import Part
-from lightning_gap.monge.samples.features import feature_places
+from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.monge.samples.combinations import key_or_labels, left_out
 from lightning_gap.monge.samples.files.table import Reading
 from lightning_gap.monge.samples.given import KnownMap, Samples
+from lightning_gap.monge.samples.loaders import PreparedDataModule
 from lightning_gap.monge.samples.prepare import Split, prepare
-from lightning_gap.monge.samples.rearrangement import with_features
 from lightning_gap.monge.samples.splits import Request, read_stages
-from lightning_gap.monge.samples.standardize import AffineRepresentation
-from lightning_gap.trainer.strategy import data_parallel_rank, data_parallel_size
 
 __all__ = ["SamplesDataModule", "Split", "UnpairedBatch"]
 
@@ -40,7 +25,7 @@ Table: TypeAlias = str | Path | Mapping[str, float | Sequence[float]] | Any
 _BATCH_SIZE = 256
 
 
-class SamplesDataModule(LightningDataModule):
+class SamplesDataModule(PreparedDataModule):
     r"""Two sets of unpaired samples, split and batched for :class:`~lightning_gap.MongeMap`.
 
     Batches are :class:`UnpairedBatch`. In training a batch has ``batch_size`` random samples of each side, drawn
@@ -67,18 +52,31 @@ class SamplesDataModule(LightningDataModule):
         test_fraction: Share of the rows that is held out for the test, likewise.
         val_groups: Groups that are held out whole for validation: their names, or the share of all groups.
         test_groups: Groups that are held out whole for the test, likewise.
+        val_conditions: Conditions that are held out whole for validation, which a map with vectors can be asked for:
+            their names, values of a text column (``"drugA"`` means all its doses), or mappings such as
+            ``{"drug": "A", "dose": 10}``. Of a side that serves other conditions too, as controls do,
+            ``val_fraction`` is held out with them, by default 0.1.
+        test_conditions: Conditions that are held out whole for the test, likewise.
         val: Samples to validate on: a pair ``(source, target)``, or a mapping with ``source``, ``target`` and any of
             ``weights``, ``conditions`` and ``true_images``, each as for training.
         test: Samples to test on, likewise.
         weights: Weights of the rows, of any positive sum: the name of a column of both sides, or a pair of names,
             arrays, ``.npy`` files or ``None``, of the source and of the target. Rows of weight 0 are left out.
         conditions: Labels of the rows, such as cell types or drugs, likewise. A side without labels serves every
-            condition, as controls do.
+            condition, as controls do. Labels of a side may be several: ``{"drug": labels, "dose": labels}``.
+        condition_key: Columns of both sides whose combinations are the conditions, such as ``["drug", "dose"]``;
+            batches then hold the vectors of a :class:`ConditionEncoding`, and the map takes names and numbers. Texts
+            are categories and numbers numbers; ``{"patient": "category", "dose": "log"}`` says so by hand
+            (``"number"``, too). A column that the source lacks, or that has no value of the target's there, as of
+            controls, is told of the target alone. A single name is that of ``conditions``.
         groups: Labels of the rows, such as patients, likewise, for ``val_groups`` and ``test_groups``.
         true_images: Images of the source's rows under a known map: an array, a path, or a function of the samples.
         condition_vectors: Vectors of the conditions, such as doses or embeddings: ``{name: vector}``, a data frame
             with the names as its index, or a path to a table with the names in the first column. Batches then hold
             vectors instead of labels, and conditions may be held out whole.
+        condition_embeddings: Vectors of categories, such as molecules' fingerprints, in place of one-hot ones, by which
+            a map can be asked for one that it was not trained on: a table as for ``condition_vectors``, of further
+            names too, or ``{column: table}``.
         conditions_per_batch: How many conditions a training batch has, chosen at random; all by default.
         small_conditions: What becomes of a condition with fewer training samples than a batch needs: ``"refuse"`` it,
             ``"drop"`` it, or ``"shrink"`` the batch.
@@ -128,13 +126,17 @@ class SamplesDataModule(LightningDataModule):
         test_fraction: float = 0.0,
         val_groups: Sequence[str | int] | float | None = None,
         test_groups: Sequence[str | int] | float | None = None,
+        val_conditions: Sequence[Any] | None = None,
+        test_conditions: Sequence[Any] | None = None,
         val: Mapping[str, Any] | Sequence[Any] | None = None,
         test: Mapping[str, Any] | Sequence[Any] | None = None,
         weights: str | Sequence[Any] | None = None,
         conditions: str | Sequence[Any] | None = None,
+        condition_key: str | Sequence[str] | Mapping[str, str | None] | None = None,
         groups: str | Sequence[Any] | None = None,
         true_images: KnownMap | str | Path | ArrayLike | Tensor | None = None,
         condition_vectors: Table | None = None,
+        condition_embeddings: Table | None = None,
         conditions_per_batch: int | None = None,
         small_conditions: Literal["refuse", "drop", "shrink"] = "refuse",
         standardize: bool = False,
@@ -162,9 +164,14 @@ class SamplesDataModule(LightningDataModule):
             if value is not None or name in ("eval_batch_size", "seed", "num_workers"):
                 check_integer(name, value, least)
         check_choice("small_conditions", small_conditions, ("refuse", "drop", "shrink"))
-        if conditions is None and (condition_vectors is not None or conditions_per_batch is not None):
-            name = "conditions_per_batch" if condition_vectors is None else "condition_vectors"
-            raise ValueError(f"{name} is for conditions: give conditions=, the labels of the rows")
+        for name, option in (
+            ("condition_vectors", condition_vectors),
+            ("condition_embeddings", condition_embeddings),
+            ("conditions_per_batch", conditions_per_batch),
+        ):
+            if option is not None and conditions is None and condition_key is None:
+                raise ValueError(f"{name} is for conditions: give conditions=, the labels of the rows")
+        labels, kinds, column = key_or_labels(conditions, condition_key, condition_vectors, condition_embeddings)
         self._default_batch = batch_size is None
         self.eval_batch_size = eval_batch_size
         self.steps_per_epoch = steps_per_epoch
@@ -175,9 +182,10 @@ class SamplesDataModule(LightningDataModule):
 
         given, explicit, rule = read_stages(
             source, target, Reading(columns, layer, obsm),
-            fractions=(val_fraction, test_fraction), held_groups=(val_groups, test_groups), explicit=(val, test),
-            seed=seed, rows=(source_rows, target_rows), weights=weights, conditions=conditions, groups=groups,
-            true_images=true_images,
+            fractions=(val_fraction, test_fraction), held_groups=(val_groups, test_groups),
+            held_conditions=(val_conditions, test_conditions), explicit=(val, test), seed=seed,
+            rows=(source_rows, target_rows), weights=weights, conditions=labels, condition_key=list(kinds),
+            condition_column=column, groups=groups, true_images=true_images,
         )  # fmt: skip
         request = Request(
             rule=rule,
@@ -185,12 +193,15 @@ class SamplesDataModule(LightningDataModule):
             default_batch=self._default_batch,
             small_conditions=small_conditions,
             condition_vectors=condition_vectors,
+            condition_embeddings=condition_embeddings,
+            condition_kinds=kinds,
             conditions_per_batch=conditions_per_batch,
             standardize=standardize,
             components=components,
             eval_batch_size=eval_batch_size,
         )
         self._prepared = self._as_read = prepare(given, explicit, request)
+        self._inputs = (given, explicit, request) if self._prepared.names else None
         self.batch_size = self._prepared.batch_size
 
     @classmethod
@@ -203,7 +214,7 @@ class SamplesDataModule(LightningDataModule):
         target: Any,
         layer: str | None = None,
         obsm: str | None = None,
-        condition_key: str | None = None,
+        condition_key: str | Sequence[str] | Mapping[str, str | None] | None = None,
         group_key: str | None = None,
         weights_key: str | None = None,
         **options: Any,
@@ -217,7 +228,7 @@ class SamplesDataModule(LightningDataModule):
             target: Its value, or list of values, for the cells to be mapped to.
             layer: Layer of ``AnnData``; ``X`` by default.
             obsm: Embedding in place of a layer.
-            condition_key: Column of ``obs`` with conditions, such as cell types.
+            condition_key: Column of ``obs`` with conditions, such as cell types, or columns, such as drug and dose.
             group_key: Column of ``obs`` with groups, such as patients.
             weights_key: Column of ``obs`` with weights.
             **options: Any other argument of :class:`SamplesDataModule`.
@@ -235,145 +246,43 @@ class SamplesDataModule(LightningDataModule):
             target_rows={key: target},
             layer=layer,
             obsm=obsm,
-            conditions=condition_key,
+            condition_key=condition_key,
             groups=group_key,
             weights=weights_key,
             **options,
         )
 
-    @property
-    def dim(self) -> int:
-        """Dimension of the batches: of the samples as they are encoded."""
-        return self._prepared.dim
+    def leave_one_condition_out(self, by: str | None = None) -> Iterator[tuple[str, "SamplesDataModule"]]:
+        """Yield for each condition its name, and these samples with it held out whole for the test.
 
-    @property
-    def representation(self) -> AffineRepresentation | None:
-        """Coordinates of the batches, fitted on the training rows; ``None`` where these are the raw ones."""
-        return self._prepared.representation
-
-    @property
-    def feature_names(self) -> tuple[str, ...] | None:
-        """Names of the raw features, where the data name them."""
-        return self._prepared.features
-
-    def match_features(self, names: Sequence[str]) -> None:
-        """Give the features of these names, in their order, from now on: :class:`MongeMap` asks for its own.
+        Nothing is read again. What was held out for the test before is trained on.
 
         Args:
-            names: Names of features; others that the data have are ignored with a warning.
+            by: Column of ``condition_key`` of which a value is left out at a time, as a drug with all its doses; by
+                default one condition.
 
         Raises:
-            ValueError: The data have no such feature, or principal components of others.
+            ValueError: There are no conditions, or no such column, or conditions are labels without vectors.
+
+        Example:
+            >>> import torch
+            >>> labels = {"drug": ["A", "A", "B", "B"] * 50, "dose": [1, 10, 1, 10] * 50}
+            >>> x, y = torch.randn(90, 2), torch.randn(200, 2)
+            >>> data = SamplesDataModule(x, y, batch_size=16, conditions=(None, labels))
+            >>> for name, fold in data.leave_one_condition_out("drug"):
+            ...     print(name, fold.condition_names, len(fold.test_dataloader()))
+            A ('A, 1', 'A, 10', 'B, 1', 'B, 10') 2
+            B ('A, 1', 'A, 10', 'B, 1', 'B, 10') 2
         """
-        if self._as_read.features is None:
-            return
-        places = feature_places(
-            "the data module", self._as_read.features, names, "the map", remedy="give the map data with these features"
-        )
-        self._prepared = self._as_read if places is None else with_features(self._as_read, places)
-
-    @property
-    def condition_names(self) -> tuple[str, ...]:
-        """Names of the conditions; label ``k`` means the ``k``-th. Empty without conditions."""
-        return self._prepared.names
-
-    @property
-    def condition_vectors(self) -> Tensor | None:
-        """``(K, p)`` vectors of the named conditions; ``None`` where conditions are labels."""
-        return self._prepared.vectors
-
-    @property
-    def source(self) -> Tensor:
-        """The raw source, ``(n, d)``; of a sampler or a stream, the samples that prediction maps."""
-        return self._prepared.predicted.samples
-
-    @property
-    def splits(self) -> dict[str, Split]:
-        """Encoded samples of ``"train"`` and of what is held out as ``"val"`` and ``"test"``, of all conditions."""
-        return self._prepared.splits(self.seed, self.eval_batch_size)
-
-    def training_samples(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return encoded training samples, ``(n, d)`` of the source and ``(m, d)`` of the target, in random order.
-
-        Those of all conditions are together; a sampler or stream gives as many as an evaluation takes.
-
-        Args:
-            most: Largest number of each side; all of a finite set by default.
-        """
-        if most is not None:
-            check_integer("most", most)
-        size = self.eval_batch_size if most is None else most
-        return self._prepared.training_samples(self.seed, size, most)
-
-    @property
-    def endless(self) -> bool:
-        """Whether a side is drawn anew for each batch: a sampler or a stream."""
-        return self._prepared.endless
-
-    @property
-    def trained_vectors(self) -> Tensor | None:
-        """``(K, p)`` vectors of the conditions that are trained on; ``None`` where conditions are labels."""
-        return None if self.condition_vectors is None else self._prepared.conditions
-
-    def training_pairs(self) -> list[tuple[Part, Part]]:
-        """Return the encoded training samples of source and target, with weights, of each condition in turn.
-
-        A sampler or stream gives as many as an evaluation takes.
-        """
-        return self._prepared.training_pairs(self.seed, self.eval_batch_size)
-
-    @override
-    def train_dataloader(self) -> DataLoader[UnpairedBatch]:
-        """Return the loader of random unpaired batches."""
-        replicas, rank = self._replicas()
-        prepared, sizes = self._prepared, self._prepared.sizes
-        if sizes:
-            self.batch_size = fitting_batch_size(self.batch_size, min(sizes), replicas, default=self._default_batch)
-        size = self.batch_size * replicas
-        batches = UnpairedBatches(
-            prepared.train,
-            size,
-            self.steps_per_epoch or prepared.steps(size, self.conditions_per_batch),
-            conditions=prepared.conditions,
-            per_batch=self.conditions_per_batch,
-            seed=self.seed,
-            num_replicas=replicas,
-            rank=rank,
-        )
-        return batch_loader(batches, self.trainer, self.num_workers)
-
-    @override
-    def val_dataloader(self) -> DataLoader[UnpairedBatch] | list[DataLoader[UnpairedBatch]]:
-        """Return the samples held out for validation; none in a fit where nothing is."""
-        return self._held_out("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[UnpairedBatch] | list[DataLoader[UnpairedBatch]]:
-        """Return the samples held out for the test."""
-        return self._held_out("test")
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the raw source samples in their order, with conditions as pairs ``(samples, condition)``.
-
-        A source without labels comes once under every condition, in the order of :attr:`condition_names`.
-        """
-        return NumberedLoader(self._prepared.predicted, batch_size=self.eval_batch_size, generator=own_randomness())
-
-    def _replicas(self) -> tuple[int, int]:
-        return (data_parallel_size(self.trainer), data_parallel_rank(self.trainer)) if self.trainer else (1, 0)
-
-    def _held_out(self, stage: str) -> DataLoader[UnpairedBatch] | list[DataLoader[UnpairedBatch]]:
-        held_out = self._prepared.held_out.get(stage)
-        if held_out is None:
-            if self.trainer and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
-                raise MisconfigurationException(
-                    f"{stage}_fraction=0 holds no samples out: give SamplesDataModule({stage}_fraction=0.1), "
-                    f"{stage}_groups or {stage}"
-                )
-            return []
-        most = max(len(x) for pair in held_out.pairs for x in pair)
-        if most > self.eval_batch_size:
-            rank_zero_info(f"{stage}: {self.eval_batch_size} of up to {most} held-out samples are compared at once")
-        replicas, rank = self._replicas()
-        return batch_loader(HeldOutBatches(held_out, self.eval_batch_size, num_replicas=replicas, rank=rank))
+        if self._inputs is None:
+            raise ValueError("there are no conditions to leave out: give conditions= or condition_key=")
+        given, explicit, request = self._inputs
+        explicit = {stage: sides for stage, sides in explicit.items() if stage != "test"}
+        for title, names in left_out(self._as_read.names, self._as_read.combinations, by).items():
+            fold = copy(self)
+            fold.trainer = None
+            fold._prepared = fold._as_read = prepare(
+                given, explicit, replace(request, rule=request.rule.testing(names))
+            )
+            fold.batch_size = fold._prepared.batch_size
+            yield title, fold

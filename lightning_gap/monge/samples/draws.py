@@ -88,6 +88,18 @@ class FiniteSamples:
             rows = torch.randperm(len(self), generator=draws, device="cpu")[:size]
         return self.samples[rows.to(self.samples.device)]
 
+    def halves(self) -> tuple["FiniteSamples", "FiniteSamples"]:
+        """Return the first half, the larger one of an odd number, and the other one."""
+        middle = (len(self) + 1) // 2
+        parts = [
+            [None if x is None else x[rows] for x in (self.samples, self.weights, self.images)]
+            for rows in (slice(middle), slice(middle, None))
+        ]
+        (first, *of_first), (second, *of_second) = parts
+        assert first is not None
+        assert second is not None
+        return FiniteSamples(first, *of_first), FiniteSamples(second, *of_second)
+
     def with_features(self, choose: Encode) -> "FiniteSamples":
         """Return the same rows with other columns."""
         return FiniteSamples(choose(self.samples), self.weights, None if self.images is None else choose(self.images))

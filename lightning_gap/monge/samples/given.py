@@ -1,15 +1,17 @@
 """The source and the target as they are given: samples, and what is known of each row."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from lightning_gap.monge.samples.combinations import LabelColumns, as_columns
 from lightning_gap.monge.samples.draws import Endless, SampledSamples, StreamedSamples, map_images
 from lightning_gap.monge.samples.features import feature_places, listed
 from lightning_gap.monge.samples.files.read import is_file, open_table, read_vector
@@ -50,6 +52,7 @@ class Side:
     conditions: Array | None = None  # (n,) names
     groups: Array | None = None  # (n,) names
     images: Tensor | None = None  # (n, d), known
+    label_columns: LabelColumns | None = None  # of which the names of conditions are combinations
 
     def moved(self, like: Tensor) -> "Side":
         """Return the same rows on the device and in the precision of a tensor."""
@@ -75,14 +78,17 @@ def read_sides(
     rows: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] = (None, None),
     weights: Any = None,
     conditions: Any = None,
+    condition_key: Collection[str] = (),
+    condition_column: str | None = None,
     groups: Any = None,
     true_images: Any = None,
     like: Side | None = None,
 ) -> tuple[Side | Endless, Side | Endless]:
     """Return both sides, of rows or endless; a file that holds both is read once.
 
-    The arguments are those of :class:`SamplesDataModule`, named in messages after ``prefix``; ``like`` is a side whose
-    features both are to have, in its order.
+    The arguments are those of :class:`SamplesDataModule`, named in messages after ``prefix``; ``condition_key`` are the
+    columns alone, ``condition_column`` is how labels of one column are called if they have vectors, and ``like`` is a
+    side whose features both are to have, in its order.
     """
     pairs = {
         name: _pair(prefix + name, given)
@@ -92,21 +98,52 @@ def read_sides(
     opened: dict[str, Table] = {}
     for i, (argument, data) in enumerate((("source", source), ("target", target))):
         labels = {name: pair[i] for name, pair in pairs.items()}
+        if condition_column is not None and labels["conditions"] is not None and not as_columns(labels["conditions"]):
+            labels["conditions"] = {condition_column: labels["conditions"]}
         images = true_images if i == 0 else None
         if is_stream(data):
             sides.append(_endless(prefix, argument, data, rows[i], labels, images))
             continue
-        names = [given for given in labels.values() if isinstance(given, str)]
+        named = (*labels.values(), *(as_columns(labels["conditions"]) or {}).values())
+        names = [given for given in named if isinstance(given, str)]
         selected = rows[i]
         names += list(selected) if isinstance(selected, Mapping) else []
+        names += condition_key
         key = f"{data} {sorted(names)}"
         if is_file(data) and key in opened:
             table = titled(opened[key], prefix + argument)
         else:
             table = opened[key] = open_table(prefix + argument, data, replace(reading, labels=names))
-        side = _read_side(prefix, argument, table, selected, labels, images)
+        keys = [name for name in condition_key if i == 1 or name in table.label_names]
+        side = _read_side(prefix, argument, table, selected, labels, images, keys)
         sides.append(side if like is None else _with_features(side, like))
+    if condition_key:
+        if not isinstance(sides[1], Side):
+            raise ValueError(f"{prefix}condition_key are of rows, and target is a sampler: leave it out")
+        if isinstance(sides[0], Side):
+            sides[0] = _with_what_it_tells(sides[0], sides[1], condition_key)
     return _aligned(sides[0], sides[1])
+
+
+def _with_what_it_tells(source: Side, target: Side, key: Collection[str]) -> Side:
+    """Return the source with those columns of its labels that have values of the target: a control has no dose."""
+    mine, theirs = source.label_columns, target.label_columns
+    told = [] if mine is None or theirs is None else [
+        name for name in mine.names if set(np.unique(mine.values[name])) & set(np.unique(theirs.values[name]))
+    ]  # fmt: skip
+    rest = [name for name in key if name not in told]
+    if rest:
+        rank_zero_info(f"condition_key: {source.title} serves every {' and '.join(rest)}, of which it has no value")
+    return _labelled(source, None if mine is None else mine.only(told), "")
+
+
+def _labelled(side: Side, columns: LabelColumns | None, argument: str, rows: Array | None = None) -> Side:
+    """Return a side whose conditions are the combinations of some columns."""
+    if columns is None:
+        return replace(side, conditions=None, label_columns=None)
+    for name, texts in columns.values.items():
+        _refuse_missing(f"{name!r} of the {argument}", texts, rows)
+    return replace(side, conditions=columns.combined()[0], label_columns=columns)
 
 
 def _endless(prefix: str, argument: str, data: Any, rows: Any, labels: Mapping[str, Any], true_images: Any) -> Endless:
@@ -134,12 +171,22 @@ def _pair(argument: str, given: Any) -> tuple[Any, Any]:
 
 
 def _read_side(
-    prefix: str, side: str, table: Table, rows: Mapping[str, Any] | None, labels: Mapping[str, Any], true_images: Any
+    prefix: str,
+    side: str,
+    table: Table,
+    rows: Mapping[str, Any] | None,
+    labels: Mapping[str, Any],
+    true_images: Any,
+    condition_key: Sequence[str] = (),
 ) -> Side:
     chosen = table.rows(f"{side}_rows", rows)
+    columns: dict[str, Any] | None = as_columns(labels["conditions"])
+    if columns is not None:
+        labels = {**labels, "conditions": None}
+    columns = {name: name for name in condition_key} or columns
     found = {name: _of_rows(prefix + name, side, table, given, chosen) for name, given in labels.items()}
     samples = table.samples(chosen)
-    return Side(
+    made = Side(
         table.title,
         samples,
         table.features,
@@ -148,6 +195,16 @@ def _read_side(
         _as_names(f"{prefix}groups of the {side}", found["groups"], chosen),
         _images(prefix, side, table, chosen, samples, true_images),
     )
+    if not columns:
+        return made
+    values = {}
+    for name, given in columns.items():
+        argument = prefix + ("condition_key" if condition_key else f"conditions[{name!r}]")
+        texts = _of_rows(argument, side, table, given, chosen)
+        # A control may have no dose in any row.
+        if texts is not None and not (condition_key and side == "source" and (as_texts(texts) == "").all()):
+            values[name] = texts
+    return _labelled(made, LabelColumns.of(values) if values else None, side, chosen)
 
 
 def _images(
@@ -196,13 +253,17 @@ def _as_names(argument: str, values: Array | None, rows: Array | None) -> Array 
     if values is None:
         return None
     names = as_texts(values)
+    _refuse_missing(argument, names, rows)
+    return names
+
+
+def _refuse_missing(argument: str, names: Array, rows: Array | None) -> None:
     missing = np.flatnonzero(names == "")
     if len(missing):
         row = int(missing[0]) if rows is None else int(rows[missing[0]])
         raise ValueError(
             f"{argument} is missing in {len(missing)} of {len(names)} rows, first in row {row}: fill it in"
         )
-    return names
 
 
 def _as_weights(argument: str, values: Array, samples: Tensor) -> Tensor:

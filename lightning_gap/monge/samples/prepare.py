@@ -1,10 +1,10 @@
 """From what was given to what batches are drawn from: splits, conditions and representation put together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.monge.samples.batches import HeldOut, Predicted
-from lightning_gap.monge.samples.conditions import (
-    ByName,
-    condition_names,
-    condition_vectors_of,
-    held_out_pairs,
-    trained_pairs,
-)
+from lightning_gap.monge.samples.combinations import Combinations
+from lightning_gap.monge.samples.condition_columns import encoding_of
+from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
+from lightning_gap.monge.samples.conditions import ByName, condition_vectors_of, held_out_pairs, trained_pairs
 from lightning_gap.monge.samples.draws import Endless, FiniteSamples, Part, Population, Turn, generator
 from lightning_gap.monge.samples.given import Side
+from lightning_gap.monge.samples.held_conditions import combinations_of, names_of, rows_of_held
 from lightning_gap.monge.samples.splits import Given, Request, SplitRule, split_rows
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
@@ -58,9 +56,22 @@ class Prepared:
     names: tuple[str, ...]  # of the conditions
     vectors: Tensor | None  # (K, p) of the named conditions
     train: list[tuple[Population, Population]]  # of each condition that is trained on
-    conditions: Tensor | None  # labels or vectors of these
+    places: Tensor  # of these among the names
     held_out: dict[str, HeldOut]  # by stage
     predicted: Predicted
+    encoding: ConditionEncoding | None = None  # of conditions of named columns
+    combinations: Combinations | None = None  # which these are
+
+    @property
+    def conditions(self) -> Tensor | None:
+        """Labels or vectors of the conditions that are trained on."""
+        return None if not self.names else self.places if self.vectors is None else self.vectors[self.places]
+
+    @property
+    def trained_combinations(self) -> list[tuple[str, ...]]:
+        """Texts of the columns of the conditions that are trained on."""
+        of = {} if self.combinations is None else self.combinations.of
+        return [of[self.names[i]] for i in self.places.tolist()] if of else []
 
     @property
     def sizes(self) -> list[int]:
@@ -129,7 +140,9 @@ class Encoding:
 
 def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request) -> Prepared:
     """Split, choose conditions, fit the representation, and return what batches are drawn from."""
-    stages = _stages(given, explicit, request)
+    combinations = combinations_of([*given, *(side for pair in explicit.values() for side in pair)])
+    request = replace(request, encoded=combinations is not None)
+    stages = _stages(given, explicit, request, combinations)
     sides = [side for pair in stages.values() for side, _ in pair]
     dim, dtype = _common_space(sides)
     # What an endless population yields first is held out, stage by stage.
@@ -150,13 +163,16 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
         if side.conditions is None:
             return {None: _of_rows(side, rows, *encoded(side))}
         labels = side.conditions[rows]
-        return {str(name): _of_rows(side, rows[labels == name], *encoded(side)) for name in np.unique(labels)}
+        by = {str(name): _of_rows(side, rows[labels == name], *encoded(side)) for name in np.unique(labels)}
+        if combinations is not None and side.label_columns is not None:
+            by = combinations.served(by, side.label_columns.names)
+        return cast(ByName, by)
 
     found = {
         stage: [populations(stage, i, side, rows) for i, (side, rows) in enumerate(pair)]
         for stage, pair in stages.items()
     }
-    names = condition_names(side.conditions for side in sides if isinstance(side, Side))
+    names = names_of(sides, combinations)
     trained, batch_size = trained_pairs(found.pop("train"), names, request)
     if (request.conditions_per_batch or 0) > len(trained):
         raise ValueError(
@@ -164,20 +180,27 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
             f"trained on: use conditions_per_batch <= {len(trained)}"
         )
     held_out = {stage: held_out_pairs(stage, by_side, names, trained, request) for stage, by_side in found.items()}
+    others = {stage: _halved(pairs, request.rule.conditions(stage)) for stage, pairs in held_out.items()}
     names = tuple(name for name in names if name in trained or any(name in pairs for pairs in held_out.values()))
-    vectors = None
+    vectors, of_columns = None, None
     if request.condition_vectors is not None:
         vectors = condition_vectors_of(request.condition_vectors, names, dtype)
+    elif combinations is not None:
+        known = [name for name in names if name in trained], [name for name in names if name not in trained]
+        of_columns = encoding_of(combinations, *known, request)
+        vectors = of_columns.encode([combinations.of[name] for name in names]).to(dtype)
     place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
 
-    def conditions(places: Sequence[int]) -> Tensor | None:
-        """Return what batches hold of the conditions: labels, or vectors."""
-        index = torch.as_tensor(places, dtype=torch.long, device="cpu")
-        return None if not names else index if vectors is None else vectors[index]
+    def places(chosen: Iterable[str | None]) -> Tensor:
+        return torch.tensor([place[name] for name in chosen if name is not None], dtype=torch.long, device="cpu")
 
-    def again(stage: str, target: Population, size: int) -> Tensor:
-        """Return encoded training samples of a target, the same for every process."""
+    def again(stage: str, name: str | None) -> Tensor | None:
+        """Return encoded samples of a target that are not scored, the same for every process: trained ones."""
         draws = generator(request.rule.seed, _AGAIN, _STAGES.index(stage))
+        target: Population | None = trained[name][1] if name in trained else others[stage].get(name)
+        if target is None:
+            return None
+        size = len(held_out[stage][name][1])
         if isinstance(target, FiniteSamples):
             return target.chosen(size, draws)
         assert isinstance(target, Endless)
@@ -191,19 +214,34 @@ def prepare(given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Re
         names=names,
         vectors=vectors,
         train=list(trained.values()),
-        conditions=conditions([place[name] for name in trained if name is not None]),
+        places=places(trained),
         held_out={
             stage: HeldOut(
                 pairs=list(pairs.values()),
-                again=[again(stage, trained[name][1], len(pair[1])) if name in trained else None
-                       for name, pair in pairs.items()],
-                conditions=conditions([place[name] for name in pairs if name is not None]),
+                again=[again(stage, name) for name in pairs],
+                places=places(pairs),
+                vectors=vectors,
                 titles=[f"the {stage} split" + ("" if name is None else f" of condition {name!r}") for name in pairs],
             )
             for stage, pairs in held_out.items()
         },
-        predicted=replace(_predicted(given[0], place, request, dtype), vectors=vectors),
+        predicted=replace(_predicted(given[0], place, combinations, request, dtype), vectors=vectors),
+        encoding=of_columns,
+        combinations=combinations,
     )  # fmt: skip
+
+
+def _halved(
+    pairs: dict[str | None, tuple[FiniteSamples, FiniteSamples]], names: Sequence[str]
+) -> dict[str | None, FiniteSamples]:
+    """Leave half of the targets of some conditions in their pairs, and return the other half, for the floor."""
+    others: dict[str | None, FiniteSamples] = {}
+    for name in names:
+        if name in pairs and len(pairs[name][1]) > 1:
+            source, target = pairs[name]
+            target, others[name] = target.halves()
+            pairs[name] = source, target
+    return others
 
 
 def _of_rows(side: Side, rows: Array, samples: Tensor, images: Tensor | None) -> FiniteSamples:
@@ -225,11 +263,12 @@ def _of_endless(side: Endless, key: tuple[int, ...], skip: int, request: Request
 
 
 def _stages(
-    given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request
+    given: Given, explicit: Mapping[str, tuple[Side, Side]], request: Request, combinations: Combinations | None
 ) -> dict[str, list[tuple[Side | Endless, Array]]]:
     """Return the sides of each stage that is wanted, with their rows in random order."""
     rule = request.rule
-    split = [_split(side, rule, i, request.small_conditions != "drop") for i, side in enumerate(given)]
+    strict = request.small_conditions != "drop"
+    split = [_split(side, rule, i, strict, combinations) for i, side in enumerate(given)]
     wanted = ["train", *(stage for stage in _STAGES if rule.holds_out(stage))]
     stages = {stage: [(side, rows[stage]) for side, rows in zip(given, split, strict=True)] for stage in wanted}
     for stage, pair in explicit.items():
@@ -238,13 +277,16 @@ def _stages(
     return stages
 
 
-def _split(side: Side | Endless, rule: SplitRule, number: int, strict: bool) -> dict[str, Array]:
+def _split(
+    side: Side | Endless, rule: SplitRule, number: int, strict: bool, combinations: Combinations | None = None
+) -> dict[str, Array]:
     if not isinstance(side, Side):
         return dict.fromkeys(("train", *_STAGES), np.empty(0, np.int64))
     n = len(side.samples)
     strata = np.zeros(n, np.int64) if side.conditions is None else np.unique(side.conditions, return_inverse=True)[1]
     usable = np.ones(n, dtype=bool) if side.weights is None else (side.weights > 0).cpu().numpy()
-    return split_rows(side.title, strata, side.groups, usable, rule, number, strict=strict)
+    held, shared = rows_of_held(side, rule, combinations)
+    return split_rows(side.title, strata, side.groups, usable, rule, number, strict=strict, held=held, shared=shared)
 
 
 def _common_space(sides: Sequence[Side | Endless]) -> tuple[int, torch.dtype]:
@@ -281,7 +323,11 @@ def _fitted(
 
 
 def _predicted(
-    source: Side | Endless, place: Mapping[str | None, int], request: Request, dtype: torch.dtype
+    source: Side | Endless,
+    place: Mapping[str | None, int],
+    combinations: Combinations | None,
+    request: Request,
+    dtype: torch.dtype,
 ) -> Predicted:
     """Return the raw source, and which rows to map under which condition: without labels, under each in turn."""
     if isinstance(source, Side):
@@ -294,5 +340,14 @@ def _predicted(
     if labels is None:
         codes = torch.arange(len(place), device="cpu").repeat_interleave(len(rows))
         return Predicted(samples, rows.repeat(len(place)), codes)
+    columns = source.label_columns if isinstance(source, Side) else None
+    if combinations is not None and columns is not None and columns.names != combinations.columns:
+        # Under each in turn of those that it serves.
+        own = {name: combinations.own_name(name, columns.names) for name in place if name is not None}
+        served = [torch.from_numpy(np.flatnonzero(labels == mine)) for mine in own.values()]
+        codes = torch.arange(len(own), device="cpu").repeat_interleave(
+            torch.tensor([len(part) for part in served], device="cpu")
+        )
+        return Predicted(samples, torch.cat(served), codes)
     codes = torch.tensor([place.get(str(name), -1) for name in labels], device="cpu")
     return Predicted(samples, rows[codes >= 0], codes[codes >= 0])

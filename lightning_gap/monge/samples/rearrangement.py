@@ -1,4 +1,4 @@
-"""Prepared samples with their features chosen and ordered anew, as the map has them."""
+"""Prepared samples with their features, or the vectors of their conditions, as the map has them."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,11 +8,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
 from lightning_gap.monge.samples.draws import FiniteSamples, Population
+from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.prepare import Prepared
 from lightning_gap.monge.samples.standardize import AffineRepresentation
 
-__all__ = ["with_features"]
+__all__ = ["with_encoding", "with_features"]
+
+
+def with_encoding(prepared: Prepared, encoding: ConditionEncoding) -> Prepared:
+    """Return the same samples with the vectors of their conditions by another encoding of the same columns."""
+    combinations, vectors = prepared.combinations, prepared.vectors
+    if combinations is None or vectors is None or encoding.names != combinations.columns:
+        mine = "no columns" if combinations is None else listed(combinations.columns)
+        raise ValueError(f"the conditions of the data have {mine}, and those of the map {listed(encoding.names)}")
+    vectors = encoding.encode([combinations.of[name] for name in prepared.names]).to(vectors)
+    return replace(
+        prepared,
+        encoding=encoding,
+        vectors=vectors,
+        held_out={stage: replace(held_out, vectors=vectors) for stage, held_out in prepared.held_out.items()},
+        predicted=replace(prepared.predicted, vectors=vectors),
+    )
 
 
 def with_features(prepared: Prepared, places: NDArray[Any]) -> Prepared:

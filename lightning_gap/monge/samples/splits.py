@@ -1,7 +1,7 @@
 """What is trained on and what is held out: by row, by group, or given apart."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from lightning_gap.monge.samples.draws import Endless, generator
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.table import Reading, as_texts
 from lightning_gap.monge.samples.given import Side, is_stream, read_sides
+from lightning_gap.monge.samples.held_conditions import held_conditions_of
 
 __all__ = ["Given", "Request", "SplitRule", "named_groups", "read_stages", "split_rows"]
 
@@ -19,23 +20,42 @@ Array = NDArray[Any]
 Given = tuple[Side | Endless, Side | Endless]
 _EXPLICIT = ("source", "target", "weights", "conditions", "true_images")
 STAGES = ("train", "val", "test")
+# Share of the rows without labels that is held out with conditions.
+_OF_SHARED = 0.1
 # First entries of the keys of random draws.
 _GROUPS, _ROWS = 1, 2
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """What is held out: shares of the rows of groups that are not held out whole, and groups that are."""
+    """What is held out: shares of the rows that are not held out whole, and groups and conditions that are."""
 
     val_fraction: float
     test_fraction: float
     val_groups: tuple[str, ...] = ()
     test_groups: tuple[str, ...] = ()
+    val_conditions: tuple[str, ...] = ()
+    test_conditions: tuple[str, ...] = ()
     seed: int = 0
 
     def holds_out(self, stage: str) -> bool:
         """Return whether the stage, ``"val"`` or ``"test"``, gets any rows."""
-        return bool(getattr(self, f"{stage}_fraction") or getattr(self, f"{stage}_groups"))
+        return any(getattr(self, f"{stage}_{what}") for what in ("fraction", "groups", "conditions"))
+
+    def conditions(self, stage: str) -> tuple[str, ...]:
+        """Return the conditions that a stage holds out whole."""
+        held: tuple[str, ...] = getattr(self, f"{stage}_conditions")
+        return held
+
+    def testing(self, conditions: tuple[str, ...]) -> "SplitRule":
+        """Return the rule that tests on some conditions alone, held out whole."""
+        others = tuple(name for name in self.val_conditions if name not in conditions)
+        share = self.test_fraction if self.test_conditions else _OF_SHARED
+        return replace(self, val_conditions=others, test_conditions=conditions, test_groups=(), test_fraction=share)
+
+    def stage_of(self, condition: str | None) -> str | None:
+        """Return the stage that holds a condition out whole; ``None`` where it is trained on."""
+        return next((stage for stage in ("val", "test") if condition in self.conditions(stage)), None)
 
 
 def named_groups(
@@ -89,20 +109,26 @@ def split_rows(
     side: int,
     *,
     strict: bool = True,
+    held: Mapping[str, Array] | None = None,
+    shared: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Return the rows of one side in each stage, in random order.
 
-    Groups go first; then each of the ``(n,)`` strata is divided by the fractions, at least one row a stage. One that is
+    Rows of ``held`` go first, masks by stage, and those of groups; then each of the ``(n,)`` strata is divided by the
+    fractions, at least one row a stage, where the stage's mask in ``shared`` does not say otherwise. One that is
     too small is refused where ``strict``, and else trained on. Rows that are not ``usable`` are in no stage.
     """
     parts: dict[str, list[Array]] = {stage: [] for stage in STAGES}
-    held = {"val": rule.val_groups, "test": rule.test_groups}
+    whole = {stage: [mask] for stage, mask in (held or {}).items()}
+    for stage, names in (("val", rule.val_groups), ("test", rule.test_groups)):
+        if groups is not None:
+            whole.setdefault(stage, []).append(np.isin(groups, names))
     free = usable.copy()
-    if groups is not None:
-        for stage, names in held.items():
-            chosen = usable & np.isin(groups, names)
-            parts[stage].append(np.flatnonzero(chosen))
-            free &= ~chosen
+    for stage, masks in whole.items():
+        for mask in masks:
+            parts[stage].append(np.flatnonzero(free & mask))
+            free &= ~mask
+    fractions = {"test": rule.test_fraction, "val": rule.val_fraction}
     draws = generator(rule.seed, _ROWS, side)
     for stratum in np.unique(strata):
         rows = np.flatnonzero(free & (strata == stratum))
@@ -110,7 +136,10 @@ def split_rows(
             continue
         n = len(rows)
         order = rows[torch.randperm(n, generator=draws, device="cpu").numpy()]
-        n_test, n_val = (max(1, round(n * part)) if part else 0 for part in (rule.test_fraction, rule.val_fraction))
+        n_test, n_val = (
+            max(1, round(n * part)) if part and (shared is None or stage not in shared or shared[stage][rows[0]]) else 0
+            for stage, part in fractions.items()
+        )
         if n - n_val - n_test < 1 and not strict:
             n_val = n_test = 0
         if n - n_val - n_test < 1:
@@ -136,10 +165,18 @@ class Request:
     default_batch: bool = False  # nobody asked for the batch size: it gives way
     small_conditions: str = "refuse"
     condition_vectors: Any = None
+    condition_embeddings: Any = None
+    condition_kinds: Mapping[str, str | None] = field(default_factory=dict)  # by column, as far as they are given
+    encoded: bool = False  # whether conditions are of named columns, which make their vectors
     conditions_per_batch: int | None = None
     standardize: bool = False
     components: int | None = None
     eval_batch_size: int = 2048
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether conditions are vectors rather than labels."""
+        return self.encoded or self.condition_vectors is not None
 
 
 def read_stages(
@@ -149,38 +186,49 @@ def read_stages(
     *,
     fractions: tuple[float | None, float],
     held_groups: tuple[Any, Any],
+    held_conditions: tuple[Any, Any],
     explicit: tuple[Any, Any],
     seed: int,
     **options: Any,
 ) -> tuple[Given, dict[str, tuple[Side, Side]], SplitRule]:
     """Return both sides, those of ``"val"`` and ``"test"`` that are given apart, and what is held out of the others.
 
-    ``fractions``, ``held_groups`` and ``explicit`` are pairs, of validation and of the test.
+    ``fractions``, ``held_groups``, ``held_conditions`` and ``explicit`` are pairs, of validation and of the test.
     """
-    shares = _fractions(fractions, held_groups, explicit)
+    shares = _fractions(fractions, held_groups, held_conditions, explicit)
     sides = read_sides(source, target, reading, **options)
+    how: dict[str, Any] = {name: options[name] for name in ("condition_key", "condition_column") if name in options}
     apart = {
-        stage: _read_explicit(stage, given, reading, sides)
+        stage: _read_explicit(stage, given, reading, sides, how)
         for stage, given in zip(("val", "test"), explicit, strict=True)
         if given is not None
     }
-    return sides, apart, _split_rule(sides, shares, held_groups, seed)
+    val, test = held_conditions_of(sides, *held_conditions)
+    rule = replace(_split_rule(sides, shares, held_groups, seed), val_conditions=val, test_conditions=test)
+    return sides, apart, rule
 
 
 def _fractions(
-    fractions: tuple[float | None, float], held_groups: tuple[Any, Any], explicit: tuple[Any, Any]
+    fractions: tuple[float | None, float],
+    held_groups: tuple[Any, Any],
+    held_conditions: tuple[Any, Any],
+    explicit: tuple[Any, Any],
 ) -> tuple[float, float]:
     """Return the shares of the rows that are held out, checked."""
     found = []
-    for stage, fraction, groups, apart, default in zip(
-        ("val", "test"), fractions, held_groups, explicit, (0.1, 0.0), strict=True
+    for stage, fraction, groups, conditions, apart, default in zip(
+        ("val", "test"), fractions, held_groups, held_conditions, explicit, (0.1, 0.0), strict=True
     ):
+        if conditions is not None:
+            # A share of the rows that serve both kinds of conditions.
+            default, fraction = _OF_SHARED, fraction or None
         if fraction is None:
             fraction = default if groups is None and apart is None else 0.0
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
             raise ValueError(f"{stage}_fraction must be in [0, 1), got {fraction!r}")
-        given = [f"{stage}_fraction"] * bool(fraction)
-        given += [name for name, x in ((f"{stage}_groups", groups), (stage, apart)) if x is not None]
+        given = [f"{stage}_fraction"] * bool(fraction and conditions is None)
+        others = ((f"{stage}_groups", groups), (f"{stage}_conditions", conditions), (stage, apart))
+        given += [name for name, x in others if x is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say what is held out: give one of them")
         found.append(float(fraction))
@@ -202,7 +250,7 @@ def _split_rule(sides: Given, fractions: tuple[float, float], held_groups: tuple
     return SplitRule(*fractions, *named_groups(*held_groups, available, seed), seed=seed)
 
 
-def _read_explicit(stage: str, given: Any, reading: Reading, train: Given) -> tuple[Side, Side]:
+def _read_explicit(stage: str, given: Any, reading: Reading, train: Given, how: Mapping[str, Any]) -> tuple[Side, Side]:
     """Return the sides that were given for one stage."""
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2:
         given = dict(zip(("source", "target"), given, strict=True))
@@ -213,6 +261,7 @@ def _read_explicit(stage: str, given: Any, reading: Reading, train: Given) -> tu
             + (f" with {', '.join(map(repr, given))}" if isinstance(given, Mapping) else "")
         )
     options = {name: value for name, value in given.items() if name not in ("source", "target")}
+    options |= {name: value for name, value in how.items() if name != "condition_key" or "conditions" not in given}
     for name in ("source", "target"):
         if is_stream(given[name]):
             raise TypeError(f"{stage}: {name} must be samples, got {type(given[name]).__name__}: draw them first")

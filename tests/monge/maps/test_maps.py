@@ -18,6 +18,8 @@ MAPS = {
     "residual": lambda d: ResidualMLP(d, WIDTHS),
     "residual, mean": lambda d: ResidualMLP(d, WIDTHS, start="mean"),
     "residual, gaussian": lambda d: ResidualMLP(d, WIDTHS, "silu", start="gaussian"),
+    "residual, plan": lambda d: ResidualMLP(d, WIDTHS, start="plan", plan_steps=5),
+    "structured, plan": lambda d: StructuredMap(d, "pnorm(p=1.5)", WIDTHS, start="plan", plan_steps=5),
     "structured, sqeuclidean": lambda d: StructuredMap(d, "sqeuclidean", WIDTHS, start="gaussian"),
     "structured, elastic": lambda d: StructuredMap(d, costs.Elastic(0.1), WIDTHS, start="mean"),
     "structured, pnorm": lambda d: StructuredMap(d, costs.PNorm(1.5), WIDTHS),
@@ -218,7 +220,7 @@ def test_a_start_needs_samples_of_the_right_kind():
     with pytest.raises(ValueError, match="source has dimension 3, but the map was made with dim=2"):
         net.start(torch.zeros(2, 3), torch.zeros(2, 3))
     assert not net.started
-    with pytest.raises(ValueError, match="start must be one of identity, mean, gaussian, got 'median'"):
+    with pytest.raises(ValueError, match="start must be one of identity, mean, gaussian, plan, got 'median'"):
         ResidualMLP(2, start="median")
 
 

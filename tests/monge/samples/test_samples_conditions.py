@@ -8,7 +8,8 @@ import torch
 
 from lightning_gap import SamplesDataModule
 from lightning_gap.monge.samples.batches import UnpairedBatches
-from lightning_gap.monge.samples.conditions import condition_names, condition_vectors_of
+from lightning_gap.monge.samples.combinations import condition_names
+from lightning_gap.monge.samples.conditions import condition_vectors_of
 from lightning_gap.monge.samples.draws import FiniteSamples
 
 CODES = {"B": 0, "NK": 100, "T": 200}

@@ -21,6 +21,16 @@ from lightning_gap.monge import (
     energy_distance,
     unexplained_variance,
 )
+from lightning_gap.monge.scores import (
+    DrugSignature,
+    EntropicWasserstein,
+    FeatureMeansR2,
+    MaximumMeanDiscrepancy,
+    drug_signature,
+    entropic_wasserstein,
+    feature_means_r2,
+    maximum_mean_discrepancy,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(60, 3, generator=GENERATOR)
@@ -36,6 +46,10 @@ CASES = {
     "energy": (EnergyDistance, {}, (X, T)),
     "variance": (UnexplainedVariance, {}, (T, TRUE)),
     "cosine": (DisplacementCosine, {}, (X, T, TRUE)),
+    "r2": (FeatureMeansR2, {}, (X, T)),
+    "signature": (DrugSignature, {}, (X, T)),
+    "mmd": (MaximumMeanDiscrepancy, {}, (X, T)),
+    "wasserstein": (EntropicWasserstein, {"tolerance": 1e-6}, (X, T)),
 }
 metrics = pytest.mark.parametrize("case", CASES)
 
@@ -62,6 +76,10 @@ def whole(case):
         ("energy", lambda: 2 * distances(X, T).mean() - distances(X, X).mean() - distances(T, T).mean()),
         ("variance", lambda: 100 * (T - TRUE).square().sum(1).mean() / TRUE.var(0, correction=0).sum()),
         ("cosine", lambda: torch.cosine_similarity((T - X).flatten(), (TRUE - X).flatten(), dim=0)),
+        ("r2", lambda: feature_means_r2(X, T)),
+        ("signature", lambda: drug_signature(X, T)),
+        ("mmd", lambda: maximum_mean_discrepancy(X, T)),
+        ("wasserstein", lambda: entropic_wasserstein(X, T, tolerance=1e-6)),
     ],
 )
 def test_values_are_the_definitions(case, expected):

@@ -69,7 +69,8 @@ def _file_table(title: str, file: FrameFile, reading: Reading) -> Table:
 
     def stream(rows: int | None) -> Iterator[Table]:
         start = 0
-        names = file.names if rows is not None or columns is None else [*features, *labels]
+        read = [*features, *(name for name in labels if name in file.names)]
+        names = file.names if rows is not None or columns is None else read
         for frame in file.frames(rows, names, features):
             yield frame_table(title, frame, Reading(features), start=None if rows is None else start)
             start += len(frame)

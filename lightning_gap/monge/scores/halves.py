@@ -1,0 +1,69 @@
+"""Independent halves of held-out samples, and exact plans between them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.checks import check_weights
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.solvers.exact import exact_plan
+from lightning_gap.monge.ot.subsets import fixed_rows
+from lightning_gap.precision import widest
+
+__all__ = ["FEWEST", "independent_halves", "matched", "standard_error"]
+
+FEWEST = 32  # samples of a set with fewer of which two halves say nothing
+
+
+def independent_halves(
+    names: tuple[str, str], sets: tuple[Tensor, Tensor], weights: tuple[Tensor | None, Tensor | None], most: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the rows of two halves of each of two sets, all four of one length, by a fixed permutation.
+
+    Weighted halves are replaced by equally weighted ones: rows are repeated by their weights, as many in sum as the
+    weights are worth.
+    """
+    parts, worth = [], []
+    for name, samples, w in zip(names, sets, weights, strict=True):
+        n = len(samples)
+        if n < FEWEST:
+            raise ValueError(
+                f"{name} has {n} samples, too few for two independent halves: give at least {FEWEST}, at best 2000"
+            )
+        order = fixed_rows(n, n - 1)
+        assert order is not None
+        order = torch.cat([order, order.new_tensor([n * (n - 1) // 2 - int(order.sum())])])
+        halves = [half.to(samples.device) for half in (order[: n // 2], order[n // 2 : 2 * (n // 2)])]
+        shares = [None if w is None else check_weights(name, w, samples, balanced=False)[half] for half in halves]
+        for half, share in zip(halves, shares, strict=True):
+            parts.append((half, share))
+            worth.append(len(half) if share is None else float(share.sum() ** 2 / share.square().sum()))
+    if not min(worth) >= FEWEST // 2:
+        raise ValueError(
+            f"the weights leave half a set with the worth of {min(worth):.3g} samples, too few to compare: give more "
+            "samples, or weights that are less unequal"
+        )
+    size = min(int(min(worth)), max(1, most // 2))
+    rows = [half[:size] if share is None else half[_repeated(share, size)] for half, share in parts]
+    return rows[:2], rows[2:]
+
+
+def _repeated(weights: Tensor, size: int) -> Tensor:
+    """Return rows in which each is repeated by its weight: systematic resampling, without random numbers."""
+    steps = (torch.arange(size, dtype=torch.float64, device=weights.device) + 0.5) / size
+    shares = weights.to(widest(weights.device)).cumsum(0)
+    return torch.searchsorted(shares, steps.to(shares) * shares[-1]).clamp_max_(len(weights) - 1)
+
+
+def matched(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    """Return which of as many samples each is assigned to, at the least cost."""
+    C = cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
+    uniform = C.new_full((len(x),), 1 / len(x))
+    rows, columns, _, _ = exact_plan(C, uniform, uniform)
+    return columns[torch.argsort(rows)]
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of independent values."""
+    return float(values.std(correction=1)) / math.sqrt(len(values))
