@@ -13,7 +13,7 @@ from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.conjugate import conjugate_point
 from lightning_gap.monge.maps.fitting import fit_images
-from lightning_gap.monge.maps.hold_out import choose_share, hold_out
+from lightning_gap.monge.maps.hold_out import choose_share, held_samples, hold_out
 from lightning_gap.monge.maps.semidual import fit_semidual
 from lightning_gap.monge.maps.starts import BrenierStart, PlanStart, PlanTargets, StartPair, check_start, fit_steps
 from lightning_gap.monge.ot.costs import Cost, SqEuclidean
@@ -318,8 +318,9 @@ class BrenierMap(TransportMap):
             targets = self.plan_start.targets([rest], SqEuclidean())
             steps = fit_steps(self.plan_start.steps, len(targets.points), least=_LEAST_STEPS)
             fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
-            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=held, steps=self.finish_steps)
-            choose_share(self, held)
+            seen = held_samples(held)
+            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=self.finish_steps)
+            choose_share(self, seen)
         self.started.fill_(1)
 
     @torch.no_grad()

@@ -1,19 +1,18 @@
 """A map's fit to held-in samples by an unbiased distance of batches, and what held-out ones say of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.monge.maps.hold_out import HeldOutPair
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.ot.costs import Cost, Geodesic
 from lightning_gap.monge.ot.minibatch_energy import minibatch_energy_distance
 
-__all__ = ["energy_gain", "fit_energy"]
+__all__ = ["energy_gain", "fit_energy", "held_out_images"]
 
-_STEPS, _LR, _WARM_UP, _BATCH, _SHARE = 150, 5e-4, 20, 1024, 0.05
+_STEPS, _LR, _WARM_UP, _BATCH, _SHARE = 150, 3e-4, 20, 1024, 0.05
 _ROUNDS = 5  # looks at the held-out samples
 
 
@@ -23,18 +22,23 @@ def _images(net: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def energy_gain(
-    before: Callable[[HeldOutPair], Tensor], after: Callable[[HeldOutPair], Tensor], held: Sequence[HeldOutPair]
-) -> tuple[float, float]:
-    r"""Return by how much one map's images are nearer to the target than another's, and the standard error of that.
+def held_out_images(net: nn.Module, held: Sequence[StartPair]) -> list[Tensor]:
+    """Return the images of the held-out source of each condition."""
+    like = next(net.parameters())
+    return [_images(net, pair.source.to(like), pair.condition).double() for pair in held]
 
-    The unbiased energy distance (U-statistic) :math:`2 E|t - y| - E|t - t'|` of held-out images, the mean over the
-    conditions; its error by the projections on single samples.
+
+@torch.no_grad()
+def energy_gain(before: Sequence[Tensor], after: Sequence[Tensor], held: Sequence[StartPair]) -> tuple[float, float]:
+    r"""Return by how much images are nearer to the held-out target than others, and the standard error of that.
+
+    The unbiased energy distance (U-statistic) :math:`2 E|t - y| - E|t - t'|`, the mean over the conditions; its error
+    by the projections on single samples.
     """
     gain, variance = 0.0, 0.0
-    for pair in held:
+    for pair, *both in zip(held, before, after, strict=True):
         y, rows, columns, selves = pair.target.double(), [], [], []
-        for images in (before(pair).double(), after(pair).double()):
+        for images in both:
             across = torch.cdist(images, y)
             own = torch.cdist(images, images).sum(1) / (len(images) - 1)
             rows.append(2 * across.mean(1) - 2 * own)
@@ -47,42 +51,30 @@ def energy_gain(
 
 
 def fit_energy(
-    net: nn.Module, pairs: Sequence[StartPair], held: Sequence[HeldOutPair], cost: Cost, *, steps: int = _STEPS
+    net: nn.Module, pairs: Sequence[StartPair], held: Sequence[StartPair], cost: Cost, *, steps: int = _STEPS
 ) -> None:
     """Take a few steps by the minibatch energy distance, and keep the weights that held-out samples favour."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     like = parameters[0]
     ground: Cost | str = cost if isinstance(cost, Geodesic) else "sqeuclidean"
-    kept = [p.detach().clone() for p in parameters]
-
-    def images(pair: HeldOutPair) -> Tensor:
-        return _images(net, pair.source.to(like), pair.condition)
-
-    with torch.no_grad():
-        best = [images(pair) for pair in held]
+    kept, best = [p.detach().clone() for p in parameters], held_out_images(net, held)
     optimizer, generator = torch.optim.Adam(parameters, lr=_LR), torch.Generator().manual_seed(0)
+    steps *= len(pairs)
     with torch.inference_mode(False), torch.enable_grad():
         for step in range(steps):
             rate = _LR * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = rate
             pair = pairs[step % len(pairs)]
-            x, y = (
-                side[torch.randint(len(side), (min(_BATCH, len(side)),), generator=generator).to(side.device)].to(like)
-                if weights is None
-                else side[_drawn(weights, min(_BATCH, len(side)), generator).to(side.device)].to(like)
-                for side, weights in ((pair.source, pair.source_weights), (pair.target, pair.target_weights))
-            )
-            loss = minibatch_energy_distance(
-                _images(net, x, pair.condition), y, cost=ground, relative_epsilon=_SHARE, tolerance=1e-2
-            )
+            x = _batch(pair.source, pair.source_weights, generator).to(like)
+            y = _batch(pair.target, pair.target_weights, generator).to(like)
+            images = _images(net, x, pair.condition)
+            loss = minibatch_energy_distance(images, y, cost=ground, relative_epsilon=_SHARE, tolerance=1e-2)
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()
             if (step + 1) % max(1, steps // _ROUNDS) == 0 or step + 1 == steps:
-                with torch.no_grad():
-                    now = [images(pair) for pair in held]
-                ours, theirs = dict(zip(map(id, held), now, strict=True)), dict(zip(map(id, held), best, strict=True))
-                if energy_gain(lambda pair, t=theirs: t[id(pair)], lambda pair, o=ours: o[id(pair)], held)[0] > 0:
+                now = held_out_images(net, held)
+                if energy_gain(best, now, held)[0] > 0:
                     best = now
                     for keep, p in zip(kept, parameters, strict=True):
                         keep.copy_(p.detach())
@@ -92,5 +84,11 @@ def fit_energy(
                 p.copy_(keep)
 
 
-def _drawn(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    return torch.multinomial(weights.double().cpu(), size, replacement=True, generator=generator)
+def _batch(points: Tensor, weights: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Return random rows, by weight."""
+    size = min(_BATCH, len(points))
+    if weights is None:
+        rows = torch.randint(len(points), (size,), generator=generator)
+    else:
+        rows = torch.multinomial(weights.double().cpu(), size, replacement=True, generator=generator)
+    return points[rows.to(points.device)]

@@ -13,9 +13,9 @@ __all__ = [
     "semidual_values",
 ]  # fmt: skip
 
-_LOOKS, _PATIENCE, _WARM_UP = 12, 4, 50
+_LOOKS, _WARM_UP = 12, 50
 # In few dimensions the noise of steps is what is left; in many, Hessians take time.
-_LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 512, 64
+_LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 2048, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
 _BLOCK = 4096  # rows of products with all points
@@ -158,13 +158,12 @@ def fit_semidual(
     """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep what held-out ones favour.
 
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
-    is drawn again. Random rows come from a generator of its own. Where held-out samples do not get better for a third
-    of the looks at them, it ends.
+    is drawn again. Random rows come from a generator of its own.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
     like, dim = parameters[0], x.shape[1]
     lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
-    batch = max(_LEAST_BATCH, min(_BATCH, _BATCH * 32 // dim)) if batch is None else batch
+    batch = _default_batch(dim) if batch is None else batch
     if held is not None:
         held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
@@ -189,7 +188,7 @@ def fit_semidual(
             with torch.no_grad():
                 best = score()
         optimizer = torch.optim.Adam(parameters, lr=lr)
-        every, waited = max(1, steps // _LOOKS), 0
+        every = max(1, steps // _LOOKS)
         for step in range(steps):
             rate = lr * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = rate
@@ -203,18 +202,20 @@ def fit_semidual(
                 continue
             with torch.no_grad():
                 now = score()
-                waited += 1
                 if now < best:
-                    best, waited = now, 0
+                    best = now
                     for keep, p in zip(kept, parameters, strict=True):
                         keep.copy_(p)
-            if waited >= _PATIENCE:
-                break
         with torch.no_grad():
             for keep, p in zip(kept, parameters, strict=True):
                 p.grad = None
                 if held is not None:
                     p.copy_(keep)
+
+
+def _default_batch(dim: int) -> int:
+    """Return the size of a step: samples are cheap in few dimensions, and noise is what is left to lose."""
+    return max(_LEAST_BATCH, min(_BATCH, max(4 * _BATCH // dim, min(_BATCH // 4, 8 * _BATCH // dim))))
 
 
 def _rows(points: Tensor, weights: Tensor | None, batch: int, generator: torch.Generator) -> Tensor:
