@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.maps.conjugate import conjugate_point
-from lightning_gap.precision import solver_precision
+from lightning_gap.precision import widest
 
 __all__ = [
     "ConvexMap", "HeldOutSamples", "SemidualValues", "difference", "fit_semidual", "mean_semidual", "semidual",
@@ -95,7 +95,7 @@ def semidual(
     """
     found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
     # Large means make large values: they are put back in double.
-    wide = [solver_precision(part) for part in (x, y, net.center, net.image_center)]
+    wide = [part.to(widest(part.device)) for part in (x, y, net.center, net.image_center)]
     values = (
         net.centred_potential(x) + wide[0] @ wide[3],
         _conjugate(net, y, found) + wide[1] @ wide[2] - wide[2] @ wide[3],
