@@ -4,7 +4,7 @@
     python -m benchmarks.science.w2_maps fresh --data FOLDER --networks FOLDER
 
 ``default``: ``MongeMap()`` and nothing more, by ``Trainer(max_steps=400)`` on the 16384 samples of each side in
-``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, and no finish. ``fresh``: a :class:`BrenierMap` with a longer
+``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, no finish. ``fresh``: a :class:`BrenierMap` with a longer
 finish by the semi-dual, on 131072 fresh ones of each side, which :mod:`benchmarks.science.w2_pairs` draws; the file of
 the pairs gives the test, and shift and scale of the true map. L2-UVP is 100 E|T - T*|² / Var(ν) on the 4096 test
 samples. One thread; seconds are CPU seconds of ``Trainer.fit``, start and all.
