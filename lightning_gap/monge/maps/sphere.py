@@ -64,6 +64,8 @@ class SphereMap(TransportMap):
         True
     """
 
+    started: Tensor
+
     def __init__(
         self,
         dim: int,
