@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -118,15 +118,15 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
         elif isinstance(model.map, ResidualMLP) and model.map.starts_at == "identity":
             net = model.map
         else:  # older ones describe no map that was chosen by the dimension
-            net = ResidualMLP(getattr(model.map, "dim", found.get("dim")), model.hidden or (128, 128, 128))
+            net = ResidualMLP(int(getattr(model.map, "dim", found.get("dim"))), model.hidden or (128, 128, 128))
         if described is not None or set(net.state_dict()) == {n.removeprefix("map.") for n in before}:
             model.map = net.to(model.device)
             model.hparams["map"] = described_map(net)
     if trainer is None:
         return  # the arguments are those of the checkpoint
     loss, weight, optimizer = (found.get(name) for name in ("fitting_loss", "gap_weight", "optimizer"))
-    if not model.given.fitting_loss and isinstance(loss, str):
-        model.objective = replace(model.objective, fitting_loss=loss)
+    if not model.given.fitting_loss and loss in ("sinkhorn", "energy", "semidual"):
+        model.objective = replace(model.objective, fitting_loss=cast(FittingLoss, loss))
         model.hparams["fitting_loss"] = loss
     if not model.given.gap_weight and isinstance(weight, float | int):
         model.gap_weight = model.hparams["gap_weight"] = float(weight)

@@ -29,7 +29,7 @@ class Terms(NamedTuple):
     """Divergences and gaps that were solved together.
 
     Attributes:
-        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell, or there is none.
+        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell, or none was asked.
         converged: Whether all of them reached the tolerance.
     """
 
