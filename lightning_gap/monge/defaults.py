@@ -118,7 +118,7 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
         elif isinstance(model.map, ResidualMLP) and model.map.starts_at == "identity":
             net = model.map
         else:  # older ones describe no map that was chosen by the dimension
-            net = ResidualMLP(int(getattr(model.map, "dim", found.get("dim"))), model.hidden or (128, 128, 128))
+            net = ResidualMLP(cast(int, getattr(model.map, "dim", found.get("dim"))), model.hidden or (128, 128, 128))
         if described is not None or set(net.state_dict()) == {n.removeprefix("map.") for n in before}:
             model.map = net.to(model.device)
             model.hparams["map"] = described_map(net)
