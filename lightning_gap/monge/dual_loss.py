@@ -48,8 +48,8 @@ def semidual_loss(model: "MongeMap", b: UnpairedBatch, group: RankGroup | None =
     with torch.autocast(x.device.type, enabled=False):
         like = next(model.map.parameters())
         x, y = x.to(like.dtype), y.to(like.dtype)
-        halves = [_mean(points.square().sum(-1) / 2, w) for points, w in zip((x, y), shares, strict=True)]
-        return semidual(net, x, y, weights=(shares[0], shares[1])) - halves[0] - halves[1]
+        halves = [_mean(points.double().square().sum(-1) / 2, w) for points, w in zip((x, y), shares, strict=True)]
+        return (semidual(net, x, y, weights=(shares[0], shares[1])) - halves[0] - halves[1]).to(x.dtype)
 
 
 def _mean(values: Tensor, shares: Tensor | None) -> Tensor:

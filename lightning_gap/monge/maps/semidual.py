@@ -28,8 +28,11 @@ class ConvexMap(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Return the gradient."""
 
-    def potential(self, x: Tensor) -> Tensor:
-        """Return the potential."""
+    center: Tensor
+    image_center: Tensor
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        """Return the potential less its part along the target's center, up to a constant."""
 
     def hessian(self, x: Tensor) -> Tensor:
         """Return its Hessians."""
@@ -51,7 +54,7 @@ class HeldOutSamples(NamedTuple):
 
 
 class SemidualValues(NamedTuple):
-    """The potential at each source sample, and its conjugate at each target sample."""
+    """The centred potential at each source sample, and its conjugate at each target sample."""
 
     potential: Tensor
     conjugate: Tensor
@@ -90,16 +93,23 @@ def semidual(
         True
     """
     found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
-    values = net.potential(x), (found * y).sum(-1) - net.potential(found)
+    # Large means make large values: they are put back in double.
+    c, d = net.center.double(), net.image_center.double()
+    values = net.centred_potential(x) + x.double() @ d, _conjugate(net, y, found) + y.double() @ c - c @ d
     means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
     return means[0] + means[1]
+
+
+def _conjugate(net: ConvexMap, y: Tensor, points: Tensor) -> Tensor:
+    """Return the conjugate of the centred potential, which is attained at the points."""
+    return ((points - net.center) * (y - net.image_center)).sum(-1) - net.centred_potential(points)
 
 
 @torch.no_grad()
 def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
     """Return for each y the one of the points x at which its conjugate is greatest."""
-    values = net.potential(x)
-    best = [(part @ x.mT - values).argmax(1) for part in y.split(_BLOCK)]
+    values, off = net.centred_potential(x), x - net.center
+    best = [((part - net.image_center) @ off.mT - values).argmax(1) for part in y.split(_BLOCK)]
     return x[torch.cat(best)]
 
 
@@ -119,7 +129,7 @@ def semidual_values(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | No
     """Return the potential and its conjugate at each of the samples, whose means make the semi-dual."""
     start = net.inverse(y, tolerance=_EXACT) if points is None else points
     found = _conjugate_points(net, y, start, tolerance=_EXACT, steps=30)[0]
-    return SemidualValues(net.potential(x), (found * y).sum(-1) - net.potential(found))
+    return SemidualValues(net.centred_potential(x), _conjugate(net, y, found))
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -163,7 +173,7 @@ def fit_semidual(
     parameters = [p for p in net.parameters() if p.requires_grad]
     like, dim = parameters[0], x.shape[1]
     lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
-    batch = max(_LEAST_BATCH, min(_BATCH, 8 * _BATCH // dim)) if batch is None else batch
+    batch = _default_batch(dim) if batch is None else batch
     if held is not None:
         held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
@@ -178,7 +188,7 @@ def fit_semidual(
         assert held is not None
         assert seen is not None
         seen = _conjugate_points(convex, held.target, seen, tolerance=_EXACT, steps=20)[0]
-        values = SemidualValues(convex.potential(held.source), (seen * held.target).sum(-1) - convex.potential(seen))
+        values = SemidualValues(convex.centred_potential(held.source), _conjugate(convex, held.target, seen))
         return mean_semidual(values, held)
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -194,7 +204,7 @@ def fit_semidual(
             optimizer.param_groups[0]["lr"] = rate
             i, j = (_rows(side, w, batch, generator) for side, w in zip((x, y), weights, strict=True))
             points[j] = _conjugate_points(convex, y[j], points[j], tolerance=_TRAINED, steps=2)[0]
-            loss = (convex.potential(x[i]).mean() - convex.potential(points[j]).mean()) / unit
+            loss = (convex.centred_potential(x[i]).mean() - convex.centred_potential(points[j]).mean()) / unit
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()
@@ -211,6 +221,11 @@ def fit_semidual(
                 p.grad = None
                 if held is not None:
                     p.copy_(keep)
+
+
+def _default_batch(dim: int) -> int:
+    """Return the size of a step: samples are cheap in few dimensions, and noise is what is left to lose."""
+    return max(_LEAST_BATCH, min(_BATCH, max(4 * _BATCH // dim, min(_BATCH // 4, 8 * _BATCH // dim))))
 
 
 def _rows(points: Tensor, weights: Tensor | None, batch: int, generator: torch.Generator) -> Tensor:
