@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from monge_runs import trainer
 
 from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.monge import BrenierMap, MapScores, error_certificate, gaussian_map, suboptimality
 from lightning_gap.monge.ot.costs import resolve
 from lightning_gap.monge.scores.certificate import has_unique_maps
 from lightning_gap.monge.scores.parts import independent_parts
-from monge_runs import trainer
 
 
 def normal(seed, *shape):
