@@ -201,6 +201,7 @@ SCIENCE = {
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,
     ),
     "known_costs": Benchmark(
-        "science.known_costs", "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False
+        "science.known_costs",
+        "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False,
     ),
 }  # fmt: skip
