@@ -192,6 +192,11 @@ SCIENCE = {
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
     ),
+    "default_maps": Benchmark(
+        "science.default_maps --data DATA",
+        "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",
+        rows=False,
+    ),
     "unseen": Benchmark(
         "science.unseen_conditions sachs kang --data DATA",
         "Conditions that no map was trained on", 30, needs=("data",), page="../real_cells.md", rows=False,

@@ -31,7 +31,7 @@ BELOW = {
     "monge": {"trainer", "ranks", "checks", "precision", "faces", "extras"},
     "monge.ot": {"checks", "precision", "ranks", "trainer.internals", "extras", "faces"},
     "monge.maps": {"monge.ot", "checks", "precision", "trainer.internals"},
-    "monge.scores": {"faces", "monge.ot", "checks", "precision", "extras", "ranks", "trainer"},
+    "monge.scores": {"faces", "monge.ot", "monge.maps", "checks", "precision", "extras", "ranks", "trainer"},
     "monge.samples": {"faces", "monge.ot", "checks", "precision", "extras", "ranks", "trainer"},
 }
 

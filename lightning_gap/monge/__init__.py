@@ -7,6 +7,8 @@ from lightning_gap.monge.moved import answer_for
 
 if TYPE_CHECKING:
     from lightning_gap.monge import costs as costs
+    from lightning_gap.monge.ensemble import MapEnsemble as MapEnsemble
+    from lightning_gap.monge.ensemble import fit_ensemble as fit_ensemble
     from lightning_gap.monge.figure import MapFigure as MapFigure
     from lightning_gap.monge.maps.brenier import BrenierMap as BrenierMap
     from lightning_gap.monge.maps.conditional import ConditionalMap as ConditionalMap
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.maps.entropic import EntropicMap as EntropicMap
     from lightning_gap.monge.maps.mlp import MLP as MLP
     from lightning_gap.monge.maps.residual import ResidualMLP as ResidualMLP
+    from lightning_gap.monge.maps.semidual import semidual as semidual
     from lightning_gap.monge.maps.sphere import SphereMap as SphereMap
     from lightning_gap.monge.maps.starts import StartPair as StartPair
     from lightning_gap.monge.maps.structured import StructuredMap as StructuredMap
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.perturbation_scoring import PerturbationScoring as PerturbationScoring
     from lightning_gap.monge.plot import plot_map as plot_map
     from lightning_gap.monge.samples.batches import UnpairedBatch as UnpairedBatch
+    from lightning_gap.monge.samples.bootstrap import bootstrap as bootstrap
     from lightning_gap.monge.samples.condition_encoding import ConditionEncoding as ConditionEncoding
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine
     from lightning_gap.monge.scores.truth import unexplained_variance as unexplained_variance
+    from lightning_gap.monge.trajectory import Trajectory as Trajectory
+    from lightning_gap.monge.trajectory_fits import fit_trajectory as fit_trajectory
+    from lightning_gap.monge.trajectory_fits import held_out_times as held_out_times
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)
 answer_for()

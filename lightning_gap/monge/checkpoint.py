@@ -126,7 +126,7 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
         # Of a network that is not described, nothing is made in its place.
         "dim": dim if given is None or described is not None else None,
         "map": described,
-        "hidden": list(model.hidden),
+        "hidden": None if model.hidden is None else list(model.hidden),
         "cost": str(objective.cost),
         "fitting_cost": str(objective.fitting_cost),
         **epsilons,

@@ -60,11 +60,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
             function.
         fitting_cost: Ground cost of the Sinkhorn divergence.
-        gap_weight: Weight :math:`\lambda \ge 0` of the Monge gap.
-        hidden: Widths of the network's hidden layers.
+        gap_weight: Weight :math:`\lambda \ge 0` of the Monge gap; by default that of :class:`~lightning_gap.MongeMap`.
+        hidden: Widths of the network's hidden layers, likewise.
         max_steps: Updates.
         batch_size: Samples of each set in a batch, or all of the smaller set where it has fewer.
-        learning_rate: Adam's, at the start.
+        learning_rate: Adam's, at the start of a decay along a cosine; by default that of the map's default.
         fitting_epsilon: Regularization of the divergence, in units of its cost; by default 5 % of the typical cost
             within the target.
         gap_epsilon: Regularization of the gap, in units of ``cost``; by default 1 % of the typical cost between the
@@ -98,11 +98,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         cost: CostLike = "sqeuclidean",
         *,
         fitting_cost: CostLike = "sqeuclidean",
-        gap_weight: float = 1.0,
-        hidden: Sequence[int] = (128, 128, 128),
+        gap_weight: float | None = None,
+        hidden: Sequence[int] | None = None,
         max_steps: int = 1000,
         batch_size: int = 256,
-        learning_rate: float = 1e-3,
+        learning_rate: float | None = None,
         fitting_epsilon: float | None = None,
         gap_epsilon: float | None = None,
         standardize: bool = True,
@@ -145,7 +145,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         for name, value in (("max_steps", self.max_steps), ("batch_size", self.batch_size)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         source = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
         target = self._target(y, X)
@@ -164,13 +164,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 x, z, batch_size=int(min(self.batch_size, len(x), len(z))), val_fraction=0.0, seed=seed
             )
             given = ("cost", "fitting_cost", "gap_weight", "fitting_epsilon", "gap_epsilon")
-            model = MongeMap(
-                x.shape[1],
-                **{name: getattr(self, name) for name in given},
-                hidden=tuple(self.hidden),
-                optimizer=partial(Adam, lr=float(self.learning_rate)),
-                lr_scheduler=partial(CosineAnnealingLR, T_max=int(self.max_steps)),
-            )
+            options: dict[str, Any] = {name: getattr(self, name) for name in given}
+            if self.learning_rate is not None:
+                options["optimizer"] = partial(Adam, lr=float(self.learning_rate))
+                options["lr_scheduler"] = partial(CosineAnnealingLR, T_max=int(self.max_steps))
+            model = MongeMap(x.shape[1], hidden=None if self.hidden is None else tuple(self.hidden), **options)
             shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
             silent: dict[str, Any] = dict.fromkeys(shown, False)
             trainer = Trainer(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
+from lightning_gap.monge.defaults import default_map, take_recipe
 from lightning_gap.monge.maps.base import TransportMap
-from lightning_gap.monge.maps.conditional import ConditionalMap
-from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
 from lightning_gap.monge.ot.checks import check_weights
+from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
@@ -69,9 +69,10 @@ def adopt(model: "MongeMap") -> None:
         _set_names(model, "condition_names", conditions)
     _check_condition_names(model, data)
     dim = getattr(data, "dim", None)
-    if model.map is None and dim is not None:
-        model.map = _default_map(data, dim, model.hidden)
+    if dim is not None and (model.map is None or _unfit_choice(model, data)):
+        model.map = _default_map(model, data, dim)
         model.hparams.update({"dim": dim, "map": described_map(model.map)})
+        take_recipe(model)
 
 
 def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
@@ -222,10 +223,10 @@ def read_reference(samples: Any, gap_on: GapOn | None) -> tuple[Tensor | None, t
     return reference, features, chosen
 
 
-def chosen_map(dim: int | None, given: nn.Module | None, hidden: Sequence[int]) -> nn.Module | None:
+def chosen_map(dim: int | None, given: nn.Module | None, cost: Cost, hidden: Sequence[int] | None) -> nn.Module | None:
     """Return the network that was given, or the default one where the dimension is known."""
     if given is None:
-        return None if dim is None else ResidualMLP(dim, hidden)
+        return None if dim is None else default_map(dim, cost, hidden)
     made_with = getattr(given, "dim", None)
     if dim is not None and isinstance(made_with, int) and made_with != dim:
         raise ValueError(f"dim={dim}, but the map was made with dim={made_with}: leave dim out, the map tells it")
@@ -318,8 +319,15 @@ def _check_condition_names(model: "MongeMap", data: Any) -> None:
         )
 
 
-def _default_map(data: Any, dim: int, hidden: Sequence[int]) -> nn.Module:
+def _default_map(model: "MongeMap", data: Any, dim: int) -> nn.Module:
     names, vectors = getattr(data, "condition_names", ()), getattr(data, "condition_vectors", None)
     if vectors is not None:
-        return ConditionalMap(dim, condition_dim=vectors.shape[1], hidden=hidden)
-    return ConditionalMap(dim, num_conditions=len(names), hidden=hidden) if names else ResidualMLP(dim, hidden)
+        return default_map(dim, model.cost, model.hidden, vectors=vectors.shape[1])
+    return default_map(dim, model.cost, model.hidden, labels=len(names))
+
+
+def _unfit_choice(model: "MongeMap", data: Any) -> bool:
+    """Return whether the map was chosen before the data showed conditions."""
+    conditional = bool(getattr(data, "condition_names", ()))
+    heeds = getattr(model.map, "conditional", False)
+    return model.map_is_chosen and not model.epsilons.started and conditional and not heeds

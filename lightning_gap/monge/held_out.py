@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_gap.monge.border import checked, images
+from lightning_gap.monge.dual_loss import semidual_loss
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.monge.schedules import now
 from lightning_gap.monge.scores.map_scores import MapScores
@@ -49,7 +50,9 @@ class HeldOut:
                 solver=model.solver,
                 conditions=model.condition_names if named else None,
             ).to(model.device)
-        if callable(model.objective.fitting_loss):
+        if model.objective.fitting_loss == "semidual":
+            self._losses.append(semidual_loss(model, b))
+        elif callable(model.objective.fitting_loss):
             weights = b.source_weights, b.target_weights
             terms = model.objective.terms(
                 b.source, mapped, b.target, weights=weights, with_gap=False, fitting_epsilon=model.epsilons.fitting,

@@ -15,6 +15,8 @@ from lightning_gap.checks import check_integer, check_number, renamed
 from lightning_gap.monge import from_data
 from lightning_gap.monge.border import checked, mapped, predicted
 from lightning_gap.monge.checkpoint import build, build_cost, hyper_parameters
+from lightning_gap.monge.defaults import GivenTerms, cosine_over_run, recipe_for, say_choice
+from lightning_gap.monge.dual_loss import check_convex
 from lightning_gap.monge.epsilons import KeptEpsilons, given_epsilon
 from lightning_gap.monge.held_out import HeldOut
 from lightning_gap.monge.maps.base import TransportMap
@@ -65,11 +67,17 @@ class MongeMap(Transporting):
         dim: Dimension of the samples; taken from the data module where it is ``None``.
         cost: Ground cost :math:`c` of the Monge gap: a name, an instance from :mod:`lightning_gap.costs`, or a
             function. By default the one that the map is made for, and ``"sqeuclidean"`` for a map that suits any.
-        map: The network; by default a :class:`ResidualMLP` of widths ``hidden``, or a :class:`ConditionalMap` where the
-            data have conditions.
+        map: The network. By default, up to 128 dimensions, one that starts at an entropic plan of all training samples:
+            a :class:`BrenierMap` for the squared Euclidean cost, a :class:`ConditionalMap` where the data have
+            conditions, a :class:`ResidualMLP` for other costs; beyond, one that starts at the Gaussian map; and a
+            :class:`SphereMap` for the geodesic cost. What was chosen is said at the start of a fit, and is in the
+            hyperparameters.
         hidden: Widths of the default network.
-        fitting_loss: :math:`\Delta`: ``"sinkhorn"``, ``"energy"``, or a function of ``(n, d)`` images and ``(m, d)``
-            target samples (and of a keyword ``weights``, a pair, where there are weights).
+        fitting_loss: :math:`\Delta`: ``"sinkhorn"``; ``"energy"``; ``"semidual"``, :func:`semidual` of a map with a
+            convex potential, which draws no image to another; or a function of ``(n, d)`` images and ``(m, d)`` target
+            samples (and of a keyword ``weights``, a pair, where there are weights). By default ``"semidual"`` for a
+            :class:`BrenierMap`, ``"energy"`` for the other maps that were chosen, ``"sinkhorn"`` for those that were
+            given, and where an argument of that divergence is.
         fitting_cost: Ground cost of the Sinkhorn divergence.
         fitting_epsilon: Its regularization :math:`\varepsilon_1`, in units of the cost; by default the share
             ``relative_fitting_epsilon`` of the typical cost within the target, decided once, and kept in the
@@ -81,7 +89,8 @@ class MongeMap(Transporting):
         relative_gap_epsilon: See ``gap_epsilon``.
         epsilon_factor: What both are multiplied by in training: a number, or a schedule of the updates so far such as
             ``Anneal(10, 1, updates=1000)``.
-        gap_weight: Weight :math:`\lambda \ge 0` of the gap, or a schedule; at 0 it is only measured in validation.
+        gap_weight: Weight :math:`\lambda \ge 0` of the gap, or a schedule; at 0 it is only measured in validation. By
+            default 0 for a :class:`BrenierMap`, whose gap is 0; 0.1 for other maps that were chosen; 1 for given ones.
         gap_reference: ``(r, d)`` samples, or a path to them, of a reference measure :math:`\rho` whose support covers
             the source's: a map that is optimal on it is optimal on the source. A step takes as many as of the source.
         gap_on: Where the gap is measured: on the ``"source"`` batch, on the ``"reference"`` (the default where there is
@@ -91,7 +100,8 @@ class MongeMap(Transporting):
         rho: Strength :math:`\rho` of soft marginals, for unbalanced transport, in units of the fitting cost.
         reweight: Whether ``rho`` weighs the samples by the marginals of the unbalanced plan between source and target
             batch, in all terms, rather than softening the divergence's marginals.
-        optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default.
+        optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default, for
+            a chosen map with a decay along a cosine, over the run but no more than twenty passes.
         lr_scheduler: Makes a scheduler, stepped after every update; ``ReduceLROnPlateau`` after every validation.
         lr_scheduler_monitor: The logged value that a ``ReduceLROnPlateau`` watches.
         solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.
@@ -137,15 +147,15 @@ class MongeMap(Transporting):
         *,
         cost: CostLike | None = None,
         map: nn.Module | None = None,
-        hidden: Sequence[int] = (128, 128, 128),
-        fitting_loss: FittingLoss = "sinkhorn",
+        hidden: Sequence[int] | None = None,
+        fitting_loss: FittingLoss | None = None,
         fitting_cost: CostLike = "sqeuclidean",
         fitting_epsilon: float | None = None,
         gap_epsilon: float | None = None,
         relative_fitting_epsilon: float = FITTING_SHARE,
         relative_gap_epsilon: float = GAP_SHARE,
         epsilon_factor: float | Schedule = 1.0,
-        gap_weight: float | Schedule = 1.0,
+        gap_weight: float | Schedule | None = None,
         gap_reference: str | Path | ArrayLike | Tensor | None = None,
         gap_on: GapOn | None = None,
         conservative_weight: float = 0.0,
@@ -169,7 +179,6 @@ class MongeMap(Transporting):
         super().__init__()
         fitting = given_epsilon("fitting_epsilon", fitting_epsilon, relative_fitting_epsilon)
         self.epsilons = KeptEpsilons(self, fitting, given_epsilon("gap_epsilon", gap_epsilon, relative_gap_epsilon))
-        self.gap_weight = number_or_schedule("gap_weight", build("gap_weight", gap_weight), least=0)
         self.epsilon_factor = number_or_schedule("epsilon_factor", build("epsilon_factor", epsilon_factor), above=0)
         self.conservative_weight = check_number("conservative_weight", conservative_weight, least=0)
         self.conservative_probes = check_integer("conservative_probes", conservative_probes)
@@ -179,21 +188,37 @@ class MongeMap(Transporting):
         # A description stands for it in a checkpoint, which the signature does not tell: command lines would take any.
         given = build("map", map) if isinstance(map, Mapping) else map
         made_for = given.made_for if isinstance(given, TransportMap) else None
+        ground = build_cost("cost", cost if cost is not None else made_for or "sqeuclidean")
+        self.map = from_data.chosen_map(dim, given, ground, hidden)
+        self.map_is_chosen = given is None
+        softened = renamed("reach", "rho", reach, rho)
+        self.given = GivenTerms(
+            fitting_loss=fitting_loss is not None,
+            gap_weight=gap_weight is not None,
+            optimizer=optimizer is not None or lr_scheduler is not None,
+            sinkhorn=(softened is not None and not reweight) or fitting.absolute is not None
+            or relative_fitting_epsilon != FITTING_SHARE or fitting_cost != "sqeuclidean",
+            reference=reference is not None,
+            reweight=bool(reweight),
+        )  # fmt: skip
+        recipe = recipe_for(self.map, ground, self.given, chosen=self.map_is_chosen)
+        weight = recipe.gap_weight if gap_weight is None else build("gap_weight", gap_weight)
+        self.gap_weight = number_or_schedule("gap_weight", weight, least=0)
         self.objective = MapObjective(
-            cost=build_cost("cost", cost if cost is not None else made_for or "sqeuclidean"),
+            cost=ground,
             fitting_cost=build_cost("fitting_cost", fitting_cost),
-            fitting_loss=build("fitting_loss", fitting_loss),
-            rho=check_epsilon("rho", renamed("reach", "rho", reach, rho)),
+            fitting_loss=recipe.fitting_loss if fitting_loss is None else build("fitting_loss", fitting_loss),
+            rho=check_epsilon("rho", softened),
             reweight=bool(reweight),
             gap_on=gap_on,
             options=SolverOptions(solver, tolerance, max_iterations),
         )
         self.global_batch = bool(global_batch)
-        self.optimizer = partial(Adam, lr=1e-3) if optimizer is None else build("optimizer", optimizer)
+        self.decays = recipe.decays
+        self.optimizer = partial(Adam, lr=recipe.lr) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.lr_scheduler_monitor = lr_scheduler_monitor
-        self.map = from_data.chosen_map(dim, given, hidden)
-        self.hidden = tuple(hidden)
+        self.hidden = None if hidden is None else tuple(hidden)
         encodes = AffineRepresentation(**representation) if isinstance(representation, Mapping) else representation
         self.representation = encodes
         self.condition_encoding = from_data.encoding_from(condition_encoding)
@@ -246,7 +271,10 @@ class MongeMap(Transporting):
             self.remarks.of_a_new_fit()
             self.training_log.of_a_new_fit()
             check_costs(self)
+            check_convex(self)
             from_data.note_conditions(self)
+            if self.map_is_chosen:
+                self.remarks.once("choice", lambda: say_choice(self))
 
     @override
     def configure_callbacks(self) -> list[Any]:
@@ -286,9 +314,10 @@ class MongeMap(Transporting):
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the scheduler, which is stepped after every update, or after every validation."""
         optimizer = self.optimizer(list(self.parameters()) or self.untrained.parameters(self))
-        if self.lr_scheduler is None:
+        made = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else cosine_over_run(self, optimizer)
+        if made is None:
             return optimizer
-        scheduler = stepped(self.lr_scheduler(optimizer), self.lr_scheduler_monitor, self)
+        scheduler = stepped(made, self.lr_scheduler_monitor, self)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     @override

@@ -18,12 +18,12 @@ from lightning_gap.monge.ot.unbalanced import normalized, unbalanced_weights
 
 __all__ = ["FittingLoss", "GapOn", "MapObjective", "ObjectiveTerms"]
 
-FittingLoss = Literal["sinkhorn", "energy"] | Callable[..., Tensor]
+FittingLoss = Literal["sinkhorn", "energy", "semidual"] | Callable[..., Tensor]
 GapOn = Literal["source", "reference", "both"]
 Weights = tuple[Tensor | None, Tensor | None]
 
 # Names of the fitting losses where they are logged.
-_LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance"}
+_LOSS_NAMES = {"sinkhorn": "sinkhorn_divergence", "energy": "energy_distance", "semidual": "semidual"}
 
 
 class ObjectiveTerms(NamedTuple):
@@ -108,6 +108,8 @@ class MapObjective:
                 fitting.append(checked_problem(t, y, (a, b), cost=self.fitting_cost, rho=soft, **near))
             elif self.fitting_loss == "energy":
                 other.append(energy_distance(t, y, weights=(a, b)))
+            elif self.fitting_loss == "semidual":
+                other.append(t.new_zeros(()))  # it is of the map, not of its images
             else:
                 weighted = {} if a is None and b is None else {"weights": (a, b)}
                 other.append(self.fitting_loss(t, y, **weighted))

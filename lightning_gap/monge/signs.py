@@ -28,6 +28,12 @@ class Remarks:
         """Forget what was said in an earlier fit."""
         self._said &= {"convergence"}
 
+    def once(self, about: str, do: Callable[[], None]) -> None:
+        """Do something that is done once a fit."""
+        if about not in self._said:
+            self._said.add(about)
+            do()
+
     def say(self, about: str, sign: Callable[[], str | None], category: type[Warning] = UserWarning) -> None:
         """Warn of a sign where there is one, unless it has been said."""
         if about not in self._said and (message := sign()) is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.border import as_network_takes, flat, images
+from lightning_gap.monge.dual_loss import semidual_loss
 from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.result import ConvergenceWarning
@@ -46,6 +47,8 @@ def training_loss(model: "MongeMap", b: UnpairedBatch, batch_idx: int) -> tuple[
     if not terms.converged:
         sign = partial(not_converged, model.global_step, terms, model.objective.options)
         model.remarks.say("convergence", sign, ConvergenceWarning)
+    if model.objective.fitting_loss == "semidual":
+        terms = terms._replace(loss=semidual_loss(model, b, group))
     total = terms.loss
     values: dict[str, float | Tensor] = {model.objective.loss_name: terms.loss}
     if terms.gap is not None:

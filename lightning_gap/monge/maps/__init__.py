@@ -9,6 +9,7 @@ from lightning_gap.monge.maps.conservativity import conservativity
 from lightning_gap.monge.maps.entropic import EntropicMap
 from lightning_gap.monge.maps.mlp import MLP
 from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.maps.semidual import semidual
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.maps.structured import StructuredMap
@@ -24,4 +25,5 @@ __all__ = [
     "StructuredMap",
     "TransportMap",
     "conservativity",
+    "semidual",
 ]

@@ -5,19 +5,23 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_gap.checks import check_choice
+from lightning_gap.monge.maps.affine import affine_of_labels, affinely, for_each_label
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
+from lightning_gap.monge.maps.energy_fit import energy_gain, fit_energy, held_out_images
 from lightning_gap.monge.maps.fitting import fit_images
+from lightning_gap.monge.maps.hold_out import hold_out
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
 from lightning_gap.monge.maps.potential import PotentialGradient
 from lightning_gap.monge.maps.starts import PlanStart, Start, StartPair, affine_start, check_start, fit_steps
-from lightning_gap.monge.ot.costs import Cost, SqEuclidean
+from lightning_gap.monge.ot.costs import Cost, Euclidean, SqEuclidean
 
 __all__ = ["StartedMap", "TransportMap"]
 
-_PLAN_LR = 2e-3
+_PLAN_LR, _WARM_UP = 1e-3, 100
+# Images of a plan are noisy, and weights that decay do not follow the noise. A distance's are less smooth.
+_DECAY, _DECAY_OF_DISTANCES = 3.0, 1.0
 
 
 class TransportMap(nn.Module):
@@ -116,6 +120,9 @@ class StartedMap(TransportMap):
 
     offset: Tensor
     matrix: Tensor
+    center: Tensor
+    scale: Tensor
+    image_scale: Tensor
     started: Tensor
 
     def __init__(
@@ -135,9 +142,18 @@ class StartedMap(TransportMap):
         if start != "identity":
             # A number: callbacks that average weights average buffers too, and truth values have no average.
             self.register_buffer("started", torch.zeros(()))
-            self.register_buffer("offset", torch.zeros(dim))
+            self.register_buffer("offset", self._for_each_label(torch.zeros(dim)))
         if start in ("gaussian", "plan"):
-            self.register_buffer("matrix", self.matrix_at_identity())
+            self.register_buffer("matrix", self._for_each_label(self.matrix_at_identity()))
+        if start == "plan":
+            self.register_buffer("center", torch.zeros(dim))
+            self.register_buffer("scale", torch.ones(()))
+            self.register_buffer("image_scale", torch.ones(()))
+        if self.num_conditions is not None:
+            nn.Module.register_load_state_dict_pre_hook(self, for_each_label)
+
+    def _for_each_label(self, one: Tensor) -> Tensor:
+        return one if self.num_conditions is None else one.expand(self.num_conditions, *one.shape).clone()
 
     def matrix_at_identity(self) -> Tensor:
         """Return the matrix with which the map is the identity."""
@@ -166,22 +182,53 @@ class StartedMap(TransportMap):
         parts = check_start(self, source, target, pairs, each=with_plan)
         cost = self.made_for or cost or SqEuclidean()
         affine = self.starts_at
-        if with_plan:  # the translation is optimal for every cost h(x - y)
-            affine = "gaussian" if isinstance(cost, SqEuclidean) else "mean"
-        matrix, offset = self.affine_term(*affine_start(affine, source, target))
-        targets = self.plan_start.targets(parts, cost) if with_plan else None
-        self.offset.copy_(offset)
-        if matrix is not None:
-            self.matrix.copy_(matrix)
-        if targets is not None:
-            fit_images(self, targets, steps=fit_steps(self.plan_start.steps, len(targets.points)), lr=_PLAN_LR)
+        if with_plan:
+            affine = "gaussian" if self.made_for is None or isinstance(cost, SqEuclidean) else "mean"
+        terms = [affine_start(affine, source, target)]
+        if self.num_conditions is not None:
+            own = parts if with_plan or not pairs else check_start(self, source, target, pairs)
+            labelled = [part for part in own if part.condition is not None]
+            terms = affine_of_labels(affine, labelled, self.num_conditions, terms[0])
+        found = [self.affine_term(*term) for term in terms]
+        self.offset.copy_(torch.stack([offset for _, offset in found]).view_as(self.offset))
+        matrices = [matrix for matrix, _ in found if matrix is not None]
+        if matrices:
+            self.matrix.copy_(torch.stack(matrices).view_as(self.matrix))
+        if with_plan:
+            for name, samples in (("center", source), ("scale", source), ("image_scale", target)):
+                own_unit, mean = getattr(self, name), samples.double().mean(0)
+                spread = (samples.double() - mean).square().mean().sqrt()
+                own_unit.copy_(mean if name == "center" else torch.where(spread > 0, spread, 1))
+            self._fit_plan(parts, cost)
         self.started.fill_(1)
+
+    def _fit_plan(self, parts: Sequence[StartPair], cost: Cost) -> None:
+        """Fit the network to plans and then to the target, where held-out samples tell this from the affine term."""
+        split = [hold_out(part) for part in parts]
+        told = [(held, rest) for held, rest in split if held is not None]
+        if not told:
+            return
+        held, rests = [held for held, _ in told], [rest for _, rest in told]
+        before, affine = [p.detach().clone() for p in self.parameters()], held_out_images(self, held)
+        targets = self.plan_start.targets(rests, cost)
+        steps = fit_steps(self.plan_start.steps, len(targets.points))
+        decay = _DECAY_OF_DISTANCES if isinstance(cost, Euclidean) else _DECAY
+        fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP, weight_decay=decay)
+        fit_energy(self, rests, held, cost)
+        gain, error = energy_gain(affine, held_out_images(self, held), held)
+        if not gain > error:
+            for p, kept in zip(self.parameters(), before, strict=True):
+                p.copy_(kept)
+
+    def in_units(self, x: Tensor) -> Tensor:
+        """Return samples about the source's mean, in units of its scale, for a network that starts at a plan."""
+        return ((x - self.center) / self.scale).to(x.dtype) if self.starts_at == "plan" else x
 
     def affine_term(self, A: Tensor | None, b: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return matrix and offset with which the map starts at ``A x + b``, or at ``x + b`` where A is ``None``."""
         return A, b
 
-    def affine(self, x: Tensor) -> Tensor:
-        """Return the matrix times ``x`` plus the offset, in full precision under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.matrix.dtype), self.matrix, self.offset).to(x.dtype)
+    def affine(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the matrix times ``x``, if there is one, plus the offset, in full precision under autocast."""
+        label = condition if self.num_conditions is not None else None
+        return affinely(x, None if self.starts_at == "mean" else self.matrix, self.offset, label)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gap.checks import check_choice, renamed
+from lightning_gap.checks import check_choice, check_integer, renamed
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.conjugate import conjugate_point
 from lightning_gap.monge.maps.fitting import fit_images
+from lightning_gap.monge.maps.hold_out import choose_share, held_samples, hold_out
+from lightning_gap.monge.maps.semidual import fit_semidual
 from lightning_gap.monge.maps.starts import BrenierStart, PlanStart, PlanTargets, StartPair, check_start, fit_steps
 from lightning_gap.monge.ot.costs import Cost, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
@@ -21,8 +23,8 @@ __all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
 _PLAN_LR, _WARM_UP, _LEAST_STEPS = 3e-2, 100, 400
-# Of the inverse: rows whose Hessians are held at once, and most steps.
-_ROWS, _NEWTON_STEPS = 2048, 50
+# Of the inverse: entries of Hessians that are held at once, and most steps.
+_ENTRIES, _NEWTON_STEPS = 2**23, 50
 
 
 class BrenierMap(TransportMap):
@@ -58,6 +60,7 @@ class BrenierMap(TransportMap):
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
+        finish_steps: Steps by the semi-dual after it.
         plan_epsilon: Old name of ``plan_relative_epsilon``.
 
     Raises:
@@ -80,6 +83,8 @@ class BrenierMap(TransportMap):
     scale: Tensor
     image_center: Tensor
     image_scale: Tensor
+    linear: Tensor
+    share: Tensor
     started: Tensor
 
     def __init__(
@@ -87,18 +92,21 @@ class BrenierMap(TransportMap):
         dim: int,
         hidden: Sequence[int] = (64, 64, 64),
         *,
-        start: BrenierStart = "gaussian",
+        start: BrenierStart = "plan",
         plan_relative_epsilon: float = 0.002,
         plan_samples: int = 16_384,
         plan_steps: int = 3000,
         plan_draws: int = 1,
+        finish_steps: int = 600,
         plan_epsilon: float | None = None,
     ) -> None:
         check_choice("start", start, get_args(BrenierStart))
         share = renamed("plan_epsilon", "plan_relative_epsilon", plan_epsilon, None)
         share = plan_relative_epsilon if share is None else share
         self.plan_start = PlanStart(share, plan_samples, plan_steps, plan_draws)
-        super().__init__(dim, hidden, "softplus", start=start, **self.plan_start.hparams)
+        self.finish_steps = check_integer("finish_steps", finish_steps, least=0)
+        options = {**self.plan_start.hparams, "finish_steps": finish_steps}
+        super().__init__(dim, hidden, "softplus", start=start, **options)
         widths = list(hidden)
         if not widths:
             raise ValueError("a convex potential needs at least one hidden layer, got hidden=(): write hidden=(64, 64)")
@@ -119,7 +127,20 @@ class BrenierMap(TransportMap):
         for prefix in ("", "image_"):
             self.register_buffer(f"{prefix}center", torch.zeros(dim))
             self.register_buffer(f"{prefix}scale", torch.ones(()))
+        # The Gaussian map, and how much of the map is the network's rather than that.
+        self.register_buffer("linear", torch.eye(dim))
+        self.register_buffer("share", torch.ones(()))
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in ("linear", "share"):  # which older states have not: there the network is the map
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    @property
+    def plan_relative_epsilon(self) -> float:
+        """Regularization of the plan, as a share of the mean cost."""
+        return self.plan_start.relative_epsilon
 
     @property
     def plan_epsilon(self) -> float:
@@ -139,8 +160,10 @@ class BrenierMap(TransportMap):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
-        image = self._gradient((x - self.center) / self.scale)
-        return (self.image_scale * image + self.image_center).to(x.dtype)
+        image = self.image_scale * self._gradient((x - self.center) / self.scale) + self.image_center
+        return (
+            self.share * image + (1 - self.share) * (F.linear(x - self.center, self.linear) + self.image_center)
+        ).to(x.dtype)
 
     def potential(self, x: Tensor) -> Tensor:
         r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
@@ -151,14 +174,20 @@ class BrenierMap(TransportMap):
         Returns:
             ``(...)`` values, differentiable in the samples and in the weights.
         """
+        return self.centred_potential(x) + x @ self.image_center
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\psi(x) - \langle m_\nu, x \rangle` up to a constant, which is small where means are large."""
         self.inputs(x, None)
-        u = (x - self.center) / self.scale
+        off = x - self.center
+        u = off / self.scale
         skips = (F.linear(u, self.squares).square() + F.linear(u, self.slopes, self.biases)).split(self.widths, dim=-1)
         z = F.softplus(skips[0])
         for raw, skip in zip(self.mixing, skips[1:], strict=True):
             z = F.softplus(F.linear(z, F.softplus(raw)) + skip)
         value = z @ F.softplus(self.last) + F.softplus(self.curvature) / 2 * u.square().sum(-1) + u @ self.offset
-        return self.scale * self.image_scale * value + x @ self.image_center
+        gaussian = (F.linear(off, self.linear) * off).sum(-1) / 2
+        return self.share * self.scale * self.image_scale * value + (1 - self.share) * gaussian
 
     def hessian(self, x: Tensor) -> Tensor:
         r"""Return the Jacobian of the map, the potential's Hessian, which is symmetric and positive definite.
@@ -194,7 +223,7 @@ class BrenierMap(TransportMap):
             hessian = hessian + 2 * own.mT @ (inner[..., None] * own)
             if k:
                 outer = inner @ mixing[k - 1]
-        return self.image_scale / self.scale * hessian
+        return self.share * self.image_scale / self.scale * hessian + (1 - self.share) * self.linear
 
     @property
     def target_scale(self) -> float:
@@ -217,7 +246,8 @@ class BrenierMap(TransportMap):
         if start is None:
             start = (y - self.image_center) / self.image_scale * self.scale + self.center
         within = tolerance * float(self.image_scale)
-        parts = zip(y.split(_ROWS), start.split(_ROWS), strict=True)
+        rows = max(1, _ENTRIES // self.dim**2)
+        parts = zip(y.split(rows), start.split(rows), strict=True)
         found = [
             conjugate_point(self, self.hessian, part, begin, tolerance=within, max_iterations=_NEWTON_STEPS)[0]
             for part, begin in parts
@@ -274,17 +304,26 @@ class BrenierMap(TransportMap):
         """
         if self.starts_at == "identity" or bool(self.started):
             return
-        parts = check_start(self, source, target, pairs)
-        with_plan = self.starts_at == "plan"
-        targets = self.plan_start.targets(parts, SqEuclidean()) if with_plan else None
-        self._set_units(source, target)
-        # A fit to the Gaussian map comes first, so that the plan's need not start far away.
+        (pair,) = check_start(self, source, target, pairs)
         A, b = gaussian_map(source, target, shrinkage="auto")
+        self._set_units(source, target)
+        held, rest = hold_out(pair) if self.starts_at == "plan" else (None, pair)
+        # A fit to the Gaussian map comes first, so that the plan's need not start far away.
         gaussian = PlanTargets(source, source.double() @ A + b, None)
-        fit_images(self, gaussian, steps=_GAUSSIAN_STEPS, lr=_GAUSSIAN_LR, warm_up=_WARM_UP)
-        if targets is not None:
+        with torch.no_grad():
+            self.linear.copy_(A)
+        if held is None and self.starts_at == "plan":
+            with torch.no_grad():  # so few samples tell no more
+                self.share.zero_()
+        else:
+            fit_images(self, gaussian, steps=_GAUSSIAN_STEPS, lr=_GAUSSIAN_LR, warm_up=_WARM_UP)
+        if held is not None:
+            targets = self.plan_start.targets([rest], SqEuclidean())
             steps = fit_steps(self.plan_start.steps, len(targets.points), least=_LEAST_STEPS)
             fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
+            seen = held_samples(held)
+            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=self.finish_steps)
+            choose_share(self, seen)
         self.started.fill_(1)
 
     @torch.no_grad()

@@ -56,9 +56,9 @@ class ConditionalMap(ResidualMLP):
         condition_dim: int | None = None,
         embedding_dim: int = 32,
         start: Start = "identity",
-        plan_relative_epsilon: float = 0.005,
+        plan_relative_epsilon: float = 0.01,
         plan_samples: int = 16_384,
-        plan_steps: int = 3000,
+        plan_steps: int = 1500,
         plan_draws: int = 1,
         conditions: int | None = None,
     ) -> None:

@@ -14,7 +14,9 @@ _BATCH, _HELD_BACK, _LOOKS = 512, 0.1, 20
 _FEW = 50
 
 
-def fit_images(net: nn.Module, targets: PlanTargets, *, steps: int, lr: float, warm_up: int = 0) -> None:
+def fit_images(
+    net: nn.Module, targets: PlanTargets, *, steps: int, lr: float, warm_up: int = 0, weight_decay: float = 0.0
+) -> None:
     """Fit a map to images by least squares, and leave it with the weights that were best on rows held back.
 
     Adam with a cosine decay, on random rows; a generator of its own draws them. Where the map is best before the first
@@ -51,7 +53,7 @@ def fit_images(net: nn.Module, targets: PlanTargets, *, steps: int, lr: float, w
     with torch.inference_mode(False), torch.enable_grad():
         weights = [p.detach().clone() for p in parameters]
         best = look(math.inf) if len(held) else 0.0
-        optimizer = torch.optim.Adam(parameters, lr=lr)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
         for step in range(steps):
             rate = lr * min(1, (step + 1) / (warm_up + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = rate

@@ -253,7 +253,7 @@ def _krylov_step(x: Tensor, images: Tensor, missing: Tensor, damping: Tensor) ->
 def affine_guess(net: nn.Module, y: Tensor) -> Tensor | None:
     """Return the preimages under the affine term at which a map has started; ``None`` where it has none."""
     offset, matrix = getattr(net, "offset", None), getattr(net, "matrix", None)
-    if offset is None or not isinstance(net, ResidualMLP | StructuredMap):
+    if offset is None or offset.dim() != 1 or not isinstance(net, ResidualMLP | StructuredMap):
         return None
     if matrix is None:
         return y + net.cost.grad_h_conjugate(offset.to(y)) if isinstance(net, StructuredMap) else y - offset.to(y)

@@ -53,9 +53,9 @@ class ResidualMLP(StartedMap):
         activation: Activation = "gelu",
         *,
         start: Start = "identity",
-        plan_relative_epsilon: float = 0.005,
+        plan_relative_epsilon: float = 0.01,
         plan_samples: int = 16_384,
-        plan_steps: int = 3000,
+        plan_steps: int = 1500,
         plan_draws: int = 1,
     ) -> None:
         plan = PlanStart(plan_relative_epsilon, plan_samples, plan_steps, plan_draws)
@@ -68,7 +68,11 @@ class ResidualMLP(StartedMap):
 
     def moved(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """Return the affine term plus the network's displacement."""
-        displacement: Tensor = self.displacement(*self.inputs(x, condition))
+        x, *others = self.inputs(x, condition)
+        displacement: Tensor = self.displacement(self.in_units(x), *others)
+        if self.starts_at == "plan":
+            displacement = self.image_scale.to(displacement.dtype) * displacement
         if self.starts_at == "identity":
             return x + displacement
-        return (x + self.offset if self.starts_at == "mean" else self.affine(x)) + displacement
+        affine = self.affine(x, condition)
+        return (x + affine if self.starts_at == "mean" else affine) + displacement

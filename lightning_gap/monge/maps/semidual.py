@@ -13,10 +13,13 @@ __all__ = [
     "semidual_values",
 ]  # fmt: skip
 
-_BATCH, _LOOKS, _PATIENCE, _WARM_UP = 1024, 12, 4, 50
+_LOOKS, _WARM_UP = 12, 50
+# In few dimensions the noise of steps is what is left; in many, Hessians take time.
+_LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 2048, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
-_BLOCK = 4096
+_BLOCK = 4096  # rows of products with all points
+_ENTRIES = 2**25  # of Hessians at once
 
 
 class ConvexMap(Protocol):
@@ -25,8 +28,11 @@ class ConvexMap(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Return the gradient."""
 
-    def potential(self, x: Tensor) -> Tensor:
-        """Return the potential."""
+    center: Tensor
+    image_center: Tensor
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        """Return the potential less its part along the target's center, up to a constant."""
 
     def hessian(self, x: Tensor) -> Tensor:
         """Return its Hessians."""
@@ -48,13 +54,15 @@ class HeldOutSamples(NamedTuple):
 
 
 class SemidualValues(NamedTuple):
-    """The potential at each source sample, and its conjugate at each target sample."""
+    """The centred potential at each source sample, and its conjugate at each target sample."""
 
     potential: Tensor
     conjugate: Tensor
 
 
-def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = None) -> Tensor:
+def semidual(
+    net: ConvexMap, x: Tensor, y: Tensor, *, weights: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Tensor:
     r"""Return the semi-dual of a convex potential, which the optimal one alone makes least.
 
     .. math::
@@ -69,7 +77,7 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         net: The map, with its potential and its inverse.
         x: ``(n, d)`` source samples.
         y: ``(m, d)`` target samples.
-        points: ``(m, d)`` points near those where the conjugate is attained; from the batch's own by default.
+        weights: ``(n,)`` and ``(m,)`` weights of the means; uniform by default.
 
     Returns:
         A scalar, differentiable in the weights (by the envelope theorem).
@@ -84,26 +92,34 @@ def semidual(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = No
         >>> bool((loss - 2 * x.square().sum(1).mean()).abs() < 0.1)
         True
     """
-    start = _nearest(net, x, y) if points is None else points
-    found = _conjugate_points(net, y, start, tolerance=_TRAINED, steps=20)[0]
-    return net.potential(x).mean() + ((found * y).sum(-1) - net.potential(found)).mean()
+    found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
+    # Large means make large values: they are put back in double.
+    c, d = net.center.double(), net.image_center.double()
+    values = net.centred_potential(x) + x.double() @ d, _conjugate(net, y, found) + y.double() @ c - c @ d
+    means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
+    return means[0] + means[1]
+
+
+def _conjugate(net: ConvexMap, y: Tensor, points: Tensor) -> Tensor:
+    """Return the conjugate of the centred potential, which is attained at the points."""
+    return ((points - net.center) * (y - net.image_center)).sum(-1) - net.centred_potential(points)
 
 
 @torch.no_grad()
 def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
     """Return for each y the one of the points x at which its conjugate is greatest."""
-    values = net.potential(x)
-    best = [(part @ x.mT - values).argmax(1) for part in y.split(_BLOCK)]
+    values, off = net.centred_potential(x), x - net.center
+    best = [((part - net.image_center) @ off.mT - values).argmax(1) for part in y.split(_BLOCK)]
     return x[torch.cat(best)]
 
 
 def _conjugate_points(
     net: ConvexMap, y: Tensor, start: Tensor, *, tolerance: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    within = tolerance * net.target_scale
+    within, rows = tolerance * net.target_scale, max(1, _ENTRIES // y.shape[1] ** 2)
     parts = [
         conjugate_point(net, net.hessian, target, begin, tolerance=within, max_iterations=steps)
-        for target, begin in zip(y.split(_BLOCK), start.split(_BLOCK), strict=True)
+        for target, begin in zip(y.split(rows), start.split(rows), strict=True)
     ]
     return torch.cat([found for found, _ in parts]), torch.cat([residual for _, residual in parts])
 
@@ -113,7 +129,7 @@ def semidual_values(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | No
     """Return the potential and its conjugate at each of the samples, whose means make the semi-dual."""
     start = net.inverse(y, tolerance=_EXACT) if points is None else points
     found = _conjugate_points(net, y, start, tolerance=_EXACT, steps=30)[0]
-    return SemidualValues(net.potential(x), (found * y).sum(-1) - net.potential(found))
+    return SemidualValues(net.centred_potential(x), _conjugate(net, y, found))
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -146,17 +162,20 @@ def fit_semidual(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     held: HeldOutSamples | None = None,
     steps: int,
-    lr: float,
-    batch: int = _BATCH,
+    lr: float | None = None,
+    batch: int | None = None,
 ) -> None:
-    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep the weights that held-out ones favour.
+    """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep what held-out ones favour.
 
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
-    is drawn again. Random rows come from a generator of its own. Where held-out samples do not get better for a third
-    of the looks at them, it ends.
+    is drawn again. Random rows come from a generator of its own.
     """
     parameters = [p for p in net.parameters() if p.requires_grad]
-    like = parameters[0]
+    like, dim = parameters[0], x.shape[1]
+    lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
+    batch = _default_batch(dim) if batch is None else batch
+    if held is not None:
+        held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
     x, y = x.detach().to(like), y.detach().to(like)
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +188,7 @@ def fit_semidual(
         assert held is not None
         assert seen is not None
         seen = _conjugate_points(convex, held.target, seen, tolerance=_EXACT, steps=20)[0]
-        values = SemidualValues(convex.potential(held.source), (seen * held.target).sum(-1) - convex.potential(seen))
+        values = SemidualValues(convex.centred_potential(held.source), _conjugate(convex, held.target, seen))
         return mean_semidual(values, held)
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -179,13 +198,13 @@ def fit_semidual(
             with torch.no_grad():
                 best = score()
         optimizer = torch.optim.Adam(parameters, lr=lr)
-        every, waited = max(1, steps // _LOOKS), 0
+        every = max(1, steps // _LOOKS)
         for step in range(steps):
             rate = lr * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = rate
             i, j = (_rows(side, w, batch, generator) for side, w in zip((x, y), weights, strict=True))
             points[j] = _conjugate_points(convex, y[j], points[j], tolerance=_TRAINED, steps=2)[0]
-            loss = (convex.potential(x[i]).mean() - convex.potential(points[j]).mean()) / unit
+            loss = (convex.centred_potential(x[i]).mean() - convex.centred_potential(points[j]).mean()) / unit
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()
@@ -193,18 +212,20 @@ def fit_semidual(
                 continue
             with torch.no_grad():
                 now = score()
-                waited += 1
                 if now < best:
-                    best, waited = now, 0
+                    best = now
                     for keep, p in zip(kept, parameters, strict=True):
                         keep.copy_(p)
-            if waited >= _PATIENCE:
-                break
         with torch.no_grad():
             for keep, p in zip(kept, parameters, strict=True):
                 p.grad = None
                 if held is not None:
                     p.copy_(keep)
+
+
+def _default_batch(dim: int) -> int:
+    """Return the size of a step: samples are cheap in few dimensions, and noise is what is left to lose."""
+    return max(_LEAST_BATCH, min(_BATCH, max(4 * _BATCH // dim, min(_BATCH // 4, 8 * _BATCH // dim))))
 
 
 def _rows(points: Tensor, weights: Tensor | None, batch: int, generator: torch.Generator) -> Tensor:

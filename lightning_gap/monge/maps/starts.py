@@ -26,7 +26,7 @@ BrenierStart = Literal["identity", "gaussian", "plan"]
 
 _PLAN_TOLERANCE = 1e-2
 # Of the square that is added to a distance, as a share of its value at the mean distance.
-TIE_BREAK = 0.3
+TIE_BREAK = 0.5
 
 
 class StartPair(NamedTuple):

@@ -137,7 +137,7 @@ class StructuredMap(StartedMap):
         """Map ``(n, d)`` samples, under their conditions if the map is conditional, to ``(n, d)`` samples."""
         w = self.field(*self.inputs(x, condition)).to(x.dtype)
         if self.starts_at != "identity":
-            w = w + (self.offset if self.starts_at == "mean" else self.affine(x))
+            w = w + self.affine(x, condition)
         return x - self._displacement(w)
 
     def _displacement(self, w: Tensor) -> Tensor:

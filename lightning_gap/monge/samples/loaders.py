@@ -191,6 +191,11 @@ class PreparedDataModule(LightningDataModule):
         """
         return NumberedLoader(self._prepared.predicted, batch_size=self.eval_batch_size, generator=own_randomness())
 
+    @property
+    def training_sizes(self) -> list[int]:
+        """Numbers of training samples of the sides and conditions that are finite."""
+        return self._prepared.sizes
+
     def _replicas(self) -> tuple[int, int]:
         return (data_parallel_size(self.trainer), data_parallel_rank(self.trainer)) if self.trainer else (1, 0)
 

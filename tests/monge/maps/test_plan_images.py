@@ -35,7 +35,7 @@ def test_on_the_samples_means_are_those_of_the_plan(name):
 @pytest.mark.parametrize("cost", ["pnorm(p=1.5)", "pnorm(p=3)", "sqpnorm(p=1.5)", "elastic(lam=0.3)"])
 def test_the_image_is_the_map_of_the_plans_potential(cost):
     cost = resolve(cost)
-    x, result = solved(cost)
+    _, result = solved(cost)
     plan, points = half_plan(result), normal(5, 3, seed=2).requires_grad_()
     exponents = (plan.potential - cost.pairwise(points, plan.points)) / plan.epsilon + plan.weights.log()
     potential = -plan.epsilon * exponents.logsumexp(1)

@@ -1,0 +1,126 @@
+"""What a MongeMap takes where it was not told: the map, the loss, the weight of the gap and the learning rate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_gap.monge.checkpoint import describe
+from lightning_gap.monge.maps.brenier import BrenierMap
+from lightning_gap.monge.maps.conditional import ConditionalMap
+from lightning_gap.monge.maps.residual import ResidualMLP
+from lightning_gap.monge.maps.sphere import SphereMap
+from lightning_gap.monge.objective import FittingLoss
+from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
+
+if TYPE_CHECKING:
+    from lightning_gap.monge.module import MongeMap
+
+__all__ = ["GivenTerms", "Recipe", "cosine_over_run", "default_map", "recipe_for", "say_choice", "take_recipe"]
+
+# From so many dimensions on a convex network costs more than it finds; and no plan tells what samples do not.
+_MOST_DIMENSIONS = 128
+_PASSES = 20  # over the training samples, at most, before the default learning rate has decayed
+
+
+class Recipe(NamedTuple):
+    """How a map is trained by default."""
+
+    fitting_loss: FittingLoss
+    gap_weight: float
+    lr: float
+    decays: bool
+
+
+class GivenTerms(NamedTuple):
+    """Which terms of the training were given, and what was given that only some losses heed."""
+
+    fitting_loss: bool
+    gap_weight: bool
+    optimizer: bool
+    sinkhorn: bool
+    reference: bool
+    reweight: bool
+
+
+def default_map(
+    dim: int, cost: Cost, hidden: Sequence[int] | None, *, labels: int = 0, vectors: int | None = None
+) -> nn.Module:
+    """Return the network for samples of a dimension, a cost, and conditions that are labels or vectors of a length."""
+    widths = tuple(hidden or (128, 128, 128))
+    if isinstance(cost, Geodesic):
+        kinds = {"condition_dim": vectors} if vectors else {"num_conditions": labels or None}
+        return SphereMap(dim, widths, **kinds)
+    start: Any = "plan" if dim <= _MOST_DIMENSIONS else "gaussian"
+    if vectors is not None:
+        return ConditionalMap(dim, widths, condition_dim=vectors, start=start)
+    if labels:
+        return ConditionalMap(dim, widths, num_conditions=labels, start=start)
+    if isinstance(cost, SqEuclidean) and start == "plan":
+        return BrenierMap(dim, hidden or (64, 64, 64), start=start)
+    return ResidualMLP(dim, widths, start=start)
+
+
+def recipe_for(net: nn.Module | None, cost: Cost, given: GivenTerms, *, chosen: bool) -> Recipe:
+    """Return the recipe for a network, which was ``chosen`` by this package or else given."""
+    if isinstance(net, BrenierMap) and isinstance(cost, SqEuclidean):
+        by_dual = not (given.sinkhorn or given.reweight)
+        recipe = Recipe("semidual" if by_dual else "energy", 0.0, 1e-3, decays=True)
+    elif chosen or getattr(net, "starts_at", None) == "plan":
+        recipe = Recipe("energy", 0.1, 1e-3, decays=True)
+    else:
+        recipe = Recipe("sinkhorn", 1.0, 1e-3, decays=False)
+    if given.sinkhorn:  # an argument that only this loss heeds
+        recipe = recipe._replace(fitting_loss="sinkhorn")
+    if given.reference:
+        recipe = recipe._replace(gap_weight=max(recipe.gap_weight, 0.1))
+    return recipe._replace(decays=recipe.decays and not given.optimizer)
+
+
+def take_recipe(model: "MongeMap") -> None:
+    """Give a model whose map has been chosen by its data the terms that were left open."""
+    recipe = recipe_for(model.map, model.cost, model.given, chosen=True)
+    if not model.given.fitting_loss:
+        model.objective = replace(model.objective, fitting_loss=recipe.fitting_loss)
+        model.hparams["fitting_loss"] = recipe.fitting_loss
+    if not model.given.gap_weight:
+        model.gap_weight = model.hparams["gap_weight"] = recipe.gap_weight
+    if not model.given.optimizer:
+        model.optimizer, model.decays = partial(Adam, lr=recipe.lr), recipe.decays
+        model.hparams["optimizer"] = describe(model.optimizer)
+
+
+def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | None:
+    """Return a decay along a cosine over the run, or over the passes after which it has no more to learn."""
+    if not model.decays:
+        return None
+    total = float(model.trainer.estimated_stepping_batches)
+    data = getattr(model.trainer, "datamodule", None)
+    sizes, batch = getattr(data, "training_sizes", None), getattr(data, "batch_size", None)
+    if sizes and batch and not getattr(data, "endless", False):
+        total = min(total, math.ceil(_PASSES * max(sizes) / batch))
+    if not math.isfinite(total) or total < 1:
+        return None
+    return LambdaLR(optimizer, partial(_cosine, total=total))
+
+
+def _cosine(step: int, *, total: float) -> float:
+    return (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+
+
+def say_choice(model: "MongeMap") -> None:
+    """Say in a line what was chosen."""
+    net = model.map
+    start = getattr(net, "starts_at", None)
+    loss = model.objective.fitting_loss
+    rank_zero_info(
+        f"MongeMap chose {type(net).__name__}" + (f"(start={start!r})" if start else "")
+        + f" for the cost {model.cost} in {getattr(net, 'dim', '?')} dimensions, fitting_loss={loss!r}, "
+        f"gap_weight={model.gap_weight}: give map=, fitting_loss=, gap_weight= for others"
+    )  # fmt: skip
