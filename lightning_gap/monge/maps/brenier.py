@@ -25,6 +25,7 @@ _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
 _PLAN_LR, _WARM_UP, _LEAST_STEPS = 3e-2, 100, 400
 # Of the inverse: entries of Hessians that are held at once, and most steps.
 _ENTRIES, _NEWTON_STEPS = 2**23, 50
+_FEW_DIMENSIONS = 32
 
 
 class BrenierMap(TransportMap):
@@ -60,7 +61,7 @@ class BrenierMap(TransportMap):
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
-        finish_steps: Steps by the semi-dual after it.
+        finish_steps: Steps by the semi-dual after it; in more than 32 dimensions, where Hessians take time, fewer.
         plan_epsilon: Old name of ``plan_relative_epsilon``.
 
     Raises:
@@ -322,7 +323,8 @@ class BrenierMap(TransportMap):
             steps = fit_steps(self.plan_start.steps, len(targets.points), least=_LEAST_STEPS)
             fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
             seen = held_samples(held)
-            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=self.finish_steps)
+            steps = math.ceil(self.finish_steps * min(1, _FEW_DIMENSIONS / self.dim))
+            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=steps)
             choose_share(self, seen)
         self.started.fill_(1)
 
