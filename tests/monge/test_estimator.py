@@ -126,9 +126,7 @@ def test_images_do_not_depend_on_the_samples_beside_them(dtype):
 def test_in_pipelines_and_model_selection():
     pipeline = make_pipeline(StandardScaler(), MongeMapTransformer(**QUICK))
     assert pipeline.fit(X[:60], Y).transform(X).shape == X.shape
-    search = GridSearchCV(
-        MongeMapTransformer(**QUICK), {"n_components": [1, 3]}, cv=2, error_score="raise"
-    )
+    search = GridSearchCV(MongeMapTransformer(**QUICK), {"n_components": [1, 3]}, cv=2, error_score="raise")
     search.fit(X[:60], Y)
     assert search.best_params_ == {"n_components": 3}
 
@@ -153,7 +151,7 @@ def test_options_reach_the_map():
         ({"learning_rate": 0}, Y, "learning_rate must be positive, got 0"),
         ({"gap_weight": -1}, Y, "gap_weight must be a finite number of at least 0"),
         ({"cost": "euclid"}, Y, "unknown cost"),
-        ({}, np.ones((5, 3)), "fitting_epsilon cannot be decided"),
+        ({"fitting_cost": "euclidean"}, np.ones((5, 3)), "fitting_epsilon cannot be decided"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(options, y, message):

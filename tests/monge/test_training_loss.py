@@ -249,7 +249,15 @@ def test_samples_are_encoded_and_images_decoded():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fitting_loss": "mmd"}, ValueError, "fitting_loss must be one of sinkhorn, energy, semidual, or a function, got 'mmd'"),
+        (
+            {"fitting_loss": "mmd"},
+            ValueError,
+            "fitting_loss must be one of sinkhorn, energy, semidual, or a function, got 'mmd'",
+        ),
+            {"fitting_loss": "mmd"},
+            ValueError,
+            "fitting_loss must be one of sinkhorn, energy, semidual, or a function, got 'mmd'",
+        ),
         ({"reweight": True}, ValueError, "reweight=True needs rho"),
         ({"rho": 1.0, "fitting_loss": "energy"}, ValueError, "rho softens .* Sinkhorn divergence only"),
         ({"gap_on": "reference"}, ValueError, "gap_on='reference' needs gap_reference"),

@@ -29,8 +29,8 @@ class Terms(NamedTuple):
     """Divergences and gaps that were solved together.
 
     Attributes:
-        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell, or none
-            was asked.
+        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell, or there
+            is none.
         converged: Whether all of them reached the tolerance.
     """
 
