@@ -11,21 +11,28 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import describe
 from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.maps.conditional import ConditionalMap
 from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.objective import FittingLoss
-from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
+from lightning_gap.monge.ot.costs import Cost, Euclidean, Geodesic, SqEuclidean
+from lightning_gap.monge.ot.epsilon import Weighted
+from lightning_gap.trainer.strategy import from_rank_zero
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
-__all__ = ["GivenTerms", "Recipe", "cosine_over_run", "default_map", "recipe_for", "say_choice", "take_recipe"]
+__all__ = [
+    "GivenTerms", "Recipe", "cosine_over_run", "decide_weight", "default_map", "recipe_for", "say_choice",
+    "take_recipe",
+]  # fmt: skip
 
 # From so many dimensions on a convex network costs more than it finds; and no plan tells what samples do not.
 _MOST_DIMENSIONS = 128
+_FEW = 1024  # samples of each side that tell the scale of costs
 _PASSES = 20  # over the training samples, at most, before the default learning rate has decayed
 
 
@@ -112,6 +119,22 @@ def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | No
 
 def _cosine(step: int, *, total: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+
+
+def decide_weight(model: "MongeMap", pairs: Sequence[tuple[Weighted, Weighted]]) -> None:
+    """Make the default weight of the gap one of shares: of what is fitted, for each of what is paid.
+
+    Units of the samples change a cost and the fitting loss by different powers, and the share by none.
+    """
+    recipe = recipe_for(model.map, model.cost, model.given, chosen=model.map_is_chosen)
+    if model.given.gap_weight or not model.map_is_chosen or recipe.gap_weight == 0:
+        return
+    fitted = Euclidean() if model.objective.fitting_loss == "energy" else model.fitting_cost
+    x, y = (on_device(model, side.samples[:_FEW]) for side in pairs[0])
+    paid, unit = model.cost.mean(x, y), fitted.mean(x, y)
+    if paid > 0 and unit > 0 and math.isfinite(unit / paid):
+        weight = float(f"{recipe.gap_weight * unit / paid:.4g}")
+        model.gap_weight = model.hparams["gap_weight"] = from_rank_zero(model.trainer, weight)
 
 
 def say_choice(model: "MongeMap") -> None:

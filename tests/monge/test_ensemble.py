@@ -8,7 +8,8 @@ from monge_runs import FAST, gaussians, samples, small, trainer, weights
 from torch import nn
 
 from lightning_gap import MongeMap
-from lightning_gap.monge import MapEnsemble, ResidualMLP, SphereMap, Trajectory, bootstrap, fit_ensemble
+from lightning_gap.monge import MapEnsemble, ResidualMLP, SphereMap, Trajectory, fit_ensemble
+from lightning_gap.monge.samples.bootstrap import bootstrap
 
 MAKE = partial(MongeMap, hidden=(16,), optimizer=FAST)
 
