@@ -192,6 +192,11 @@ SCIENCE = {
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
     ),
+    "default_maps": Benchmark(
+        "science.default_maps --data DATA",
+        "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",
+        rows=False,
+    ),
     "unseen": Benchmark(
         "science.unseen_conditions sachs kang --data DATA",
         "Conditions that no map was trained on", 30, needs=("data",), page="../real_cells.md", rows=False,
@@ -199,5 +204,13 @@ SCIENCE = {
     "known_maps": Benchmark(
         "science.transport_maps w2 gaussians line sphere --data DATA",
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,
+    ),
+    "w2_maps": Benchmark(
+        "science.w2_maps default --data DATA",
+        "The default map on the Wasserstein-2 pairs", 30, needs=("data",), page="../transport_maps.md", rows=False,
+    ),
+    "known_costs": Benchmark(
+        "science.known_costs",
+        "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False,
     ),
 }  # fmt: skip

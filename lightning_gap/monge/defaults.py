@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import build, describe, described_map
 from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.maps.conditional import ConditionalMap
@@ -18,25 +19,22 @@ from lightning_gap.monge.maps.perceptron import check_widths
 from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.objective import FittingLoss
-from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
+from lightning_gap.monge.ot.costs import Cost, Euclidean, Geodesic, SqEuclidean
+from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.trainer.internals.of_lightning import trainer_if_any
+from lightning_gap.trainer.strategy import from_rank_zero
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
 
 __all__ = [
-    "GivenTerms",
-    "Recipe",
-    "cosine_over_run",
-    "default_map",
-    "recipe_for",
-    "say_choice",
-    "take_recipe",
-    "take_terms_of_checkpoint",
-]
+    "GivenTerms", "Recipe", "cosine_over_run", "decide_weight", "default_map", "recipe_for", "say_choice",
+    "take_recipe", "take_terms_of_checkpoint",
+]  # fmt: skip
 
 # From so many dimensions on a convex network costs more than it finds; and no plan tells what samples do not.
 _MOST_DIMENSIONS = 128
+_FEW = 1024  # samples of each side that tell the scale of costs
 _PASSES = 20  # over the training samples, at most, before the default learning rate has decayed
 
 
@@ -120,15 +118,15 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
         elif isinstance(model.map, ResidualMLP) and model.map.starts_at == "identity":
             net = model.map
         else:  # older ones describe no map that was chosen by the dimension
-            net = ResidualMLP(getattr(model.map, "dim", found.get("dim")), model.hidden or (128, 128, 128))
+            net = ResidualMLP(cast(int, getattr(model.map, "dim", found.get("dim"))), model.hidden or (128, 128, 128))
         if described is not None or set(net.state_dict()) == {n.removeprefix("map.") for n in before}:
             model.map = net.to(model.device)
             model.hparams["map"] = described_map(net)
     if trainer is None:
         return  # the arguments are those of the checkpoint
     loss, weight, optimizer = (found.get(name) for name in ("fitting_loss", "gap_weight", "optimizer"))
-    if not model.given.fitting_loss and isinstance(loss, str):
-        model.objective = replace(model.objective, fitting_loss=loss)
+    if not model.given.fitting_loss and loss in ("sinkhorn", "energy", "semidual"):
+        model.objective = replace(model.objective, fitting_loss=cast(FittingLoss, loss))
         model.hparams["fitting_loss"] = loss
     if not model.given.gap_weight and isinstance(weight, float | int):
         model.gap_weight = model.hparams["gap_weight"] = float(weight)
@@ -153,6 +151,22 @@ def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | No
 
 def _cosine(step: int, *, total: float) -> float:
     return (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+
+
+def decide_weight(model: "MongeMap", pairs: Sequence[tuple[Weighted, Weighted]]) -> None:
+    """Make the default weight of the gap one of shares: of what is fitted, for each of what is paid.
+
+    Units of the samples change a cost and the fitting loss by different powers, and the share by none.
+    """
+    recipe = recipe_for(model.map, model.cost, model.given, chosen=model.map_is_chosen)
+    if model.given.gap_weight or not model.map_is_chosen or recipe.gap_weight == 0:
+        return
+    fitted = Euclidean() if model.objective.fitting_loss == "energy" else model.fitting_cost
+    x, y = (on_device(model, side.samples[:_FEW]) for side in pairs[0])
+    paid, unit = model.cost.mean(x, y), fitted.mean(x, y)
+    if paid > 0 and unit > 0 and math.isfinite(unit / paid):
+        weight = float(f"{recipe.gap_weight * unit / paid:.4g}")
+        model.gap_weight = model.hparams["gap_weight"] = from_rank_zero(model.trainer, weight)
 
 
 def say_choice(model: "MongeMap") -> None:

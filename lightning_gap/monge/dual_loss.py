@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_gap.monge.border import flat
 from lightning_gap.monge.maps.semidual import ConvexMap, semidual
 from lightning_gap.monge.samples.batches import UnpairedBatch
+from lightning_gap.precision import widest
 from lightning_gap.ranks.group import RankGroup
 from lightning_gap.trainer.strategy import holds_whole_weights, strategy_name
 
@@ -59,8 +60,9 @@ def semidual_loss(model: "MongeMap", b: UnpairedBatch, group: RankGroup | None =
     with torch.autocast(x.device.type, enabled=False):
         like = next(model.map.parameters())
         x, y = x.to(like.dtype), y.to(like.dtype)
-        halves = [_mean(points.square().sum(-1) / 2, w) for points, w in zip((x, y), shares, strict=True)]
-        return semidual(net, x, y, weights=(shares[0], shares[1])) - halves[0] - halves[1]
+        wide = widest(x.device)
+        halves = [_mean(points.to(wide).square().sum(-1) / 2, w) for points, w in zip((x, y), shares, strict=True)]
+        return (semidual(net, x, y, weights=(shares[0], shares[1])) - halves[0] - halves[1]).to(x.dtype)
 
 
 def _mean(values: Tensor, shares: Tensor | None) -> Tensor:

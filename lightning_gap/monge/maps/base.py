@@ -205,7 +205,8 @@ class StartedMap(TransportMap):
     def _fit_plan(self, parts: Sequence[StartPair], cost: Cost) -> None:
         """Fit the network to plans and then to the target, where held-out samples tell this from the affine term."""
         split = [hold_out(part) for part in parts]
-        told = [(held, rest) for held, rest in split if held is not None]
+        # A point mass tells no more than the affine term, which sends all to it.
+        told = [(held, rest) for held, rest in split if held and bool((rest.target != rest.target[:1]).any())]
         if not told:
             return
         held, rests = [held for held, _ in told], [rest for _, rest in told]

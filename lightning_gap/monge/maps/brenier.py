@@ -25,6 +25,7 @@ _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
 _PLAN_LR, _WARM_UP, _LEAST_STEPS = 3e-2, 100, 400
 # Of the inverse: entries of Hessians that are held at once, and most steps.
 _ENTRIES, _NEWTON_STEPS = 2**23, 50
+_FEW_DIMENSIONS = 32
 
 
 class BrenierMap(TransportMap):
@@ -60,7 +61,7 @@ class BrenierMap(TransportMap):
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
-        finish_steps: Steps by the semi-dual after it.
+        finish_steps: Steps by the semi-dual after it; in more than 32 dimensions, where Hessians take time, fewer.
         plan_epsilon: Old name of ``plan_relative_epsilon``.
 
     Raises:
@@ -84,7 +85,6 @@ class BrenierMap(TransportMap):
     image_center: Tensor
     image_scale: Tensor
     linear: Tensor
-    shift: Tensor
     share: Tensor
     started: Tensor
 
@@ -130,12 +130,11 @@ class BrenierMap(TransportMap):
             self.register_buffer(f"{prefix}scale", torch.ones(()))
         # The Gaussian map, and how much of the map is the network's rather than that.
         self.register_buffer("linear", torch.eye(dim))
-        self.register_buffer("shift", torch.zeros(dim))
         self.register_buffer("share", torch.ones(()))
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in ("linear", "shift", "share"):  # which older states have not: there the network is the map
+        for name in ("linear", "share"):  # which older states have not: there the network is the map
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -163,7 +162,9 @@ class BrenierMap(TransportMap):
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
         image = self.image_scale * self._gradient((x - self.center) / self.scale) + self.image_center
-        return (self.share * image + (1 - self.share) * F.linear(x, self.linear, self.shift)).to(x.dtype)
+        return (
+            self.share * image + (1 - self.share) * (F.linear(x - self.center, self.linear) + self.image_center)
+        ).to(x.dtype)
 
     def potential(self, x: Tensor) -> Tensor:
         r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
@@ -174,16 +175,20 @@ class BrenierMap(TransportMap):
         Returns:
             ``(...)`` values, differentiable in the samples and in the weights.
         """
+        return self.centred_potential(x) + x @ self.image_center
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\psi(x) - \langle m_\nu, x \rangle` up to a constant, which is small where means are large."""
         self.inputs(x, None)
-        u = (x - self.center) / self.scale
+        off = x - self.center
+        u = off / self.scale
         skips = (F.linear(u, self.squares).square() + F.linear(u, self.slopes, self.biases)).split(self.widths, dim=-1)
         z = F.softplus(skips[0])
         for raw, skip in zip(self.mixing, skips[1:], strict=True):
             z = F.softplus(F.linear(z, F.softplus(raw)) + skip)
         value = z @ F.softplus(self.last) + F.softplus(self.curvature) / 2 * u.square().sum(-1) + u @ self.offset
-        value = self.scale * self.image_scale * value + x @ self.image_center
-        gaussian = (F.linear(x, self.linear) * x).sum(-1) / 2 + x @ self.shift
-        return self.share * value + (1 - self.share) * gaussian
+        gaussian = (F.linear(off, self.linear) * off).sum(-1) / 2
+        return self.share * self.scale * self.image_scale * value + (1 - self.share) * gaussian
 
     def hessian(self, x: Tensor) -> Tensor:
         r"""Return the Jacobian of the map, the potential's Hessian, which is symmetric and positive definite.
@@ -308,7 +313,6 @@ class BrenierMap(TransportMap):
         gaussian = PlanTargets(source, source.double() @ A + b, None)
         with torch.no_grad():
             self.linear.copy_(A)
-            self.shift.copy_(b)
         if held is None and self.starts_at == "plan":
             with torch.no_grad():  # so few samples tell no more
                 self.share.zero_()
@@ -319,7 +323,8 @@ class BrenierMap(TransportMap):
             steps = fit_steps(self.plan_start.steps, len(targets.points), least=_LEAST_STEPS)
             fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
             seen = held_samples(held)
-            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=self.finish_steps)
+            steps = math.ceil(self.finish_steps * min(1, _FEW_DIMENSIONS / self.dim))
+            fit_semidual(self, rest.source, rest.target, weights=rest[-2:], held=seen, steps=steps)
             choose_share(self, seen)
         self.started.fill_(1)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.maps.starts import StartPair
-from lightning_gap.monge.ot.costs import Cost, Geodesic
+from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
 from lightning_gap.monge.ot.minibatch_energy import minibatch_energy_distance
 
 __all__ = ["energy_gain", "fit_energy", "held_out_images"]
@@ -56,7 +56,8 @@ def fit_energy(
     """Take a few steps by the minibatch energy distance, and keep the weights that held-out samples favour."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     like = parameters[0]
-    ground: Cost | str = cost if isinstance(cost, Geodesic) else "sqeuclidean"
+    ground: Cost = cost if isinstance(cost, Geodesic) else SqEuclidean()
+    sizes = [_SHARE * ground.mean(pair.target[:_BATCH].to(like), pair.target[:_BATCH].to(like)) for pair in pairs]
     kept, best = [p.detach().clone() for p in parameters], held_out_images(net, held)
     optimizer, generator = torch.optim.Adam(parameters, lr=_LR), torch.Generator().manual_seed(0)
     steps *= len(pairs)
@@ -68,7 +69,8 @@ def fit_energy(
             x = _batch(pair.source, pair.source_weights, generator).to(like)
             y = _batch(pair.target, pair.target_weights, generator).to(like)
             images = _images(net, x, pair.condition)
-            loss = minibatch_energy_distance(images, y, cost=ground, relative_epsilon=_SHARE, tolerance=1e-2)
+            epsilon = sizes[step % len(pairs)]
+            loss = minibatch_energy_distance(images, y, cost=ground, epsilon=epsilon, tolerance=1e-2)
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.maps.conjugate import conjugate_point
+from lightning_gap.precision import widest
 
 __all__ = [
     "ConvexMap", "HeldOutSamples", "SemidualValues", "difference", "fit_semidual", "mean_semidual", "semidual",
@@ -28,8 +29,11 @@ class ConvexMap(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Return the gradient."""
 
-    def potential(self, x: Tensor) -> Tensor:
-        """Return the potential."""
+    center: Tensor
+    image_center: Tensor
+
+    def centred_potential(self, x: Tensor) -> Tensor:
+        """Return the potential less its part along the target's center, up to a constant."""
 
     def hessian(self, x: Tensor) -> Tensor:
         """Return its Hessians."""
@@ -51,7 +55,7 @@ class HeldOutSamples(NamedTuple):
 
 
 class SemidualValues(NamedTuple):
-    """The potential at each source sample, and its conjugate at each target sample."""
+    """The centred potential at each source sample, and its conjugate at each target sample."""
 
     potential: Tensor
     conjugate: Tensor
@@ -90,16 +94,26 @@ def semidual(
         True
     """
     found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
-    values = net.potential(x), (found * y).sum(-1) - net.potential(found)
+    # Large means make large values: they are put back in double.
+    wide = [part.to(widest(part.device)) for part in (x, y, net.center, net.image_center)]
+    values = (
+        net.centred_potential(x) + wide[0] @ wide[3],
+        _conjugate(net, y, found) + wide[1] @ wide[2] - wide[2] @ wide[3],
+    )
     means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
     return means[0] + means[1]
+
+
+def _conjugate(net: ConvexMap, y: Tensor, points: Tensor) -> Tensor:
+    """Return the conjugate of the centred potential, which is attained at the points."""
+    return ((points - net.center) * (y - net.image_center)).sum(-1) - net.centred_potential(points)
 
 
 @torch.no_grad()
 def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
     """Return for each y the one of the points x at which its conjugate is greatest."""
-    values = net.potential(x)
-    best = [(part @ x.mT - values).argmax(1) for part in y.split(_BLOCK)]
+    values, off = net.centred_potential(x), x - net.center
+    best = [((part - net.image_center) @ off.mT - values).argmax(1) for part in y.split(_BLOCK)]
     return x[torch.cat(best)]
 
 
@@ -119,7 +133,7 @@ def semidual_values(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | No
     """Return the potential and its conjugate at each of the samples, whose means make the semi-dual."""
     start = net.inverse(y, tolerance=_EXACT) if points is None else points
     found = _conjugate_points(net, y, start, tolerance=_EXACT, steps=30)[0]
-    return SemidualValues(net.potential(x), (found * y).sum(-1) - net.potential(found))
+    return SemidualValues(net.centred_potential(x), _conjugate(net, y, found))
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -178,7 +192,7 @@ def fit_semidual(
         assert held is not None
         assert seen is not None
         seen = _conjugate_points(convex, held.target, seen, tolerance=_EXACT, steps=20)[0]
-        values = SemidualValues(convex.potential(held.source), (seen * held.target).sum(-1) - convex.potential(seen))
+        values = SemidualValues(convex.centred_potential(held.source), _conjugate(convex, held.target, seen))
         return mean_semidual(values, held)
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -194,7 +208,7 @@ def fit_semidual(
             optimizer.param_groups[0]["lr"] = rate
             i, j = (_rows(side, w, batch, generator) for side, w in zip((x, y), weights, strict=True))
             points[j] = _conjugate_points(convex, y[j], points[j], tolerance=_TRAINED, steps=2)[0]
-            loss = (convex.potential(x[i]).mean() - convex.potential(points[j]).mean()) / unit
+            loss = (convex.centred_potential(x[i]).mean() - convex.centred_potential(points[j]).mean()) / unit
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()

@@ -1,23 +1,37 @@
 """How far a map can be from the optimal one, which is not known: a bound from held-out samples."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gap.checks import check_integer
-from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.ot.checks import check_pair
-from lightning_gap.monge.ot.costs import Cost, CostLike, SqEuclidean, TranslationInvariantCost, resolve
-from lightning_gap.monge.scores.halves import independent_halves, matched, standard_error
+from lightning_gap.monge.ot.costs import Cost, CostLike, TranslationInvariantCost, resolve
+from lightning_gap.monge.scores.parts import independent_parts, matched, standard_error
 from lightning_gap.precision import widest
 
-__all__ = ["ErrorCertificate", "error_certificate", "has_unique_maps"]
+__all__ = ["ConvexGradient", "ErrorCertificate", "error_certificate", "has_unique_maps"]
 
 # Of the estimate, what the plans do not see of an error; of their noise, what may hide in it: measured on maps that are
 # known, see docs/maps.md.
 _UNSEEN, _HIDDEN = 0.1, 0.2
-_ONE_SIDED = 1.645  # standard errors that 95 % are below
+_PARTS = 4
+_ONE_SIDED = 1.94  # standard errors that 95 % are below, by Student's law of six degrees of freedom
+
+
+class ConvexGradient(Protocol):
+    """The gradient of a convex potential, as :class:`BrenierMap` is one."""
+
+    def potential(self, x: Tensor, /) -> Tensor:
+        """Return the potential's values at ``(n, d)`` samples."""
+
+    def hessian(self, x: Tensor, /) -> Tensor:
+        """Return its ``(n, d, d)`` second derivatives."""
+
+    def inverse(self, y: Tensor, /) -> Tensor:
+        """Return the ``(n, d)`` samples whose images are given."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +69,22 @@ def error_certificate(
     *,
     cost: CostLike = "sqeuclidean",
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
-    convex: BrenierMap | None = None,
-    max_samples: int = 2048,
+    convex: ConvexGradient | None = None,
+    max_samples: int = 4096,
 ) -> ErrorCertificate:
     r"""Bound the distance of a map from the optimal one by samples that it was not trained on.
 
-    Source and target are halved. An optimal plan between a half of each sends :math:`x` to :math:`y`, and leaves the
-    residual :math:`r = T(x) - y`, which is the map's error and the plan's noise. Noise of plans that share one half only
-    is independent but for that half, so products of their residuals hold the error and less of it:
+    Source and target are cut into four parts each. An optimal plan between a part of each sends :math:`x` to :math:`y`,
+    and leaves the residual :math:`T(x) - y`, which is the map's error and the plan's noise. Plans that share one part
+    have other noise from the other, so products of their residuals hold the error and less noise:
 
     .. math::
         V_x = E \langle T(x) - y, T(x) - y' \rangle, \qquad V_y = E \langle T(x) - y, T(x') - y \rangle, \qquad
         A = E |T(x) - y|^2
 
-    with :math:`y, y'` from the two halves of the target, and :math:`x, x'` from those of the source. The estimate is
-    :math:`V = \max(V_x, V_y)`, the bound :math:`1.1 V + 0.2 (A - V)` and 1.645 standard errors.
+    with :math:`y, y'` from two parts of the target, and :math:`x, x'` from two of the source. The estimate is
+    :math:`V = \max(V_x, V_y)`, the bound :math:`1.1 V + 0.2 (A - V)` and 1.94 standard errors, by the jackknife over
+    the parts: shares of clusters vary from sample to sample, which errors of single residuals do not tell.
 
     What holds without more: :math:`E\,A \ge W_2^2(T\sharp\mu, \nu)`, and for :math:`T = \nabla\psi` with convex
     :math:`\psi` of curvature at most :math:`\beta`, with :math:`S_n` the best plan's mean :math:`\langle x, y \rangle`
@@ -79,11 +94,11 @@ def error_certificate(
         E|T - T^*|^2 \le 2 \beta\, (E_\mu \psi + E_\nu \psi^* - \sup_\pi E_\pi \langle x, y \rangle)
             \le 2 \beta\, (E_\mu \psi + E_\nu \psi^* - E\, S_n)
 
-    since the infimum over potentials of a mean over samples is below that of the mean in expectation. ``proven`` is this
-    with the largest curvature at the samples. It is loose by the ratio of curvatures and by the noise of n samples, and no
+    since the infimum over potentials of a mean over samples is below that of the mean in expectation. ``proven`` is
+    this with the largest curvature at the samples. It is loose by the ratio of curvatures and by noise, and no
     bound without assumptions is tight in many dimensions: n samples do not tell a measure from the one that sits on
-    :math:`n^2` of its points, which is about :math:`n^{-4/d}` away. ``upper`` takes noise of two halves to be alike; that
-    it holds was measured.
+    :math:`n^2` of its points, which is about :math:`n^{-4/d}` away. That ``upper``
+    holds was measured.
 
     Args:
         source: ``(n, d)`` held-out samples of the source.
@@ -123,20 +138,19 @@ def error_certificate(
     if not variance > 0:
         raise ValueError("target does not vary, so no share of its variance can be told: give samples that differ")
     unit = 100 / variance
-    rows, columns = independent_halves(("source", "target"), (x, y), weights, max_samples)
-    plans = {(i, j): matched(cost, x[rows[i]], y[columns[j]]) for i in (0, 1) for j in (0, 1)}
+    rows, columns = independent_parts(("source", "target"), (x, y), weights, max_samples, _PARTS)
+    plans = {(i, j): matched(cost, x[r], y[c]) for i, r in enumerate(rows) for j, c in enumerate(columns)}
     residuals = {(i, j): mapped[rows[i]] - y[columns[j]][plan] for (i, j), plan in plans.items()}
     back = {key: residual[torch.argsort(plans[key])] for key, residual in residuals.items()}
-    of_source = torch.cat([(residuals[i, 0] * residuals[i, 1]).sum(1) for i in (0, 1)])
-    of_target = torch.cat([(back[0, j] * back[1, j]).sum(1) for j in (0, 1)])
-    products = max(of_source, of_target, key=lambda each: float(each.mean()))
-    total = float(torch.stack([r.square().sum(1).mean() for r in residuals.values()]).mean())
-    value = max(float(products.mean()), 0.0)
-    noise = max(total - value, 0.0)
-    # The two halves of the products have samples in common: they count as one.
-    error = standard_error(products) * 2**0.5
-    upper = (1 + _UNSEEN) * value + _HIDDEN * noise + _ONE_SIDED * error
     size = len(rows[0])
+    # [i, j, k]: of parts i and k of the target with part j of the source, and the other way about.
+    of_source = torch.stack([_products([residuals[i, j] for j in range(_PARTS)]) for i in range(_PARTS)], dim=1)
+    of_target = torch.stack([_products([back[i, j] for i in range(_PARTS)]) for j in range(_PARTS)], dim=1)
+    squares = float(of_source.diagonal(dim1=0, dim2=2).mean())
+    shared, error = max(map(_jackknifed, (of_source, of_target)))
+    value = max(shared, 0.0)
+    noise = max(squares - value, 0.0)
+    upper = (1 + _UNSEEN) * value + _HIDDEN * noise + _ONE_SIDED * error
     proven = None if convex is None else unit * _proven(convex, x, y, rows, columns, plans)
     return ErrorCertificate(
         value=unit * value,
@@ -144,8 +158,8 @@ def error_certificate(
         noise=unit * noise,
         proven=proven,
         variance=variance,
-        samples=2 * size,
-        how=f"products of residuals of four exact plans between halves of {size} held-out samples",
+        samples=_PARTS * size,
+        how=f"products of residuals of {_PARTS**2} exact plans between parts of {size} held-out samples",
     )
 
 
@@ -167,8 +181,32 @@ def _variance(y: Tensor, weights: Tensor | None) -> float:
     return float(w @ (y - w @ y).square().sum(1))
 
 
+def _products(residuals: list[Tensor]) -> Tensor:
+    """Return the mean products of all pairs of residuals at the same points."""
+    r = torch.stack(residuals)
+    return torch.einsum("ind,knd->ik", r, r) / r.shape[1]
+
+
+def _jackknifed(products: Tensor) -> tuple[float, float]:
+    """Return the mean of ``[i, j, k]`` with i unlike k, and its standard error by leaving out each i, k and each j."""
+
+    def mean(ends: list[int], middles: list[int]) -> Tensor:
+        some = products[ends][:, middles][:, :, ends]
+        n = len(ends)
+        return (some.sum() - some.diagonal(dim1=0, dim2=2).sum()) / (n * (n - 1) * len(middles))
+
+    every = list(range(_PARTS))
+    variance = 0.0
+    for left_out in (
+        [mean([k for k in every if k != out], every) for out in every],
+        [mean(every, [k for k in every if k != out]) for out in every],
+    ):
+        variance += (_PARTS - 1) * float(torch.stack(left_out).var(correction=0))
+    return float(mean(every, every)), variance**0.5
+
+
 def _proven(
-    convex: BrenierMap,
+    convex: ConvexGradient,
     x: Tensor,
     y: Tensor,
     rows: list[Tensor],
@@ -176,10 +214,9 @@ def _proven(
     plans: dict[tuple[int, int], Tensor],
 ) -> float:
     """Return twice the largest curvature times what the duality gap does not exceed at 95 %."""
-    if not isinstance(convex.made_for, SqEuclidean):
-        raise TypeError(f"convex must be a BrenierMap, got {type(convex).__name__}: leave it out for other maps")
-    dtype = next(convex.parameters()).dtype
-    xs, ys = (torch.cat([s[half] for half in halves]).to(dtype) for s, halves in ((x, rows), (y, columns)))
+    xs, ys = (torch.cat([s[part] for part in parts]) for s, parts in ((x, rows), (y, columns)))
+    if isinstance(convex, nn.Module) and (weights := next(convex.parameters(), None)) is not None:
+        xs, ys = xs.to(weights), ys.to(weights)
     roots = convex.inverse(ys)
     curvature = 0.0
     for points in torch.cat([xs, roots]).split(256):

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gap.checks import check_integer
 from lightning_gap.monge.ot.checks import check_pair
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
-from lightning_gap.monge.scores.halves import independent_halves, matched, standard_error
+from lightning_gap.monge.scores.parts import independent_parts, matched, standard_error
 from lightning_gap.precision import widest
 
 __all__ = ["Suboptimality", "suboptimality"]
@@ -60,8 +60,8 @@ def suboptimality(
     .. math::
         W_c(\mu, T\sharp\mu) \ge E\, W_n(x, T(x')) - \tfrac12 E\, W_n(x, x') - \tfrac12 E\, W_n(T(x), T(x'))
 
-    by the triangle inequality if the cost is a metric, as ``"euclidean"`` and ``"geodesic"``; for others it was measured
-    to hold.
+    by the triangle inequality if the cost is a metric, as ``"euclidean"`` and ``"geodesic"``; for others it was
+    measured to hold.
 
     Args:
         source: ``(n, d)`` samples.
@@ -86,7 +86,7 @@ def suboptimality(
     for name, samples in (("source", source), ("mapped", mapped)):
         cost.check_domain(name, samples)
     x, z = (samples.to(widest(samples.device)) for samples in (source, mapped))
-    rows, _ = independent_halves(("source", "source"), (x, x), (weights, weights), max_samples)
+    rows, _ = independent_parts(("source", "source"), (x, x), (weights, weights), max_samples, 2)
     whole = torch.cat(rows)[: max(2, max_samples // 2)]
     paid = cost.paired(x, z)
     saved = cost.paired(x[whole], z[whole]) - cost.paired(x[whole], z[whole][matched(cost, x[whole], z[whole])])

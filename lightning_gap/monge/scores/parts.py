@@ -1,4 +1,4 @@
-"""Independent halves of held-out samples, and exact plans between them."""
+"""Independent parts of held-out samples, and exact plans between them."""
 
 import math
 
@@ -11,17 +11,21 @@ from lightning_gap.monge.ot.solvers.exact import exact_plan
 from lightning_gap.monge.ot.subsets import fixed_rows
 from lightning_gap.precision import widest
 
-__all__ = ["FEWEST", "independent_halves", "matched", "standard_error"]
+__all__ = ["FEWEST", "independent_parts", "matched", "standard_error"]
 
-FEWEST = 32  # samples of a set with fewer of which two halves say nothing
+FEWEST = 32  # samples of a set with fewer of which its parts say nothing
 
 
-def independent_halves(
-    names: tuple[str, str], sets: tuple[Tensor, Tensor], weights: tuple[Tensor | None, Tensor | None], most: int
+def independent_parts(
+    names: tuple[str, str],
+    sets: tuple[Tensor, Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+    most: int,
+    count: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the rows of two halves of each of two sets, all four of one length, by a fixed permutation.
+    """Return the rows of parts of each of two sets, all of one length, by a fixed permutation.
 
-    Weighted halves are replaced by equally weighted ones: rows are repeated by their weights, as many in sum as the
+    Weighted parts are replaced by equally weighted ones: rows are repeated by their weights, as many in sum as the
     weights are worth.
     """
     parts, worth = [], []
@@ -29,24 +33,24 @@ def independent_halves(
         n = len(samples)
         if n < FEWEST:
             raise ValueError(
-                f"{name} has {n} samples, too few for two independent halves: give at least {FEWEST}, at best 2000"
+                f"{name} has {n} samples, too few for independent parts: give at least {FEWEST}, at best thousands"
             )
         order = fixed_rows(n, n - 1)
         assert order is not None
         order = torch.cat([order, order.new_tensor([n * (n - 1) // 2 - int(order.sum())])])
-        halves = [half.to(samples.device) for half in (order[: n // 2], order[n // 2 : 2 * (n // 2)])]
-        shares = [None if w is None else check_weights(name, w, samples, balanced=False)[half] for half in halves]
-        for half, share in zip(halves, shares, strict=True):
-            parts.append((half, share))
-            worth.append(len(half) if share is None else float(share.sum() ** 2 / share.square().sum()))
-    if not min(worth) >= FEWEST // 2:
+        ones = [one.to(samples.device) for one in order[: n // count * count].split(n // count)]
+        shares = [None if w is None else check_weights(name, w, samples, balanced=False)[one] for one in ones]
+        for one, share in zip(ones, shares, strict=True):
+            parts.append((one, share))
+            worth.append(len(one) if share is None else float(share.sum() ** 2 / share.square().sum()))
+    if not min(worth) >= FEWEST // count // 2:
         raise ValueError(
-            f"the weights leave half a set with the worth of {min(worth):.3g} samples, too few to compare: give more "
+            f"the weights leave a part with the worth of {min(worth):.3g} samples, too few to compare: give more "
             "samples, or weights that are less unequal"
         )
-    size = min(int(min(worth)), max(1, most // 2))
-    rows = [half[:size] if share is None else half[_repeated(share, size)] for half, share in parts]
-    return rows[:2], rows[2:]
+    size = min(int(min(worth)), max(1, most // count))
+    rows = [one[:size] if share is None else one[_repeated(share, size)] for one, share in parts]
+    return rows[:count], rows[count:]
 
 
 def _repeated(weights: Tensor, size: int) -> Tensor:
