@@ -4,10 +4,11 @@
     python -m benchmarks.science.w2_maps fresh --data FOLDER --networks FOLDER
 
 ``default``: ``MongeMap()`` and nothing more, by ``Trainer(max_steps=400)`` on the 16384 samples of each side in
-``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, 300 steps, no finish. ``fresh``: a :class:`BrenierMap` with a longer
-finish by the semi-dual, on 131072 fresh ones of each side, which :mod:`benchmarks.science.w2_pairs` draws; the file of
-the pairs gives the test, and shift and scale of the true map. L2-UVP is 100 E|T - T*|² / Var(ν) on the 4096 test
-samples. One thread; seconds are CPU seconds of ``Trainer.fit``, start and all.
+``w2_mix3to10_D{D}.npz``. ``quick``: a plan of 4096 of them, a fit of 300 steps, no finish. ``fresh``: a
+:class:`BrenierMap` with a longer finish by the semi-dual, on 131072 fresh samples of each side, which
+:mod:`benchmarks.science.w2_pairs` draws; the file of the pairs gives the test, and shift and scale of the true map.
+L2-UVP is 100 E|T - T*|² / Var(ν) on the 4096 test samples. One thread; seconds are CPU seconds of ``Trainer.fit``,
+start and all.
 
 Rows go to ``--out``: solver, pairs, dim, seed, uvp, cosine, cpu_seconds, budget, config.
 """
