@@ -55,13 +55,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.science.held_out_energy import unbiased_energy_distance
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
     MLP,
     AffineRepresentation,
     ConditionalMap,
     ResidualMLP,
-    energy_distance,
     gaussian_map,
     marginal_wasserstein,
 )
@@ -147,7 +147,7 @@ class Options:
     """How a map is trained."""
 
     cost: str = "sqeuclidean"
-    start: str = "gaussian"  # of a ResidualMLP; "none" for an MLP
+    start: str = "gaussian"  # of a ResidualMLP; "none" for an MLP, "default" for MongeMap() with nothing more
     gap_weight: float = 0.1
     by_type: bool = False
     fitting_loss: str = "energy"
@@ -165,23 +165,21 @@ def fit(task: Task, options: Options, seed: int) -> Map:
     """Train by a trainer, and return the map of encoded cells."""
     seed_everything(seed, verbose=False)
     data = task.data(options.by_type, seed)
-    net: nn.Module
-    if options.by_type:
+    net: nn.Module | None
+    if options.start == "default":
+        net = None
+    elif options.by_type:
         names = len(data.condition_names)
         net = ConditionalMap(data.dim, options.hidden, num_conditions=names, start=options.start)
     elif options.start == "none":
         net = MLP(data.dim, options.hidden)
     else:
         net = ResidualMLP(data.dim, options.hidden, start=options.start)
-    model = MongeMap(
-        map=net,
-        cost=options.cost,
-        gap_weight=options.gap_weight,
-        fitting_loss=options.fitting_loss,
-        relative_fitting_epsilon=options.fitting_epsilon,
-        optimizer=partial(Adam, lr=options.lr),
+    model = MongeMap() if net is None else MongeMap(
+        map=net, cost=options.cost, gap_weight=options.gap_weight, fitting_loss=options.fitting_loss,
+        relative_fitting_epsilon=options.fitting_epsilon, optimizer=partial(Adam, lr=options.lr),
         lr_scheduler=partial(CosineAnnealingLR, T_max=options.steps),
-    )
+    )  # fmt: skip
     Trainer(
         max_steps=options.steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -278,13 +276,6 @@ class Scorer:
         }
 
 
-def unbiased_energy_distance(x: Tensor, y: Tensor) -> float:
-    """Return the U-statistic: the V-statistic without the pairs of a sample with itself."""
-    # Of a mean over all pairs, those of a sample with itself are 0: the share of the others is (n - 1) / n.
-    within = sum(float(torch.cdist(z, z).sum()) / len(z) ** 2 / (len(z) - 1) for z in (x, y))
-    return float(energy_distance(x, y)) - within
-
-
 SCORES = ("energy", "W1 by type", "W1", "Sinkhorn", "gap l2²", "gap l2")
 DIGITS = {"gap l2²": 1, "gap l2": 1}
 HEADINGS = {
@@ -300,6 +291,7 @@ HEADINGS = {
 def trained_maps(task: Task, options: Options) -> dict[str, Options]:
     """Return what is trained, by its name in the table."""
     rows = {
+        "default": replace(options, start="default", steps=500),
         "plain MLP, no gap": replace(options, start="none", gap_weight=0.0),
         "MongeMap of a plain MLP": replace(options, start="none"),
         "residual MLP, no gap": replace(options, start="identity", gap_weight=0.0),
@@ -309,6 +301,7 @@ def trained_maps(task: Task, options: Options) -> dict[str, Options]:
         "MongeMap of cost l2 from the mean shift": replace(options, start="mean", cost="euclidean"),
     }
     if task.typed:
+        rows["default by cell type"] = replace(options, start="default", steps=500, by_type=True)
         rows["MongeMap by cell type from the Gaussian map"] = replace(options, by_type=True)
     return rows
 

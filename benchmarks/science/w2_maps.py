@@ -84,7 +84,7 @@ def row(args: argparse.Namespace, method: str, dim: int, seed: int) -> dict[str,
     wall = time.perf_counter() - begun
     found = against_truth(z["test_x"], model.transport(z["test_x"]), z["test_map"], float(z["var_out"]))
     return {
-        "solver": SOLVERS[method], "pairs": "mix3to10", "dim": dim, "seed": seed, **found,
+        "solver": SOLVERS[method], "pairs": "w2", "dim": dim, "seed": seed, **found,
         "cpu_seconds": round(seconds, 1), "wall_seconds": round(wall, 1),
         "budget": 600 if method == "fresh" else 120, "config": config,
     }  # fmt: skip

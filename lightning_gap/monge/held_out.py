@@ -53,7 +53,7 @@ class HeldOut:
                 certificates=stage == "test",
             ).to(model.device)
         if model.objective.fitting_loss == "semidual":
-            self._losses.append(semidual_loss(model, b))
+            self._losses.append(semidual_loss(model, b, data_parallel_group(model.trainer)))
         elif callable(model.objective.fitting_loss):
             weights = b.source_weights, b.target_weights
             terms = model.objective.terms(

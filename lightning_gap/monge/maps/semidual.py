@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.maps.conjugate import conjugate_point
+from lightning_gap.precision import widest
 
 __all__ = [
     "ConvexMap", "HeldOutSamples", "SemidualValues", "difference", "fit_semidual", "mean_semidual", "semidual",
@@ -94,8 +95,11 @@ def semidual(
     """
     found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
     # Large means make large values: they are put back in double.
-    c, d = net.center.double(), net.image_center.double()
-    values = net.centred_potential(x) + x.double() @ d, _conjugate(net, y, found) + y.double() @ c - c @ d
+    wide = [part.to(widest(part.device)) for part in (x, y, net.center, net.image_center)]
+    values = (
+        net.centred_potential(x) + wide[0] @ wide[3],
+        _conjugate(net, y, found) + wide[1] @ wide[2] - wide[2] @ wide[3],
+    )
     means = [v.mean() if w is None else w.to(v) @ v for v, w in zip(values, weights, strict=True)]
     return means[0] + means[1]
 

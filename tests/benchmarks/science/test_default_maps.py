@@ -33,11 +33,11 @@ def test_the_energy_distance_is_that_of_all_pairs_but_a_sample_with_itself():
 def test_the_standard_error_is_the_spread_over_draws():
     draws = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(200):
-        x, y = (torch.randn(60, 2, generator=draws, dtype=torch.float64) for _ in range(2))
+    for _ in range(100):
+        x, y = (torch.randn(40, 2, generator=draws, dtype=torch.float64) for _ in range(2))
         found.append(difference(x + 0.5, 1.5 * x, y))
     spread = np.std([one.value for one in found])
-    assert np.mean([one.error for one in found]) == pytest.approx(spread, rel=0.2)
+    assert np.mean([one.error for one in found]) == pytest.approx(spread, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_row_of_a_pair(folder, monkeypatch, tmp_path):
     assert "tutorial/moons to S" in names
     assert "kang/20 components, by type" in names
     arguments = ["--data", str(folder), "--out", str(tmp_path / "log.jsonl"), "--costs", "sqeuclidean"]
-    for _ in range(2):
-        default_maps.main([*arguments, "--only", "tutorial|by type"])
+    for only in ("tutorial|by type", "by type"):
+        default_maps.main([*arguments, "--only", only])
     rows = read(tmp_path / "log.jsonl")
     assert [row["pair"] for row in rows] == ["kang/20 components, by type", "tutorial/moons to S"]
     for row in rows:
