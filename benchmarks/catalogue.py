@@ -213,4 +213,8 @@ SCIENCE = {
         "science.known_costs",
         "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False,
     ),
+    "certificates": Benchmark(
+        "science.certificates --data DATA", "Bounds of a map's error against the truth", 40,
+        needs=("data",), page="../maps.md", rows=False,
+    ),
 }  # fmt: skip

@@ -40,7 +40,9 @@ def diffusion(folder):
 
 
 def maps(folder):
-    return {"x": torch.randn(6, 50), "drug": torch.arange(6), "dose": torch.rand(6, 1)}
+    x = torch.randn(100, 2)
+    held_out = {"source": x, "mapped": x + 1, "target": torch.randn(100, 2) + 1}
+    return {"x": torch.randn(6, 50), "drug": torch.arange(6), "dose": torch.rand(6, 1), **held_out}
 
 
 def scores(folder):

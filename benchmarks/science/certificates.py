@@ -6,8 +6,7 @@ Pairs are made from ``train_x`` and ``train_y`` of ``w2_mix3to10_D{D}.npz`` in `
 Gaussians that is fitted to ``train_x``, and of its image under a convex network that is fitted to both, which is the
 truth. ``test_x`` and ``test_map`` are not read. Maps: the identity, the Gaussian map, and plan starts on 256, 2048 and
 8192 samples. Rows are appended to ``--out`` as they come: L2-UVP by the truth (``error``), its estimate, the bound, the
-proven bound, and the bound over the error; and the same of the suboptimality of linear maps, whose truth is a closed
-form.
+proven bound, and the bound over the error; and the same of the suboptimality of linear maps, by the closed form.
 """
 
 import argparse
