@@ -188,6 +188,11 @@ SCIENCE = {
     "structured": Benchmark(
         "science.structured_maps --steps 300", "Structured maps against a free one", 60, page="../maps.md", rows=False
     ),
+    "ensembles": Benchmark(
+        "science.map_ensembles", "Whether the spread of an ensemble tells of its error", 5,
+        "science.map_ensembles --dims 2 --maps residual --seeds 0 1 --steps 5",
+        page="../howto_trajectories.md", rows=False,
+    ),
     "cells": Benchmark(
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
