@@ -129,7 +129,7 @@ class MongeMap(Transporting):
         >>> from lightning.pytorch import Trainer
         >>> from lightning_gap import MongeMap, SamplesDataModule
         >>> data = SamplesDataModule(torch.randn(200, 2), torch.randn(200, 2) + 3, batch_size=100)
-        >>> model = MongeMap(dim=2, cost="euclidean")
+        >>> model = MongeMap()
         >>> trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         ...                   enable_model_summary=False)
         >>> trainer.fit(model, data)
