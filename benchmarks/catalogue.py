@@ -205,4 +205,12 @@ SCIENCE = {
         "science.transport_maps w2 gaussians line sphere --data DATA",
         "Learned maps against known ones", 120, needs=("data",), page="../transport_maps.md", rows=False,
     ),
+    "w2_maps": Benchmark(
+        "science.w2_maps default --data DATA",
+        "The default map on the Wasserstein-2 pairs", 30, needs=("data",), page="../transport_maps.md", rows=False,
+    ),
+    "known_costs": Benchmark(
+        "science.known_costs",
+        "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False,
+    ),
 }  # fmt: skip

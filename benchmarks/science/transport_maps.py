@@ -64,7 +64,7 @@ HIDDEN, PLAN_EPSILON, PLAN_STEPS = (64, 64, 64), 0.002, 3000
 UPDATES, BATCH, LR, SHARE = 400, 1024, 2e-3, 0.02
 
 
-def _warm_cosine(step: int, *, updates: int, warm: int = 100) -> float:
+def warm_cosine(step: int, *, updates: int, warm: int = 100) -> float:
     return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * min(1.0, step / updates))) / 2
 
 
@@ -130,7 +130,7 @@ def recipe(dim: int, updates: int) -> MongeMap:
         fitting_loss=partial(minibatch_energy_distance, relative_epsilon=SHARE),
         gap_weight=0,
         optimizer=partial(Adam, lr=LR),
-        lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+        lr_scheduler=partial(LambdaLR, lr_lambda=partial(warm_cosine, updates=updates)),
     )
 
 
@@ -187,7 +187,7 @@ def gaussians(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     fitting_loss=loss,
                     gap_weight=gap_weight,
                     optimizer=partial(Adam, lr=lr),
-                    lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+                    lr_scheduler=partial(LambdaLR, lr_lambda=partial(warm_cosine, updates=updates)),
                 )
                 seconds = fit(model, x.float(), y.float(), batch=1024, updates=updates, seed=seed)
                 found = against_truth(test, model.transport(test), true, variance)
@@ -228,7 +228,7 @@ def line(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     gap_weight=0.1,
                     relative_fitting_epsilon=0.005,
                     optimizer=partial(Adam, lr=1e-2),
-                    lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+                    lr_scheduler=partial(LambdaLR, lr_lambda=partial(warm_cosine, updates=updates)),
                 )
                 seconds = fit(model, x, y, batch=512, updates=updates, seed=seed)
                 error = float((model.transport(grid) - true_map(grid)).abs().max())
@@ -270,7 +270,7 @@ def sphere(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 gap_weight=gap_weight,
                 relative_fitting_epsilon=0.01,
                 optimizer=partial(Adam, lr=2e-3),
-                lr_scheduler=partial(LambdaLR, lr_lambda=partial(_warm_cosine, updates=updates)),
+                lr_scheduler=partial(LambdaLR, lr_lambda=partial(warm_cosine, updates=updates)),
             )
             seconds = fit(model, x.float(), y.float(), batch=512, updates=updates, seed=seed)
             mapped = model.transport(test).double()

@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
     from lightning_gap.monge.samples.standardize import AffineRepresentation as AffineRepresentation
     from lightning_gap.monge.schedules import Anneal as Anneal
+    from lightning_gap.monge.scores.certificate import error_certificate as error_certificate
     from lightning_gap.monge.scores.distances import EnergyDistance as EnergyDistance
     from lightning_gap.monge.scores.distances import MarginalWasserstein as MarginalWasserstein
     from lightning_gap.monge.scores.divergence import SinkhornDivergence as SinkhornDivergence
     from lightning_gap.monge.scores.gap import MongeGap as MongeGap
     from lightning_gap.monge.scores.map_scores import MapScores as MapScores
     from lightning_gap.monge.scores.perturbation import PerturbationScores as PerturbationScores
+    from lightning_gap.monge.scores.suboptimality import suboptimality as suboptimality
     from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine

@@ -116,7 +116,7 @@ def described_map(net: nn.Module | None) -> dict[str, Any] | None:
 
 def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None) -> dict[str, Any]:
     """Return a map's arguments as plain Python, from the map and the dimension and the network that were given."""
-    objective, reference, described = model.objective, model.gap_reference, described_map(given)
+    objective, reference, described = model.objective, model.gap_reference, described_map(given or model.map)
     epsilons: dict[str, float | None] = {}
     for name, epsilon in model.epsilons.given.items():
         epsilons |= {name: epsilon.absolute, f"relative_{name}": epsilon.share}
@@ -133,7 +133,9 @@ def hyper_parameters(model: "MongeMap", dim: int | None, given: nn.Module | None
         **{name: describe(value) if callable(value) else value for name, value in functions.items()},
         "gap_reference": None if reference is None else {"shape": list(reference.shape)},
         **{name: getattr(objective, name) for name in ("gap_on", "rho", "reweight")},
-        **{name: describe(getattr(model, name)) for name in ("optimizer", "lr_scheduler")},
+        # A decay of this package's own goes with an optimizer that was not given.
+        "optimizer": None if model.decays else describe(model.optimizer),
+        "lr_scheduler": describe(model.lr_scheduler),
         **asdict(objective.options),
         "representation": None if model.representation is None else model.representation.hparams,
         "condition_encoding": None if model.condition_encoding is None else model.condition_encoding.hparams,

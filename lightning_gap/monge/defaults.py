@@ -1,10 +1,10 @@
 """What a MongeMap takes where it was not told: the map, the loss, the weight of the gap and the learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -12,14 +12,16 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_gap.monge.border import on_device
-from lightning_gap.monge.checkpoint import describe
+from lightning_gap.monge.checkpoint import build, describe, described_map
 from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.maps.conditional import ConditionalMap
+from lightning_gap.monge.maps.perceptron import check_widths
 from lightning_gap.monge.maps.residual import ResidualMLP
 from lightning_gap.monge.maps.sphere import SphereMap
 from lightning_gap.monge.objective import FittingLoss
 from lightning_gap.monge.ot.costs import Cost, Euclidean, Geodesic, SqEuclidean
 from lightning_gap.monge.ot.epsilon import Weighted
+from lightning_gap.trainer.internals.of_lightning import trainer_if_any
 from lightning_gap.trainer.strategy import from_rank_zero
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GivenTerms", "Recipe", "cosine_over_run", "decide_weight", "default_map", "recipe_for", "say_choice",
-    "take_recipe",
+    "take_recipe", "take_terms_of_checkpoint",
 ]  # fmt: skip
 
 # From so many dimensions on a convex network costs more than it finds; and no plan tells what samples do not.
@@ -60,7 +62,7 @@ def default_map(
     dim: int, cost: Cost, hidden: Sequence[int] | None, *, labels: int = 0, vectors: int | None = None
 ) -> nn.Module:
     """Return the network for samples of a dimension, a cost, and conditions that are labels or vectors of a length."""
-    widths = tuple(hidden or (128, 128, 128))
+    widths = (128, 128, 128) if hidden is None else check_widths(dim, hidden)
     if isinstance(cost, Geodesic):
         kinds = {"condition_dim": vectors} if vectors else {"num_conditions": labels or None}
         return SphereMap(dim, widths, **kinds)
@@ -69,8 +71,8 @@ def default_map(
         return ConditionalMap(dim, widths, condition_dim=vectors, start=start)
     if labels:
         return ConditionalMap(dim, widths, num_conditions=labels, start=start)
-    if isinstance(cost, SqEuclidean) and start == "plan":
-        return BrenierMap(dim, hidden or (64, 64, 64), start=start)
+    if isinstance(cost, SqEuclidean) and start == "plan" and widths:
+        return BrenierMap(dim, (64, 64, 64) if hidden is None else widths, start=start)
     return ResidualMLP(dim, widths, start=start)
 
 
@@ -100,6 +102,36 @@ def take_recipe(model: "MongeMap") -> None:
         model.gap_weight = model.hparams["gap_weight"] = recipe.gap_weight
     if not model.given.optimizer:
         model.optimizer, model.decays = partial(Adam, lr=recipe.lr), recipe.decays
+        model.hparams["optimizer"] = None if model.decays else describe(model.optimizer)
+
+
+def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Take the map and the terms that were left open from a checkpoint: it was trained by the defaults of its time."""
+    trainer = trainer_if_any(model)
+    if trainer is not None and trainer.strategy.restore_checkpoint_after_setup:
+        return  # the optimizer is made, and holds the weights
+    described, mine = found.get("map"), described_map(model.map)
+    before = {name for name in state if name.startswith("map.displacement.")}
+    if model.map_is_chosen and (described or before) and described != mine:
+        if described is not None:
+            net = build("map", described)
+        elif isinstance(model.map, ResidualMLP) and model.map.starts_at == "identity":
+            net = model.map
+        else:  # older ones describe no map that was chosen by the dimension
+            net = ResidualMLP(cast(int, getattr(model.map, "dim", found.get("dim"))), model.hidden or (128, 128, 128))
+        if described is not None or set(net.state_dict()) == {n.removeprefix("map.") for n in before}:
+            model.map = net.to(model.device)
+            model.hparams["map"] = described_map(net)
+    if trainer is None:
+        return  # the arguments are those of the checkpoint
+    loss, weight, optimizer = (found.get(name) for name in ("fitting_loss", "gap_weight", "optimizer"))
+    if not model.given.fitting_loss and loss in ("sinkhorn", "energy", "semidual"):
+        model.objective = replace(model.objective, fitting_loss=cast(FittingLoss, loss))
+        model.hparams["fitting_loss"] = loss
+    if not model.given.gap_weight and isinstance(weight, float | int):
+        model.gap_weight = model.hparams["gap_weight"] = float(weight)
+    if not model.given.optimizer and optimizer is not None:
+        model.decays = False
         model.hparams["optimizer"] = describe(model.optimizer)
 
 

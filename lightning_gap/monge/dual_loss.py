@@ -1,5 +1,6 @@
 """The semi-dual of a batch: the loss of maps that are gradients of convex potentials."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,6 +12,7 @@ from lightning_gap.monge.maps.semidual import ConvexMap, semidual
 from lightning_gap.monge.samples.batches import UnpairedBatch
 from lightning_gap.precision import widest
 from lightning_gap.ranks.group import RankGroup
+from lightning_gap.trainer.strategy import holds_whole_weights, strategy_name
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -23,6 +25,15 @@ _METHODS = "potential", "hessian", "inverse"
 def check_convex(model: "MongeMap") -> None:
     """Refuse the semi-dual for a map that has no convex potential."""
     if model.objective.fitting_loss != "semidual":
+        return
+    if not holds_whole_weights(model.trainer):  # potentials and Hessians are computed beside the forward pass
+        if model.given.fitting_loss:
+            raise MisconfigurationException(
+                "fitting_loss='semidual' needs the map's whole weights on each device, and "
+                f"{strategy_name(model.trainer)} shards them: give fitting_loss='energy', or strategy='ddp'"
+            )
+        model.objective = replace(model.objective, fitting_loss="energy")
+        model.hparams["fitting_loss"] = "energy"
         return
     if model.map is not None and not all(hasattr(model.map, name) for name in _METHODS):
         raise ValueError(

@@ -175,9 +175,10 @@ def fit_ensemble(
     Example:
         >>> import torch
         >>> from lightning_gap import MongeMap, SamplesDataModule
+        >>> from lightning_gap.monge import ResidualMLP
         >>> _ = torch.manual_seed(0)
         >>> data = SamplesDataModule(torch.randn(200, 2), torch.randn(200, 2) + 3, batch_size=64)
-        >>> ensemble = fit_ensemble(lambda: MongeMap(hidden=(16,)), data, n=2, max_steps=10)
+        >>> ensemble = fit_ensemble(lambda: MongeMap(map=ResidualMLP(2)), data, n=2, max_steps=10)
         >>> ensemble.transport(torch.zeros(3, 2)).shape, ensemble.spread(torch.zeros(3, 2)).shape
         (torch.Size([3, 2]), torch.Size([3]))
     """

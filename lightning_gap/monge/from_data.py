@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
-from lightning_gap.monge.defaults import decide_weight, default_map, take_recipe
+from lightning_gap.monge.defaults import decide_weight, default_map, take_recipe, take_terms_of_checkpoint
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
@@ -84,14 +84,14 @@ def take_from_checkpoint(model: "MongeMap", checkpoint: dict[str, Any]) -> None:
             "give it again, as in MongeMap.load_from_checkpoint(path, map=...)"
         )
     state.setdefault("started", torch.tensor(True))
+    found = checkpoint.get("hyper_parameters") or {}
+    take_terms_of_checkpoint(model, found, state)
     if trainer_if_any(model) is None:
         return
-    data, found = _data_of(model), checkpoint.get("hyper_parameters") or {}
+    data = _data_of(model)
     if found.get("feature_names"):
         _set_names(model, "feature_names", found["feature_names"])
         match_features(data, model.feature_names)
-    if not model.given.gap_weight and isinstance(found.get("gap_weight"), float):
-        model.gap_weight = model.hparams["gap_weight"] = found["gap_weight"]
     if found.get("condition_encoding"):
         theirs, prefix = ConditionEncoding(**found["condition_encoding"]), "condition_encoding."
         theirs.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

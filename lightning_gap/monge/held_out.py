@@ -14,6 +14,7 @@ from lightning_gap.monge.scores.map_scores import MapScores
 from lightning_gap.monge.signs import drawn_together
 from lightning_gap.monge.training_log import log_scores
 from lightning_gap.trainer.strategy import data_parallel_group
+from lightning_gap.trainer.terminal import say
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -49,9 +50,10 @@ class HeldOut:
                 rho=None if model.objective.reweight else model.objective.rho,
                 solver=model.solver,
                 conditions=model.condition_names if named else None,
+                certificates=stage == "test",
             ).to(model.device)
         if model.objective.fitting_loss == "semidual":
-            self._losses.append(semidual_loss(model, b))
+            self._losses.append(semidual_loss(model, b, data_parallel_group(model.trainer)))
         elif callable(model.objective.fitting_loss):
             weights = b.source_weights, b.target_weights
             terms = model.objective.terms(
@@ -83,6 +85,10 @@ class HeldOut:
             self._losses.clear()
         values["loss"] = values[name] + now(model.gap_weight, model.global_step) * values["monge_gap"]
         log_scores(model, stage, values)
+        if "l2_uvp_bound" in values:
+            say(f"L2-UVP ≤ {float(values['l2_uvp_bound']):.3g} %, 95 %")
+        elif "suboptimality_upper" in values:
+            say(f"Paid in vain ≤ {float(values['suboptimality_upper']):.3g} %, 95 %")
         fitting = model.trainer.state.fn == TrainerFn.FITTING and not model.trainer.sanity_checking
         if fitting and model.objective.fitting_loss == "sinkhorn":
             model.remarks.say("drawn together", lambda: drawn_together(scores, values))

@@ -215,7 +215,7 @@ class MongeMap(Transporting):
             options=SolverOptions(solver, tolerance, max_iterations),
         )
         self.global_batch = bool(global_batch)
-        self.decays = recipe.decays
+        self.decays = recipe.decays or (given is not map and not self.given.optimizer)
         self.optimizer = partial(Adam, lr=recipe.lr) if optimizer is None else build("optimizer", optimizer)
         self.lr_scheduler = build("lr_scheduler", lr_scheduler)
         self.lr_scheduler_monitor = lr_scheduler_monitor

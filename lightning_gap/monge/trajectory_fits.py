@@ -57,9 +57,10 @@ def fit_trajectory(
 
     Example:
         >>> import torch
+        >>> from lightning_gap.monge import ResidualMLP
         >>> _ = torch.manual_seed(0)
         >>> days = [torch.randn(300, 2) + day for day in range(3)]
-        >>> trajectory = fit_trajectory(days, [0, 1, 2], max_steps=20, make_model=lambda: MongeMap(hidden=(16,)))
+        >>> trajectory = fit_trajectory(days, [0, 1, 2], max_steps=20, make_model=lambda: MongeMap(map=ResidualMLP(2)))
         >>> trajectory.at(days[0], [0.5, 1, 2]).shape
         torch.Size([3, 300, 2])
     """
@@ -119,10 +120,11 @@ def held_out_times(
 
     Example:
         >>> import torch
+        >>> from lightning_gap.monge import ResidualMLP
         >>> _ = torch.manual_seed(0)
         >>> days = [torch.randn(200, 2) + 3 * day for day in range(3)]
         >>> rows = held_out_times(days, [0, 1, 2], max_steps=100, batch_size=100,
-        ...                       make_model=lambda: MongeMap(hidden=(16,)))
+        ...                       make_model=lambda: MongeMap(map=ResidualMLP(2)))
         >>> error = {row["candidate"]: row["energy_distance"] for row in rows}
         >>> error["floor"] < error["map"] < error["before"]
         True

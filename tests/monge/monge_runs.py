@@ -9,6 +9,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from lightning_gap import MongeMap, SamplesDataModule
+from lightning_gap.monge import ResidualMLP
 
 FAST = partial(Adam, lr=0.03)
 
@@ -25,8 +26,12 @@ def samples(n: int = 120, *, batch_size: int = 32, val_fraction: float = 0.2, **
 
 
 def small(dim: int | None = 2, **options) -> MongeMap:
+    """Return a model with a small network at the identity; with the one that the data tell where there is no dim."""
     torch.manual_seed(0)
-    return MongeMap(dim, **{"hidden": (16,), "optimizer": FAST, **options})
+    hidden = options.pop("hidden", (16,))
+    if dim is not None and "map" not in options:
+        return MongeMap(dim, **{"map": ResidualMLP(dim, hidden), "hidden": hidden, "optimizer": FAST, **options})
+    return MongeMap(dim, **{"hidden": hidden, "optimizer": FAST, **options})
 
 
 def trainer(**options) -> Trainer:

@@ -11,7 +11,9 @@ from lightning_gap import MongeMap
 from lightning_gap.monge import MapEnsemble, ResidualMLP, SphereMap, Trajectory, fit_ensemble
 from lightning_gap.monge.samples.bootstrap import bootstrap
 
-MAKE = partial(MongeMap, hidden=(16,), optimizer=FAST)
+
+def make(kind=MongeMap):
+    return kind(map=ResidualMLP(2, (16,)), optimizer=FAST)
 
 
 def shifted(*shifts, **options):
@@ -78,7 +80,7 @@ def test_maps_fit_together(maps, error, message):
 def test_an_ensemble_differs_by_chance_and_agrees_on_the_means():
     torch.manual_seed(0)
     source, target = gaussians()
-    ensemble = fit_ensemble(MAKE, samples(standardize=True), n=3, max_steps=60)
+    ensemble = fit_ensemble(make, samples(standardize=True), n=3, max_steps=60)
     assert ((ensemble.spread(source) > 0) & (ensemble.spread(source) < 3)).all()
     torch.testing.assert_close(ensemble.transport(source).mean(0), target.mean(0), rtol=0, atol=1)
     first, *others = (model.representation.mean for model in ensemble.maps)
@@ -96,7 +98,7 @@ def test_without_bootstrap_all_see_the_same_samples():
     data = samples()
     for bootstrapped in (False, True):
         seen.clear()
-        fit_ensemble(partial(Keeping, hidden=(4,)), data, n=2, bootstrap=bootstrapped, max_steps=1)
+        fit_ensemble(partial(make, Keeping), data, n=2, bootstrap=bootstrapped, max_steps=1)
         assert torch.equal(seen[0], seen[1]) != bootstrapped
 
 
@@ -111,7 +113,7 @@ def test_without_bootstrap_all_see_the_same_samples():
 )
 def test_what_cannot_be_fitted_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        fit_ensemble(**{"make_model": MAKE, "data": samples(), **arguments})
+        fit_ensemble(**{"make_model": make, "data": samples(), **arguments})
 
 
 def test_one_map_twice_is_refused():

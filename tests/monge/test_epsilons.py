@@ -190,7 +190,7 @@ class _Still:
 
 
 def test_a_step_reads_back_no_more_than_whether_the_batch_is_finite():
-    model = Counted(2, hidden=(8,))
+    model = Counted(map=ResidualMLP(2, (8,)))
     trainer(max_epochs=2).fit(model, SamplesDataModule(SOURCE, TARGET, batch_size=64))
     assert len(model.reads) >= 6
     assert max(model.reads[1:]) == 2  # one on a device where each waits, see check_all_samples

@@ -5,13 +5,15 @@ import torch
 from torch import nn
 
 from lightning_gap import MongeMap
+from lightning_gap.monge import ResidualMLP
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["chosen", "residual"])
+def model(request):
     torch.manual_seed(0)
-    model = MongeMap(2, hidden=(8, 8))
-    nn.init.normal_(model.map.displacement[-1].weight)
+    model = MongeMap(2, hidden=(8, 8)) if request.param == "chosen" else MongeMap(map=ResidualMLP(2, (8, 8)))
+    if request.param == "residual":
+        nn.init.normal_(model.map.displacement[-1].weight)
     return model.eval()
 
 

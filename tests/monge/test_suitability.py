@@ -137,12 +137,17 @@ def test_a_start_for_another_cost_is_said(make):
 @pytest.mark.parametrize("argument", ["cost", "fitting_cost"])
 def test_maps_off_the_sphere_are_told_of_the_one_on_it(argument):
     message = rf"{argument}='geodesic' is a distance on the unit sphere, .* take SphereMap, as in MongeMap\(map=SphereM"
-    for options in ({"dim": 3}, {"map": ResidualMLP(3)}, {"map": ConditionalMap(3, num_conditions=2)}):
+    for options in ({"map": ResidualMLP(3)}, {"map": ConditionalMap(3, num_conditions=2)}):
         with pytest.raises(ValueError, match=message):
             MongeMap(**options, **{argument: "geodesic"})
     x = normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
-    with pytest.raises(ValueError, match=message):
-        trainer().fit(MongeMap(**{argument: "geodesic"}), SamplesDataModule(x, x, batch_size=20))
+    if argument == "fitting_cost":  # the map is chosen by the cost alone
+        with pytest.raises(ValueError, match=message):
+            MongeMap(3, fitting_cost="geodesic")
+        with pytest.raises(ValueError, match=message):
+            trainer().fit(MongeMap(fitting_cost="geodesic"), SamplesDataModule(x, x, batch_size=20))
+    else:
+        assert isinstance(MongeMap(3, cost="geodesic").map, SphereMap)
     MongeMap(map=SphereMap(3), cost="geodesic", fitting_cost="geodesic")
     MongeMap(map=nn.Identity(), cost="geodesic")  # one's own map may be on it
 

@@ -234,7 +234,7 @@ def test_samples_are_encoded_and_images_decoded():
     source, target = gaussians(200)
     scale = torch.tensor([100.0, 0.01])
     data = SamplesDataModule(source * scale, target * scale, batch_size=64, standardize=True)
-    model = MongeMap(2, hidden=(), optimizer=partial(Adam, lr=0.05))
+    model = small(hidden=(), optimizer=partial(Adam, lr=0.05))
     run = trainer(max_epochs=60)
     run.fit(model, data)
     assert isinstance(model.representation, AffineRepresentation)
@@ -249,7 +249,11 @@ def test_samples_are_encoded_and_images_decoded():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"fitting_loss": "mmd"}, ValueError, "fitting_loss must be one of sinkhorn, energy, or a function, got 'mmd'"),
+        (
+            {"fitting_loss": "mmd"},
+            ValueError,
+            "fitting_loss must be one of sinkhorn, energy, semidual, or a function, got 'mmd'",
+        ),
         ({"reweight": True}, ValueError, "reweight=True needs rho"),
         ({"rho": 1.0, "fitting_loss": "energy"}, ValueError, "rho softens .* Sinkhorn divergence only"),
         ({"gap_on": "reference"}, ValueError, "gap_on='reference' needs gap_reference"),

@@ -1,7 +1,5 @@
 """Chains of maps through populations at several times."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from monge_runs import FAST, small
 from torch import nn
 
 from lightning_gap import MongeMap
-from lightning_gap.monge import ResidualMLP, Trajectory, fit_trajectory, gaussian_map, held_out_times
+from lightning_gap.monge import ConditionalMap, ResidualMLP, Trajectory, fit_trajectory, gaussian_map, held_out_times
 
 
 def normal(*shape, seed=0):
@@ -64,8 +62,6 @@ def test_times_outside_are_refused(trajectory, t, since):
 
 
 def test_conditions_go_by_name():
-    from lightning_gap.monge import ConditionalMap
-
     torch.manual_seed(0)
     maps = []
     for names in (["a", "b"], ["b", "a"]):
@@ -138,13 +134,19 @@ def test_maps_are_of_one_space():
 
 # --- fits ---
 
-MAKE = partial(MongeMap, hidden=(16,), optimizer=FAST)
+
+def make():
+    return MongeMap(map=ResidualMLP(2, (16,), start="mean"), optimizer=FAST)
+
+
+def make_conditional():
+    return MongeMap(map=ConditionalMap(2, (8,), num_conditions=2))
 
 
 def test_a_fit_carries_each_population_to_the_next():
     torch.manual_seed(0)
     populations = [day.float() for day in DAYS]
-    trajectory = fit_trajectory(populations, TIMES, make_model=MAKE, max_steps=60, batch_size=100, standardize=True)
+    trajectory = fit_trajectory(populations, TIMES, make_model=make, max_steps=60, batch_size=100, standardize=True)
     for t, day in zip(TIMES, populations, strict=True):
         torch.testing.assert_close(trajectory.at(populations[0], t).mean(0), day.mean(0), rtol=0, atol=0.6)
 
@@ -155,7 +157,7 @@ def test_one_table_holds_all_times():
     obs = pd.DataFrame({"day": np.repeat([1, 2, 5], 300), "type": ["B", "T"] * 450})
     obs.index = obs.index.astype(str)
     cells = anndata.AnnData(values, obs=obs)
-    options = {"key": "day", "make_model": MAKE, "max_steps": 2, "batch_size": 50, "conditions": "type"}
+    options = {"key": "day", "make_model": make_conditional, "max_steps": 2, "batch_size": 50, "conditions": "type"}
     trajectory = fit_trajectory(cells, TIMES, **options)
     assert trajectory.at(cells[cells.obs["day"] == 1], 3, condition="B").shape == (300, 2)
     rows = held_out_times(cells, TIMES, most=50, **options)
@@ -168,8 +170,7 @@ def test_a_time_left_out_is_compared_with_floors():
     branch = torch.tensor([[3.0, 3.0], [3.0, -3.0]])[torch.arange(400) % 2]
     days = [normal(400, 2, seed=k) * 0.3 + k * branch + torch.tensor([0.0, 1.0]) * branch for k in range(3)]
     rows = held_out_times(
-        days, [0, 1, 2], make_model=lambda: MongeMap(map=ResidualMLP(2, (16,), start="mean"), optimizer=FAST),
-        max_steps=150, batch_size=100, most=150,
+        days, [0, 1, 2], make_model=make, max_steps=150, batch_size=100, most=150,
     )  # fmt: skip
     for name in ("energy_distance", "wasserstein_1"):
         score = {row["candidate"]: row[name] for row in rows}

@@ -3,8 +3,8 @@
 python -m benchmarks.science.peers.table           # write the page's tables
 python -m benchmarks.science.peers.table --check   # only say which tables the logs contradict
 
-It reads ``peer_maps.jsonl``, which ``maps.py`` writes, and all ``known_maps*.jsonl``, this package's own rows. In both
-a row is a run:
+It reads ``peer_maps.jsonl``, which ``maps.py`` writes, all ``known_maps*.jsonl``, this package's own rows, and
+``known_costs.jsonl``, of ``known_costs.py``. In the first two a row is a run:
 
     {"solver": ..., "pairs": "w2" or "rays", "dim": ..., "seed": ..., "uvp": L2-UVP in %, "cosine": ...,
      "cpu_seconds": of everything, compilation too, "budget": CPU seconds of training, if it is what ends it,
@@ -35,6 +35,12 @@ PEERS = (
     "OTT W2NeuralDual", "OTT ExpectileNeuralDual", "OTT MongeGapEstimator", "OTT entropic map", "OTT ProgOT",
     "POT SinkhornTransport", "POT EMDTransport", "POT MappingTransport",
 )  # fmt: skip
+ALIASES = {"mix3to10": "w2"}
+# This package's maps in the log of known_costs.py.
+MAPS = {
+    "default": "MongeMap, default", "plan": "ResidualMLP, start at a plan",
+    "free": "ResidualMLP, no gap", "gap": "ResidualMLP, gap",
+}  # fmt: skip
 TARGET, TARGET_DIM = 10.0, 8
 Rows = list[dict[str, Any]]
 
@@ -42,7 +48,9 @@ Rows = list[dict[str, Any]]
 def read(logs: Path) -> Rows:
     """Return the rows of all logs."""
     own = [row for log in sorted(logs.glob("known_maps*.jsonl")) for row in read_log(log)]
-    return [row for row in [*own, *read_log(logs / "peer_maps.jsonl")] if row.get("pairs") in DIMS]
+    own += [_of_other_costs(row) for row in read_log(logs / "known_costs.jsonl") if _same_samples(row)]
+    rows = [row | {"pairs": ALIASES.get(row.get("pairs"), row.get("pairs"))} for row in own]
+    return [row for row in [*rows, *read_log(logs / "peer_maps.jsonl")] if row["pairs"] in DIMS]
 
 
 def where(rows: Rows, **wanted: Any) -> Rows:
@@ -87,6 +95,16 @@ def blocks(rows: Rows) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, or check it."""
     command(__doc__, "maps_against_peers", lambda logs: blocks(read(logs)), lambda logs, images: None, arguments)
+
+
+def _same_samples(row: dict[str, Any]) -> bool:
+    # There each seed has a pair of its own, and the peers have the first one.
+    return row.get("cost") == "euclidean" and row.get("seed") == 0 and row.get("map") in MAPS
+
+
+def _of_other_costs(row: dict[str, Any]) -> dict[str, Any]:
+    named = {"solver": MAPS[row["map"]], "pairs": "rays", "dim": row["D"], "cpu_seconds": row.get("seconds")}
+    return named | {name: row[name] for name in ("seed", "uvp", "cosine")} | {"budget": row.get("budget"), "config": {}}
 
 
 def _digits(value: float) -> str:

@@ -1,16 +1,27 @@
 """Maps of the unit sphere to itself."""
 
 from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import normalize
 
-from lightning_gap.checks import renamed
+from lightning_gap.checks import check_choice, renamed
 from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.energy_fit import energy_gain, held_out_images
+from lightning_gap.monge.maps.fitting import fit_images
+from lightning_gap.monge.maps.hold_out import hold_out
 from lightning_gap.monge.maps.perceptron import Activation
+from lightning_gap.monge.maps.starts import PlanStart, StartPair, check_start, fit_steps
+from lightning_gap.monge.ot.costs import Cost, Geodesic
 
 __all__ = ["SphereMap", "circle"]
+
+SphereStart = Literal["identity", "plan"]
+
+_PLAN_LR = 2e-3
 
 # Below this square of an angle, its cosine and cardinal sine are those of their series, whose derivatives are finite.
 _SMALL = 0.01
@@ -30,6 +41,12 @@ class SphereMap(TransportMap):
         dim: Dimension :math:`d` of the space around the sphere, at least 2: 3 for the globe.
         hidden: Widths of the hidden layers.
         activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
+        start: ``"identity"``; or ``"plan"``, a fit to the images of an entropic plan for the cost that :meth:`start` is
+            given: the Karcher means of :class:`EntropicMap`.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_samples: Most samples of each set in a plan: its time grows with their square.
+        plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
+        plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
         num_conditions: Number K of categories, for a conditional map of labels 0 to K - 1; or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
@@ -47,12 +64,19 @@ class SphereMap(TransportMap):
         True
     """
 
+    started: Tensor
+
     def __init__(
         self,
         dim: int,
         hidden: Sequence[int] = (128, 128, 128),
         activation: Activation = "gelu",
         *,
+        start: SphereStart = "identity",
+        plan_relative_epsilon: float = 0.005,
+        plan_samples: int = 16_384,
+        plan_steps: int = 3000,
+        plan_draws: int = 1,
         num_conditions: int | None = None,
         condition_dim: int | None = None,
         embedding_dim: int = 32,
@@ -60,10 +84,56 @@ class SphereMap(TransportMap):
     ) -> None:
         num_conditions = renamed("conditions", "num_conditions", conditions, num_conditions)
         kinds = {"num_conditions": num_conditions, "condition_dim": condition_dim, "embedding_dim": embedding_dim}
-        super().__init__(dim, hidden, activation, **kinds)
+        check_choice("start", start, get_args(SphereStart))
+        self.plan_start = PlanStart(plan_relative_epsilon, plan_samples, plan_steps, plan_draws)
+        begins: dict[str, Any] = {"start": start, **self.plan_start.hparams} if start == "plan" else {}
+        super().__init__(dim, hidden, activation, **kinds, **begins)
         if dim == 1:
             raise ValueError("dim must be at least 2, got 1: the sphere of R¹ is two points, which no map moves")
+        self.starts_at = start
+        if start == "plan":
+            self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
         self.displacement = self.made_network(hidden, activation, embedding_dim)
+
+    @torch.no_grad()
+    def start(
+        self, source: Tensor, target: Tensor, *, cost: Cost | None = None, pairs: Sequence[StartPair] | None = None
+    ) -> None:
+        """Fit the map to the images of plans on the sphere; once, also after a checkpoint.
+
+        Where held-out samples do not tell the fitted map from the identity, or are too few, it stays the identity.
+
+        Args:
+            source: ``(n, d)`` unit vectors, of all conditions together.
+            target: ``(m, d)`` unit vectors.
+            cost: The cost of the plan; the geodesic one by default.
+            pairs: The samples of each condition, with its label or vector, and weights: a plan each.
+
+        Raises:
+            TypeError: An argument is no floating-point tensor.
+            ValueError: Shapes do not fit, values are not finite or off the sphere, or a conditional map that starts at
+                plans is given no pairs.
+        """
+        if self.starts_at == "identity" or bool(self.started):
+            return
+        cost = cost or Geodesic()
+        parts = check_start(self, source, target, pairs)
+        for part in parts:
+            Geodesic().check_domain("source", part.source)
+            Geodesic().check_domain("target", part.target)
+        split = [hold_out(part) for part in parts]
+        told = [(held, rest) for held, rest in split if held is not None]
+        if told:
+            held = [held for held, _ in told]
+            before, identity = [p.detach().clone() for p in self.parameters()], held_out_images(self, held)
+            targets = self.plan_start.targets([rest for _, rest in told], cost)
+            targets = targets._replace(images=normalize(targets.images, dim=-1))
+            fit_images(self, targets, steps=fit_steps(self.plan_start.steps, len(targets.points)), lr=_PLAN_LR)
+            gain, error = energy_gain(identity, held_out_images(self, held), held)
+            if not gain > error:
+                for p, kept in zip(self.parameters(), before, strict=True):
+                    p.copy_(kept)
+        self.started.fill_(1)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(n, d)`` unit vectors, under their conditions if the map is conditional, to ``(n, d)`` unit vectors."""

@@ -1,5 +1,6 @@
 """Divergences and gaps as sums of transport problems, which are solved together where their shapes agree."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,8 @@ class Terms(NamedTuple):
     """Divergences and gaps that were solved together.
 
     Attributes:
-        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell.
+        marginal_error: The largest L1 marginal error of all their problems; NaN where a solver does not tell, or there
+            is none.
         converged: Whether all of them reached the tolerance.
     """
 
@@ -69,7 +71,7 @@ def solve_terms(
             gap = gap + 2 * solved[k].epsilon * torch.special.entr(p.a).sum()
         gaps.append(gap)
     everything = solved + [result for pair in to_themselves for result in pair]
-    error = max((result.marginal_error for result in everything), default=0.0)
+    error = max((result.marginal_error for result in everything), default=math.nan)
     terms = Terms(divergences, gaps, error, all(result.converged for result in everything))
     if not (silent or exact) and _cancelled(divergences + gaps, problems, solved):
         # What is left of float32's digits is too little: once more in double.

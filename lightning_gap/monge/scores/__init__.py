@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lightning_gap.faces import lazy
 
 if TYPE_CHECKING:
+    from lightning_gap.monge.scores.certificate import ErrorCertificate as ErrorCertificate
+    from lightning_gap.monge.scores.certificate import error_certificate as error_certificate
     from lightning_gap.monge.scores.distances import EnergyDistance as EnergyDistance
     from lightning_gap.monge.scores.distances import MarginalWasserstein as MarginalWasserstein
     from lightning_gap.monge.scores.divergence import SinkhornDivergence as SinkhornDivergence
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.mmd import MaximumMeanDiscrepancy as MaximumMeanDiscrepancy
     from lightning_gap.monge.scores.mmd import maximum_mean_discrepancy as maximum_mean_discrepancy
     from lightning_gap.monge.scores.perturbation import PerturbationScores as PerturbationScores
+    from lightning_gap.monge.scores.suboptimality import Suboptimality as Suboptimality
+    from lightning_gap.monge.scores.suboptimality import suboptimality as suboptimality
     from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine
     from lightning_gap.monge.scores.truth import UnexplainedVariance as UnexplainedVariance
     from lightning_gap.monge.scores.truth import displacement_cosine as displacement_cosine

@@ -76,15 +76,15 @@ def error_certificate(
 
     Source and target are cut into four parts each. An optimal plan between a part of each sends :math:`x` to :math:`y`,
     and leaves the residual :math:`T(x) - y`, which is the map's error and the plan's noise. Plans that share one part
-    have other noise from the other, so products of their residuals hold the error and less of the noise:
+    have other noise from the other, so products of their residuals hold the error and less noise:
 
     .. math::
         V_x = E \langle T(x) - y, T(x) - y' \rangle, \qquad V_y = E \langle T(x) - y, T(x') - y \rangle, \qquad
         A = E |T(x) - y|^2
 
     with :math:`y, y'` from two parts of the target, and :math:`x, x'` from two of the source. The estimate is
-    :math:`V = \max(V_x, V_y)`, the bound :math:`1.1 V + 0.2 (A - V)` and 1.94 standard errors, by the jackknife over the
-    parts: shares of clusters vary from sample to sample, which errors of single residuals do not tell.
+    :math:`V = \max(V_x, V_y)`, the bound :math:`1.1 V + 0.2 (A - V)` and 1.94 standard errors, by the jackknife over
+    the parts: shares of clusters vary from sample to sample, which errors of single residuals do not tell.
 
     What holds without more: :math:`E\,A \ge W_2^2(T\sharp\mu, \nu)`, and for :math:`T = \nabla\psi` with convex
     :math:`\psi` of curvature at most :math:`\beta`, with :math:`S_n` the best plan's mean :math:`\langle x, y \rangle`
@@ -94,10 +94,10 @@ def error_certificate(
         E|T - T^*|^2 \le 2 \beta\, (E_\mu \psi + E_\nu \psi^* - \sup_\pi E_\pi \langle x, y \rangle)
             \le 2 \beta\, (E_\mu \psi + E_\nu \psi^* - E\, S_n)
 
-    since the infimum over potentials of a mean over samples is below that of the mean in expectation. ``proven`` is this
-    with the largest curvature at the samples. It is loose by the ratio of curvatures and by the noise of n samples, and no
+    since the infimum over potentials of a mean over samples is below that of the mean in expectation. ``proven`` is
+    this with the largest curvature at the samples. It is loose by the ratio of curvatures and by noise, and no
     bound without assumptions is tight in many dimensions: n samples do not tell a measure from the one that sits on
-    :math:`n^2` of its points, which is about :math:`n^{-4/d}` away. that ``upper``
+    :math:`n^2` of its points, which is about :math:`n^{-4/d}` away. That ``upper``
     holds was measured.
 
     Args:

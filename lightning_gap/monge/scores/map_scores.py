@@ -17,6 +17,7 @@ from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.gap import Convention, check_convention, monge_gap
 from lightning_gap.monge.ot.marginal import marginal_wasserstein
 from lightning_gap.monge.ot.options import Solver, SolverOptions
+from lightning_gap.monge.scores.certified import certified, too_few
 from lightning_gap.monge.scores.pooling import DrawnMetric
 from lightning_gap.monge.scores.pools import (
     Pool,
@@ -50,6 +51,10 @@ class MapScores(DrawnMetric):
     ``displacement_cosine``     against the true map (Korotin et al. 2021, section 4); with ``true_images``
     ``..._floor``               of the first three, ``target_again`` in the place of the images: what a perfect map
                                 scores on as many samples; with ``target_again``
+    ``suboptimality``           what is paid in vain, in percent, and
+    ``suboptimality_upper``     what that does not exceed at 95 %: :func:`suboptimality`; with ``certificates``
+    ``l2_uvp_bound``            what L2-UVP does not exceed at 95 %: :func:`error_certificate`; with ``certificates``,
+                                balanced transport, and a cost whose optimal maps are unique
     =========================== ====================================================================================
 
     All samples are kept, and gathered from all processes: scores of many samples are not means of those of their
@@ -77,6 +82,8 @@ class MapScores(DrawnMetric):
         max_samples: Most samples of each set, and condition, in divergences, energy distances and gaps.
         conditions: Names of the conditions in the order of their labels; :meth:`compute` then gives each one's scores
             too, as ``<score>/<name>``.
+        certificates: Whether to compute the last three, for which exact plans take some seconds; at least 32 samples
+            of each set and condition are needed.
         reach: Old name of ``rho``.
         **kwargs: Of :class:`torchmetrics.Metric`.
 
@@ -119,6 +126,7 @@ class MapScores(DrawnMetric):
         solver: Solver = "auto",
         max_samples: int = 2048,
         conditions: Sequence[str] | None = None,
+        certificates: bool = False,
         reach: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -135,6 +143,7 @@ class MapScores(DrawnMetric):
         if isinstance(conditions, str) or (conditions is not None and len(set(conditions)) != len(conditions)):
             raise ValueError(f"conditions must be a sequence of names that differ, got {conditions!r}")
         self.conditions = None if conditions is None else tuple(str(name) for name in conditions)
+        self.certificates = bool(certificates)
         self._said: set[str] = set()
         for name in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR):
             self.add_state(name, default=[], dist_reduce_fx="cat")
@@ -206,6 +215,11 @@ class MapScores(DrawnMetric):
         self._say_what_is_left_out(pools)
         epsilons = self._epsilons(pools)
         each = [self._scores(pool, *epsilons) for pool in pools]
+        if self.certificates and (few := too_few(pools)) is not None:
+            self._say_once("certificates", rank_zero_warn, few)
+        elif self.certificates:
+            for pool, one in zip(pools, each, strict=True):
+                one |= certified(pool, self.cost, with_bound=self.rho is None)
         scores = {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
         if self.conditions is not None:
             for pool, one in zip(pools, each, strict=True):

@@ -60,8 +60,8 @@ def suboptimality(
     .. math::
         W_c(\mu, T\sharp\mu) \ge E\, W_n(x, T(x')) - \tfrac12 E\, W_n(x, x') - \tfrac12 E\, W_n(T(x), T(x'))
 
-    by the triangle inequality if the cost is a metric, as ``"euclidean"`` and ``"geodesic"``; for others it was measured
-    to hold.
+    by the triangle inequality if the cost is a metric, as ``"euclidean"`` and ``"geodesic"``; for others it was
+    measured to hold.
 
     Args:
         source: ``(n, d)`` samples.
