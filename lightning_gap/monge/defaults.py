@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GivenTerms", "Recipe", "cosine_over_run", "decide_weight", "default_map", "recipe_for", "say_choice",
+    "say_if_gaussian",
     "take_recipe", "take_terms_of_checkpoint",
 ]  # fmt: skip
 
@@ -167,6 +168,16 @@ def decide_weight(model: "MongeMap", pairs: Sequence[tuple[Weighted, Weighted]])
     if paid > 0 and unit > 0 and math.isfinite(unit / paid):
         weight = float(f"{recipe.gap_weight * unit / paid:.4g}")
         model.gap_weight = model.hparams["gap_weight"] = from_rank_zero(model.trainer, weight)
+
+
+def say_if_gaussian(model: "MongeMap") -> None:
+    """Say where a map is the Gaussian map, and stays it."""
+    share = getattr(model.map, "share", None)
+    if isinstance(share, Tensor) and not bool(share):
+        rank_zero_info(
+            f"{type(model.map).__name__}: held-out samples do not tell a network from the Gaussian map, so the map is "
+            "that one, and training leaves it as it is: give more samples, or map=ResidualMLP(dim, start='gaussian')"
+        )
 
 
 def say_choice(model: "MongeMap") -> None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.border import on_device
 from lightning_gap.monge.checkpoint import described_map
-from lightning_gap.monge.defaults import decide_weight, default_map, take_recipe, take_terms_of_checkpoint
+from lightning_gap.monge.defaults import (
+    decide_weight,
+    default_map,
+    say_if_gaussian,
+    take_recipe,
+    take_terms_of_checkpoint,
+)
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
@@ -174,6 +180,7 @@ def _begin(
                 start(*samples, cost=model.cost, pairs=_start_pairs(model, pairs, conditions))
             else:
                 start(*samples)
+        say_if_gaussian(model)
         decide_weight(model, pairs)
         model.epsilons.start()
     model.epsilons.decide(pairs, again=again)

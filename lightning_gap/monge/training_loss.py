@@ -49,6 +49,11 @@ def training_loss(model: "MongeMap", b: UnpairedBatch, batch_idx: int) -> tuple[
         model.remarks.say("convergence", sign, ConvergenceWarning)
     if model.objective.fitting_loss == "semidual":
         terms = terms._replace(loss=semidual_loss(model, b, group))
+        if not bool(terms.loss.isfinite()):
+            raise FloatingPointError(
+                f"the semi-dual is {float(terms.loss):g} at update {model.global_step}: the map has diverged; lower "
+                "the learning rate"
+            )
     total = terms.loss
     values: dict[str, float | Tensor] = {model.objective.loss_name: terms.loss}
     if terms.gap is not None:
