@@ -94,7 +94,7 @@ MAPS = [
     ("a cost that is none", FIT + "--model.cost manhatan", "unknown cost 'manhatan': choose one of cosine"),
     ("a negative epsilon of a map", FIT + "--model.gap_epsilon=-1", "gap_epsilon must be a positive finite number"),
     ("a loss that is none", FIT + "--model.fitting_loss energi",
-     "Expected a typing.Literal['sinkhorn', 'energy']. Got value: energi"),
+     "Expected a typing.Literal['sinkhorn', 'energy', 'semidual']. Got value: energi"),
     ("a batch over the samples", FIT + "--data.batch_size 1000", "use batch_size <= 36, or hold out less"),
     ("a network that is none", FIT + "--model.map Nope", '"model.map": Expected a dot import path string: Nope'),
     ("a network without its dimension", FIT + "--model.map MLP",

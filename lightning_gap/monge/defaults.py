@@ -22,7 +22,7 @@ from lightning_gap.monge.objective import FittingLoss
 from lightning_gap.monge.ot.costs import Cost, Euclidean, Geodesic, SqEuclidean
 from lightning_gap.monge.ot.epsilon import Weighted
 from lightning_gap.trainer.internals.of_lightning import trainer_if_any
-from lightning_gap.trainer.strategy import from_rank_zero
+from lightning_gap.trainer.strategy import data_parallel_size, from_rank_zero
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -67,7 +67,8 @@ def default_map(
     if isinstance(cost, Geodesic):
         kinds = {"condition_dim": vectors} if vectors else {"num_conditions": labels or None}
         return SphereMap(dim, widths, **kinds)
-    start: Any = "plan" if dim <= _MOST_DIMENSIONS else "gaussian"
+    beyond = "gaussian" if isinstance(cost, SqEuclidean) else "mean"
+    start: Any = "plan" if dim <= _MOST_DIMENSIONS else beyond
     if vectors is not None:
         return ConditionalMap(dim, widths, condition_dim=vectors, start=start)
     if labels:
@@ -113,7 +114,9 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
         return  # the optimizer is made, and holds the weights
     described, mine = found.get("map"), described_map(model.map)
     before = {name for name in state if name.startswith("map.displacement.")}
-    if model.map_is_chosen and (described or before) and described != mine:
+    widths = None if described is None or model.hidden is None else described.get("init_args", {}).get("hidden")
+    of_others = widths is not None and list(widths) != list(model.hidden or ())  # which loading then refuses
+    if model.map_is_chosen and (described or before) and described != mine and not of_others:
         if described is not None:
             net = build("map", described)
         elif isinstance(model.map, ResidualMLP) and model.map.starts_at == "identity":
@@ -144,7 +147,14 @@ def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | No
     data = getattr(model.trainer, "datamodule", None)
     sizes, batch = getattr(data, "training_sizes", None), getattr(data, "batch_size", None)
     if sizes and batch and not getattr(data, "endless", False):
-        total = min(total, math.ceil(_PASSES * max(sizes) / batch))
+        update = batch * data_parallel_size(model.trainer) * model.trainer.accumulate_grad_batches
+        most = math.ceil(_PASSES * max(sizes) / update)
+        if most < total:
+            rank_zero_info(
+                f"MongeMap: the default learning rate decays to 0 within {most} updates, {_PASSES} passes over the "
+                "samples, and the run goes on: give optimizer= for a longer training"
+            )
+        total = min(total, most)
     if not math.isfinite(total) or total < 1:
         return None
     return LambdaLR(optimizer, partial(_cosine, total=total))
@@ -163,11 +173,13 @@ def decide_weight(model: "MongeMap", pairs: Sequence[tuple[Weighted, Weighted]])
     if model.given.gap_weight or not model.map_is_chosen or recipe.gap_weight == 0:
         return
     fitted = Euclidean() if model.objective.fitting_loss == "energy" else model.fitting_cost
-    x, y = (on_device(model, side.samples[:_FEW]) for side in pairs[0])
-    paid, unit = model.cost.mean(x, y), fitted.mean(x, y)
-    if paid > 0 and unit > 0 and math.isfinite(unit / paid):
-        weight = float(f"{recipe.gap_weight * unit / paid:.4g}")
-        model.gap_weight = model.hparams["gap_weight"] = from_rank_zero(model.trainer, weight)
+    paid, unit = 0.0, 0.0
+    for sides in pairs:
+        x, y = (on_device(model, side.samples[:_FEW]) for side in sides)
+        paid, unit = paid + model.cost.mean(x, y), unit + fitted.mean(x, y)
+    known = paid > 0 and unit > 0 and math.isfinite(unit / paid)
+    weight = float(f"{recipe.gap_weight * unit / paid:.4g}") if known else recipe.gap_weight
+    model.gap_weight = model.hparams["gap_weight"] = from_rank_zero(model.trainer, weight)
 
 
 def say_if_gaussian(model: "MongeMap") -> None:

@@ -1,6 +1,7 @@
 """What a map takes from its data: names, the representation, the default network, its start and its epsilons."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,6 +22,7 @@ from lightning_gap.monge.defaults import (
     take_terms_of_checkpoint,
 )
 from lightning_gap.monge.maps.base import TransportMap
+from lightning_gap.monge.maps.brenier import BrenierMap
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.objective import GapOn
 from lightning_gap.monge.ot.checks import check_weights
@@ -35,7 +37,12 @@ from lightning_gap.monge.signs import unused_conditions
 from lightning_gap.monge.suitability import refuse_learned_cost
 from lightning_gap.monge.training_loss import gathered
 from lightning_gap.trainer.internals.of_lightning import trainer_if_any
-from lightning_gap.trainer.strategy import data_parallel_group
+from lightning_gap.trainer.strategy import (
+    data_parallel_group,
+    data_parallel_size,
+    from_rank_zero,
+    holds_whole_weights,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -177,13 +184,36 @@ def _begin(
         if callable(start := getattr(model.map, "start", None)):
             samples = (on_device(model, part.flatten(0, -2)) for part in all_samples())
             if isinstance(model.map, TransportMap):
-                start(*samples, cost=model.cost, pairs=_start_pairs(model, pairs, conditions))
+                with _of_a_batch(model.map) if not again else nullcontext():
+                    start(*samples, cost=model.cost, pairs=_start_pairs(model, pairs, conditions))
             else:
                 start(*samples)
+            alike_everywhere(model)
         say_if_gaussian(model)
         decide_weight(model, pairs)
         model.epsilons.start()
     model.epsilons.decide(pairs, again=again)
+
+
+@contextmanager
+def _of_a_batch(net: TransportMap) -> Iterator[None]:
+    """Let a convex map start at the Gaussian map of a batch, which is too few for a plan, and free to leave it."""
+    kept = getattr(net, "starts_at", None)
+    if isinstance(net, BrenierMap) and kept == "plan":
+        net.starts_at = "gaussian"
+    try:
+        yield
+    finally:
+        if isinstance(net, BrenierMap) and kept is not None:
+            net.starts_at = kept
+
+
+def alike_everywhere(model: "MongeMap") -> None:
+    """Give all processes the start that the first has found: a last bit may decide what held-out samples tell."""
+    if model.map is None or data_parallel_size(model.trainer) == 1 or not holds_whole_weights(model.trainer):
+        return
+    state = {name: value.cpu() for name, value in model.map.state_dict().items()}
+    model.map.load_state_dict(from_rank_zero(model.trainer, state))
 
 
 def _start_pairs(model: "MongeMap", pairs: Pairs, conditions: Tensor | None) -> list[StartPair]:

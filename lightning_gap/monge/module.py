@@ -23,7 +23,7 @@ from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.objective import FittingLoss, GapOn, MapObjective
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.compiling import eager
-from lightning_gap.monge.ot.costs import Cost, CostLike
+from lightning_gap.monge.ot.costs import Cost, CostLike, SqEuclidean
 from lightning_gap.monge.ot.epsilon import FITTING_SHARE, GAP_SHARE
 from lightning_gap.monge.ot.options import Solver, SolverOptions
 from lightning_gap.monge.samples.condition_encoding import ConditionEncoding
@@ -198,7 +198,7 @@ class MongeMap(Transporting):
             gap_weight=gap_weight is not None,
             optimizer=optimizer is not None or lr_scheduler is not None,
             sinkhorn=(softened is not None and not reweight) or fitting.absolute is not None
-            or relative_fitting_epsilon != FITTING_SHARE or fitting_cost != "sqeuclidean",
+            or relative_fitting_epsilon != FITTING_SHARE or build_cost("fitting_cost", fitting_cost) != SqEuclidean(),
             reference=reference is not None,
             reweight=bool(reweight),
         )  # fmt: skip
@@ -274,8 +274,6 @@ class MongeMap(Transporting):
             check_costs(self)
             check_convex(self)
             from_data.note_conditions(self)
-            if self.map_is_chosen:
-                self.remarks.once("choice", lambda: say_choice(self))
 
     @override
     def configure_callbacks(self) -> list[Any]:
@@ -325,6 +323,8 @@ class MongeMap(Transporting):
     def on_fit_start(self) -> None:
         """Let the map start from all training samples, and decide the epsilons from them, once."""
         self._began = from_data.begin(self)
+        if self.map_is_chosen:
+            self.remarks.once("choice", lambda: say_choice(self))
 
     @override
     @eager

@@ -83,7 +83,7 @@ def checkpoint():
 def test_the_default_map_has_the_dimension_of_the_data():
     cli = fit()
     assert cli.trainer.global_step == 2
-    assert type(cli.model.map) is ResidualMLP
+    assert type(cli.model.map) is BrenierMap
     assert cli.model.map.dim == 2
     assert type(cli.datamodule) is SamplesDataModule
 

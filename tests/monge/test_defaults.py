@@ -53,15 +53,16 @@ def test_on_the_sphere_it_is_a_map_of_the_sphere():
 
 
 @pytest.mark.parametrize(("options", "kind"), [({}, BrenierMap), ({"cost": "euclidean"}, ResidualMLP)])
-def test_data_choose_as_the_dimension_does_and_it_is_said_once(options, kind, caplog):
+def test_data_choose_as_the_dimension_does_and_it_is_said_once(options, kind, monkeypatch):
+    heard = []
+    monkeypatch.setattr("lightning_gap.monge.defaults.rank_zero_info", heard.append)
     model = MongeMap(**SMALL, **options)
     assert model.map is None
-    with caplog.at_level("INFO"):
-        trainer(max_steps=1).fit(model, samples())
+    trainer(max_steps=1).fit(model, samples())
     assert type(model.map) is kind
     assert terms(model) == terms(MongeMap(2, **SMALL, **options))
     assert model.hparams["map"] == described_map(model.map)
-    said = [record.message for record in caplog.records if "MongeMap chose" in record.message]
+    said = [message for message in heard if "MongeMap chose" in message]
     assert len(said) == 1
     for part in (kind.__name__, "2 dimensions", repr(model.objective.fitting_loss), "gap_weight=", "give map="):
         assert part in said[0]
@@ -74,7 +75,9 @@ def test_conditions_choose_a_conditional_map(dim):
     trainer(max_steps=1).fit(model, samples(conditions=(labels, labels), batch_size=10))
     assert type(model.map) is ConditionalMap
     assert model.map.num_conditions == 2
-    assert terms(model)[:2] == ("energy", 0.1)
+    loss, weight = terms(model)[:2]
+    assert loss == "energy"
+    assert 0 < weight < 0.1  # mean distances for each mean cost: at this scale less
 
 
 @pytest.mark.parametrize("dim", [None, 2])

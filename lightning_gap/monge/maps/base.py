@@ -14,7 +14,17 @@ from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.hold_out import hold_out
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
 from lightning_gap.monge.maps.potential import PotentialGradient
-from lightning_gap.monge.maps.starts import PlanStart, Start, StartPair, affine_start, check_start, fit_steps
+from lightning_gap.monge.maps.starts import (
+    PlanStart,
+    Start,
+    StartPair,
+    affine_start,
+    check_start,
+    fit_steps,
+    mean_and_spread,
+    pooled,
+    sides_of,
+)  # fmt: skip
 from lightning_gap.monge.ot.costs import Cost, Euclidean, SqEuclidean
 
 __all__ = ["StartedMap", "TransportMap"]
@@ -184,7 +194,8 @@ class StartedMap(TransportMap):
         affine = self.starts_at
         if with_plan:
             affine = "gaussian" if self.made_for is None or isinstance(cost, SqEuclidean) else "mean"
-        terms = [affine_start(affine, source, target)]
+        every = pooled(parts)
+        terms = [affine_start(affine, every)]
         if self.num_conditions is not None:
             own = parts if with_plan or not pairs else check_start(self, source, target, pairs)
             labelled = [part for part in own if part.condition is not None]
@@ -195,10 +206,9 @@ class StartedMap(TransportMap):
         if matrices:
             self.matrix.copy_(torch.stack(matrices).view_as(self.matrix))
         if with_plan:
-            for name, samples in (("center", source), ("scale", source), ("image_scale", target)):
-                own_unit, mean = getattr(self, name), samples.double().mean(0)
-                spread = (samples.double() - mean).square().mean().sqrt()
-                own_unit.copy_(mean if name == "center" else torch.where(spread > 0, spread, 1))
+            (center, scale), (_, image_scale) = (mean_and_spread(*side) for side in sides_of(every))
+            for unit, value in ((self.center, center), (self.scale, scale), (self.image_scale, image_scale)):
+                unit.copy_(value)
             self._fit_plan(parts, cost)
         self.started.fill_(1)
 
@@ -212,6 +222,10 @@ class StartedMap(TransportMap):
         held, rests = [held for held, _ in told], [rest for _, rest in told]
         before, affine = [p.detach().clone() for p in self.parameters()], held_out_images(self, held)
         targets = self.plan_start.targets(rests, cost)
+        # Conditions of too few samples keep their affine term, as far as one network can.
+        for (aside, rest), image in zip(split, held_out_images(self, [rest for _, rest in split]), strict=True):
+            if aside is None and rest.condition is not None:
+                targets = targets.joined(rest.source, image, rest.condition)
         steps = fit_steps(self.plan_start.steps, len(targets.points))
         decay = _DECAY_OF_DISTANCES if isinstance(cost, Euclidean) else _DECAY
         fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP, weight_decay=decay)

@@ -15,7 +15,16 @@ from lightning_gap.monge.maps.conjugate import conjugate_point
 from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.hold_out import choose_share, held_samples, hold_out
 from lightning_gap.monge.maps.semidual import fit_semidual
-from lightning_gap.monge.maps.starts import BrenierStart, PlanStart, PlanTargets, StartPair, check_start, fit_steps
+from lightning_gap.monge.maps.starts import (
+    BrenierStart,
+    PlanStart,
+    PlanTargets,
+    StartPair,
+    check_start,
+    fit_steps,
+    mean_and_spread,
+    sides_of,
+)  # fmt: skip
 from lightning_gap.monge.ot.costs import Cost, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
 
@@ -134,8 +143,9 @@ class BrenierMap(TransportMap):
         self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in ("linear", "share"):  # which older states have not: there the network is the map
-            state_dict.setdefault(prefix + name, getattr(self, name))
+        # Which older states have not: there the network is the map.
+        state_dict.setdefault(prefix + "linear", torch.eye(self.dim).to(self.linear))
+        state_dict.setdefault(prefix + "share", torch.ones_like(self.share))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     @property
@@ -162,9 +172,9 @@ class BrenierMap(TransportMap):
         """Map ``(..., d)`` samples to ``(..., d)`` samples."""
         self.inputs(x, None)
         image = self.image_scale * self._gradient((x - self.center) / self.scale) + self.image_center
-        return (
-            self.share * image + (1 - self.share) * (F.linear(x - self.center, self.linear) + self.image_center)
-        ).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            gaussian = F.linear(x.to(self.linear.dtype) - self.center, self.linear) + self.image_center
+        return (self.share * image + (1 - self.share) * gaussian).to(x.dtype)
 
     def potential(self, x: Tensor) -> Tensor:
         r"""Return the convex potential :math:`\psi` whose gradient the map is, up to a constant.
@@ -306,11 +316,12 @@ class BrenierMap(TransportMap):
         if self.starts_at == "identity" or bool(self.started):
             return
         (pair,) = check_start(self, source, target, pairs)
-        A, b = gaussian_map(source, target, shrinkage="auto")
-        self._set_units(source, target)
+        (x, a), (y, w) = sides_of(pair)
+        A, b = gaussian_map(x, y, weights=(a, w), shrinkage="auto")
+        self._set_units(pair)
         held, rest = hold_out(pair) if self.starts_at == "plan" else (None, pair)
         # A fit to the Gaussian map comes first, so that the plan's need not start far away.
-        gaussian = PlanTargets(source, source.double() @ A + b, None)
+        gaussian = PlanTargets(x, x.double() @ A + b, None)
         with torch.no_grad():
             self.linear.copy_(A)
         if held is None and self.starts_at == "plan":
@@ -329,13 +340,11 @@ class BrenierMap(TransportMap):
         self.started.fill_(1)
 
     @torch.no_grad()
-    def _set_units(self, source: Tensor, target: Tensor) -> None:
-        for prefix, samples in (("", source.double()), ("image_", target.double())):
-            center = samples.mean(0)
-            scale = (samples - center).square().mean().sqrt()
+    def _set_units(self, pair: StartPair) -> None:
+        for prefix, side in zip(("", "image_"), sides_of(pair), strict=True):
+            center, scale = mean_and_spread(*side)
             getattr(self, f"{prefix}center").copy_(center)
-            # A point mass has no scale.
-            getattr(self, f"{prefix}scale").copy_(scale if scale > 0 else torch.ones_like(scale))
+            getattr(self, f"{prefix}scale").copy_(scale)
 
 
 def _positive(n_out: int, n_in: int) -> nn.Parameter:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_gap.monge.maps.starts import StartPair
+from lightning_gap.monge.maps.starts import StartPair, sides_of
 from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
 from lightning_gap.monge.ot.minibatch_energy import minibatch_energy_distance
 
@@ -37,16 +37,23 @@ def energy_gain(before: Sequence[Tensor], after: Sequence[Tensor], held: Sequenc
     """
     gain, variance = 0.0, 0.0
     for pair, *both in zip(held, before, after, strict=True):
-        y, rows, columns, selves = pair.target.double(), [], [], []
+        (_, a_given), (y, b_given) = sides_of(pair)
+        y = y.double()
+        a, b = (
+            y.new_full((count,), 1 / count) if w is None else w.double()
+            for w, count in ((a_given, len(both[0])), (b_given, len(y)))
+        )
+        rows, columns, selves = [], [], []
         for images in both:
             across = torch.cdist(images, y)
-            own = torch.cdist(images, images).sum(1) / (len(images) - 1)
-            rows.append(2 * across.mean(1) - 2 * own)
-            columns.append(2 * across.mean(0))
-            selves.append(own.mean())
+            own = torch.cdist(images, images) @ a / (1 - a)
+            rows.append(2 * across @ b - 2 * own)
+            columns.append(2 * a @ across)
+            selves.append(a @ own)
         x_part, y_part = rows[0] - rows[1], columns[0] - columns[1]
-        gain += float(y_part.mean() - (selves[0] - selves[1])) / len(held)
-        variance += float(x_part.var() / len(x_part) + y_part.var() / len(y_part)) / len(held) ** 2
+        gain += float(b @ y_part - (selves[0] - selves[1])) / len(held)
+        for w, part in ((a, x_part), (b, y_part)):
+            variance += float(w.square() @ (part - w @ part).square()) / len(held) ** 2
     return gain, math.sqrt(variance)
 
 

@@ -67,7 +67,7 @@ def choose_share(net: SharedMap, held: HeldOutSamples) -> float:
         scored[share] = semidual_values(net, held.source, held.target)
     best = min(_SHARES, key=lambda share: mean_semidual(scored[share], held))
     gain, error = difference(scored[0.0], scored[best], held)
-    pairs = [StartPair(held.source, held.target)]
+    pairs = [StartPair(held.source, held.target, None, *held.weights)]
     images = []
     for share in (0.0, best):
         like.fill_(share)

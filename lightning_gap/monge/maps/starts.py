@@ -17,7 +17,17 @@ from lightning_gap.monge.ot.gaussian import gaussian_map
 from lightning_gap.monge.ot.solve import optimal_transport
 
 __all__ = [
-    "BrenierStart", "PlanStart", "PlanTargets", "Start", "StartPair", "affine_start", "check_start", "fit_steps",
+    "BrenierStart",
+    "PlanStart",
+    "PlanTargets",
+    "Start",
+    "StartPair",
+    "affine_start",
+    "check_start",
+    "fit_steps",
+    "mean_and_spread",
+    "pooled",
+    "sides_of",
     "solved_plans",
 ]  # fmt: skip
 
@@ -46,12 +56,56 @@ class PlanTargets(NamedTuple):
     images: Tensor
     condition: Tensor | None
 
+    def joined(self, points: Tensor, images: Tensor, condition: Tensor) -> "PlanTargets":
+        """Return these and further ones, all of one condition."""
+        assert self.condition is not None
+        each = condition.expand(len(points), *condition.shape).to(self.condition)
+        parts = zip(self, (points.to(self.points), images.to(self.images), each), strict=True)
+        return PlanTargets(*(torch.cat(pair) for pair in parts))  # type: ignore[arg-type]
 
-def affine_start(start: str, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor]:
+
+def affine_start(start: str, pair: StartPair) -> tuple[Tensor | None, Tensor]:
     """Return A and b of the map ``A x + b`` to start at; A is ``None`` for the translation between the means."""
     if start == "mean":
-        return None, target.double().mean(0) - source.double().mean(0)
-    return gaussian_map(source, target, shrinkage="auto")
+        means = (mean_and_spread(*side)[0] for side in sides_of(pair))
+        return None, -next(means) + next(means)
+    (x, a), (y, b) = sides_of(pair)
+    return gaussian_map(x, y, weights=(a, b), shrinkage="auto")
+
+
+def sides_of(pair: StartPair) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the samples of either side, with weights that sum to 1."""
+    sides = ((pair.source, pair.source_weights), (pair.target, pair.target_weights))
+    return [(x, None if w is None else w.to(x) / w.sum().to(x)) for x, w in sides]
+
+
+def mean_and_spread(points: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the mean, and the standard deviation of a feature over all features, 1 for a point mass; in float64."""
+    x = points.double()
+    w = x.new_full((len(x),), 1 / len(x)) if weights is None else weights.double() / weights.double().sum()
+    mean = w @ x
+    spread = (w @ (x - mean).square()).mean().sqrt()
+    return mean, torch.where(spread > 0, spread, 1)
+
+
+def pooled(pairs: Sequence[StartPair]) -> StartPair:
+    """Return the samples of all conditions together, each condition as heavy as another where there are weights."""
+    if len(pairs) == 1:
+        return pairs[0]
+    sides = []
+    for points, weights in (("source", "source_weights"), ("target", "target_weights")):
+        given = [getattr(pair, weights) for pair in pairs]
+        every = None
+        if any(w is not None for w in given):
+            uniform = (
+                (getattr(p, points).new_ones(len(getattr(p, points))), w) for p, w in zip(pairs, given, strict=True)
+            )
+            every = torch.cat(
+                [(one if w is None else w.to(one)) / (one if w is None else w).sum() for one, w in uniform]
+            )
+        sides.append((torch.cat([getattr(pair, points) for pair in pairs]), every))
+    (x, a), (y, b) = sides
+    return StartPair(x, y, None, a, b)
 
 
 @dataclass(frozen=True)
@@ -156,10 +210,11 @@ def check_start(
     if not (net.conditional and each):
         given = list(pairs or ())
         # Samples of several conditions go together through a map that knows none.
-        if len(given) != 1:
+        if not given:
             return [StartPair(source, target)]
-        check_pair("source", given[0][0], "target", given[0][1])
-        return [StartPair(*given[0])._replace(condition=None)]
+        for pair in given:
+            check_pair("source", pair[0], "target", pair[1])
+        return [pooled([StartPair(*pair) for pair in given])._replace(condition=None)]
     found = [StartPair(*pair) for pair in pairs or ()]
     for pair in found or [StartPair(source, target)]:
         if pair.condition is None:

@@ -216,7 +216,7 @@ class MapScores(DrawnMetric):
         epsilons = self._epsilons(pools)
         each = [self._scores(pool, *epsilons) for pool in pools]
         if self.certificates and (few := too_few(pools)) is not None:
-            self._say_once("certificates", rank_zero_warn, few)
+            self._say_once("certificates", rank_zero_info, few)
         elif self.certificates:
             for pool, one in zip(pools, each, strict=True):
                 one |= certified(pool, self.cost, with_bound=self.rho is None)

@@ -23,6 +23,14 @@ class Quadratic(NamedTuple):
     def potential(self, x):
         return ((x @ self.matrix) * x).sum(-1) / 2 + x @ self.shift
 
+    @property
+    def center(self):
+        return torch.zeros_like(self.shift)
+
+    image_center = center
+
+    centred_potential = potential
+
     def hessian(self, x):
         return self.matrix.expand(len(x), -1, -1)
 
