@@ -91,16 +91,22 @@ def panels(
     if "monge" in parts:
         fit, updates = "Transport map", f"{_MONGE}updates"
         names = (
-            ("sinkhorn_divergence", "Sinkhorn divergence"), ("monge_gap", "Monge gap"),
             ("displacement", "Displacement"), ("loss", "Loss"),
         )  # fmt: skip
         found += [
-            Panel(fit, title, updates, (f"{_MONGE}train_{name}", f"{_MONGE}val_{name}"), log_y=name != "displacement")
+            Panel(fit, title, updates, (f"{_MONGE}train_{name}", f"{_MONGE}val_{name}"), log_y=False)
             for name, title in names
         ]
         found += [
             Panel(fit, title, updates, (f"{_MONGE}val_{name}", f"{_MONGE}val_{name}_floor"), log_y=True)
-            for name, title in (("energy_distance", "Energy distance"), ("wasserstein_1", "Marginal Wasserstein-1"))
+            for name, title in (
+                ("energy_distance", "Energy distance"),
+                ("wasserstein_1", "Marginal Wasserstein-1"),
+                ("sinkhorn_divergence", "Sinkhorn divergence"),
+            )
+        ]
+        found += [
+            Panel(fit, "Monge gap", updates, (f"{_MONGE}val_monge_gap",), log_y=True),
         ]
         found.append(Panel(fit, "Map", "", (f"{_MONGE}map",), kind="images"))
     return found

@@ -26,7 +26,8 @@ class ConditionalMap(ResidualMLP):
         num_conditions: Number K of categories: they are labels 0 to K - 1. Or else
         condition_dim: Dimension p of the vectors that are conditions.
         embedding_dim: Width of the condition's embedding.
-        start: As in :class:`ResidualMLP`, from the samples of all conditions together; ``"plan"`` from a plan for each.
+        start: As in :class:`ResidualMLP`; each label has the affine term of its own samples, vectors share that of all,
+            and ``"plan"`` solves a plan for each condition.
         plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
