@@ -66,7 +66,7 @@ def default_map(
     widths = (128, 128, 128) if hidden is None else check_widths(dim, hidden)
     if isinstance(cost, Geodesic):
         kinds = {"condition_dim": vectors} if vectors else {"num_conditions": labels or None}
-        return SphereMap(dim, widths, **kinds)
+        return SphereMap(dim, widths, start="plan", **kinds)
     beyond = "gaussian" if isinstance(cost, SqEuclidean) else "mean"
     start: Any = "plan" if dim <= _MOST_DIMENSIONS else beyond
     if vectors is not None:

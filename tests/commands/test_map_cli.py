@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning_gap import LargeBatchRegime, MongeMap, SamplesDataModule
 from lightning_gap.cli import main
 from lightning_gap.commands.map_cli import MapCLI, trainer_parsers
-from lightning_gap.monge import MLP, Anneal, BrenierMap, ConditionalMap, ResidualMLP, StructuredMap
+from lightning_gap.monge import MLP, Anneal, BrenierMap, ConditionalMap, StructuredMap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*val_check_interval.*"),

@@ -49,7 +49,9 @@ def test_what_is_taken_follows_cost_dimension_and_arguments(dim, options, kind, 
 
 
 def test_on_the_sphere_it_is_a_map_of_the_sphere():
-    assert isinstance(MongeMap(3, cost="geodesic").map, SphereMap)
+    net = MongeMap(3, cost="geodesic").map
+    assert isinstance(net, SphereMap)
+    assert net.starts_at == "plan"
 
 
 @pytest.mark.parametrize(("options", "kind"), [({}, BrenierMap), ({"cost": "euclidean"}, ResidualMLP)])
