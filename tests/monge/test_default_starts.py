@@ -39,7 +39,8 @@ def test_rows_of_weight_0_are_not_there(net):
 def test_a_first_batch_does_not_decide_for_ever():
     x, y = normal(0, 640), normal(1, 640) + torch.where(torch.rand(640, 1) < 0.5, 4.0, -4.0)
     model = MongeMap(2, hidden=(8,))
-    trainer(max_steps=5, limit_val_batches=0).fit(model, DataLoader(TensorDataset(x, y), batch_size=64))
+    loader = DataLoader(TensorDataset(x, y), batch_size=64)
+    trainer(max_steps=5).fit(model, loader, loader)
     assert isinstance(model.map, BrenierMap)
     assert float(model.map.share) == 1
     assert model.map.starts_at == "plan"
