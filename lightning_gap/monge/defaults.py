@@ -114,7 +114,8 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
         return  # the optimizer is made, and holds the weights
     described, mine = found.get("map"), described_map(model.map)
     before = {name for name in state if name.startswith("map.displacement.")}
-    widths = None if described is None or model.hidden is None else described.get("init_args", {}).get("hidden")
+    plain = described if isinstance(described, Mapping) else {}
+    widths = None if model.hidden is None else (plain.get("init_args") or {}).get("hidden")
     of_others = widths is not None and list(widths) != list(model.hidden or ())  # which loading then refuses
     if model.map_is_chosen and (described or before) and described != mine and not of_others:
         if described is not None:
