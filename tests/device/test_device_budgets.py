@@ -13,7 +13,7 @@ from ranks import RecordedRanks
 
 from lightning_gap import GhostBatchNorm, GradientNoiseScale, LargeBatchRegime, UltraSlowDiffusion, monge_gap
 from lightning_gap.ghost import GhostBatchNorm1d, RunningStatisticsSync, ghost_batch_norm
-from lightning_gap.monge import ConditionalMap
+from lightning_gap.monge import ConditionalMap, ResidualMLP
 from lightning_gap.monge.costs import Mahalanobis
 
 pytestmark = pytest.mark.emulated
@@ -110,7 +110,7 @@ MAPS = {
 @pytest.mark.parametrize("name", MAPS)
 def test_map(name):
     data = samples(256, 10, batch_size=128, val_fraction=0.0)
-    options = {"trainer": {"max_epochs": 1, "limit_val_batches": 0}, "hidden": (32,), "tolerance": 1e-5}
+    options = {"trainer": {"max_epochs": 1, "limit_val_batches": 0}, "map": ResidualMLP(10, (32,)), "tolerance": 1e-5}
     counts = last_step(fit_map, data=data, **options, **MAPS[name])
     within(counts, syncs=14)
     # But for the solver's own, a batch is looked at once.
