@@ -65,7 +65,7 @@ def panels(
 
     Example:
         >>> [panel.title for panel in panels(["monge"])][:2]
-        ['Sinkhorn divergence', 'Monge gap']
+        ['Displacement', 'Loss']
     """
     found: list[Panel] = []
     if "large-batch" in parts:

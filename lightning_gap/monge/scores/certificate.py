@@ -119,8 +119,8 @@ def error_certificate(
         >>> import torch
         >>> draw = torch.Generator().manual_seed(0)
         >>> x, y = (torch.randn(1000, 2, generator=draw) for _ in range(2))
-        >>> print(error_certificate(x, x + 3, y))  # the truth: 100 · 3² · 2 / 2 %
-        L2-UVP ≤ 1.1e+03 %, 95 %
+        >>> 900 < error_certificate(x, x + 3, y).upper < 1300  # the truth: 100 · 3² · 2 / 2 %
+        True
         >>> error_certificate(x, x, y).upper < 3  # the truth: 0
         True
     """
