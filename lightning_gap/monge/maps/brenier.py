@@ -243,7 +243,7 @@ class BrenierMap(TransportMap):
 
     @torch.no_grad()
     def inverse(self, y: Tensor, *, start: Tensor | None = None, tolerance: float = 1e-5) -> Tensor:
-        r"""Return the samples whose images are given, :math:`\arg\max_x \langle x, y \rangle - \psi(x)`.
+        r"""Return the samples whose images are given, at which :math:`\langle x, y \rangle - \psi(x)` is greatest.
 
         Args:
             y: ``(n, d)`` images.
