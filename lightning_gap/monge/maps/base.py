@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_choice
 from lightning_gap.monge.maps.affine import affine_of_labels, affinely, for_each_label
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
-from lightning_gap.monge.maps.energy_fit import energy_gain, fit_energy, held_out_images
+from lightning_gap.monge.maps.energy_fit import fit_energy, held_out_images, keep_if_nearer
 from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.hold_out import hold_out
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
@@ -220,7 +220,6 @@ class StartedMap(TransportMap):
         if not told:
             return
         held, rests = [held for held, _ in told], [rest for _, rest in told]
-        before, affine = [p.detach().clone() for p in self.parameters()], held_out_images(self, held)
         targets = self.plan_start.targets(rests, cost)
         # Conditions of too few samples keep their affine term, as far as one network can.
         for (aside, rest), image in zip(split, held_out_images(self, [rest for _, rest in split]), strict=True):
@@ -228,12 +227,12 @@ class StartedMap(TransportMap):
                 targets = targets.joined(rest.source, image, rest.condition)
         steps = fit_steps(self.plan_start.steps, len(targets.points))
         decay = _DECAY_OF_DISTANCES if isinstance(cost, Euclidean) else _DECAY
-        fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP, weight_decay=decay)
-        fit_energy(self, rests, held, cost)
-        gain, error = energy_gain(affine, held_out_images(self, held), held)
-        if not gain > error:
-            for p, kept in zip(self.parameters(), before, strict=True):
-                p.copy_(kept)
+
+        def fit() -> None:
+            fit_images(self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP, weight_decay=decay)
+            fit_energy(self, rests, held, cost)
+
+        keep_if_nearer(self, held, fit)
 
     def in_units(self, x: Tensor) -> Tensor:
         """Return samples about the source's mean, in units of its scale, for a network that starts at a plan."""

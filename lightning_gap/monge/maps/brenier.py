@@ -32,8 +32,7 @@ __all__ = ["BrenierMap"]
 
 _GAUSSIAN_STEPS, _GAUSSIAN_LR = 500, 1e-2
 _PLAN_LR, _WARM_UP, _LEAST_STEPS = 3e-2, 100, 400
-# Of the inverse: entries of Hessians that are held at once, and most steps.
-_ENTRIES, _NEWTON_STEPS = 2**23, 50
+_NEWTON_STEPS = 50  # of the inverse, at most
 _FEW_DIMENSIONS = 32
 
 
@@ -257,13 +256,7 @@ class BrenierMap(TransportMap):
         if start is None:
             start = (y - self.image_center) / self.image_scale * self.scale + self.center
         within = tolerance * float(self.image_scale)
-        rows = max(1, _ENTRIES // self.dim**2)
-        parts = zip(y.split(rows), start.split(rows), strict=True)
-        found = [
-            conjugate_point(self, self.hessian, part, begin, tolerance=within, max_iterations=_NEWTON_STEPS)[0]
-            for part, begin in parts
-        ]
-        return torch.cat(found) if found else y.clone()
+        return conjugate_point(self, self.hessian, y, start, tolerance=within, max_iterations=_NEWTON_STEPS)[0]
 
     def conjugate(self, y: Tensor) -> Tensor:
         r"""Return :math:`\psi^*(y) = \max_x \langle x, y \rangle - \psi(x)`, differentiable in y and the weights.

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["conjugate_point"]
 
 _HALVINGS = 12
+_ENTRIES = 2**23  # of Hessians that are held at once
 
 
 @torch.no_grad()
@@ -37,6 +38,22 @@ def conjugate_point(
     Returns:
         ``(n, d)`` points and their ``(n,)`` residuals.
     """
+    rows = max(1, _ENTRIES // max(1, y.shape[1]) ** 2)
+    parts = [
+        _newton(gradient, hessian, target, begin, tolerance, max_iterations)
+        for target, begin in zip(y.split(rows), start.split(rows), strict=True)
+    ]
+    return torch.cat([x for x, _ in parts]), torch.cat([residual for _, residual in parts])
+
+
+def _newton(
+    gradient: Callable[[Tensor], Tensor],
+    hessian: Callable[[Tensor], Tensor],
+    y: Tensor,
+    start: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor]:
     x, gap = start.clone(), gradient(start) - y
     residual = gap.norm(dim=-1)
     todo = torch.arange(len(y), device=y.device)

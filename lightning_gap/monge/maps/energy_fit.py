@@ -1,16 +1,17 @@
 """A map's fit to held-in samples by an unbiased distance of batches, and what held-out ones say of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gap.monge.maps.descent import drawn_rows, minimize
 from lightning_gap.monge.maps.starts import StartPair, sides_of
 from lightning_gap.monge.ot.costs import Cost, Geodesic, SqEuclidean
 from lightning_gap.monge.ot.minibatch_energy import minibatch_energy_distance
 
-__all__ = ["energy_gain", "fit_energy", "held_out_images"]
+__all__ = ["energy_gain", "fit_energy", "held_out_images", "keep_if_nearer"]
 
 _STEPS, _LR, _WARM_UP, _BATCH, _SHARE = 150, 3e-4, 20, 1024, 0.05
 _ROUNDS = 5  # looks at the held-out samples
@@ -61,43 +62,35 @@ def fit_energy(
     net: nn.Module, pairs: Sequence[StartPair], held: Sequence[StartPair], cost: Cost, *, steps: int = _STEPS
 ) -> None:
     """Take a few steps by the minibatch energy distance, and keep the weights that held-out samples favour."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    like = parameters[0]
+    like = next(net.parameters())
     ground: Cost = cost if isinstance(cost, Geodesic) else SqEuclidean()
     sizes = [_SHARE * ground.mean(pair.target[:_BATCH].to(like), pair.target[:_BATCH].to(like)) for pair in pairs]
-    kept, best = [p.detach().clone() for p in parameters], held_out_images(net, held)
-    optimizer, generator = torch.optim.Adam(parameters, lr=_LR), torch.Generator().manual_seed(0)
-    steps *= len(pairs)
-    with torch.inference_mode(False), torch.enable_grad():
-        for step in range(steps):
-            rate = _LR * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            pair = pairs[step % len(pairs)]
-            x = _batch(pair.source, pair.source_weights, generator).to(like)
-            y = _batch(pair.target, pair.target_weights, generator).to(like)
-            images = _images(net, x, pair.condition)
-            epsilon = sizes[step % len(pairs)]
-            loss = minibatch_energy_distance(images, y, cost=ground, epsilon=epsilon, tolerance=1e-2)
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
-            if (step + 1) % max(1, steps // _ROUNDS) == 0 or step + 1 == steps:
-                now = held_out_images(net, held)
-                if energy_gain(best, now, held)[0] > 0:
-                    best = now
-                    for keep, p in zip(kept, parameters, strict=True):
-                        keep.copy_(p.detach())
-        with torch.no_grad():
-            for keep, p in zip(kept, parameters, strict=True):
-                p.grad = None
-                p.copy_(keep)
+    generator = torch.Generator().manual_seed(0)
+    best = held_out_images(net, held)
+
+    def loss(step: int) -> Tensor:
+        pair, epsilon = pairs[step % len(pairs)], sizes[step % len(pairs)]
+        sides = ((pair.source, pair.source_weights), (pair.target, pair.target_weights))
+        x, y = (side[drawn_rows(side, weights, _BATCH, generator)].to(like) for side, weights in sides)
+        images = _images(net, x, pair.condition)
+        return minibatch_energy_distance(images, y, cost=ground, epsilon=epsilon, tolerance=1e-2)
+
+    def better() -> bool:
+        nonlocal best
+        now = held_out_images(net, held)
+        if nearer := energy_gain(best, now, held)[0] > 0:
+            best = now
+        return nearer
+
+    minimize(net, loss, steps=steps * len(pairs), lr=_LR, warm_up=_WARM_UP - 1, better=better, looks=_ROUNDS)
 
 
-def _batch(points: Tensor, weights: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Return random rows, by weight."""
-    size = min(_BATCH, len(points))
-    if weights is None:
-        rows = torch.randint(len(points), (size,), generator=generator)
-    else:
-        rows = torch.multinomial(weights.double().cpu(), size, replacement=True, generator=generator)
-    return points[rows.to(points.device)]
+@torch.no_grad()
+def keep_if_nearer(net: nn.Module, held: Sequence[StartPair], fit: Callable[[], None]) -> None:
+    """Fit a map, and take that back unless its held-out images come nearer by more than a standard error."""
+    before, images = [p.detach().clone() for p in net.parameters()], held_out_images(net, held)
+    fit()
+    gain, error = energy_gain(images, held_out_images(net, held), held)
+    if not gain > error:  # a comparison with NaN is false
+        for p, kept in zip(net.parameters(), before, strict=True):
+            p.copy_(kept)

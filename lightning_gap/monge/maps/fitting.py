@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_gap.monge.maps.descent import drawn_rows, minimize
 from lightning_gap.monge.maps.starts import PlanTargets
 
 __all__ = ["fit_images"]
@@ -22,9 +23,7 @@ def fit_images(
     Adam with a cosine decay, on random rows; a generator of its own draws them. Where the map is best before the first
     step, it stays as it is.
     """
-    warm_up = min(warm_up, steps // 4)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    like = parameters[0]
+    like = next(p for p in net.parameters() if p.requires_grad)
     x, images = targets.points.to(like), targets.images.to(like)
     condition = None if targets.condition is None else targets.condition.to(like.device)
     generator = torch.Generator().manual_seed(0)
@@ -39,34 +38,24 @@ def fit_images(
         loss: Tensor = (net(*arguments) - images[some]).square().sum(-1).mean() / scale
         return loss
 
-    def look(best: float) -> float:
-        with torch.no_grad():
-            now = float(loss_on(held))
-        if now < best:
-            for kept, p in zip(weights, parameters, strict=True):
-                kept.copy_(p.detach())
-            return now
-        return best
+    best = math.inf
+
+    def better() -> bool:
+        nonlocal best
+        now, before = float(loss_on(held)), best
+        best = min(now, best)
+        return now < before
 
     resting = [module for module in net.modules() if not module.training]
     net.train()  # where a map is flat or steep, it has slopes to learn by in training mode only
-    with torch.inference_mode(False), torch.enable_grad():
-        weights = [p.detach().clone() for p in parameters]
-        best = look(math.inf) if len(held) else 0.0
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-        for step in range(steps):
-            rate = lr * min(1, (step + 1) / (warm_up + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            picked = torch.randint(len(rows), (min(_BATCH, len(rows)),), generator=generator).to(x.device)
-            for p, gradient in zip(parameters, torch.autograd.grad(loss_on(rows[picked]), parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
-            if len(held) and ((step + 1) % max(1, steps // _LOOKS) == 0 or step + 1 == steps):
-                best = look(best)
+    if len(held):
         with torch.no_grad():
-            for kept, p in zip(weights, parameters, strict=True):
-                p.grad = None
-                if len(held):
-                    p.copy_(kept)
+            better()
+    minimize(
+        net,
+        lambda step: loss_on(rows[drawn_rows(rows, None, _BATCH, generator)]),
+        steps=steps, lr=lr, warm_up=min(warm_up, steps // 4), weight_decay=weight_decay,
+        better=better if len(held) else None, looks=_LOOKS,
+    )  # fmt: skip
     for module in resting:
         module.training = False

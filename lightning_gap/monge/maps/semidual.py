@@ -1,12 +1,14 @@
 """The semi-dual of optimal transport: an unbiased loss for gradients of convex functions."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gap.monge.maps.conjugate import conjugate_point
+from lightning_gap.monge.maps.descent import drawn_rows, minimize
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -20,7 +22,6 @@ _LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 2048, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
 _BLOCK = 4096  # rows of products with all points
-_ENTRIES = 2**25  # of Hessians at once
 
 
 class ConvexMap(Protocol):
@@ -93,7 +94,7 @@ def semidual(
         >>> bool((loss - 2 * x.square().sum(1).mean()).abs() < 0.1)
         True
     """
-    found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)[0]
+    found = _conjugate_points(net, y, _nearest(net, x, y), tolerance=_TRAINED, steps=20)
     # Large means make large values: they are put back in double.
     wide = [part.to(widest(part.device)) for part in (x, y, net.center, net.image_center)]
     values = (
@@ -117,22 +118,15 @@ def _nearest(net: ConvexMap, x: Tensor, y: Tensor) -> Tensor:
     return x[torch.cat(best)]
 
 
-def _conjugate_points(
-    net: ConvexMap, y: Tensor, start: Tensor, *, tolerance: float, steps: int
-) -> tuple[Tensor, Tensor]:
-    within, rows = tolerance * net.target_scale, max(1, _ENTRIES // y.shape[1] ** 2)
-    parts = [
-        conjugate_point(net, net.hessian, target, begin, tolerance=within, max_iterations=steps)
-        for target, begin in zip(y.split(rows), start.split(rows), strict=True)
-    ]
-    return torch.cat([found for found, _ in parts]), torch.cat([residual for _, residual in parts])
+def _conjugate_points(net: ConvexMap, y: Tensor, start: Tensor, *, tolerance: float, steps: int) -> Tensor:
+    within = tolerance * net.target_scale
+    return conjugate_point(net, net.hessian, y, start, tolerance=within, max_iterations=steps)[0]
 
 
 @torch.no_grad()
-def semidual_values(net: ConvexMap, x: Tensor, y: Tensor, *, points: Tensor | None = None) -> SemidualValues:
+def semidual_values(net: ConvexMap, x: Tensor, y: Tensor) -> SemidualValues:
     """Return the potential and its conjugate at each of the samples, whose means make the semi-dual."""
-    start = net.inverse(y, tolerance=_EXACT) if points is None else points
-    found = _conjugate_points(net, y, start, tolerance=_EXACT, steps=30)[0]
+    found = _conjugate_points(net, y, net.inverse(y, tolerance=_EXACT), tolerance=_EXACT, steps=30)
     return SemidualValues(net.centred_potential(x), _conjugate(net, y, found))
 
 
@@ -174,69 +168,43 @@ def fit_semidual(
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
     is drawn again. Random rows come from a generator of its own.
     """
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    like, dim = parameters[0], x.shape[1]
+    like, dim = next(p for p in net.parameters() if p.requires_grad), x.shape[1]
     lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
-    batch = _default_batch(dim) if batch is None else batch
-    if held is not None:
-        held = HeldOutSamples(held.source.to(like), held.target.to(like), held.weights)
+    size = _default_batch(dim) if batch is None else batch
     x, y = x.detach().to(like), y.detach().to(like)
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     unit = max(float(convex.target_scale), 1e-30) * max(float((x - x.mean(0)).square().mean().sqrt()), 1e-30)
     points = convex.inverse(y, tolerance=_TRAINED)
-    seen = None if held is None else convex.inverse(held.target, tolerance=_EXACT)
 
-    def score() -> float:
-        nonlocal seen
-        assert held is not None
-        assert seen is not None
-        seen = _conjugate_points(convex, held.target, seen, tolerance=_EXACT, steps=20)[0]
-        values = SemidualValues(convex.centred_potential(held.source), _conjugate(convex, held.target, seen))
-        return mean_semidual(values, held)
+    def loss(step: int) -> Tensor:
+        i, j = (drawn_rows(side, w, size, generator) for side, w in zip((x, y), weights, strict=True))
+        points[j] = _conjugate_points(convex, y[j], points[j], tolerance=_TRAINED, steps=2)
+        return (convex.centred_potential(x[i]).mean() - convex.centred_potential(points[j]).mean()) / unit
 
-    with torch.inference_mode(False), torch.enable_grad():
-        best = math.inf
-        kept = [p.detach().clone() for p in parameters]
-        if held is not None:
-            with torch.no_grad():
-                best = score()
-        optimizer = torch.optim.Adam(parameters, lr=lr)
-        every = max(1, steps // _LOOKS)
-        for step in range(steps):
-            rate = lr * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            i, j = (_rows(side, w, batch, generator) for side, w in zip((x, y), weights, strict=True))
-            points[j] = _conjugate_points(convex, y[j], points[j], tolerance=_TRAINED, steps=2)[0]
-            loss = (convex.centred_potential(x[i]).mean() - convex.centred_potential(points[j]).mean()) / unit
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
-            if held is None or ((step + 1) % every and step + 1 < steps):
-                continue
-            with torch.no_grad():
-                now = score()
-                if now < best:
-                    best = now
-                    for keep, p in zip(kept, parameters, strict=True):
-                        keep.copy_(p)
-        with torch.no_grad():
-            for keep, p in zip(kept, parameters, strict=True):
-                p.grad = None
-                if held is not None:
-                    p.copy_(keep)
+    better = None
+    if held is not None:
+        better = _lower(convex, HeldOutSamples(held.source.to(like), held.target.to(like), held.weights))
+    minimize(net, loss, steps=steps, lr=lr, warm_up=_WARM_UP - 1, better=better, looks=_LOOKS)
+
+
+@torch.no_grad()
+def _lower(net: ConvexMap, held: HeldOutSamples) -> Callable[[], bool]:
+    """Return what tells whether the held-out semi-dual is lower than ever, from now on."""
+    seen, best = net.inverse(held.target, tolerance=_EXACT), math.inf
+
+    def lower() -> bool:
+        nonlocal seen, best
+        seen = _conjugate_points(net, held.target, seen, tolerance=_EXACT, steps=20)
+        values = SemidualValues(net.centred_potential(held.source), _conjugate(net, held.target, seen))
+        now, before = mean_semidual(values, held), best
+        best = min(now, best)
+        return now < before
+
+    lower()
+    return lower
 
 
 def _default_batch(dim: int) -> int:
     """Return the size of a step: samples are cheap in few dimensions, and noise is what is left to lose."""
     return max(_LEAST_BATCH, min(_BATCH, max(4 * _BATCH // dim, min(_BATCH // 4, 8 * _BATCH // dim))))
-
-
-def _rows(points: Tensor, weights: Tensor | None, batch: int, generator: torch.Generator) -> Tensor:
-    """Return random rows, by weight."""
-    size = min(batch, len(points))
-    if weights is None:
-        rows = torch.randint(len(points), (size,), generator=generator)
-    else:
-        rows = torch.multinomial(weights.double().cpu(), size, replacement=True, generator=generator)
-    return rows.to(points.device)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from lightning_gap.checks import check_choice, renamed
 from lightning_gap.monge.maps.base import TransportMap
-from lightning_gap.monge.maps.energy_fit import energy_gain, held_out_images
+from lightning_gap.monge.maps.energy_fit import keep_if_nearer
 from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.hold_out import hold_out
 from lightning_gap.monge.maps.perceptron import Activation
@@ -125,14 +125,10 @@ class SphereMap(TransportMap):
         told = [(held, rest) for held, rest in split if held is not None]
         if told:
             held = [held for held, _ in told]
-            before, identity = [p.detach().clone() for p in self.parameters()], held_out_images(self, held)
             targets = self.plan_start.targets([rest for _, rest in told], cost)
             targets = targets._replace(images=normalize(targets.images, dim=-1))
-            fit_images(self, targets, steps=fit_steps(self.plan_start.steps, len(targets.points)), lr=_PLAN_LR)
-            gain, error = energy_gain(identity, held_out_images(self, held), held)
-            if not gain > error:
-                for p, kept in zip(self.parameters(), before, strict=True):
-                    p.copy_(kept)
+            steps = fit_steps(self.plan_start.steps, len(targets.points))
+            keep_if_nearer(self, held, lambda: fit_images(self, targets, steps=steps, lr=_PLAN_LR))
         self.started.fill_(1)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
