@@ -38,7 +38,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.logs import RESULTS, put
 from benchmarks.science.known_pairs import KnownPair, displaced, rays
-from benchmarks.science.transport_maps import against_truth, warm_cosine
+from benchmarks.science.transport_maps import against_truth, silent_trainer, warm_cosine
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap
 from lightning_gap.monge import ResidualMLP, minibatch_energy_distance
 from lightning_gap.monge.ot.costs import resolve
@@ -117,18 +117,7 @@ def trained(method: str, pair: KnownPair, cost: str, seed: int, seconds: float) 
     make, batch, updates = MODELS[method]
     seed_everything(seed, verbose=False)
     model, clock = make(pair.x.shape[1], cost), UntilTime(seconds)
-    trainer = Trainer(
-        max_epochs=-1,
-        max_steps=-1 if updates is None else updates,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = silent_trainer(max_epochs=-1, max_steps=-1 if updates is None else updates, callbacks=[clock])
     trainer.fit(model, SamplesDataModule(pair.source, pair.target, batch_size=batch, val_fraction=0, seed=seed))
     return {"updates": trainer.global_step, **figures(pair, model.transport(pair.x)), "seconds": clock.seconds}
 

@@ -95,22 +95,19 @@ class CPUSeconds(Callback):
         self.seconds = time.process_time() - self.start
 
 
+def silent_trainer(**options: Any) -> Trainer:
+    """Return a trainer on the CPU that writes, shows and validates nothing."""
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return Trainer(
+        accelerator="cpu", limit_val_batches=0, num_sanity_val_steps=0, **dict.fromkeys(shown, False), **options
+    )
+
+
 def fit(model: MongeMap, source: Tensor, target: Tensor, *, batch: int, updates: int, seed: int) -> float:
     """Train a model on all samples; return its CPU seconds."""
     clock = CPUSeconds()
     data = SamplesDataModule(source, target, batch_size=batch, val_fraction=0, seed=seed)
-    trainer = Trainer(
-        max_steps=updates,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, data)
+    silent_trainer(max_steps=updates, callbacks=[clock]).fit(model, data)
     return clock.seconds
 
 

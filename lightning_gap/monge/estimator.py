@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import ArrayLike, NDArray
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from lightning_gap.monge.fits import plain_trainer
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.ot.costs import CostLike, resolve
 from lightning_gap.monge.ot.divergence import sinkhorn_divergence
@@ -169,18 +169,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
                 options["optimizer"] = partial(Adam, lr=float(self.learning_rate))
                 options["lr_scheduler"] = partial(CosineAnnealingLR, T_max=int(self.max_steps))
             model = MongeMap(x.shape[1], hidden=None if self.hidden is None else tuple(self.hidden), **options)
-            shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-            silent: dict[str, Any] = dict.fromkeys(shown, False)
-            trainer = Trainer(
+            trainer = plain_trainer(
+                int(self.max_steps),
                 accelerator=self.accelerator,
-                devices=1,
                 # Not of a cluster's job or of torchrun, whose processes would each wait for the others.
                 plugins=LightningEnvironment(),
-                max_steps=int(self.max_steps),
-                max_epochs=-1,
-                limit_val_batches=0,
-                num_sanity_val_steps=0,
-                **silent,
             )
             trainer.fit(model, data)
         # Without the trainer, which would keep the samples alive; in double, so that a sample's image does not depend

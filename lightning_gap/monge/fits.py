@@ -12,11 +12,12 @@ from lightning_gap.trainer.terminal import quiet
 __all__ = ["fitted", "plain_trainer"]
 
 
-def plain_trainer(max_steps: int) -> Trainer:
-    """Return a trainer that makes so many updates, and writes, shows and validates nothing."""
+def plain_trainer(max_steps: int, **options: Any) -> Trainer:
+    """Return a trainer of one device that makes so many updates, and writes, shows and validates nothing."""
     shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     silent: dict[str, Any] = dict.fromkeys(shown, False)
-    return Trainer(devices=1, max_steps=max_steps, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0, **silent)
+    silent |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    return Trainer(devices=1, max_steps=max_steps, max_epochs=-1, **silent, **options)
 
 
 def fitted(
