@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_gap.monge.ot.divergence import sinkhorn_divergence as sinkhorn_divergence
     from lightning_gap.monge.ot.gap import monge_gap as monge_gap
     from lightning_gap.monge.samples.datamodule import SamplesDataModule as SamplesDataModule
+    from lightning_gap.regime.batch_schedule_callback import BatchSizeSchedule as BatchSizeSchedule
     from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
     from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
     from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale

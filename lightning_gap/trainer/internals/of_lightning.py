@@ -9,12 +9,14 @@ __all__ = [
     "INSTANTIATOR",
     "batches_that_stepped",
     "checkpoint_epochs",
+    "count_batches",
     "default_states",
     "ends_tuning",
     "found_a_rate",
     "is_compiled_by_lightning",
     "plot_metric",
     "prepared_batch",
+    "replace_training_source",
     "replaces_batchnorm",
     "restricted_classmethod",
     "set_checkpoint_epochs",
@@ -22,6 +24,7 @@ __all__ = [
     "sets_the_rate",
     "shards_loaders",
     "stops_at_epoch_end",
+    "take_accumulation",
     "trainer_if_any",
     "training_loaders",
     "training_source",
@@ -124,6 +127,58 @@ def found_a_rate(finder: Any) -> bool:
     """Return whether a ``LearningRateFinder`` has suggested a learning rate, which the module has now."""
     found = finder.optimal_lr
     return found is not None and private(found, "_optimal_idx", _LIGHTNING) is not None
+
+
+def replace_training_source(trainer: Any, source: Any) -> Any:
+    """Let a trainer get its training loader from another source, and return the one before."""
+    before = private(trainer.fit_loop, "_data_source", _LIGHTNING)
+    set_private(trainer.fit_loop, "_data_source", source, _LIGHTNING)
+    return before
+
+
+def count_batches(trainer: Any, batches: int | float) -> None:
+    """Tell a trainer how many batches the present epoch has; its combined loader no longer cuts at an earlier number.
+
+    An interval of validations that is a share of the epoch is counted anew.
+    """
+    private(trainer.fit_loop, "_combined_loader", _LIGHTNING).limits = None
+    trainer.fit_loop.max_batches = batches
+    share = trainer.val_check_interval
+    if isinstance(share, float) and validation_seconds(trainer) is None:
+        whole = batches == float("inf")
+        trainer.val_check_batch = float("inf") if whole else max(1, int(batches * share))
+
+
+def take_accumulation(trainer: Any, opens: Callable[[], bool], closes: Callable[[], bool]) -> Callable[[], None]:
+    """Let two functions say whether an update begins, and whether it ends, with the present batch.
+
+    Lightning counts batches from the start of an epoch by one number. Returns what gives the counting back.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    automatic = epoch_loop.automatic_optimization
+    zeroing = private(automatic, "_make_zero_grad_fn", _LIGHTNING)
+    private(epoch_loop, "_accumulated_batches_reached", _LIGHTNING)
+    accumulated = trainer.accumulate_grad_batches
+
+    def zero_grad_fn(batch_idx: int, optimizer: Any) -> Any:
+        if not opens():
+            return None
+        every = trainer.accumulate_grad_batches
+        trainer.accumulate_grad_batches = 1  # by which every batch is a first one
+        try:
+            return zeroing(batch_idx, optimizer)
+        finally:
+            trainer.accumulate_grad_batches = every
+
+    epoch_loop._accumulated_batches_reached = closes
+    automatic._make_zero_grad_fn = zero_grad_fn
+
+    def give_back() -> None:
+        vars(epoch_loop).pop("_accumulated_batches_reached", None)
+        vars(automatic).pop("_make_zero_grad_fn", None)
+        trainer.accumulate_grad_batches = accumulated
+
+    return give_back
 
 
 def plot_metric(metric: Any, value: Any, ax: Any) -> Any:

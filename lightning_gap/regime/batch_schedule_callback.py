@@ -1,0 +1,349 @@
+"""The callback that trains at a batch which changes with the samples seen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gap.checks import check_choice, check_integer
+from lightning_gap.regime.batch_schedule import BatchSchedule, NoiseBatches, batch_schedule
+from lightning_gap.regime.batch_schedule_run import ScheduledRun
+from lightning_gap.regime.batch_schedule_table import report
+from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
+from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
+from lightning_gap.regime.scaling import LR_RULES, LRRule, check_rule, lr_factor, rule_name, scaled
+from lightning_gap.trainer.internals.of_lightning import ends_tuning, updates_logs
+from lightning_gap.trainer.loggers import log_now
+from lightning_gap.trainer.strategy import leaves_updates_to_torch, require_lightning, strategy_name
+
+__all__ = ["BatchSizeSchedule"]
+
+
+class BatchSizeSchedule(Callback):
+    r"""Train at a batch that changes with the samples seen, at the learning rate that belongs to each batch.
+
+    What small batches are good for is the first phase of the high learning rate; after it a run may take larger ones at
+    no loss, in fewer updates, at the same samples. Write the reference run as for the batch :math:`B_0` on one device:
+    learning rate, any torch scheduler, ``max_epochs`` or ``max_steps``. With :math:`\kappa(s) = B(s) / B_0` after s
+    samples the update is made at
+
+    .. math:: \eta'(s) = f(\kappa(s)) \, \eta(s),
+
+    where :math:`\eta(s)` is the reference run's rate after as many samples: schedulers are stepped when the reference
+    run has stepped them. Epochs have the same samples and stay what they are.
+
+    The batch is drawn by a batch sampler of its own from the loader's data, workers, collation and sampler, in the
+    loader's order (of its sampler, at a seed of this run), split over devices and, beyond ``max_device_batch_size``,
+    into accumulated parts. Gradients are means over samples, also where parts are not of one size, so that one, two or
+    four devices make the same updates. Loaders that cannot be drawn from (iterable data, own batch samplers) are
+    accumulated, in multiples of their batch.
+
+    Logged under ``lightning_gap/regime/``: ``batch_size``, ``samples_seen``, ``updates``, ``learning_rate``.
+
+    Args:
+        schedule: Pairs ``(samples, batch)``: from so many samples on, this batch over all devices; a function of the
+            samples seen; ``"seesaw"``, :class:`SeesawBatches`: as the scheduler lowers the rate; ``"plateau"``,
+            :class:`PlateauBatches`: as ``val_loss`` stays; ``"noise"``, :class:`NoiseBatches`: as the gradient noise
+            scale grows, which a :class:`GradientNoiseScale` beside it measures; or a :class:`BatchSchedule` of these
+            or your own.
+        reference_batch_size: :math:`B_0`. Default: the first batch of pairs, else what an update of the trainer sees.
+        max_batch_size: The largest batch over all devices. Needed where the batch follows what training measures;
+            default: the samples of an epoch.
+        max_device_batch_size: The samples that a device can hold in one pass; more are accumulated. Default: any.
+        lr_rule: How the learning rate follows the batch, as in :class:`LargeBatchRegime`: ``"sqrt"``, ``"linear"``,
+            ``"none"``, or a callable from the ratio to the factor.
+        multiple_of: Batches that are real numbers are rounded to multiples of this. Default: an eighth of :math:`B_0`.
+        by: ``"loader"``, ``"accumulation"``, or ``"auto"``: the loader where it can be.
+
+    Raises:
+        TypeError: If a batch is not an int.
+        ValueError: If an argument is out of its range, or a maximum is missing.
+        MisconfigurationException: When ``fit`` starts, before anything is changed, if trainer, loader, optimizer or
+            scheduler are ones that this cannot be right for. On resuming a checkpoint of another schedule, or of a run
+            without this callback.
+
+    References:
+        Smith, Kindermans, Ying, Le 2018, "Don't decay the learning rate, increase the batch size". Merrill et al. 2025,
+        "Critical batch size revisited" (batch warm-up). Meterez et al. 2025, "Seesaw". Hoffer et al. 2017, section 6.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> growing = BatchSizeSchedule([(0, 4), (32, 16)])
+        >>> trainer = Trainer(
+        ...     max_epochs=2, accelerator="cpu", callbacks=[growing], logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> data = torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4)
+        >>> trainer.fit(BoringModel(), data)  # doctest: +ELLIPSIS
+        Batch-size schedule...
+        >>> trainer.global_step  # 8 updates of 4 samples, 6 of 16
+        14
+    """
+
+    def __init__(
+        self,
+        schedule: str | Sequence[tuple[int, int]] | Callable[[int], float] | BatchSchedule,
+        *,
+        reference_batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        max_device_batch_size: int | None = None,
+        lr_rule: LRRule = "sqrt",
+        multiple_of: int | None = None,
+        by: Literal["auto", "loader", "accumulation"] = "auto",
+    ) -> None:
+        self.schedule = batch_schedule(schedule)
+        for name, value in (
+            ("reference_batch_size", reference_batch_size),
+            ("max_batch_size", max_batch_size),
+            ("max_device_batch_size", max_device_batch_size),
+            ("multiple_of", multiple_of),
+        ):
+            if value is not None:
+                check_integer(name, value, what="samples")
+        if self.schedule.adaptive and max_batch_size is None:
+            raise ValueError(
+                f"schedule={self.schedule.name!r} follows what training measures and needs a max_batch_size, the "
+                "largest batch over all devices that it may grow to."
+            )
+        if not callable(lr_rule) and lr_rule not in LR_RULES:
+            lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
+        if lr_rule == "adam":
+            raise ValueError('lr_rule="adam" scales moments too, for one ratio: pass "sqrt" with a changing batch.')
+        check_choice("by", by, ("auto", "loader", "accumulation"))
+        self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
+        self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule
+        self.multiple_of, self.by = multiple_of, by
+        self._run: ScheduledRun | None = None
+        self._noise: GradientNoiseScale | None = None
+        self._measured = 0  # noise scales that have been taken in
+
+    @property
+    def batch_size(self) -> int:
+        """The batch of the present update, over all devices; 0 before a fit."""
+        run = self._run
+        return 0 if run is None or run.part is None else run.part.batch_size
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples up to the latest update, passes that are over counted whole."""
+        return 0 if self._run is None else self._run.seen
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer, and let it answer as in the reference run until its schedulers are made."""
+        if stage != "fit":
+            return
+        require_lightning(trainer, type(self).__name__)
+        self._run = None
+        if _tuning(trainer):
+            return
+        _check(trainer, pl_module, self.max_device_batch_size)
+        callbacks = cast(Any, trainer).callbacks
+        self._noise = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
+        if isinstance(self.schedule, NoiseBatches) and self._noise is None:
+            raise MisconfigurationException(
+                "BatchSizeSchedule: the schedule follows the gradient noise scale, and nothing measures it. Add "
+                "GradientNoiseScale() to the trainer's callbacks."
+            )
+        self._measured = 0
+        self._run = ScheduledRun(self, trainer, pl_module)
+        self._run.set_up()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check optimizer and schedulers, then take over their clocks."""
+        run = self._run
+        if run is None:
+            return
+        for optimizer in trainer.optimizers:
+            try:
+                doubt = check_rule(optimizer, rule_name(self.lr_rule), 2.0, 0.0)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from None
+            del doubt  # of moments that stay: the batch changes while they last
+        rolled = run.take_over(self._scaled)
+        report(run, rolled)
+
+    def _scaled(self, optimizer: Optimizer, group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+        if group.get("lr") is None:
+            return {}
+        return {"lr": scaled(group["lr"], lr_factor(self.lr_rule, ratio))}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what a checkpoint left."""
+        if self._run is not None:
+            self._run.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a pass over the data."""
+        if self._run is not None:
+            self._run.start_epoch()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Make the optimizer that of this update."""
+        if self._run is not None:
+            self._run.start_batch()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weight the gradient of a part that is larger or smaller than the others."""
+        part = None if self._run is None else self._run.part
+        if part is not None and part.weight != 1.0 and loss.requires_grad:
+            weight = part.weight
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Step the schedulers, and log where the run is."""
+        run = self._run
+        if run is None or not run.end_batch():
+            return
+        noise = self._noise
+        if noise is not None and noise.estimate.measurements != self._measured:
+            self._measured = noise.estimate.measurements
+            run.observe_noise(noise.estimate.noise_scale)
+        if updates_logs(trainer):
+            groups = trainer.optimizers[0].param_groups
+            facts: dict[str, Any] = {
+                "updates": float(trainer.global_step),
+                "samples_seen": float(run.seen),
+                "batch_size": float(self.batch_size),
+            }
+            if groups and groups[0].get("lr") is not None:
+                facts["learning_rate"] = groups[0]["lr"]
+            log_now(trainer, pl_module.device, PREFIX, facts)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let an adaptive schedule look at what was measured."""
+        if self._run is not None and self.schedule.adaptive and not trainer.sanity_checking:
+            self._run.observe(dict(trainer.callback_metrics))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let an adaptive schedule look at what was measured, where nothing is validated."""
+        if self._run is not None and self.schedule.adaptive and not trainer.enable_validation:
+            self._run.observe(dict(trainer.callback_metrics))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run is, as plain Python."""
+        return {} if self._run is None else {**self._run.state_dict(), "measured": self._measured}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint is of this schedule, and go on where it was written.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned when the checkpoint was written.
+        """
+        if self._run is not None and not self._run.over:
+            self._run.load(state_dict)
+            self._measured = state_dict["measured"]
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a run that was not of this schedule: nothing tells how many samples it has seen."""
+        if self._run is not None and not self._run.over and self.state_key not in checkpoint.get("callbacks", {}):
+            raise MisconfigurationException(
+                "The checkpoint was written without BatchSizeSchedule, so it does not tell where its run was. Resume "
+                "without the callback, or start a new run from its weights."
+            )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give everything back."""
+        if self._run is not None:
+            self._run.release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give everything back after an exception, for there is no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _tuning(trainer: Any) -> bool:
+    """Whether a method of ``Tuner`` runs: it ends before training."""
+    return any(
+        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
+        for callback in trainer.callbacks
+    )
+
+
+def _check(trainer: Any, pl_module: LightningModule, most: int | None) -> None:
+    """Refuse the trainers and modules whose batches or updates are not ours to make."""
+
+    def has(*kinds: type[Callback]) -> bool:
+        return any(isinstance(callback, kinds) for callback in trainer.callbacks)
+
+    cut = trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int)
+    refusals = (
+        (
+            not leaves_updates_to_torch(trainer),
+            f"{strategy_name(trainer)} is not supported. Use one device, DDP, or ModelParallelStrategy (FSDP2).",
+        ),
+        (
+            not pl_module.automatic_optimization,
+            "manual optimization makes its own updates. Use automatic optimization, or draw the batches by "
+            "BatchSteps.batch_at yourself.",
+        ),
+        (
+            has(LargeBatchRegime),
+            "LargeBatchRegime scales for one batch, and this callback for each. Leave one of them out.",
+        ),
+        (
+            has(BatchSizeFinder),
+            "BatchSizeFinder changes the batch after the plan. Call Tuner.scale_batch_size first, and pass what it "
+            "finds as max_device_batch_size.",
+        ),
+        (has(GradientAccumulationScheduler), "GradientAccumulationScheduler changes the batch too. Leave it out."),
+        (
+            has(StochasticWeightAveraging),
+            "StochasticWeightAveraging replaces the schedulers. Use WeightAveraging or EMAWeightAveraging.",
+        ),
+        (
+            (cut or trainer.overfit_batches != 0) and not trainer.fast_dev_run,
+            f"limit_train_batches={trainer.limit_train_batches} and overfit_batches={trainer.overfit_batches} cut the "
+            "epoch in batches, whose size changes. Use a Subset of the data.",
+        ),
+        (
+            trainer.reload_dataloaders_every_n_epochs > 0,
+            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs} may change the data of an "
+            "epoch. Leave it 0.",
+        ),
+        (
+            isinstance(trainer.val_check_interval, int) or trainer.check_val_every_n_epoch is None,
+            f"val_check_interval={trainer.val_check_interval} counts batches, whose size changes. Give it as a share "
+            "of an epoch, or leave it 1.0.",
+        ),
+        (
+            has_own_accumulation(trainer) and most is not None,
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} with max_device_batch_size={most} says twice "
+            "how a batch is accumulated. Leave accumulate_grad_batches out.",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise MisconfigurationException(f"BatchSizeSchedule: {reason}")
+
+
+def has_own_accumulation(trainer: Any) -> bool:
+    """Return whether a trainer accumulates by itself."""
+    return bool(trainer.accumulate_grad_batches > 1)

@@ -1,0 +1,143 @@
+"""A loader whose batches change in size while it is read: torch alone."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+
+from lightning_gap.regime.parts import Part
+
+__all__ = ["ScheduledLoader", "draws_of", "is_schedulable"]
+
+
+def is_schedulable(loader: Any) -> bool:
+    """Return whether a loader draws batches of one size of a map-style data set, so that they may have other sizes."""
+    return (
+        type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+        and type(loader.batch_sampler) is BatchSampler
+    )
+
+
+def draws_of(loader: DataLoader[Any], *, seed: int) -> Callable[[int], Sequence[Any]]:
+    """Return the order of the samples of each pass, the same in every process that has the same seed.
+
+    It is the loader's own sampler that draws, with torch's generator, and its own one, at a seed of the pass. Of a
+    ``DistributedSampler`` the whole pass is drawn.
+
+    Example:
+        >>> draws = draws_of(DataLoader(range(5), shuffle=True), seed=0)
+        >>> sorted(draws(0)), draws(0) == draws(0), draws(0) == draws(1)
+        ([0, 1, 2, 3, 4], True, False)
+    """
+    sampler: Any = loader.sampler
+    if isinstance(sampler, DistributedSampler):
+        source: Any = sampler.dataset
+        sampler = RandomSampler(source) if sampler.shuffle else range(len(source))
+
+    def draw(epoch: int) -> Sequence[Any]:
+        if isinstance(sampler, range):
+            return sampler
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+        own = getattr(sampler, "generator", None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + epoch)
+            if isinstance(own, torch.Generator):
+                own.manual_seed(seed + epoch)
+            return list(sampler)
+
+    return draw
+
+
+class _Batches:
+    """The samples of each part of a pass; it tells which part it is as it draws it."""
+
+    def __init__(self, loader: "ScheduledLoader") -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader = self._loader
+        order: Sequence[Any] | None = None
+        epoch = -1
+        for part in loader.parts():
+            if order is None or part.epoch != epoch:
+                epoch, order = part.epoch, loader.draws(part.epoch)
+            loader.drawn.append(part)
+            yield list(order[part.first : part.first + part.size])
+
+
+class ScheduledLoader:
+    """A ``DataLoader``'s data, workers and collation, in batches that a schedule tells while they are drawn.
+
+    Args:
+        loader: Whose data is loaded.
+        draws: The order of each pass.
+        parts: Yields the parts of this process that are still to come in the pass.
+        length: How many batches the pass has, those that are over included; ``None`` where it is not known.
+
+    Attributes:
+        drawn: Parts whose samples have been asked for, workers being ahead.
+        coming: Parts whose batches have been handed out, and are not trained on yet.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        draws: Callable[[int], Sequence[Any]],
+        parts: Callable[[], Iterator[Part]],
+        length: Callable[[], int] | None,
+    ) -> None:
+        self.draws, self.parts = draws, parts
+        self.drawn: deque[Part] = deque()
+        self.coming: deque[Part] = deque()
+        self.dataset = loader.dataset
+        self._length = length
+        options: dict[str, Any] = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
+        self._loader: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_sampler=_Batches(self),  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(torch.initial_seed() % 2**63),  # which training does not share
+            persistent_workers=False,  # workers of a pass that was left would hand out its batches in the next
+            **options,
+        )
+        if length is not None:
+            # An instance's __len__ is not asked for, and a class that has one is taken for sized.
+            self.__class__ = _SizedLoader
+
+    def __iter__(self) -> Iterator[Any]:
+        self.drawn.clear()
+        self.coming.clear()
+        for batch in self._loader:
+            self.coming.append(self.drawn.popleft())
+            yield batch
+
+    # Lightning takes a loader with these two for one that resumes within a pass. The place is in the callback's state.
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the place is where training is, which is not here."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up nothing.
+
+        Args:
+            state: Of :meth:`state_dict`.
+        """
+
+
+class _SizedLoader(ScheduledLoader):
+    def __len__(self) -> int:
+        assert self._length is not None
+        return self._length()
+
+
