@@ -34,14 +34,14 @@ ADAMW = ["--config", str(HERE / "adamw.yaml")]
 FRESH = ["--trainer.callbacks+", "FreshMomentum"]
 LAYER = ["--model.network.init_args.normalization", "layer"]
 TABLE: dict[str, dict[str, list[str]]] = {
-    "f1_mnist": {name: [] for name in PAPER},
+    "f1_mnist": {name: [] for name in (*PAPER, "seesaw", "seesaw_gbn")},
     "f1_fashion": {name: [] for name in (*PAPER, "ra4", "ra_no_gbn4", "linear", "linear_warmup", "linear_gbn")}
-    | {name: [] for name in ("ghosts", "lr_warmup", "gbn_warmup", "gbn_per_step")}
+    | {name: [] for name in ("ghosts", "lr_warmup", "gbn_warmup", "gbn_per_step", "seesaw", "seesaw_gbn")}
     | {f"adamw_{name}": ADAMW for name in ("sb", "lb", "lr", "gbn", "lb512", "rule512", "ra512")}
     | {f"layer_{name}": LAYER for name in ("sb", "lb", "lr", "noise")}
     | {f"fresh_{name}": FRESH for name in ("sb", "lb", "lr", "gbn")}
     | {f"float32_{name}": ["--trainer.precision", "32-true"] for name in ("sb", "gbn")},
-    "c1_cifar10_short": {name: [] if name == "sb" else BATCH for name in PAPER},
+    "c1_cifar10_short": {name: [] if name in ("sb", "ramp") else BATCH for name in (*PAPER, "ramp")},
     "c1_cifar10": {name: [] for name in PAPER},
     "resnet44_cifar10": {name: [] for name in PAPER},
 }

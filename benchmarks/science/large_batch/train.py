@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # Imported so that YAML may call them by their short names.
 from benchmarks.science.large_batch.images import Images
 from benchmarks.science.large_batch.networks import C1, F1, Phases, ResNet44  # noqa: F401
-from lightning_gap import GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion  # noqa: F401
+from lightning_gap import BatchSizeSchedule, GhostBatchNorm, LargeBatchRegime, UltraSlowDiffusion  # noqa: F401
 
 
 class Classifier(LightningModule):
