@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from lightning_gap.faces import lazy
 
 if TYPE_CHECKING:
-    from lightning_gap.regime.batch_schedule import BatchSchedule as BatchSchedule
-    from lightning_gap.regime.batch_schedule import BatchSteps as BatchSteps
-    from lightning_gap.regime.batch_schedule import NoiseBatches as NoiseBatches
-    from lightning_gap.regime.batch_schedule import PlateauBatches as PlateauBatches
-    from lightning_gap.regime.batch_schedule import SeesawBatches as SeesawBatches
     from lightning_gap.regime.batch_schedule_callback import BatchSizeSchedule as BatchSizeSchedule
+    from lightning_gap.regime.batches.base import BatchSchedule as BatchSchedule
+    from lightning_gap.regime.batches.noise import NoiseBatches as NoiseBatches
+    from lightning_gap.regime.batches.plateau import PlateauBatches as PlateauBatches
+    from lightning_gap.regime.batches.seesaw import SeesawBatches as SeesawBatches
+    from lightning_gap.regime.batches.steps import BatchSteps as BatchSteps
     from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
     from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
     from lightning_gap.regime.micro_batches import MicroBatchGradients as MicroBatchGradients

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.regime.batch_schedule import BatchSchedule, NoiseBatches, batch_schedule
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.batch_schedule_table import report
+from lightning_gap.regime.batches import batch_schedule
+from lightning_gap.regime.batches.base import BatchSchedule
+from lightning_gap.regime.batches.noise import NoiseBatches
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
 from lightning_gap.regime.scaling import LR_RULES, LRRule, check_rule, lr_factor, rule_name, scaled

@@ -1,5 +1,7 @@
 """The table that says what a batch schedule will do."""
 
+import math
+from bisect import bisect_right
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -7,11 +9,9 @@ from rich.table import Table
 
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.callback import PREFIX
-from lightning_gap.regime.clock import ReferenceClock
-from lightning_gap.regime.rollout import Rollout
+from lightning_gap.regime.reference_schedulers import RolledOut
 from lightning_gap.regime.scaling import lr_factor, rule_name
 from lightning_gap.trainer.loggers import log_facts, log_table
-from lightning_gap.trainer.strategy import data_parallel_size
 from lightning_gap.trainer.terminal import say
 
 __all__ = ["COLUMNS", "forecast", "report"]
@@ -22,16 +22,16 @@ _POINTS = 5
 
 def forecast(run: ScheduledRun) -> list[tuple[int, int]] | None:
     """Return the samples before each update of the run and its batch; ``None`` where they are not known."""
-    if run.schedule.adaptive or run.end is None or run.clock.samples is None:
+    if run.schedule.adaptive or run.plan.end is None or run.plan.clock.samples is None:
         return None
-    (epochs, rest), found = run.end, []
+    (epochs, rest), found = run.plan.end, []
     for epoch in range(epochs + bool(rest)):
-        found += [(run.clock.seen(epoch, begins), batch) for begins, _, batch in run.updates((epoch, 0))]
+        found += [(run.plan.clock.seen(epoch, begins), batch) for begins, _, batch in run.plan.updates((epoch, 0))]
     return found
 
 
 @rank_zero_only
-def report(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]]) -> None:
+def report(run: ScheduledRun, rolled: list[RolledOut]) -> None:
     """Print what the schedule will do, and log it."""
     rows, facts = _rows(run, rolled)
     table = Table(title="Batch-size schedule")
@@ -44,9 +44,9 @@ def report(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]]) -> N
     log_table(run.trainer.loggers, f"{PREFIX}batch_schedule", COLUMNS, rows)
 
 
-def _rows(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]]) -> tuple[list[tuple[str, str, str]], Any]:
-    base, rule = run.clock.batch_size, rule_name(run.owner.lr_rule)
-    way = "the loader's batches" if run.by_loader else "accumulation of the loader's batches"
+def _rows(run: ScheduledRun, rolled: list[RolledOut]) -> tuple[list[tuple[str, str, str]], Any]:
+    base, rule = run.plan.clock.batch_size, rule_name(run.owner.lr_rule)
+    way = "the loader's batches" if run.plan.by_loader else "accumulation of the loader's batches"
     rows = [("batch", str(base), run.schedule.name), ("by", "", way), ("learning rate", "1", f"{rule} of the ratio")]
     facts: dict[str, Any] = {
         "batch_schedule": run.schedule.name, "reference_batch_size": base, "lr_rule": rule,
@@ -57,10 +57,10 @@ def _rows(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]]) -> tu
         most = run.owner.max_batch_size
         rows.append(("largest batch", str(base), "" if most is None else f"{most} at most"))
         return rows, facts
-    reference = run.last or 1
+    reference = run.plan.last or 1
     saved = f"{len(updates)} ({1 - len(updates) / reference:.1%} fewer)"
     largest = max(batch for _, batch in updates)
-    device = -(-largest // data_parallel_size(run.trainer))
+    device = -(-largest // run.plan.replicas)
     parts = run.owner.max_device_batch_size
     device = device if parts is None else min(device, parts)
     rows += [
@@ -69,25 +69,24 @@ def _rows(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]]) -> tu
         ("largest of a device", "", str(device)),
     ]
     facts |= {"reference_updates": reference, "updates": len(updates), "largest_batch_size": largest}
-    for at in range(_POINTS):
-        samples, batch = updates[at * (len(updates) - 1) // (_POINTS - 1)] if len(updates) > 1 else updates[0]
+    last = updates[-1][0]
+    points = [bisect_right(updates, (last * at // (_POINTS - 1), math.inf)) - 1 for at in range(_POINTS)]
+    for samples, batch in (updates[at] for at in dict.fromkeys(points)):
         factor = lr_factor(run.owner.lr_rule, batch / base)
         rate = _rate(run, rolled, samples)
         there = "" if rate is None else f"{rate:.4g}"
         here = f"batch {batch}, rate {f'x{factor:.4g}' if rate is None else f'{rate * factor:.4g}'}"
         rows.append((f"after {samples} samples", there, here))
-        if len(updates) == 1:
-            break
     return rows, facts
 
 
-def _rate(run: ScheduledRun, rolled: list[tuple[ReferenceClock, Rollout]], samples: int) -> float | None:
+def _rate(run: ScheduledRun, rolled: list[RolledOut], samples: int) -> float | None:
     """Return the reference run's learning rate after some samples, where it is known."""
     groups = run.trainer.optimizers[0].param_groups if run.trainer.optimizers else []
     if not rolled:
         return float(groups[0]["lr"]) if groups and groups[0].get("lr") is not None else None
-    clock, seen = rolled[0]
-    if not seen.rates or run.clock.samples is None:
+    _, clock, seen = rolled[0]
+    if not seen.rates or run.plan.clock.samples is None:
         return None
-    update = run.clock.update(*divmod(samples, run.clock.samples))
+    update = run.plan.clock.update(*divmod(samples, run.plan.clock.samples))
     return seen.rates[min(clock.steps_until(update), len(seen.rates) - 1)]

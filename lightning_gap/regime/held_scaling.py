@@ -1,4 +1,4 @@
-"""Optimizers whose hyperparameters follow a batch that changes, under schedulers that know the reference run's alone."""
+"""Hyperparameters that follow a batch which changes, under schedulers that know the reference run's alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

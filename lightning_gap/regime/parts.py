@@ -55,7 +55,7 @@ class PassClock:
 
     Example:
         >>> clock = PassClock(samples=100, batch_size=30)
-        >>> clock.updates_per_pass, [clock.update(0, position) for position in (0, 29, 30, 99, 100)], clock.update(2, 30)
+        >>> clock.updates_per_pass, [clock.update(0, at) for at in (0, 29, 30, 99, 100)], clock.update(2, 30)
         (4, [0, 0, 1, 3, 4], 9)
         >>> clock.place(9)
         (2, 30)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.regime.parts import Part
 
-__all__ = ["ScheduledLoader", "draws_of", "is_schedulable"]
+__all__ = ["ScheduledLoader", "ScheduledSource", "draws_of", "is_schedulable"]
 
 
 def is_schedulable(loader: Any) -> bool:
@@ -82,6 +81,7 @@ class ScheduledLoader:
 
     Attributes:
         drawn: Parts whose samples have been asked for, workers being ahead.
+        batch_size: Samples of the present batch.
         coming: Parts whose batches have been handed out, and are not trained on yet.
     """
 
@@ -95,12 +95,12 @@ class ScheduledLoader:
         self.draws, self.parts = draws, parts
         self.drawn: deque[Part] = deque()
         self.coming: deque[Part] = deque()
-        self.dataset = loader.dataset
+        self.dataset, self.batch_size = loader.dataset, loader.batch_size
         self._length = length
         options: dict[str, Any] = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
         self._loader: DataLoader[Any] = DataLoader(
             loader.dataset,
-            batch_sampler=_Batches(self),  # type: ignore[arg-type]
+            batch_sampler=_Batches(self),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -141,3 +141,20 @@ class _SizedLoader(ScheduledLoader):
         return self._length()
 
 
+class ScheduledSource:
+    """Where a trainer gets its training loader from, with what is made of it.
+
+    Args:
+        source: The trainer's own.
+        made_of: From the loader to what is loaded in its place.
+    """
+
+    def __init__(self, source: Any, made_of: Callable[[Any], Any]) -> None:
+        self._source, self._made_of = source, made_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def dataloader(self) -> Any:
+        """Return the loader."""
+        return self._made_of(self._source.dataloader())

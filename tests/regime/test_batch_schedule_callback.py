@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_gap import BatchSizeSchedule, LargeBatchRegime
 from lightning_gap.regime import PlateauBatches
+from lightning_gap.regime.batches.base import AdaptiveBatches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*have no .val_dataloader.*", "ignore:.*OneCycleLR. scheduler is using.*"
@@ -133,7 +134,8 @@ def test_parts_of_an_update_make_the_same_update_as_the_whole(tmp_path):
         trainer, trace = run(module, DataLoader(data, batch_size=BASE), callback)
         ends.append((trainer.global_step, module.layer.weight.detach().clone(), trace.rates))
     for steps, weight, rates in ends[1:]:
-        assert steps == ends[0][0] and rates == ends[0][2]
+        assert steps == ends[0][0]
+        assert rates == ends[0][2]
         torch.testing.assert_close(weight, ends[0][1], rtol=1e-12, atol=1e-12)
 
 
@@ -141,7 +143,8 @@ def test_a_batch_that_stays_is_the_run_without_the_callback():
     plain, trace = run(scheduled("OneCycleLR", "step"), loader(BASE))
     module = scheduled("OneCycleLR", "step")
     ours, ours_trace = run(module, loader(BASE), BatchSizeSchedule([(0, BASE)]))
-    assert ours.global_step == plain.global_step and ours_trace.rates == trace.rates
+    assert ours.global_step == plain.global_step
+    assert ours_trace.rates == trace.rates
     assert torch.equal(module.layer.weight, plain.lightning_module.layer.weight)
 
 
@@ -245,3 +248,76 @@ def test_max_steps_are_the_reference_runs(steps):
     callback = BatchSizeSchedule(STEPS)
     run(Regression(), loader(BASE), callback, batches, max_epochs=-1, max_steps=steps)
     assert sum(batches.sizes) == steps * BASE
+
+
+class Losses(Regression):
+    """Validates to a loss that gets better for three epochs, and then stays."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor(1.0 / min(self.current_epoch + 1, 3)))
+
+    def val_dataloader(self):
+        return loader(60)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end", "on_train_batch_end"])
+def test_an_adaptive_schedule_goes_on_where_it_was(tmp_path, hook):
+    def fit(*callbacks, ckpt_path=None):
+        module, batches = Losses(), Batches()
+        callback = BatchSizeSchedule(PlateauBatches(patience=0), max_batch_size=24)
+        data = loader(BASE, shuffle=True, num_workers=0)
+        trainer, _ = run(module, data, callback, batches, *callbacks, ckpt_path=ckpt_path, max_epochs=7)
+        return module, trainer, batches
+
+    save = SaveAt(tmp_path, hook)
+    if hook == "on_train_batch_end":
+        setattr(save, hook, lambda trainer, module, *_: save.save(trainer, module))
+    whole, trainer, batches = fit(save)
+    assert max(batches.sizes) == 24
+    for update in sorted(set(save.saved))[::3]:
+        module, again, _ = fit(ckpt_path=tmp_path / f"{update}.ckpt")
+        assert again.global_step == trainer.global_step, update
+        assert torch.equal(module.layer.weight, whole.layer.weight), update
+
+
+class Counting(AdaptiveBatches):
+    """Doubles at the tenth and the fifteenth update, while later batches have been drawn."""
+
+    seen = 0
+
+    def observe_noise(self, noise_scale):
+        self.seen += 1
+        if self.seen in (10, 15):
+            self._ratio *= 2
+
+    def state_dict(self):
+        return {"ratio": self._ratio, "seen": self.seen}
+
+    def load_state_dict(self, state):
+        self._ratio, self.seen = state["ratio"], state["seen"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_has_been_drawn_ahead_is_drawn_again(tmp_path, workers):
+    class Growing(BatchSizeSchedule):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._run.observe_noise(1.0)
+
+    def fit(*callbacks, ckpt_path=None):
+        module, batches = Regression(), Batches()
+        data = loader(BASE, shuffle=True, num_workers=workers)
+        callback = Growing(Counting(), max_batch_size=16)
+        trainer, _ = run(module, data, callback, batches, *callbacks, ckpt_path=ckpt_path, max_epochs=3)
+        return module, trainer, batches
+
+    save = SaveAt(tmp_path)
+    save.on_train_batch_end = lambda trainer, module, *_: save.save(trainer, module)
+    whole, trainer, batches = fit(save)
+    assert 8 in batches.sizes
+    assert 16 in batches.sizes
+    for update in (5, 9, 10, 11, 12, 13, 14, 15, 16, 17):
+        module, again, resumed = fit(ckpt_path=tmp_path / f"{update}.ckpt")
+        assert resumed.sizes == batches.sizes[update:]
+        assert again.global_step == trainer.global_step
+        assert torch.equal(module.layer.weight, whole.layer.weight), update
