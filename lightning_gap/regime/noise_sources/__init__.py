@@ -1,0 +1,1 @@
+"""Where gradients over a second, smaller batch size come from: single examples, ghosts, micro-batches."""
