@@ -181,7 +181,7 @@ def unmeasured_note(reasons: Mapping[str, str], model: nn.Module) -> str:
     Example:
         >>> model = nn.ModuleDict({"places": nn.Embedding(4, 2), "head": nn.Linear(8, 3)})
         >>> unmeasured_note({"places.weight": "it is given positions"}, model)
-        'the noise scale is that of 77 % of the weights, without places.weight (it is given positions).'
+        'the noise scale is that of 77.1 % of the weights, without places.weight (it is given positions).'
     """
     if not reasons:
         return ""
