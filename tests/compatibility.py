@@ -64,7 +64,10 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
     },
     "GradientNoiseScale": {
         "accumulation": works(f"{_REGIME}noise_scale_callback.py::test_a_known_noise_scale_is_found"),
-        "ddp": works(f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_accumulation"),
+        "ddp": works(
+            f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_accumulation",
+            f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_examples",
+        ),
         "fsdp2": REFUSED,
         "fsdp1": REFUSED,
         "deepspeed": REFUSED,

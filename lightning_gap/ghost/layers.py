@@ -13,6 +13,7 @@ from lightning_gap.ghost.functional import (
     check_rows_per_sample,
     check_settings,
     ghost_batch_norm,
+    ghost_slices,
     rank_group,
 )
 from lightning_gap.ghost.samples import BatchRows
@@ -108,6 +109,24 @@ class GhostNorm(BatchNormBase):
             grouping=self.grouping,
             rows_per_sample=rows if isinstance(rows, int) else rows.of(self, len(input)),
             num_batches_tracked=self.num_batches_tracked if running_mean is not None else None,
+            process_group=self.process_group,
+        )
+
+    def ghosts_in(self, samples: int) -> list[slice]:
+        """Return which samples of a batch form each ghost; a lone last one joins, whatever the layer's positions."""
+        return ghost_slices(samples, self.ghost_batch_size, grouping=self.grouping)
+
+    def normalized(self, input: Tensor) -> Tensor:
+        """Return the input normalized over ghosts as in training, without scale, shift and running statistics."""
+        rows = self.rows_per_sample
+        return ghost_batch_norm(
+            input,
+            None,
+            None,
+            ghost_batch_size=self.ghost_batch_size,
+            eps=self.eps,
+            grouping=self.grouping,
+            rows_per_sample=rows if isinstance(rows, int) else rows.of(self, len(input)),
             process_group=self.process_group,
         )
 

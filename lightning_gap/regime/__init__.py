@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_gap.regime.noise_scale import NoiseScaleEstimate as NoiseScaleEstimate
     from lightning_gap.regime.noise_scale import gradient_moments as gradient_moments
     from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
+    from lightning_gap.regime.noise_sources.example_gradients import ExampleGradients as ExampleGradients
     from lightning_gap.regime.plan import RegimePlan as RegimePlan
     from lightning_gap.regime.plan import plan_regime as plan_regime
     from lightning_gap.regime.sample_noise import noise_variance as noise_variance

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["NoiseScaleEstimate", "batch_verdict", "gradient_moments", "normalization_note", "plan_verdict"]
+__all__ = [
+    "NoiseScaleEstimate",
+    "batch_verdict",
+    "gradient_moments",
+    "normalization_note",
+    "plan_verdict",
+    "unmeasured_note",
+]
 
 
 def gradient_moments(
@@ -166,6 +173,24 @@ def normalization_note(layers: Mapping[str, nn.Module], micro_batch: int, replic
         f"{next(iter(layers))}{more} over {' or '.join(map(str, over))} samples, so the noise scale is that of batches "
         "made of such groups, and another number for groups of another size."
     )
+
+
+def unmeasured_note(reasons: Mapping[str, str], model: nn.Module) -> str:
+    """Say which parameters the noise scale leaves out, and how much of the weights they are.
+
+    Example:
+        >>> model = nn.ModuleDict({"places": nn.Embedding(4, 2), "head": nn.Linear(8, 3)})
+        >>> unmeasured_note({"places.weight": "it is given positions"}, model)
+        'the noise scale is that of 77.1 % of the weights, without places.weight (it is given positions).'
+    """
+    if not reasons:
+        return ""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left = sum(sizes.get(name, 0) for name in reasons)
+    share = 100 * (1 - left / max(1, sum(sizes.values())))
+    named = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:3])
+    more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f"the noise scale is that of {share:.3g} % of the weights, without {named}{more}."
 
 
 def _spans_ranks(layer: nn.Module) -> bool:

@@ -1,28 +1,31 @@
 """The callback that measures the gradient noise scale while a model trains."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gap.checks import check_integer
+from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.loader import effective_batch_size, pass_over_data
-from lightning_gap.regime.micro_batches import MicroBatchGradients
 from lightning_gap.regime.noise_scale import (
     NoiseScaleEstimate,
     batch_verdict,
     gradient_moments,
     normalization_note,
     plan_verdict,
+    unmeasured_note,
 )
+from lightning_gap.regime.noise_sources.sources import NoiseSource, Source, source_of
 from lightning_gap.regime.sample_noise import mixing_layers
+from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import (
     data_parallel_size,
@@ -47,8 +50,16 @@ class GradientNoiseScale(Callback):
 
     is the variance of a sample's gradient over the squared mean gradient. A batch far below it wastes updates, one far
     above it wastes samples. Both parts are estimated from gradients over two batch sizes that training computes anyway:
-    those of single micro-batches, before they are accumulated or averaged over replicas, and their mean. What is added
-    is the norms of these gradients, every few updates.
+    the update's, and those of a smaller batch. What is added is the norms of these, every few updates. ``source`` says
+    what the smaller batch is:
+
+    * ``"accumulation"``, ``"replicas"``: single micro-batches, before they are accumulated or averaged over replicas.
+    * ``"examples"``: single examples, in the one backward pass of their batch, from what layers are given and the
+      gradients of what they return (:class:`~lightning_gap.regime.ExampleGradients`): on one device, without
+      accumulation. Weights that are used past a layer that is known are left out, with a warning that names them.
+    * ``"ghosts"``: the ghosts of ghost BatchNorm, which is the gradient that is defined there.
+    * ``"auto"``: micro-batches where an update has two or more; else examples, or ghosts where layers normalize over
+      the batch.
 
     Logged under ``lightning_gap/regime/``: ``noise_scale``, of averages that forget, ``critical_batch_size``, of
     averages over the whole run, and ``batch_over_critical``, the batch that runs over the latter. Numerator and
@@ -64,6 +75,7 @@ class GradientNoiseScale(Callback):
 
     Args:
         every_n_updates: Measure at every n-th update; not at one before a lazy module's first batch.
+        source: What the smaller batch is, as above.
         decay: The weight that the averages of ``noise_scale`` keep from one measurement to the next, in [0, 1).
 
     Attributes:
@@ -72,13 +84,16 @@ class GradientNoiseScale(Callback):
     Raises:
         TypeError: If ``every_n_updates`` is not an int.
         ValueError: If an argument is out of its range.
-        MisconfigurationException: When ``fit`` starts, if an update has a single micro-batch, so that there are no two
-            batch sizes, or one of unknown size; under strategies that shard weights; with manual optimization; with a
+        MisconfigurationException: When ``fit`` starts, if there are no two batch sizes, as of BatchNorm over the one
+            micro-batch of an update, or one is unknown; for examples and ghosts under ``torch.compile``, and with
+            layers of ``batch_first=False``; under strategies that shard weights; with manual optimization; with a
             fused optimizer in 16-bit mixed precision; after a ``LargeBatchRegime`` that clips gradients; beside one
-            with ``gradient_noise``.
+            with ``gradient_noise``. Before the first update, if no weight's examples can be told.
 
     References:
         McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2 and appendix A.1.
+        Gray et al. 2024, "Normalization layer per-example gradients are sufficient to predict gradient noise scale in
+        transformers" (single examples).
 
     Example:
         >>> import torch
@@ -96,15 +111,17 @@ class GradientNoiseScale(Callback):
         4
     """
 
-    def __init__(self, *, every_n_updates: int = 10, decay: float = 0.95) -> None:
+    def __init__(self, *, every_n_updates: int = 10, source: NoiseSource = "auto", decay: float = 0.95) -> None:
         check_integer("every_n_updates", every_n_updates)
+        check_choice("source", source, get_args(NoiseSource))
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay
+        self.source: NoiseSource = source
         self.estimate = NoiseScaleEstimate(decay)
-        self._gradients = MicroBatchGradients()
+        self._heard: Source | None = None
         self._fitting = self._measuring = self._told = False
-        self._note = ""  # what the numbers mean where layers normalize over the batch
+        self._notes: list[str] = []  # for which model the numbers do not hold
         self._micro_batches = 0
         self._full = True  # whether the last batch of an epoch is as large as the others
 
@@ -139,17 +156,12 @@ class GradientNoiseScale(Callback):
         for refused, reason in refusals:
             if refused:
                 raise MisconfigurationException(f"GradientNoiseScale: {reason}")
-        self.estimate, self._note, self._told = NoiseScaleEstimate(self.decay), "", False
+        self.estimate, self._notes, self._told = NoiseScaleEstimate(self.decay), [], False
         self._fitting = True
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an update of one micro-batch, and gradients that keep the loss scale."""
-        if trainer.accumulate_grad_batches * data_parallel_size(trainer) < 2:
-            raise MisconfigurationException(
-                "GradientNoiseScale compares gradients over two batch sizes, and an update has one micro-batch. Use "
-                "accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas."
-            )
+        """Refuse gradients that keep the loss scale."""
         for optimizer in trainer.optimizers:
             if gradients_stay_scaled(trainer, optimizer):
                 raise MisconfigurationException(
@@ -159,14 +171,22 @@ class GradientNoiseScale(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse batches of unknown size, and find out whether the last one of an epoch is smaller than the others."""
+        """Choose the source, refuse batches of unknown size, find out whether the last of an epoch is smaller."""
+        accumulated, replicas = trainer.accumulate_grad_batches, data_parallel_size(trainer)
         try:
-            effective_batch_size(trainer)
+            micro_batch = effective_batch_size(trainer) // accumulated // replicas
         except MisconfigurationException as error:
             raise MisconfigurationException(
                 "GradientNoiseScale compares batch sizes, and that of the training data cannot be told. Use one "
                 "DataLoader with a batch_size, or a batch sampler that has one."
             ) from error
+        try:
+            self._heard = source_of(
+                self.source, mixing_layers(pl_module), micro_batch, accumulated=accumulated, replicas=replicas
+            )
+            self._heard.check(pl_module, compiled=is_compiled_by_lightning(pl_module))
+        except ValueError as error:
+            raise MisconfigurationException(f"GradientNoiseScale: {error}.") from error
         try:
             epoch = pass_over_data(trainer)
         except MisconfigurationException:
@@ -184,8 +204,21 @@ class GradientNoiseScale(Callback):
                 groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
                 parameters = [parameter for group in groups for parameter in group]
                 self._measuring = not any(map(is_lazy, parameters))  # before a lazy module's first batch
-                if self._measuring:
-                    self._gradients.listen(parameters)
+                if self._measuring and self._heard is not None:
+                    self._measuring = self._listen(self._heard, pl_module, parameters)
+
+    def _listen(self, source: Source, pl_module: LightningModule, parameters: list[Tensor]) -> bool:
+        try:
+            source.listen(pl_module, parameters)
+        except ValueError as error:  # the model has changed since training began
+            self._say_once(f"does not measure any more: {error}")
+            return False
+        return True
+
+    def _say_once(self, note: str) -> None:
+        if note and note not in self._notes:
+            self._notes.append(note)
+            rank_zero_warn(f"GradientNoiseScale: {note}")
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,30 +229,37 @@ class GradientNoiseScale(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare the gradients of the update's micro-batches with their mean."""
         micro_batches, self._micro_batches = self._micro_batches, 0
-        heard = self._gradients.squares() if self._measuring else None
-        if heard is None or not (self._full or not trainer.is_last_batch):
+        source, replicas = self._heard, data_parallel_size(trainer)
+        if not self._measuring or source is None:
             return
-        replicas = data_parallel_size(trainer)
-        if micro_batches * replicas < 2:
+        if trainer.is_last_batch and not self._full:
+            source.pause()
             return
-        micro_batch = effective_batch_size(trainer) // trainer.accumulate_grad_batches // replicas
+        heard = source.squares()
+        if heard is None and source.unmeasured and not self.estimate.measurements:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(source.unmeasured.items())[:3])
+            raise MisconfigurationException(
+                f"GradientNoiseScale: no weight's gradient can be told for single examples ({why}). Use "
+                "accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas."
+            )
+        if heard is None or heard[2] * replicas < 2:
+            return
         # Lightning divides every loss by the accumulation, in an incomplete last window too.
         division = trainer.accumulate_grad_batches
-        small, big, _ = heard
-        small = mean_over_ranks(small) * division**2 / micro_batches
-        numbers = torch.stack((small, big, loss_scale(trainer).to(small.device)))
+        small, big, parts = heard
+        small = mean_over_ranks(small) * division**2 / parts
+        numbers = torch.stack((small, big.to(small), loss_scale(trainer).to(small)))
         small_square, big_square, scale = numbers.tolist()  # the only wait for the device
         moments = gradient_moments(
             small_square / scale**2,
             big_square * (division / micro_batches) ** 2,
-            micro_batch,
-            micro_batch * micro_batches * replicas,
+            source.small_batch,
+            source.micro_batch * micro_batches * replicas,
         )
         self.estimate.update(*moments)
-        if not self._note:
-            self._note = normalization_note(mixing_layers(pl_module), micro_batch, replicas)
-            if self._note:
-                rank_zero_warn(f"GradientNoiseScale: {self._note}")
+        if not self._notes:
+            self._say_once(normalization_note(mixing_layers(pl_module), source.micro_batch, replicas))
+        self._say_once(unmeasured_note(source.unmeasured, pl_module))
 
     @override
     def on_train_batch_end(
@@ -259,7 +299,7 @@ class GradientNoiseScale(Callback):
         if regime is not None and (plan := regime.plan) is not None:
             made = plan.updates / plan.reference_updates if plan.updates and plan.reference_updates else None
             sentences.append(plan_verdict(plan.batch_size, plan.reference_batch_size, self.estimate, planned=made))
-        say(f"{when}: {' '.join(filter(None, [*sentences, self._note]))}")
+        say(f"{when}: {' '.join(filter(None, [*sentences, *self._notes]))}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -287,6 +327,8 @@ class GradientNoiseScale(Callback):
         self._stop()
 
     def _stop(self) -> None:
-        self._gradients.remove()
+        if self._heard is not None:
+            self._heard.remove()
+        self._heard = None
         self._micro_batches = 0
         self._fitting = self._measuring = False

@@ -27,6 +27,7 @@ CALLBACKS = {
     "ghosts": lambda: [GhostBatchNorm(8)],
     "strided ghosts": lambda: [GhostBatchNorm(8, grouping="strided", running_stats="per_step")],
     "regime": lambda: [regime()],
+    "noise of ghosts": lambda: [GhostBatchNorm(8), GradientNoiseScale(every_n_updates=2)],
     "diffusion": lambda: [UltraSlowDiffusion(every_n_updates=1, per_layer=True)],
     "anchors on the CPU": lambda: [UltraSlowDiffusion(every_n_updates=1, anchor_device="cpu", anchor_dtype="bfloat16")],
     "together": lambda: [GhostBatchNorm(8), GradientNoiseScale(every_n_updates=2), regime(), UltraSlowDiffusion()],

@@ -178,6 +178,32 @@ def test_replicas_measure_the_noise_scale_of_accumulation(tmp_path):
     assert both[0]["measurements"] == 23
 
 
+@pytest.mark.parametrize("source", ["examples", "replicas"])
+def test_replicas_measure_the_noise_scale_of_examples(tmp_path, source):
+    """Two processes, unshuffled, see in an update the 12 samples that one sees: the same examples."""
+
+    def measured(name, batch_size, source, **options):
+        class Save(Callback):
+            def on_train_end(self, trainer, pl_module):
+                (tmp_path / f"{name}{trainer.global_rank}.json").write_text(json.dumps(scale.state_dict()))
+
+        scale = GradientNoiseScale(every_n_updates=2, source=source)
+        records(tmp_path / name, batch_size, callbacks=[scale, Save()], own_sampler="processes" in options, **options)
+        return [json.loads((tmp_path / f"{name}{r}.json").read_text()) for r in range(options.get("processes", 1))]
+
+    (alone,) = measured("alone", 12, "examples")
+    two = measured("two", 6, source, processes=2)
+    assert two[0] == two[1]
+    assert two[0]["measurements"] == alone["measurements"] == 23
+    # Micro-batches of replicas have the same mean gradient, and a noisier variance.
+    exact = {"rel": 1e-4} if source == "examples" else {"rel": 0.8}
+    for name in ("total_variance", "total_square"):
+        assert two[0][name] == pytest.approx(alone[name], **exact)
+    if source == "examples":
+        (both,) = measured("both", 3, source, accumulate_grad_batches=4)
+        assert both["total_variance"] == pytest.approx(alone["total_variance"], rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- shards
 
 

@@ -17,6 +17,7 @@ from noise_scale_models import (
     targets,
 )
 from regime_runs import SaveAt, run, sharded, trainer_of
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap import GradientNoiseScale
@@ -142,10 +143,39 @@ def test_refusals():
         def training_step(self, batch, batch_idx):
             raise AssertionError("refused before the first step")
 
+    class Layered(Classifier):
+        def train_dataloader(self):
+            return samples(16, 64)
+
     scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     noisy = LargeBatchRegime(4, lr_rule="none", train_longer=False, gradient_noise=True)
     for module, callbacks, options, message in (
-        (Mean(), [GradientNoiseScale()], {}, "one micro-batch"),
+        (
+            Mean(),
+            [GradientNoiseScale()],
+            {},
+            r"no weight's gradient .* single examples \(w: .* accumulate_grad_batches",
+        ),
+        (Mean(), [GradientNoiseScale(source="accumulation")], {}, "needs accumulate_grad_batches of 2"),
+        (Mean(), [GradientNoiseScale(source="replicas")], {}, "needs several devices"),
+        (Mean(batch=1), [GradientNoiseScale(source="examples")], {}, "one example"),
+        (Mean(), [GradientNoiseScale(source="ghosts")], {}, "no layer normalizes over ghosts"),
+        (Layered(nn.BatchNorm1d(16)), [GradientNoiseScale()], {}, "net.1 .* whole micro-batch.* put GhostBatchNorm"),
+        (Layered(nn.BatchNorm1d(16)), [GradientNoiseScale(source="examples")], {}, "a single example has no gradient"),
+        (Layered(GhostBatchNorm1d(16, ghost_batch_size=16)), [GradientNoiseScale()], {}, "one ghost of 16 samples"),
+        (
+            Layered(GhostBatchNorm1d(16, ghost_batch_size=4), GhostBatchNorm1d(16, ghost_batch_size=8)),
+            [GradientNoiseScale()],
+            {},
+            "net.1 and net.2 have different ghosts",
+        ),
+        (
+            Layered(nn.Unflatten(1, (4, 4)), nn.TransformerEncoderLayer(4, 2), nn.Flatten()),
+            [GradientNoiseScale()],
+            {},
+            "batch_first=True",
+        ),
+        (torch.compile(Layered(), backend="eager"), [GradientNoiseScale()], {}, "compiled by torch"),
         (Manual(), [GradientNoiseScale()], {}, "automatic optimization"),
         (Fused(), [GradientNoiseScale()], {"plugins": [scaler], "accumulate_grad_batches": 2}, "fused=False"),
         (Mean(), [LargeBatchRegime(4, clip_norm=1.0), GradientNoiseScale()], {}, "Put GradientNoiseScale before it"),
@@ -157,6 +187,8 @@ def test_refusals():
     trainer = sharded(trainer_of(scale := GradientNoiseScale()))
     with pytest.raises(MisconfigurationException, match="FSDPStrategy is not supported"):
         scale.setup(trainer, Mean(), "fit")
+    with pytest.raises(ValueError, match="source must be one of auto, examples, ghosts, accumulation, replicas"):
+        GradientNoiseScale(source="tokens")
     for options, error in (({"every_n_updates": 0}, ValueError), ({"every_n_updates": 1.5}, TypeError)):
         with pytest.raises(error, match="every_n_updates"):
             GradientNoiseScale(**options)

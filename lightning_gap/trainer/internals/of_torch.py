@@ -28,6 +28,7 @@ __all__ = [
     "distances_backward",
     "group_timeout",
     "is_batched",
+    "is_compiled",
     "is_wrapped_by_transform",
     "loss_scale_without_waiting",
     "native_batch_norm_backward",
@@ -83,6 +84,11 @@ def transforms_run() -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Return whether ``is_grads_batched`` or ``vectorize=True`` of ``torch.autograd`` gave many gradients at once."""
     return bool(_dispatch_keys(tensor).has(_BATCHED))
+
+
+def is_compiled(module: Any) -> bool:
+    """Return whether ``torch.compile``, or a module's own ``compile``, has compiled it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def version_of(tensor: Tensor) -> int:

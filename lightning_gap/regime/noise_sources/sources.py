@@ -1,0 +1,185 @@
+"""Which gradients over a smaller batch a run measures: chosen from what it has, or refused with the remedy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lightning_gap.regime.micro_batches import MicroBatchGradients
+from lightning_gap.regime.noise_sources.example_gradients import ExampleGradients, check_hearable
+from lightning_gap.regime.sample_noise import mixing_layers
+
+__all__ = ["NoiseSource", "Source", "ghosts_of", "source_of"]
+
+NoiseSource = Literal["auto", "examples", "ghosts", "accumulation", "replicas"]
+
+_ACCUMULATE = "use accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas"
+
+
+class Source(ABC):
+    """What hears gradients over a smaller batch than the update's, as it is accumulated."""
+
+    def __init__(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+
+    @property
+    def small_batch(self) -> float:
+        """The samples of the smaller batch."""
+        return self.micro_batch
+
+    @property
+    def unmeasured(self) -> Mapping[str, str]:
+        """The parameters that are left out, by name, with the reason."""
+        return {}
+
+    @abstractmethod
+    def check(self, model: nn.Module, *, compiled: bool = False) -> None:
+        """Raise ValueError where a model, or one that is compiled whole, cannot be heard."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Forget the update that is heard."""
+
+    @abstractmethod
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        """Start to hear an update; raise ValueError where the model is not one that can be heard."""
+
+    @abstractmethod
+    def squares(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return the sum of the smaller batches' squares, the square of what is in ``.grad``, and their number."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Stop to hear."""
+
+
+class MicroBatches(Source):
+    """The micro-batches of an update, of accumulation or of replicas."""
+
+    def __init__(self, micro_batch: int) -> None:
+        super().__init__(micro_batch)
+        self._gradients = MicroBatchGradients()
+
+    def check(self, model: nn.Module, *, compiled: bool = False) -> None:
+        pass  # parameters' own hooks hear whatever there is
+
+    def pause(self) -> None:
+        self._gradients.squares()
+
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        self._gradients.listen(parameters)
+
+    def squares(self) -> tuple[Tensor, Tensor, int] | None:
+        return self._gradients.squares()
+
+    def remove(self) -> None:
+        self._gradients.remove()
+
+
+class Examples(Source):
+    """The examples of every micro-batch, or the ghosts that are normalized together."""
+
+    def __init__(self, micro_batch: int, *, ghosts: bool) -> None:
+        super().__init__(micro_batch)
+        self._gradients, self._ghosts = ExampleGradients(), ghosts
+
+    @property
+    def small_batch(self) -> float:
+        return self._gradients.small_batch
+
+    @property
+    def unmeasured(self) -> Mapping[str, str]:
+        return self._gradients.unmeasured
+
+    def check(self, model: nn.Module, *, compiled: bool = False) -> None:
+        check_hearable(model, compiled=compiled)
+        self._groups(model)
+
+    def pause(self) -> None:
+        self._gradients.remove()
+
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        self._gradients.listen(model, parameters, examples=self.micro_batch, groups=self._groups(model))
+
+    def _groups(self, model: nn.Module) -> list[slice] | None:
+        layers = mixing_layers(model)
+        groups = ghosts_of(layers, self.micro_batch) if self._ghosts else None
+        if layers and groups is None:
+            raise ValueError(
+                f"{next(iter(layers))} normalizes over the batch, where a single example has no gradient: use "
+                f"source='ghosts' with GhostBatchNorm, or source='accumulation' ({_ACCUMULATE})"
+            )
+        return groups
+
+    def squares(self) -> tuple[Tensor, Tensor, int] | None:
+        return self._gradients.squares()
+
+    def remove(self) -> None:
+        self._gradients.remove()
+
+
+def ghosts_of(layers: Mapping[str, nn.Module], micro_batch: int) -> list[slice]:
+    """Return which samples of a micro-batch form each ghost of all layers that normalize over the batch.
+
+    Args:
+        layers: By name, as :func:`~lightning_gap.regime.sample_noise.mixing_layers` finds them.
+        micro_batch: Samples.
+
+    Raises:
+        ValueError: If there are none, one normalizes over the whole micro-batch or over replicas, or they differ.
+    """
+    if not layers:
+        raise ValueError("no layer normalizes over ghosts: use source='examples', or put GhostBatchNorm in callbacks")
+    found: dict[tuple[tuple[int, int, int], ...], str] = {}
+    for name, layer in layers.items():
+        ghosts_in = getattr(layer, "ghosts_in", None)
+        if ghosts_in is None:
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) normalizes over the whole micro-batch, which is one group then: put "
+                f"GhostBatchNorm in callbacks, or {_ACCUMULATE}"
+            )
+        if getattr(layer, "process_group", None) is not None:
+            raise ValueError(f"the ghosts of {name} span replicas: use ranks_per_ghost=1, or source='replicas'")
+        found.setdefault(tuple(s.indices(micro_batch) for s in ghosts_in(micro_batch)), name)
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(list(found.values())[:2])} have different ghosts: give them one ghost_batch_size and "
+            f"grouping, or {_ACCUMULATE}"
+        )
+    (ghosts,) = found
+    return [slice(*each) for each in ghosts]
+
+
+def source_of(
+    source: NoiseSource, layers: Mapping[str, nn.Module], micro_batch: int, *, accumulated: int, replicas: int
+) -> Source:
+    """Return what a run listens to.
+
+    Args:
+        source: As asked for. ``"auto"``: micro-batches where an update has two; else examples, or ghosts where
+            layers normalize over the batch.
+        layers: Those that do.
+        micro_batch: Samples.
+        accumulated: Micro-batches of an update on each replica.
+        replicas: That see different samples.
+
+    Raises:
+        ValueError: If the run has not what is asked for.
+    """
+    if source == "accumulation" and accumulated < 2:
+        raise ValueError("source='accumulation' needs accumulate_grad_batches of 2 or more, with smaller batches")
+    if source == "replicas" and replicas < 2:
+        raise ValueError("source='replicas' needs several devices, and there is one: use source='examples'")
+    if source in ("accumulation", "replicas") or (source == "auto" and accumulated * replicas > 1):
+        return MicroBatches(micro_batch)
+    if source == "examples" or not (layers or source == "ghosts"):
+        if micro_batch * accumulated * replicas < 2:
+            raise ValueError("an update has one example, and there are no two batch sizes: use larger batches")
+        return Examples(micro_batch, ghosts=False)
+    if len(ghosts_of(layers, micro_batch)) * accumulated * replicas < 2:
+        raise ValueError(
+            f"an update is one ghost of {micro_batch} samples, so that there are no two batch sizes: use a smaller "
+            f"ghost_batch_size, or {_ACCUMULATE}"
+        )
+    return Examples(micro_batch, ghosts=True)
