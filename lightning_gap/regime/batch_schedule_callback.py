@@ -159,6 +159,11 @@ class BatchSizeSchedule(Callback):
                 "BatchSizeSchedule: the schedule follows the gradient noise scale, and nothing measures it. Add "
                 "GradientNoiseScale() to the trainer's callbacks."
             )
+        if self._noise is not None and callbacks.index(self._noise) < callbacks.index(self):
+            raise MisconfigurationException(
+                "BatchSizeSchedule: GradientNoiseScale measures the batch that this callback makes. Put it after "
+                "BatchSizeSchedule."
+            )
         self._measured = 0
         self._run = ScheduledRun(self, trainer, pl_module)
         self._run.set_up()

@@ -179,12 +179,10 @@ class ScheduledRun:
 
     def start_batch(self) -> Part:
         """Say what the present batch is, and make the optimizer that of its update."""
-        part = self.plan.loader.coming.popleft() if self.plan.by_loader else self._accumulated()
+        part = self.plan.loader.take() if self.plan.by_loader else self._accumulated()
         if self._fresh and self.plan.by_loader:
             count_batches(self.trainer, math.inf if self.schedule.adaptive else self.batches_of_pass(begun=1))
         self._fresh = False
-        if self.plan.by_loader:
-            self.plan.loader.batch_size = part.size
         self.part, self.closed = part, part.closes
         self.trainer.accumulate_grad_batches = part.parts
         if part.opens:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
-from lightning_gap.regime.loader import effective_batch_size, pass_over_data
+from lightning_gap.regime.loader import effective_batch_size, pass_over_data, training_loader
 from lightning_gap.regime.noise_scale import (
     NoiseScaleEstimate,
     batch_verdict,
@@ -25,6 +25,7 @@ from lightning_gap.regime.noise_scale import (
 )
 from lightning_gap.regime.noise_sources.sources import NoiseSource, Source, source_of
 from lightning_gap.regime.sample_noise import mixing_layers
+from lightning_gap.regime.scheduled_loader import ScheduledLoader
 from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import (
@@ -205,7 +206,17 @@ class GradientNoiseScale(Callback):
                 parameters = [parameter for group in groups for parameter in group]
                 self._measuring = not any(map(is_lazy, parameters))  # before a lazy module's first batch
                 if self._measuring and self._heard is not None:
-                    self._measuring = self._listen(self._heard, pl_module, parameters)
+                    self._measuring = self._follow(trainer, self._heard) and self._listen(
+                        self._heard, pl_module, parameters
+                    )
+
+    def _follow(self, trainer: Trainer, source: Source) -> bool:
+        """Take the size of the present batch, which may change; return whether the update's parts are of one size."""
+        loader = training_loader(trainer)
+        if isinstance(loader, ScheduledLoader):
+            source.micro_batch = loader.batch_size
+            return loader.even
+        return True
 
     def _listen(self, source: Source, pl_module: LightningModule, parameters: list[Tensor]) -> bool:
         try:

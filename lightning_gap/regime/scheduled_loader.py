@@ -82,6 +82,7 @@ class ScheduledLoader:
     Attributes:
         drawn: Parts whose samples have been asked for, workers being ahead.
         batch_size: Samples of the present batch.
+        even: Whether the parts of its update are of one size on all devices.
         coming: Parts whose batches have been handed out, and are not trained on yet.
     """
 
@@ -95,7 +96,9 @@ class ScheduledLoader:
         self.draws, self.parts = draws, parts
         self.drawn: deque[Part] = deque()
         self.coming: deque[Part] = deque()
-        self.dataset, self.batch_size = loader.dataset, loader.batch_size
+        self.dataset = loader.dataset
+        self.batch_size = int(loader.batch_size or 1)
+        self.even = True
         self._length = length
         options: dict[str, Any] = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
         self._loader: DataLoader[Any] = DataLoader(
@@ -121,6 +124,12 @@ class ScheduledLoader:
         for batch in self._loader:
             self.coming.append(self.drawn.popleft())
             yield batch
+
+    def take(self) -> Part:
+        """Return what the present batch is, once it is trained on."""
+        part = self.coming.popleft()
+        self.batch_size, self.even = part.size, part.weight == 1
+        return part
 
     # Lightning takes a loader with these two for one that resumes within a pass. The place is in the callback's state.
     def state_dict(self) -> dict[str, Any]:

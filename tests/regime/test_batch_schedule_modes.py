@@ -24,7 +24,8 @@ from regime_runs import EPOCH_SCHEDULES, EPOCHS, SAMPLES, Regression, dataset, l
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from lightning_gap import BatchSizeSchedule, GhostBatchNorm, UltraSlowDiffusion
+from lightning_gap import BatchSizeSchedule, GhostBatchNorm, GradientNoiseScale, UltraSlowDiffusion
+from lightning_gap.regime import NoiseBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*callbacks used to create.*")
 BASE, STEPS = 4, [(0, 4), (100, 12), (200, 20)]
@@ -399,3 +400,50 @@ def test_a_run_that_is_killed_at_twenty_moments_ends_as_one_that_is_not(tmp_path
         assert found["steps"] == wanted["steps"]
         for name, weight in wanted["weights"].items():
             assert torch.equal(found["weights"][name], weight)
+
+
+class Noisy(LightningModule):
+    """The mean of noise: its gradient for a sample has the variance 1 in each of 4 directions, and a mean of 1/8."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Linear(4, 1, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.weight(batch[0]).mean()  # the gradient of a sample is the sample
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4096, 4, generator=generator)
+        return DataLoader(torch.utils.data.TensorDataset(x - x.mean(0) + 1 / 8), 8, shuffle=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("most", [None, 16])
+def test_the_batch_follows_the_measured_noise_scale(most, tmp_path):
+    def fit(*callbacks, ckpt_path=None):
+        schedule = BatchSizeSchedule(NoiseBatches(), max_batch_size=512, max_device_batch_size=most)
+        noise = GradientNoiseScale(every_n_updates=1, source="examples", decay=0.98)
+        planned = Planned(schedule)
+        run(Noisy(), None, schedule, noise, planned, *callbacks, max_epochs=2, ckpt_path=ckpt_path)
+        return noise.estimate.critical_batch_size, [batch for _, batch in planned.planned]
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 30:
+                trainer.save_checkpoint(tmp_path / "30.ckpt")
+
+    found, batches = fit(Saves())
+    assert found == pytest.approx(4 / (4 / 64), rel=0.5)  # 64
+    assert batches[0] == 8
+    assert 32 <= max(batches) <= 128
+    assert fit(ckpt_path=tmp_path / "30.ckpt")[1] == batches[30:]
+
+
+def test_a_noise_scale_that_nothing_measures_is_refused():
+    with pytest.raises(MisconfigurationException, match="Add GradientNoiseScale"):
+        run(Noisy(), None, BatchSizeSchedule("noise", max_batch_size=64))
+    with pytest.raises(MisconfigurationException, match="Put it after"):
+        run(Noisy(), None, GradientNoiseScale(), BatchSizeSchedule("noise", max_batch_size=64))
