@@ -76,9 +76,7 @@ class Target:
         return np.asarray(numbers >= self.value if self.sign == ">=" else numbers <= self.value)
 
 
-def first_held(
-    at: ArrayLike, values: ArrayLike, target: Target, *, hold: int = HOLD, smooth: int = 1
-) -> float | None:
+def first_held(at: ArrayLike, values: ArrayLike, target: Target, *, hold: int = HOLD, smooth: int = 1) -> float | None:
     """Return when a metric first is at a target, or better, and stays so.
 
     It is held from the first of ``hold`` points in a row that are at the target or better. Between that point and the

@@ -126,7 +126,7 @@ class CriticalBatchFit:
 
     @property
     def critical_batch(self) -> float:
-        r""":math:`B_{crit} = E_{min} / S_{min}`, at which updates and samples are twice their least; may be infinite."""
+        r""":math:`B_{crit} = E_{min} / S_{min}`, where both cost twice their least; may be infinite."""
         return self.e_min / self.s_min if self.s_min else math.inf
 
     def updates(self, batch: float) -> float:

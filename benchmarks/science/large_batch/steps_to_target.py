@@ -1,8 +1,8 @@
 """Updates to a target at a batch that was left out, predicted by the trade-off that is fitted to the other batches.
 
-A network of 32 units on scikit-learn's digits, plain SGD at a constant learning rate, batches from 8 to 512. The rate of
-each batch is the best of a grid for the target, or follows a rule from the best of the batch 32. And the runs of AdamW
-on Fashion-MNIST in ``results/large_batch_f1_fashion.jsonl``, of three batches. A minute on one core.
+A network of 32 units on scikit-learn's digits, plain SGD at a constant learning rate, batches from 8 to 512. The rate
+of each batch is the best of a grid for the target, or follows a rule from the best of the batch 32. And the runs of
+AdamW on Fashion-MNIST in ``results/large_batch_f1_fashion.jsonl``, of three batches. Minutes on one core.
 
 python -m benchmarks.science.large_batch.steps_to_target            # train, write the log and the page's tables
 python -m benchmarks.science.large_batch.steps_to_target --logged   # write the page's tables from the log
@@ -80,7 +80,7 @@ class Digits:
         return each.view(len(weights[0]), -1).mean(1)
 
     def curves(self, size: int, rates: Sequence[float], wanted: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Return updates, and ``(updates, seeds, rates)`` training losses, until those wanted are held, or out of reach.
+        """Return updates, and ``(updates, seeds, rates)`` training losses, until those wanted are held, or lost.
 
         One wanted loss for all rates: until the best rate of each seed is there. One for each rate: until all are.
         """
