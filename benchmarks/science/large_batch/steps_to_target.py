@@ -82,25 +82,27 @@ class Digits:
     def curves(self, size: int, rates: Sequence[float], wanted: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         """Return updates, and ``(updates, seeds, rates)`` training losses, until those wanted are held, or lost.
 
-        One wanted loss for all rates: until the best rate of each seed is there. One for each rate: until all are.
+        One wanted loss for all rates: until a quarter beyond where all seeds are there by one rate. One for each rate:
+        until all are.
         """
         weights = self.start(len(rates))
         steps = torch.tensor(rates).repeat(len(self.seeds))[:, None, None]
         everything = torch.arange(len(self.images)).expand(len(self.seeds), -1)
-        at, losses = list[int](), list[np.ndarray]()
+        at, losses, last = list[int](), list[np.ndarray](), float(MOST_UPDATES)
         for update, rows in enumerate(self.batches(size), 1):
             gradients = torch.autograd.grad(self.losses(weights, rows).sum(), weights)
             with torch.no_grad():
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight -= steps * gradient
-                if at and update < POINTS * at[-1] and update < MOST_UPDATES:
+                if at and update < POINTS * at[-1] and update < last:
                     continue
                 at.append(update)
                 losses.append(self.losses(weights, everything).view(len(self.seeds), -1).numpy())
             there = (np.stack(losses[-HOLD:]).max(0) <= np.array(wanted)) & (len(at) >= HOLD)
             lost = ~(losses[-1] < CHANCE) & (update >= LOST_AFTER)  # units that are dead, or no numbers
-            done = there.any(1).all() if len(wanted) == 1 else (there | lost).all()
-            if update >= MOST_UPDATES or done:
+            done = there.all(0).any() if len(wanted) == 1 else (there | lost).all()
+            last = min(last, update * (1.25 if len(wanted) == 1 else 1)) if done else last
+            if update >= last:
                 return np.array(at), np.stack(losses)
         raise AssertionError("batches are without end")
 
