@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lightning_gap.regime.batches.plateau import PlateauBatches as PlateauBatches
     from lightning_gap.regime.batches.seesaw import SeesawBatches as SeesawBatches
     from lightning_gap.regime.batches.steps import BatchSteps as BatchSteps
+    from lightning_gap.regime.branches import BranchLosses as BranchLosses
+    from lightning_gap.regime.branches import measure_critical_batch as measure_critical_batch
     from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
     from lightning_gap.regime.critical_batch import CriticalBatchFit as CriticalBatchFit
     from lightning_gap.regime.critical_batch import fit_critical_batch as fit_critical_batch
