@@ -218,10 +218,6 @@ SCIENCE = {
         "science.known_costs",
         "The same for costs other than the squared one", 100, page="../transport_maps.md", rows=False,
     ),
-    "steps_to_target": Benchmark(
-        "science.large_batch.steps_to_target",
-        "Updates to a target at a batch left out, predicted by the others", 3, page="../critical_batch.md", rows=False,
-    ),
     "certificates": Benchmark(
         "science.certificates --data DATA", "Bounds of a map's error against the truth", 40,
         needs=("data",), page="../maps.md", rows=False,

@@ -151,15 +151,15 @@ def test_accumulation_of_the_first_branch_counts():
 
 
 def test_the_rule_of_adam_scales_the_moments():
-    class Adam(Regression):
-        betas = []
+    betas = []
 
+    class Adam(Regression):
         def on_before_optimizer_step(self, optimizer):
-            self.betas.append(optimizer.param_groups[0]["betas"][1])
+            betas.append(optimizer.param_groups[0]["betas"][1])
 
     model = Adam(optimizer=torch.optim.Adam)
     measured(model, lr_rule="adam", seeds=(0,), samples=20)
-    assert sorted(set(Adam.betas)) == pytest.approx([0.996, 0.998, 0.999])
+    assert sorted(set(betas)) == pytest.approx([0.996, 0.998, 0.999])
     with pytest.raises(ValueError, match="adam"):
         measured(Regression(), lr_rule="adam", seeds=(0,))
 
