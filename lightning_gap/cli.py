@@ -8,7 +8,7 @@ from importlib import import_module
 from lightning_gap import __version__
 from lightning_gap.commands import COMMANDS, TRAINER_COMMANDS
 from lightning_gap.commands.parsing import CommandError, Parser
-from lightning_gap.commands.plan import names_config, plan_config
+from lightning_gap.commands.plan import names_config, names_runs, plan_config, plan_from
 from lightning_gap.commands.trainer import run
 
 __all__ = ["main", "parser"]
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if words and words[0] == "plan" and names_config(words):
             plan_config(words[1:])
+            return
+        if words and words[0] == "plan" and names_runs(words):
+            plan_from(words[1:])
             return
         options = parser().parse_args(words)
         options.run(options)

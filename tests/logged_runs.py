@@ -88,3 +88,18 @@ def csv_run(folder, *, batch=64, accuracy=0.9, slope=2.0, points=40):
     lines = [f"lightning_gap/regime/{name}: {value}" for name, value in plan.items()]
     (folder / "hparams.yaml").write_text("\n".join([*lines, "lr: 0.1", "act: !!python/name:torch.nn.ReLU ''"]) + "\n")
     return folder
+
+
+def run_to_target(folder, batch, *, noise=None, short=False, told=True, lr=0.1):
+    """Write a run of CSVLogger whose loss falls to 0.3 in the 100 + 6400 / B updates of a trade-off, and on."""
+    folder.mkdir(parents=True)
+    updates = 100 + 6400 / batch
+    prefix = "lightning_gap/regime/"
+    rows = [f"step,val_loss,{prefix}updates,{prefix}critical_batch_size"]
+    for i in range(1, 9 if short else 31):
+        step = updates * i / 10
+        rows.append(f"{step - 1},{1 - 0.7 * i / 10},,")
+        rows.append(f"{step - 1},,{step},{noise or ''}")
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / "hparams.yaml").write_text(f"lr: {lr}\nweight_decay: 0.01\n" + (f"batch_size: {batch}\n" if told else ""))
+    return folder

@@ -34,8 +34,8 @@ def _blocks(page, language):
 @pytest.fixture
 def _folder(tmp_path, monkeypatch):
     """A folder with the runs that the pages speak of; nothing is sent."""
-    for name in ("small", "large"):
-        csv_run(tmp_path / "runs" / name)
+    for name, batch in (("small", 64), ("large", 1024)):
+        csv_run(tmp_path / "runs" / name, batch=batch)
     monkeypatch.chdir(tmp_path)
 
 

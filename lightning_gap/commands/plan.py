@@ -11,7 +11,7 @@ from lightning_gap.commands.parsing import CommandError, at_least, between, numb
 from lightning_gap.commands.trainer import require_jsonargparse
 from lightning_gap.regime.rules import RULE_NAMES
 
-__all__ = ["add", "names_config", "plan_config"]
+__all__ = ["add", "names_config", "names_runs", "plan_config", "plan_from"]
 
 
 def add(commands: Any) -> None:
@@ -22,9 +22,12 @@ def add(commands: Any) -> None:
         description="Print the plan that LargeBatchRegime would make: learning rate, updates, epochs and where the "
         "schedule falls, the reference run beside the run at the other batch. Give --samples to know the epochs, "
         "and --epochs or --updates to know the length. Or give --config FILE, a configuration of LightningCLI with a "
-        "LargeBatchRegime, and what overrides it: then its own module and data are planned, all but trained.",
+        "LargeBatchRegime, and what overrides it: then its own module and data are planned, all but trained. Or give "
+        "--from RUN [RUN ...], runs that were logged, with --target METRIC>=VALUE: then what other batches take to the "
+        "target is read from them (--from RUN --help lists the options).",
     )
     plan.add_argument("-c", "--config", metavar="FILE", help="plan a configuration; no option below goes with it")
+    plan.add_argument("--from", metavar="RUN", help="plan from logged runs; other options go with it")
     needed = plan.add_argument_group("the two runs")
     needed.add_argument(
         "--batch-size", type=at_least(1), required=True, metavar="N",
@@ -66,6 +69,18 @@ def add(commands: Any) -> None:
 def names_config(words: Sequence[str]) -> bool:
     """Return whether words name a configuration to plan."""
     return any(word.partition("=")[0] in ("-c", "--config") for word in words)
+
+
+def names_runs(words: Sequence[str]) -> bool:
+    """Return whether words name runs to plan from."""
+    return any(word.partition("=")[0] == "--from" for word in words)
+
+
+def plan_from(words: Sequence[str]) -> None:
+    """Print what other batches take, from the logs of runs."""
+    from lightning_gap.commands.plan_from import run
+
+    run(words)
 
 
 def plan_config(words: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from lightning_gap.commands.parsing import CommandError, write_text
+from lightning_gap.commands.parsing import CommandError, at_least, write_text
 
 __all__ = ["add"]
 
@@ -28,6 +28,15 @@ def add(commands: Any) -> None:
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page to write")
     report.add_argument("--title", default=argparse.SUPPRESS, help="heading of the page")
     report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.add_argument(
+        "--target", action="append", default=[], metavar="METRIC>=VALUE",
+        help="or METRIC<=VALUE: add what runs took to it; may be given several times",
+    )  # fmt: skip
+    report.add_argument(
+        "--by", default="batch", metavar="NAME", help="the hyper-parameter by which runs are grouped then"
+    )
+    report.add_argument("--hold", type=at_least(1), default=3, metavar="N", help="points in a row at a target")
+    report.add_argument("--smooth", type=at_least(1), default=1, metavar="N", help="the mean of N points counts there")
     report.set_defaults(run=_report)
 
 
@@ -39,16 +48,20 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_gap.dashboards.comparison import compare, result_metrics, results_table
     from lightning_gap.dashboards.report import render_html
     from lightning_gap.dashboards.runs import RunError, read_runs
+    from lightning_gap.dashboards.targets import Target
     from lightning_gap.trainer.terminal import say
 
     if options.output.is_dir():
         raise CommandError(f"--output {options.output} is a folder: name a file, as {options.output / 'report.html'}")
     left_out: list[str] = []
     try:
+        targets = [Target.parse(text) for text in options.target]
         runs = read_runs(options.runs, left_out=left_out)
-    except RunError as error:
+        given = {"targets": targets, "by": options.by, "hold": options.hold, "smooth": options.smooth}
+        report = compare(runs, title=getattr(options, "title", None), left_out=left_out, **given)
+    except (RunError, ValueError) as error:
         raise CommandError(str(error)) from None
-    page = render_html(compare(runs, title=getattr(options, "title", None), left_out=left_out))
+    page = render_html(report)
     write_text("--output", options.output, page)
     number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     say(results_table(runs, result_metrics(runs)[:4]).to_rich(), f"{number}: open {options.output}")

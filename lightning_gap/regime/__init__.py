@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from lightning_gap.regime.batches.plateau import PlateauBatches as PlateauBatches
     from lightning_gap.regime.batches.seesaw import SeesawBatches as SeesawBatches
     from lightning_gap.regime.batches.steps import BatchSteps as BatchSteps
+    from lightning_gap.regime.branches import BranchLosses as BranchLosses
+    from lightning_gap.regime.branches import measure_critical_batch as measure_critical_batch
     from lightning_gap.regime.callback import LargeBatchRegime as LargeBatchRegime
+    from lightning_gap.regime.critical_batch import CriticalBatchFit as CriticalBatchFit
+    from lightning_gap.regime.critical_batch import fit_critical_batch as fit_critical_batch
+    from lightning_gap.regime.critical_batch import samples_to_target as samples_to_target
+    from lightning_gap.regime.critical_batch import trade_off_at as trade_off_at
+    from lightning_gap.regime.critical_batch import updates_to_target as updates_to_target
     from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
     from lightning_gap.regime.micro_batches import MicroBatchGradients as MicroBatchGradients
     from lightning_gap.regime.noise_scale import NoiseScaleEstimate as NoiseScaleEstimate

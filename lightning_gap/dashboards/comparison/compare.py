@@ -19,9 +19,11 @@ from lightning_gap.dashboards.comparison.compared import (
     result_metrics,
     short,
 )
+from lightning_gap.dashboards.comparison.to_target import targets_section
 from lightning_gap.dashboards.report import Fact, Figure, Gallery, Legend, Report, Section
 from lightning_gap.dashboards.runs import Run
 from lightning_gap.dashboards.table import ResultTable
+from lightning_gap.dashboards.targets import HOLD, Target
 
 __all__ = ["SECTIONS", "compare", "results_table"]
 
@@ -248,21 +250,36 @@ def _facts(compared: Compared) -> list[Fact]:
     return facts
 
 
-def compare(runs: Sequence[Run], *, title: str | None = None, left_out: Sequence[str] = ()) -> Report:
+def compare(
+    runs: Sequence[Run],
+    *,
+    title: str | None = None,
+    left_out: Sequence[str] = (),
+    targets: Sequence[Target] = (),
+    by: str = "batch",
+    hold: int = HOLD,
+    smooth: int = 1,
+) -> Report:
     """Return the report of some runs: results with the best marked, regimes, diffusion and maps, as far as logged.
 
     Args:
         runs: At least one run.
         title: Heading of the page; what is compared, by default.
         left_out: Why runs are missing that were to be compared, for the foot of the page.
+        targets: What runs have to reach: adds what each took to it, and the profiles over runs.
+        by: How runs are grouped in these: ``"batch"``, or a hyper-parameter.
+        hold: Points in a row at a target, as in :func:`~lightning_gap.dashboards.targets.first_held`.
+        smooth: As there.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: There is no run, or a target of a metric that none logged.
     """
     if not runs:
         raise ValueError("runs is empty: give at least one")
     compared = Compared(runs, {run.name: number for number, run in enumerate(runs)})
     sections = [section(compared) for section in SECTIONS]
+    if targets:
+        sections.insert(1, targets_section(compared, targets, by=by, hold=hold, smooth=smooth))
     name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     return Report(
         title=title or name,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_gap.dashboards.runs.run import Format, Run, RunError, number, pictures, series, settings
+from lightning_gap.dashboards.runs.run import Format, Run, RunError, clock, number, pictures, series, settings
 
 __all__ = ["MLFLOW"]
 
@@ -34,6 +34,7 @@ def _read(path: Path) -> Run:
         config,
         series(ordered),
         pictures(path / "artifacts" / "figures"),
+        clock((step, time / 1000) for step, time in rows),
     )
 
 

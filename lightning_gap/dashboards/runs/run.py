@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PICTURES", "ROOM", "Format", "Row", "Run", "RunError", "flat", "number", "pictures", "series", "settings"]
+__all__ = [
+    "PICTURES",
+    "ROOM",
+    "Format",
+    "Row",
+    "Run",
+    "RunError",
+    "clock",
+    "flat",
+    "number",
+    "pictures",
+    "series",
+    "settings",
+]
 
 # The room of a key of this package, whose ``updates`` are logged with it.
 ROOM = re.compile(r"lightning_gap/(\w+)/")
@@ -34,6 +47,8 @@ class Run:
         metrics: For each key ``(n, 2)``: at which update, and the value, finite, in the order logged. The update is
             the ``updates`` that this package logs with its metrics, and the logger's step for all others.
         pictures: The latest picture under each key: PNG or JPEG bytes.
+        seconds: ``(n, 2)``: the logger's step of what was logged, and how many seconds after the first. Empty where the
+            files hold no time, as those of ``CSVLogger``.
     """
 
     name: str
@@ -42,6 +57,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    seconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
 
     def last(self, key: str) -> float | None:
         """Return the last value of a metric; None if it was not logged.
@@ -87,6 +103,12 @@ def series(rows: Iterable[Row]) -> dict[str, NDArray[np.float64]]:
             if math.isfinite(value):
                 found[key].append((at, value))
     return {key: np.array(points, dtype=np.float64) for key, points in found.items()}
+
+
+def clock(points: Iterable[tuple[float, float]]) -> NDArray[np.float64]:
+    """Return ``(n, 2)`` steps and the seconds since the first, from steps and points in time, in order of time."""
+    times = np.array(sorted((time, step) for step, time in points if math.isfinite(step)), dtype=np.float64)
+    return np.stack([times[:, 1], times[:, 0] - times[0, 0]], 1) if len(times) else np.zeros((0, 2))
 
 
 def number(text: Any) -> float | None:

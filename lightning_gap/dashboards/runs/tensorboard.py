@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gap.dashboards.runs.run import ROOM, Format, Run, RunError, settings
+from lightning_gap.dashboards.runs.run import ROOM, Format, Run, RunError, clock, settings
 
 __all__ = ["TENSORBOARD"]
 
@@ -35,8 +35,9 @@ def _read(path: Path) -> Run:
         ]
         if values:
             found[key] = np.array(values, dtype=np.float64)
+    times = {(point.step, point.wall_time) for points in scalars.values() for point in points}
     pictures = {key: events.Images(key)[-1].encoded_image_string for key in tags["images"]}
-    return Run(path.name, TENSORBOARD.kind, path, settings(path / "hparams.yaml"), found, pictures)
+    return Run(path.name, TENSORBOARD.kind, path, settings(path / "hparams.yaml"), found, pictures, clock(times))
 
 
 TENSORBOARD = Format("TensorBoard", r"events\.out\.tfevents.*", _read)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_gap.dashboards.runs.run import PICTURES, Format, Row, Run, RunError, flat, series
+from lightning_gap.dashboards.runs.run import PICTURES, Format, Row, Run, RunError, clock, flat, series
 
 __all__ = ["WANDB", "wandb_records"]
 
@@ -55,7 +55,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def _read(path: Path) -> Run:
     (file,) = sorted(path.glob("run-*.wandb"))[-1:]
-    name, rows = "", list[Row]()
+    name, rows, times = "", list[Row](), list[tuple[float, float]]()
     config: dict[str, Any] = {}
     for record in wandb_records(file):
         kind = record.WhichOneof("record_type")
@@ -69,6 +69,8 @@ def _read(path: Path) -> Run:
             values = _items(item for item in record.history.item if len(item.nested_key) <= 1)
             numbers = {key: float(x) for key, x in values.items() if isinstance(x, int | float)}
             step = numbers.pop("trainer/global_step", numbers.get("_step", math.nan))
+            if "_timestamp" in numbers:
+                times.append((step, numbers["_timestamp"]))
             rows.append((step, {key: x for key, x in numbers.items() if not key.startswith("_")}))
     pictures = {}
     images = path / "files" / "media" / "images"
@@ -82,7 +84,7 @@ def _read(path: Path) -> Run:
         key = (picture.parent.relative_to(images) / match[1]).as_posix()
         pictures[key] = picture.read_bytes()
     config = {key: value for key, value in flat(config).items() if not key.startswith("_wandb")}
-    return Run(name or file.stem, WANDB.kind, path, config, series(rows), pictures)
+    return Run(name or file.stem, WANDB.kind, path, config, series(rows), pictures, clock(times))
 
 
 def _items(items: Iterable[Any]) -> dict[str, Any]:
