@@ -195,12 +195,6 @@ class BatchSizeSchedule(Callback):
             self._run.start()
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a pass over the data."""
-        if self._run is not None:
-            self._run.start_epoch()
-
-    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the optimizer that of this update."""
         if self._run is not None:
@@ -245,8 +239,11 @@ class BatchSizeSchedule(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let an adaptive schedule look at what was measured, where nothing is validated."""
-        if self._run is not None and self.schedule.adaptive and not trainer.enable_validation:
+        """End a pass; let an adaptive schedule look at what was measured, where nothing is validated."""
+        if self._run is None:
+            return
+        self._run.end_epoch()
+        if self.schedule.adaptive and not trainer.enable_validation:
             self._run.observe(dict(trainer.callback_metrics))
 
     @override

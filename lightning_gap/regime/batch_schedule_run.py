@@ -171,8 +171,8 @@ class ScheduledRun:
 
     # ----------------------------------------------------------------- train
 
-    def start_epoch(self) -> None:
-        """Leave the rest of a pass that was broken off."""
+    def end_epoch(self) -> None:
+        """Leave the rest of a pass that was broken off, as Lightning does."""
         if self.position and self.clock.samples is not None:
             self.position = self.clock.samples
         self._fresh = True

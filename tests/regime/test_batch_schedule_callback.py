@@ -125,6 +125,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, hook, sche
         assert torch.equal(module.layer.weight, whole.layer.weight), update
 
 
+def test_a_run_that_was_resumed_at_an_epochs_end_is_resumed_again(tmp_path):
+    def fit(*callbacks, ckpt_path=None):
+        module = scheduled("CosineAnnealingLR", "step")
+        callback = BatchSizeSchedule(STEPS, max_device_batch_size=7)
+        trainer, _ = run(module, loader(BASE, shuffle=True), callback, *callbacks, ckpt_path=ckpt_path)
+        return module, trainer
+
+    def saves(folder):
+        folder.mkdir()
+        save = SaveAt(folder)
+        save.on_train_batch_end = lambda trainer, module, *_: (
+            None if trainer.global_step in save.saved else save.save(trainer, module)
+        )
+        return save
+
+    whole, trainer = fit(saves(tmp_path / "first"))
+    for end, within in ((15, (16, 22, 26)), (32, (33, 36, 37))):
+        fit(saves(tmp_path / str(end)), ckpt_path=tmp_path / "first" / f"{end}.ckpt")
+        for update in within:
+            module, again = fit(ckpt_path=tmp_path / str(end) / f"{update}.ckpt")
+            assert again.global_step == trainer.global_step, (end, update)
+            assert torch.equal(module.layer.weight, whole.layer.weight), (end, update)
+
+
 def test_parts_of_an_update_make_the_same_update_as_the_whole(tmp_path):
     ends = []
     for most in (None, 7, 3):
