@@ -13,7 +13,14 @@ from lightning_gap.commands.parsing import CommandError, Parser, at_least, betwe
 from lightning_gap.dashboards.runs import Run, RunError, read_runs
 from lightning_gap.dashboards.table import Column, ResultTable, Row
 from lightning_gap.dashboards.targets import HOLD, Target
-from lightning_gap.dashboards.to_target import ToTarget, learning_rate_of, setting_of, to_its_end, to_target
+from lightning_gap.dashboards.to_target import (
+    ToTarget,
+    changes_batch,
+    learning_rate_of,
+    setting_of,
+    to_its_end,
+    to_target,
+)
 from lightning_gap.regime.critical_batch import CriticalBatchFit, fit_critical_batch, trade_off_at
 from lightning_gap.regime.rules import RULE_NAMES
 from lightning_gap.regime.scaling import lr_factor
@@ -121,6 +128,10 @@ def run(words: Sequence[str]) -> None:
         target = None if options.target is None else Target.parse(options.target)
     except (RunError, ValueError) as error:
         raise CommandError(str(error)) from None
+    left_out += [f"{run.name}: its batch changes, which no one batch stands for" for run in runs if changes_batch(run)]
+    runs = [run for run in runs if not changes_batch(run)]
+    if not runs:
+        raise CommandError("the batch of every run changes: give runs of one batch each")
     measured = _measured(runs, target, options)
     trade_off = _trade_off(measured)
     said = [] if target is None else [_runs_table(measured).to_rich()]

@@ -12,6 +12,7 @@ from lightning_gap.dashboards.targets import HOLD, Target, first_held, reached
 __all__ = [
     "ToTarget",
     "batch_of",
+    "changes_batch",
     "learning_rate_of",
     "points",
     "runs_to_target",
@@ -47,7 +48,7 @@ class ToTarget:
 
 
 def batch_of(run: Run) -> float | None:
-    """Return a run's samples per update, over all devices and with accumulation as far as it tells.
+    """Return a run's samples per update, over all devices with accumulation as far as it tells; None if they change.
 
     That is what ``LargeBatchRegime`` or ``GradientNoiseScale`` logged, and else the hyper-parameter ``batch_size``, or
     one whose name ends so.
@@ -55,7 +56,9 @@ def batch_of(run: Run) -> float | None:
     Args:
         run: The run.
     """
-    planned = _number(run.config.get(f"{_REGIME}batch_size"))
+    if changes_batch(run):
+        return None
+    planned = _number(run.config.get(f"{_REGIME}batch_size")) or run.last(f"{_REGIME}batch_size")
     if planned is not None:
         return planned
     samples, updates = run.last(f"{_REGIME}samples_seen"), run.last(f"{_REGIME}updates")
@@ -65,6 +68,16 @@ def batch_of(run: Run) -> float | None:
     if critical and over:
         return float(round(critical * over))
     return setting_of(run, "batch_size")
+
+
+def changes_batch(run: Run) -> bool:
+    """Return whether a run logged more than one batch size, as under a ``BatchSizeSchedule``.
+
+    Args:
+        run: The run.
+    """
+    series = run.metrics.get(f"{_REGIME}batch_size")
+    return series is not None and len(np.unique(series[:, 1])) > 1
 
 
 def learning_rate_of(run: Run) -> float | None:

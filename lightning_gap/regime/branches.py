@@ -2,9 +2,11 @@ r"""The critical batch measured by branches: from one state, the same samples in
 
 import copy
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,15 @@ class BranchLosses:
         bounds = {each: self.difference_interval(each) for each in self.losses}
         low, high = (self._largest({each: bound[side] for each, bound in bounds.items()}) for side in (1, 0))
         return low, high
+
+    @property
+    def progress(self) -> float:
+        r"""By how much the loss of :math:`\kappa = 1` fell from its first batches to its last; the mean over seeds.
+
+        Where that is within the tolerance, a branch that learns nothing is recovered too, and nothing is told.
+        """
+        rows = self.losses[1]
+        return float((rows[:, : self.window].mean(1) - rows[:, -self.window :].mean(1)).mean())
 
     @property
     def is_bounded(self) -> bool:
@@ -204,12 +215,12 @@ def measure_critical_batch(
     size = loader_batch_size(source.loader)
     whole = math.lcm(*multiples) * accumulate_grad_batches
     batches = math.ceil(samples / (size * whole)) * whole
-    state = None if ckpt_path is None else torch.load(ckpt_path, map_location="cpu", weights_only=True)
     losses: dict[int, list[list[float]]] = {multiple: [] for multiple in sorted(multiples)}
-    doubts: set[str | None] = set()
-    for seed in seeds:
-        for multiple, found in losses.items():
-            branch = _Branch(state, multiple, lr_rule, accumulate_grad_batches * multiple)
+    doubted = False
+    with tempfile.TemporaryDirectory() as folder:
+        start = None if ckpt_path is None else _start(ckpt_path, Path(folder))
+        for seed, multiple in ((seed, multiple) for seed in seeds for multiple in losses):
+            branch = _Branch(multiple, lr_rule, accumulate_grad_batches * multiple)
             with isolate_rng(), quiet(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nor shall it have one
                 torch.manual_seed(seed)
@@ -217,14 +228,22 @@ def measure_critical_batch(
                     accumulate_grad_batches=branch.accumulated, max_epochs=1, devices=1, callbacks=[branch],
                     limit_val_batches=0, num_sanity_val_steps=0, **{**_SILENT, **trainer_options},
                 )  # fmt: skip
-                trainer.fit(_copy(model), **source.attached(_SameBatches(source.loader, batches, seed)))
-            found.append(branch.losses)
-            doubts |= {branch.doubt} - {None}
-    for doubt in doubts:
-        rank_zero_warn(f"measure_critical_batch: {doubt}")
+                given = source.attached(_SameBatches(source.loader, batches, seed))
+                trainer.fit(_copy(model), **given, ckpt_path=start, weights_only=True)
+            losses[multiple].append(branch.losses)
+            if branch.doubt and not doubted:
+                doubted = True
+                rank_zero_warn(f"measure_critical_batch: {branch.doubt}")
     rows = {multiple: np.array(found, dtype=np.float64) for multiple, found in losses.items()}
     last = max(1, round(window * batches))
-    return BranchLosses(size * accumulate_grad_batches, rows, tolerance, last, confidence)
+    branches = BranchLosses(size * accumulate_grad_batches, rows, tolerance, last, confidence)
+    if branches.progress <= tolerance:
+        rank_zero_warn(
+            f"measure_critical_batch: the loss at the first batch size fell by {branches.progress:.2g}, no more than "
+            f"tolerance={tolerance:g}, so a branch that learns nothing would pass too. Give more samples, or a smaller "
+            "tolerance."
+        )
+    return branches
 
 
 _SILENT: dict[str, Any] = dict.fromkeys(
@@ -252,6 +271,21 @@ def _check(model: Any, multiples: Sequence[int], seeds: Sequence[int], trainer_o
             f"{', '.join(ours)} cannot be given: branches run on one device, with lengths and accumulation of their "
             "own. Leave it out; accumulation stands for any number of devices."
         )
+
+
+def _start(ckpt_path: str, folder: Path) -> str:
+    """Write what branches take from a checkpoint: no loops, callbacks or schedules. So Lightning itself restores it."""
+    state = dict(torch.load(ckpt_path, map_location="cpu", weights_only=True))
+    if "optimizer_states" not in state:
+        raise ValueError(
+            f"ckpt_path={ckpt_path} holds no state of an optimizer: give a checkpoint that was written with "
+            "save_weights_only=False."
+        )
+    for part in ("loops", "callbacks", "lr_schedulers"):
+        state.pop(part, None)
+    path = folder / "start.ckpt"
+    torch.save({**state, "lr_schedulers": [], "epoch": 0, "global_step": 0}, path)
+    return str(path)
 
 
 def _copy(model: LightningModule) -> LightningModule:
@@ -317,32 +351,17 @@ class _SameBatches:
 
 
 class _Branch(Callback):
-    """Start from a state at another batch, and keep the losses."""
+    """Scale the rates for another batch, and keep the losses."""
 
-    def __init__(self, state: Mapping[str, Any] | None, multiple: int, rule: LRRule, accumulated: int) -> None:
-        self.state, self.multiple, self.rule, self.accumulated = state, multiple, rule, accumulated
+    def __init__(self, multiple: int, rule: LRRule, accumulated: int) -> None:
+        self.multiple, self.rule, self.accumulated = multiple, rule, accumulated
         self.losses: list[float] = []
         self.doubt: str | None = None
         self._heard: list[torch.Tensor] = []
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the weights."""
-        if self.state is not None:
-            pl_module.on_load_checkpoint(dict(self.state))
-            pl_module.load_state_dict(self.state["state_dict"])
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the optimizers, scale their rates, and hold them there."""
-        states = [] if self.state is None else self.state.get("optimizer_states", [])
-        if self.state is not None and len(states) != len(trainer.optimizers):
-            raise ValueError(
-                f"ckpt_path has {len(states)} optimizer states for {len(trainer.optimizers)} optimizers: give a "
-                "checkpoint that was written with save_weights_only=False."
-            )
-        for optimizer, state in zip(trainer.optimizers, states, strict=False):
-            optimizer.load_state_dict(state)
+        """Scale the rates, which are the checkpoint's by now, and hold them there."""
         trainer.lr_scheduler_configs.clear()
         for optimizer in trainer.optimizers:
             self._scale(optimizer)

@@ -56,6 +56,22 @@ def test_a_run_that_never_holds_is_told(tmp_path, capsys):
     assert row(said(capsys, "--from", tmp_path, "--target", "val_loss<=0.3"), "short")[-1] == "missed"
 
 
+def test_a_run_whose_batch_changes_is_left_out(tmp_path, capsys):
+    for batch in (16, 64):
+        run_to_target(tmp_path / f"b{batch}", batch)
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    key = "lightning_gap/regime/batch_size"
+    (growing / "metrics.csv").write_text(f"step,val_loss,{key}\n0,0.2,8\n1,0.2,16\n2,0.2,32\n")
+    main(["plan", "--from", str(tmp_path), "--target", "val_loss<=0.3"])
+    out, err = capsys.readouterr()
+    assert "fitted to 2 runs" in out
+    assert "growing: its batch changes" in err
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--from", str(growing)])
+    assert "the batch of every run changes" in capsys.readouterr().err
+
+
 def test_no_critical_batch_within_the_runs_is_said(tmp_path, capsys):
     for batch in (1, 2):
         run_to_target(tmp_path / f"b{batch}", batch)

@@ -65,6 +65,8 @@ def test_samples_as_they_were_logged_win():
         (run({f"{REGIME}samples_seen": [[5, 160]], f"{REGIME}updates": [[5, 5]]}, batch_size=8), 32),
         (run({f"{REGIME}critical_batch_size": [[5, 40]], f"{REGIME}batch_over_critical": [[5, 0.4]]}), 16),
         (run(batch_size=8), 8),
+        (run({f"{REGIME}batch_size": [[1, 16], [9, 16]]}, batch_size=8), 16),
+        (run({f"{REGIME}batch_size": [[1, 16], [9, 32]]}, batch_size=8), None),  # a schedule of batches
         (run(**{"data/batch_size": 8}), 8),
         (run(**{"data/batch_size": 8, "val/batch_size": 16}), None),
         (run(batch_size="many"), None),

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gap.regime import BranchLosses, measure_critical_batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader")
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader", "ignore:.*learns nothing would pass")
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -39,7 +39,7 @@ def seen():
 
 
 def measured(model, data=None, **options):
-    given = {"samples": 40, "multiples": (1, 2, 4), "seeds": (0, 1), "accelerator": "cpu"}
+    given = {"samples": 40, "multiples": (1, 2, 4), "seeds": (0, 1), "accelerator": "cpu", "tolerance": 0.0}
     return measure_critical_batch(model, loader(5, shuffle=True) if data is None else data, **{**given, **options})
 
 
@@ -91,6 +91,39 @@ def test_the_first_branch_is_the_run_itself(tmp_path):
     np.testing.assert_allclose(branches.losses[1][0], expected, rtol=1e-5)
 
 
+class Late(LightningModule):
+    """A module that knows its layer from its checkpoint alone."""
+
+    size = None
+
+    def configure_model(self):
+        self.layer = torch.nn.Linear(4, 1)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["size"] = 4
+
+    def on_load_checkpoint(self, checkpoint):
+        self.size = checkpoint["size"]
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def test_a_module_that_is_built_late_is_restored_too(tmp_path):
+    model = Late()
+    trainer = Trainer(max_epochs=2, **QUIET, enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer.fit(model, loader(60))
+    trainer.save_checkpoint(tmp_path / "late.ckpt")
+    with torch.no_grad():
+        x, y = next(iter(loader(60)))
+        loss = torch.nn.functional.mse_loss(model.layer(x), y).item()
+    branches = measured(Late(), loader(60), ckpt_path=str(tmp_path / "late.ckpt"), samples=60, lr_rule="none")
+    assert branches.losses[2][0, 0] == pytest.approx(loss, rel=1e-5)
+
+
 class Line(LightningModule):
     """Least squares with noise in the labels."""
 
@@ -114,7 +147,8 @@ def noisy():
 
 def test_near_the_minimum_no_branch_is_worse_and_far_from_it_all_are(noisy):
     options = {"samples": 512, "multiples": (1, 4), "seeds": (0, 1, 2), "accelerator": "cpu", "tolerance": 0.05}
-    near = measure_critical_batch(Line(), noisy, **options)
+    with pytest.warns(UserWarning, match="a branch that learns nothing would pass"):
+        near = measure_critical_batch(Line(), noisy, **options)
     assert near.critical_batch == 32
     assert not near.is_bounded
     # There the loss falls in proportion to rate times updates, half as much at twice the rate and a quarter of updates.
@@ -122,6 +156,7 @@ def test_near_the_minimum_no_branch_is_worse_and_far_from_it_all_are(noisy):
     assert far.critical_batch == 8
     assert far.interval == (8, 8)
     assert far.is_bounded
+    assert far.progress > 1 > 0.05 > near.progress
 
 
 def test_a_datamodule_is_set_up_once_and_its_hooks_run():
@@ -160,6 +195,9 @@ def test_the_rule_of_adam_scales_the_moments():
     model = Adam(optimizer=torch.optim.Adam)
     measured(model, lr_rule="adam", seeds=(0,), samples=20)
     assert sorted(set(betas)) == pytest.approx([0.996, 0.998, 0.999])
+    with pytest.warns(UserWarning, match="leaves its betas") as said:
+        measured(Regression(optimizer=torch.optim.Adam), samples=20)
+    assert sum("leaves its betas" in str(each.message) for each in said) == 1
     with pytest.raises(ValueError, match="adam"):
         measured(Regression(), lr_rule="adam", seeds=(0,))
 
