@@ -45,6 +45,7 @@ STRATEGIES = {
     "half": "half precision",
     "compile": "torch.compile",
 }
+_BATCH = "regime/test_batch_schedule_"
 _REGIME, _GHOST, _DIFFUSION, _MONGE = "regime/test_regime_", "ghost/test_ghost_", "diffusion/test_diffusion_", "monge/"
 COMPONENTS: dict[str, dict[str, Cell]] = {
     "LargeBatchRegime": {
@@ -61,6 +62,18 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "deepspeed": REFUSED,
         "half": works(f"{_REGIME}first_updates.py::test_mixed_precision_with_skipped_updates"),
         "compile": works(f"{_REGIME}first_updates.py::test_a_compiled_module_keeps_its_regime"),
+    },
+    "BatchSizeSchedule": {
+        "accumulation": works(f"{_BATCH}callback.py::test_parts_of_an_update_make_the_same_update_as_the_whole"),
+        "ddp": works(
+            f"{_BATCH}distributed.py::test_replicas_and_parts_make_the_updates_of_one_process",
+            f"{_BATCH}distributed.py::test_a_run_goes_on_on_as_many_ranks_or_others",
+        ),
+        "fsdp2": works(f"{_BATCH}modes.py::test_shards_train_as_one_process"),
+        "fsdp1": REFUSED,
+        "deepspeed": REFUSED,
+        "half": works(f"{_BATCH}modes.py::test_mixed_precision_with_skipped_updates"),
+        "compile": works(f"{_BATCH}modes.py::test_a_compiled_module_trains_as_the_plain_one"),
     },
     "GradientNoiseScale": {
         "accumulation": works(f"{_REGIME}noise_scale_callback.py::test_a_known_noise_scale_is_found"),

@@ -17,10 +17,10 @@ from lightning_gap import costs
 from lightning_gap.monge import optimal_transport
 
 CLASSES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy, "fsdp1": FSDPStrategy, "deepspeed": DeepSpeedStrategy}
-ARGUMENTS = {"LargeBatchRegime": (4,), "GhostBatchNorm": (4,)}
+ARGUMENTS = {"LargeBatchRegime": (4,), "GhostBatchNorm": (4,), "BatchSizeSchedule": ([(0, 4)],)}
 CALLBACKS = [
     (name, key)
-    for name in ("LargeBatchRegime", "GradientNoiseScale", "GhostBatchNorm", "UltraSlowDiffusion")
+    for name in ("LargeBatchRegime", "BatchSizeSchedule", "GradientNoiseScale", "GhostBatchNorm", "UltraSlowDiffusion")
     for key in CLASSES
 ]
 NAMED = sorted({test for cells in COMPONENTS.values() for cell in cells.values() for test in cell.tests})

@@ -29,15 +29,15 @@ class BatchSteps(BatchSchedule):
     def __init__(self, steps: Sequence[tuple[int, int]]) -> None:
         pairs = [tuple(step) for step in steps]
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"schedule={steps!r} must be pairs (samples, batch), as [(0, 128), (50_000, 256)].")
+            raise ValueError(f"steps={steps!r} must be pairs (samples, batch), as [(0, 128), (50_000, 256)].")
         for samples, batch in pairs:
             check_integer("schedule: samples", samples, 0, "samples seen before the batch changes")
             check_integer("schedule: batch", batch, what="samples per update over all devices")
         self.starts, self.batches = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if self.starts[0] != 0:
-            raise ValueError(f"schedule={steps!r} must begin at 0 samples: put (0, batch) first.")
+            raise ValueError(f"steps={steps!r} must begin at 0 samples: put (0, batch) first.")
         if any(after <= before for before, after in zip(self.starts, self.starts[1:], strict=False)):
-            raise ValueError(f"schedule={steps!r} must have growing numbers of samples.")
+            raise ValueError(f"steps={steps!r} must have growing numbers of samples.")
 
     @property
     def name(self) -> str:
