@@ -22,7 +22,7 @@ from lightning_gap.ghost import convert_ghost_batchnorm, ghost_slices
 from lightning_gap.regime import ExampleGradients, NoiseScaleEstimate
 
 EVERY = 10
-MAX_EXAMPLES = 32  # the callback's default
+MAX_EXAMPLES = 16  # the callback's default
 GHOST = 16
 
 

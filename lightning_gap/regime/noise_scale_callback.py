@@ -120,7 +120,7 @@ class GradientNoiseScale(Callback):
         *,
         every_n_updates: int = 10,
         source: NoiseSource = "auto",
-        max_examples: int | None = 32,
+        max_examples: int | None = 16,
         decay: float = 0.95,
     ) -> None:
         check_integer("every_n_updates", every_n_updates)
