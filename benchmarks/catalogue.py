@@ -85,6 +85,11 @@ SPEED = {
         "`LargeBatchRegime` and `GradientNoiseScale`, beside an update of ResNet-18", 1,
         "speed.regime_overhead --updates 3 --turns 1",
     ),
+    "noise_scale": Benchmark(
+        "speed.noise_scale_overhead --turns 15",
+        "Norms of single examples' gradients, and of ghosts', beside the updates of four models", 0.6,
+        "speed.noise_scale_overhead --turns 2 --models mlp",
+    ),
     "diffusion": Benchmark(
         "speed.diffusion_overhead --steps 12",
         "`UltraSlowDiffusion` in 10,000 updates of ResNet-18", 0.4, "speed.diffusion_overhead --steps 3 --batch-size 2",

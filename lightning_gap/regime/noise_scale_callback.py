@@ -29,6 +29,7 @@ from lightning_gap.regime.scheduled_loader import ScheduledLoader
 from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import (
+    data_parallel_rank,
     data_parallel_size,
     gradients_stay_scaled,
     holds_whole_weights,
@@ -77,6 +78,8 @@ class GradientNoiseScale(Callback):
     Args:
         every_n_updates: Measure at every n-th update; not at one before a lazy module's first batch.
         source: What the smaller batch is, as above.
+        max_examples: Of examples and ghosts, take the norms of about so many examples of each micro-batch, drawn
+            anew at each update by numbers of its own; ``None`` for all. The mean is that over all, on average.
         decay: The weight that the averages of ``noise_scale`` keep from one measurement to the next, in [0, 1).
 
     Attributes:
@@ -112,13 +115,23 @@ class GradientNoiseScale(Callback):
         4
     """
 
-    def __init__(self, *, every_n_updates: int = 10, source: NoiseSource = "auto", decay: float = 0.95) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_updates: int = 10,
+        source: NoiseSource = "auto",
+        max_examples: int | None = 16,
+        decay: float = 0.95,
+    ) -> None:
         check_integer("every_n_updates", every_n_updates)
+        if max_examples is not None:
+            check_integer("max_examples", max_examples, what="the examples of a micro-batch that are measured, or None")
         check_choice("source", source, get_args(NoiseSource))
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay
         self.source: NoiseSource = source
+        self.max_examples = max_examples
         self.estimate = NoiseScaleEstimate(decay)
         self._heard: Source | None = None
         self._fitting = self._measuring = self._told = False
@@ -183,7 +196,12 @@ class GradientNoiseScale(Callback):
             ) from error
         try:
             self._heard = source_of(
-                self.source, mixing_layers(pl_module), micro_batch, accumulated=accumulated, replicas=replicas
+                self.source,
+                mixing_layers(pl_module),
+                micro_batch,
+                accumulated=accumulated,
+                replicas=replicas,
+                max_examples=self.max_examples,
             )
             self._heard.check(pl_module, compiled=is_compiled_by_lightning(pl_module))
         except ValueError as error:
@@ -207,7 +225,7 @@ class GradientNoiseScale(Callback):
                 self._measuring = not any(map(is_lazy, parameters))  # before a lazy module's first batch
                 if self._measuring and self._heard is not None:
                     self._measuring = self._follow(trainer, self._heard) and self._listen(
-                        self._heard, pl_module, parameters
+                        self._heard, trainer, pl_module, parameters
                     )
 
     def _follow(self, trainer: Trainer, source: Source) -> bool:
@@ -218,9 +236,11 @@ class GradientNoiseScale(Callback):
             return loader.even
         return True
 
-    def _listen(self, source: Source, pl_module: LightningModule, parameters: list[Tensor]) -> bool:
+    def _listen(self, source: Source, trainer: Trainer, pl_module: LightningModule, parameters: list[Tensor]) -> bool:
         try:
-            source.listen(pl_module, parameters)
+            # The update names the draw, so that a resumed run draws the same; ranks draw different ones.
+            seed = trainer.global_step * data_parallel_size(trainer) + data_parallel_rank(trainer)
+            source.listen(pl_module, parameters, seed)
         except ValueError as error:  # the model has changed since training began
             self._say_once(f"does not measure any more: {error}")
             return False
@@ -253,7 +273,8 @@ class GradientNoiseScale(Callback):
                 f"GradientNoiseScale: no weight's gradient can be told for single examples ({why}). Use "
                 "accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas."
             )
-        if heard is None or heard[2] * replicas < 2:
+        whole = source.micro_batch * micro_batches * replicas
+        if heard is None or whole <= source.small_batch:
             return
         # Lightning divides every loss by the accumulation, in an incomplete last window too.
         division = trainer.accumulate_grad_batches
@@ -265,7 +286,7 @@ class GradientNoiseScale(Callback):
             small_square / scale**2,
             big_square * (division / micro_batches) ** 2,
             source.small_batch,
-            source.micro_batch * micro_batches * replicas,
+            whole,
         )
         self.estimate.update(*moments)
         if not self._notes:

@@ -138,6 +138,7 @@ def test_refusals():
     for options, error, message in (
         ({"examples": 0}, ValueError, "examples must be at least 1"),
         ({"examples": 4.0}, TypeError, "examples must be an int"),
+        ({"examples": 4, "max_examples": 0}, ValueError, "max_examples must be at least 1"),
         ({"examples": 4, "groups": [slice(0, 3)]}, ValueError, "each of the 4 examples once"),
     ):
         with pytest.raises(error, match=message):
@@ -253,3 +254,21 @@ def test_gradients_are_the_same_bit_for_bit():
         for parameter, grad in zip(model.parameters(), plain, strict=True):
             assert (parameter.grad is None and grad is None) or torch.equal(parameter.grad, grad)
         assert not any(layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer, tied"])
+@pytest.mark.parametrize("groups", [None, [slice(0, 6, 3), slice(1, 6, 3), slice(2, 6, 3)]])
+def test_some_examples_are_some_of_all(name, groups):
+    model, x = made(name)
+    whole = heard(model, x, groups=groups)
+    every = whole.norms()
+    means = []
+    for seed in range(60):
+        model.zero_grad()
+        some = heard(model, x, groups=groups, max_examples=2, seed=seed)
+        assert some.small_batch == whole.small_batch
+        found = some.norms()
+        assert len(found) == (1 if groups else 2)
+        assert all(torch.isclose(each, every, rtol=1e-10).any() for each in found)
+        means.append(found.mean())
+    assert torch.stack(means).mean() == pytest.approx(every.mean().item(), rel=0.3)

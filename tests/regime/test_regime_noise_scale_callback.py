@@ -189,6 +189,8 @@ def test_refusals():
         scale.setup(trainer, Mean(), "fit")
     with pytest.raises(ValueError, match="source must be one of auto, examples, ghosts, accumulation, replicas"):
         GradientNoiseScale(source="tokens")
+    with pytest.raises(ValueError, match="max_examples must be at least 1"):
+        GradientNoiseScale(max_examples=0)
     for options, error in (({"every_n_updates": 0}, ValueError), ({"every_n_updates": 1.5}, TypeError)):
         with pytest.raises(error, match="every_n_updates"):
             GradientNoiseScale(**options)

@@ -155,16 +155,17 @@ def test_a_ghosts_gradient_is_that_of_its_own_batch(grouping, batch):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=0)
 
 
-def measured(batch, source, *layers, callbacks=(), **options):
-    scale = GradientNoiseScale(every_n_updates=1, source=source)
+def measured(batch, source, *layers, callbacks=(), max_examples=32, **options):
+    scale = GradientNoiseScale(every_n_updates=1, source=source, max_examples=max_examples)
     fit(Classifier(*layers), samples(batch), scale, *callbacks, seed=1, max_epochs=4, **options)
     return scale.estimate
 
 
 def test_examples_find_what_micro_batches_find():
-    examples = measured(64, "examples")
     batches = measured(4, "accumulation", accumulate_grad_batches=16)
-    assert examples.critical_batch_size == pytest.approx(batches.critical_batch_size, rel=0.2)
+    for max_examples in (None, 8):
+        examples = measured(64, "examples", max_examples=max_examples)
+        assert examples.critical_batch_size == pytest.approx(batches.critical_batch_size, rel=0.2)
 
 
 def test_ghosts_find_what_micro_batches_of_their_size_find():

@@ -56,7 +56,7 @@ class Sums(Contribution):
     def squares(self, groups: Groups) -> Tensor:
         """Add within groups, then square."""
         found = []
-        for block, first, last in groups.chunks(self.gradients.shape[1]):
+        for block, first, last in groups.chunks(lambda size: size * self.gradients.shape[1]):
             taken = block.take(self.gradients, first, last).unflatten(0, (last - first, block.size))
             found.append(torch.linalg.vector_norm(taken.sum(1), dim=1).square())
         return torch.cat(found)
@@ -74,6 +74,15 @@ class _Factor:
     outputs: Tensor
     expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     terms: int  # t
+    form: Callable[[Tensor, Tensor, int], Tensor] | None
+
+    def formed(self, block: Block, first: int, last: int) -> Tensor:
+        """Return the gradients of some groups, (groups, parameter's elements)."""
+        if self.form is None:
+            x, delta = self.chunk(block, first, last)
+            return (delta.transpose(-1, -2) @ x).flatten(1)
+        x, delta = (wide(block.take(values, first, last)) for values in (self.inputs, self.outputs))
+        return self.form(x, delta, last - first)
 
     def chunk(self, block: Block, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return the factors of some groups, (groups, parts, size of a group times t, m or n)."""
@@ -105,6 +114,7 @@ class Factors(Contribution):
         width: int,
         height: int,
         parts: int = 1,
+        form: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     ) -> "Factors":
         """Return the contribution of one call.
 
@@ -116,8 +126,10 @@ class Factors(Contribution):
             width: m.
             height: n.
             parts: Of a convolution's channels that do not meet.
+            form: Makes the gradients of so many groups at once, (groups, parts · n · m), where there is a faster way
+                than by the expanded factors.
         """
-        return cls((_Factor(inputs, outputs, expand, terms),), parts, width, height)
+        return cls((_Factor(inputs, outputs, expand, terms, form),), parts, width, height)
 
     def joined(self, others: Sequence["Factors"]) -> "Factors":
         """Put the terms after each other."""
@@ -138,26 +150,34 @@ class Factors(Contribution):
     def squares(self, groups: Groups) -> Tensor:
         """Square by inner products between terms, or the gradient itself."""
         found = []
-        for block, first, last in groups.chunks(self.parts * self._terms * (self.width + self.height)):
-            x, delta = self.chunk(block, first, last)
-            terms = x.shape[-2]
+        for block, first, last in groups.chunks(self._elements):
+            terms = self._terms * block.size
             if terms == 1:
-                square = torch.linalg.vector_norm(x, dim=-1).square() * torch.linalg.vector_norm(delta, dim=-1).square()
-                found.append(square.sum((1, 2)))
+                x, delta = (torch.linalg.vector_norm(f, dim=-1) for f in self.chunk(block, first, last))
+                found.append((x * delta).square().sum((1, 2)))
             elif terms * (self.width + self.height) <= self.width * self.height:
+                x, delta = self.chunk(block, first, last)
                 inner = x @ x.transpose(-1, -2) * (delta @ delta.transpose(-1, -2))
                 found.append(inner.sum((1, 2, 3)).clamp_min(0))
             else:
-                gradient = delta.transpose(-1, -2) @ x
-                found.append(torch.linalg.vector_norm(gradient.flatten(1), dim=1).square())
+                formed = [factor.formed(block, first, last) for factor in self.factors]
+                gradient = formed[0] if len(formed) == 1 else torch.stack(formed).sum(0)
+                found.append(torch.linalg.vector_norm(gradient, dim=1).square())
         return torch.cat(found)
+
+    def _elements(self, size: int) -> int:
+        """Return the memory that a group of so many examples takes: of its factors, and its gradient or products."""
+        terms = self._terms * size
+        if terms == 1:
+            return self.parts * (self.width + self.height)
+        return self.parts * (terms * (self.width + self.height) + min(self.width * self.height, 2 * terms**2))
 
     def against(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Weigh each term's factors."""
         heights = rows.view(self.parts, self.height, 1)
         whole = []
         for factor in self.factors:
-            for block, first, last in Groups.of(len(factor.inputs)).chunks(factor.terms * (self.width + self.height)):
+            for block, first, last in Groups.of(len(factor.inputs)).chunks(self._elements):
                 x, delta = factor.chunk(block, first, last)
                 whole.append(((x @ columns.to(x)) * (delta @ heights.to(delta)).squeeze(-1)).sum())
         return torch.stack(whole).sum()
@@ -186,7 +206,7 @@ class Lookups(Contribution):
     def squares(self, groups: Groups) -> Tensor:
         """Add the gradients of equal rows of a group, then square."""
         found = []
-        for block, first, last in groups.chunks(self.gradients[0].numel()):
+        for block, first, last in groups.chunks(lambda size: size * self.gradients[0].numel()):
             rows, gradients = self.chunk(block, first, last)
             count, terms = rows.shape
             if terms == 1:
@@ -242,7 +262,8 @@ def group_squares(contributions: Sequence[Contribution], groups: Groups) -> Tens
 def _between(factors: Factors, lookups: Lookups, groups: Groups) -> Tensor:
     found = []
     # Squares are in the order of the blocks, whatever the chunks.
-    for block, first, last in groups.chunks(factors.factors[0].outputs[0].numel() + lookups.gradients[0].numel()):
+    elements = factors.factors[0].outputs[0].numel() + lookups.gradients[0].numel()
+    for block, first, last in groups.chunks(lambda size: size * elements):
         x, delta = (factor.squeeze(1) for factor in factors.chunk(block, first, last))
         rows, gradients = lookups.chunk(block, first, last)
         chosen = delta.gather(2, rows[:, None, :].expand(-1, delta.shape[1], -1))

@@ -88,6 +88,8 @@ class ExampleGradients:
         *,
         examples: int,
         groups: Sequence[slice] | None = None,
+        max_examples: int | None = None,
+        seed: int = 0,
     ) -> None:
         """Start to hear the gradients of one update, which must be zero or None now.
 
@@ -98,9 +100,12 @@ class ExampleGradients:
             groups: Examples whose gradients are taken together, by their places, a slice for each group; by default
                 each example by itself. Of layers that normalize over ghosts those of a ghost,
                 see :func:`~lightning_gap.ghost.ghost_slices`.
+            max_examples: Take the norms of groups of about so many examples of each micro-batch, drawn at random: the
+                mean over them is that over all on average, and costs less. By default all.
+            seed: Names the draw; another for each update. No generator of torch's is touched.
 
         Raises:
-            TypeError: If ``examples`` is not an int.
+            TypeError: If ``examples`` or ``max_examples`` is not an int.
             ValueError: If it is below 1, ``groups`` is no partition, the model has layers with ``batch_first=False``,
                 modules compiled by torch, or lazy parameters, or groups that are single samples beside layers that
                 normalize over several.
@@ -108,6 +113,9 @@ class ExampleGradients:
         check_integer("examples", examples, what="the samples of a micro-batch")
         self.remove()
         self._groups = Groups.of(examples, groups)
+        if max_examples is not None:
+            check_integer("max_examples", max_examples, what="the examples of a micro-batch that are measured, or None")
+            self._groups = self._groups.drawn(max_examples, seed)
         check_hearable(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         chosen = [p for p in (self._names if parameters is None else parameters) if p.requires_grad]
@@ -171,7 +179,7 @@ class ExampleGradients:
         Returns:
             The sum over groups and micro-batches of the squared norms of their gradients, each times (B / size)² for
             the loss that is the group's own mean; the squared norm of what is in ``.grad`` now of the parameters that
-            are measured; and the number of groups.
+            are measured; and the number of groups that were taken.
         """
         heard = self._measured()
         if not heard:
@@ -207,7 +215,8 @@ class ExampleGradients:
         """
         check_integer("replicas", replicas)
         found = self.squares()
-        if found is None or found[2] * replicas < 2:
+        whole = 0 if found is None else self._groups.examples * (found[2] // self._groups.count) * replicas
+        if found is None or whole <= self.small_batch:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.unmeasured.items())[:3])
             raise ValueError(
                 "there are no gradients of examples: call listen(model, examples=...) before the forward pass of an "
@@ -223,7 +232,7 @@ class ExampleGradients:
             small_square / groups / factor**2,
             big_square / (micro_batches * factor) ** 2,
             self.small_batch,
-            self._groups.examples * micro_batches * replicas,
+            whole,
         )
 
     @property

@@ -1,12 +1,15 @@
 """Which examples of a micro-batch have a gradient together: one by one, or those that are normalized together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 __all__ = ["Block", "Groups"]
+
+# Elements that are worked on at once: what stays in a cache, and is not new memory each time.
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,25 @@ class Groups:
             by_size.setdefault(len(group), []).append(group)
         return cls(examples, tuple(_block(torch.tensor([list(g) for g in same])) for same in by_size.values()))
 
+    def drawn(self, examples: int, seed: int) -> "Groups":
+        """Return some groups that have about so many examples, drawn at random, at least one; no generator is touched.
+
+        Example:
+            >>> Groups.of(64).drawn(8, seed=0).count, Groups.of(8).drawn(8, seed=0).count
+            (8, 8)
+        """
+        wanted = max(1, round(examples * self.count / self.examples))
+        if wanted >= self.count:
+            return self
+        chosen = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+        blocks, first = [], 0
+        for block in self.blocks:
+            own = chosen[(chosen >= first) & (chosen < first + block.count)] - first
+            first += block.count
+            if len(own):
+                blocks.append(_block(block.places[own]))
+        return Groups(self.examples, tuple(blocks))
+
     @property
     def count(self) -> int:
         """How many groups there are."""
@@ -79,10 +101,10 @@ class Groups:
         r"""The batch size whose gradient varies as a group's does on average: 1 / mean(1 / size)."""
         return self.count / sum(block.count / block.size for block in self.blocks)
 
-    def chunks(self, elements_of_example: int, at_most: int = 1 << 22) -> Iterator[tuple[Block, int, int]]:
-        """Yield stretches of groups of which ``at_most`` elements are worked on at once, or one group."""
+    def chunks(self, elements: Callable[[int], int]) -> Iterator[tuple[Block, int, int]]:
+        """Yield stretches of groups that are worked on at once, of so many elements for a group of a size."""
         for block in self.blocks:
-            together = max(1, at_most // max(1, elements_of_example * block.size))
+            together = max(1, _AT_ONCE // max(1, elements(block.size)))
             for first in range(0, block.count, together):
                 yield block, first, min(block.count, first + together)
 

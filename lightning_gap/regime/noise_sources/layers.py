@@ -1,7 +1,6 @@
 """What each kind of layer adds to its parameters' gradients: a rule a kind, of inputs and gradients of outputs."""
 
 from collections.abc import Callable, Iterator
-from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_gap.regime.noise_sources.attention import attention_parts
 from lightning_gap.regime.noise_sources.calls import Call, CannotMeasureError, Part, linear_parts
-from lightning_gap.regime.noise_sources.contributions import Factors, Lookups, Sums, wide
+from lightning_gap.regime.noise_sources.contributions import Lookups, Sums, wide
+from lightning_gap.regime.noise_sources.convolutions import convolution_parts, transposed_parts
 from lightning_gap.trainer.internals.of_torch import BatchNormBase
 
 __all__ = ["rule_of"]
@@ -32,86 +32,6 @@ def _embedding(layer: nn.Embedding, call: Call, delta: Tensor) -> Iterator[Part]
     if layer.padding_idx is not None:
         delta = delta * (rows != layer.padding_idx)[..., None]
     yield layer.weight, Lookups(rows, delta, layer.num_embeddings)
-
-
-def _patches(layer: Any, x: Tensor, given: int | None = None) -> Tensor:
-    """Return what each output of a convolution sees of x, (b, parts, t, m); of ``given`` outputs per dimension."""
-    dims = len(layer.kernel_size)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    padding = layer.padding
-    if padding == "same":
-        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        sides = [side for all_ in reversed(total) for side in (all_ // 2, all_ - all_ // 2)]
-    elif padding == "valid":
-        sides = [0] * (2 * dims)
-    else:
-        sides = [side for side in reversed(padding) for _ in range(2)]
-    if any(sides):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, sides, mode=mode)
-    x = x.contiguous()
-    reach = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
-    outputs = [(n - r) // s + 1 for n, r, s in zip(x.shape[2:], reach, stride, strict=True)]
-    steps = x.stride()
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *outputs),
-        (
-            *steps[:2],
-            *(a * b for a, b in zip(steps[2:], dilation, strict=True)),
-            *(a * b for a, b in zip(steps[2:], stride, strict=True)),
-        ),
-    )
-    return view.reshape(len(x), layer.groups, x.shape[1] // layer.groups * prod(kernel), prod(outputs)).transpose(2, 3)
-
-
-def _convolution(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
-    x = call.inputs[0]
-    if x.dim() != len(layer.kernel_size) + 2 or len(x) != call.examples:
-        raise CannotMeasureError(f"its input of shape {tuple(x.shape)} has not one row for each of {call.examples}")
-    parts = layer.groups
-
-    def expand(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        return _patches(layer, x), delta.flatten(2).unflatten(1, (parts, -1)).transpose(2, 3)
-
-    if layer.weight is not None:
-        width = layer.weight[0].numel()
-        yield (
-            layer.weight,
-            Factors.of(
-                x, delta, expand, parts=parts, terms=delta[0, 0].numel(), width=width, height=len(layer.weight) // parts
-            ),
-        )
-    if layer.bias is not None:
-        yield layer.bias, Sums(wide(delta).flatten(2).sum(2))
-
-
-def _transposed(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
-    """The gradients of the outputs are what the convolution, which this is the transpose of, is given."""
-    x = call.inputs[0]
-    if x.dim() != len(layer.kernel_size) + 2 or len(x) != call.examples:
-        raise CannotMeasureError(f"its input of shape {tuple(x.shape)} has not one row for each of {call.examples}")
-    parts = layer.groups
-
-    def expand(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = x.shape[2:]
-        patches = _patches(layer, delta)
-        outputs = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                delta.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
-            )
-        ]
-        # With output_padding of a stride and more there are outputs past the inputs.
-        seen = patches.unflatten(2, outputs)[(..., *(slice(size) for size in sizes), slice(None))]
-        return seen.flatten(2, -2), x.flatten(2).unflatten(1, (parts, -1)).transpose(2, 3)
-
-    width = layer.weight[0].numel()
-    yield (
-        layer.weight,
-        Factors.of(x, delta, expand, parts=parts, terms=x[0, 0].numel(), width=width, height=x.shape[1] // parts),
-    )
-    if layer.bias is not None:
-        yield layer.bias, Sums(wide(delta).flatten(2).sum(2))
 
 
 def _scale_and_shift(layer: Any, normalized: Tensor, delta: Tensor) -> Iterator[Part]:
@@ -138,16 +58,23 @@ def _rms_norm(layer: nn.RMSNorm, call: Call, delta: Tensor) -> Iterator[Part]:
     )
 
 
-def _channels(call: Call, values: Tensor) -> Tensor:
-    """Return (examples · k, C, ...) as (examples, t, C)."""
-    if values.dim() < 2:
+def _scale_and_shift_channels(layer: Any, call: Call, normalized: Tensor, delta: Tensor) -> Iterator[Part]:
+    """Yield what a scale and a shift of channels add, of values and gradients (examples · k, C, ...)."""
+    if delta.dim() < 2:
         raise CannotMeasureError("its input has no dimension of the examples")
-    return call.terms(values.flatten(2).transpose(1, 2) if values.dim() > 2 else values)
+
+    def summed(values: Tensor) -> Sums:
+        return Sums(call.by_example(values.flatten(2).sum(2) if values.dim() > 2 else values).sum(1))
+
+    if layer.weight is not None:
+        yield layer.weight, summed(normalized * wide(delta))
+    if layer.bias is not None:
+        yield layer.bias, summed(wide(delta))
 
 
 def _group_norm(layer: nn.GroupNorm, call: Call, delta: Tensor) -> Iterator[Part]:
     normalized = F.group_norm(wide(call.inputs[0]), layer.num_groups, None, None, layer.eps)
-    yield from _scale_and_shift(layer, _channels(call, normalized), _channels(call, delta))
+    yield from _scale_and_shift_channels(layer, call, wide(normalized), delta)
 
 
 def _by_running_statistics(layer: Any, x: Tensor) -> Tensor:
@@ -161,7 +88,7 @@ def _instance_norm(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
         raise CannotMeasureError("its input has no dimension of the examples")
     own = layer.training or not layer.track_running_stats
     normalized = F.instance_norm(x, eps=layer.eps) if own else _by_running_statistics(layer, x)
-    yield from _scale_and_shift(layer, _channels(call, normalized), _channels(call, delta))
+    yield from _scale_and_shift_channels(layer, call, wide(normalized), delta)
 
 
 def _batch_norm(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
@@ -174,7 +101,7 @@ def _batch_norm(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
         normalized = over_ghosts(x)
     else:
         normalized = _by_running_statistics(layer, wide(x))
-    yield from _scale_and_shift(layer, _channels(call, normalized), _channels(call, delta))
+    yield from _scale_and_shift_channels(layer, call, wide(normalized), delta)
 
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -185,8 +112,8 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,
     nn.MultiheadAttention: attention_parts,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution_parts),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), transposed_parts),
     **dict.fromkeys(_INSTANCE_NORMS, _instance_norm),
     BatchNormBase: _batch_norm,
 }

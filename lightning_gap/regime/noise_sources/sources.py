@@ -42,8 +42,8 @@ class Source(ABC):
         """Forget the update that is heard."""
 
     @abstractmethod
-    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        """Start to hear an update; raise ValueError where the model is not one that can be heard."""
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor], seed: int) -> None:
+        """Start to hear an update, which a seed names; raise ValueError where the model cannot be heard."""
 
     @abstractmethod
     def squares(self) -> tuple[Tensor, Tensor, int] | None:
@@ -67,7 +67,7 @@ class MicroBatches(Source):
     def pause(self) -> None:
         self._gradients.squares()
 
-    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor], seed: int) -> None:
         self._gradients.listen(parameters)
 
     def squares(self) -> tuple[Tensor, Tensor, int] | None:
@@ -80,9 +80,9 @@ class MicroBatches(Source):
 class Examples(Source):
     """The examples of every micro-batch, or the ghosts that are normalized together."""
 
-    def __init__(self, micro_batch: int, *, ghosts: bool) -> None:
+    def __init__(self, micro_batch: int, *, ghosts: bool, max_examples: int | None) -> None:
         super().__init__(micro_batch)
-        self._gradients, self._ghosts = ExampleGradients(), ghosts
+        self._gradients, self._ghosts, self._max_examples = ExampleGradients(), ghosts, max_examples
 
     @property
     def small_batch(self) -> float:
@@ -99,8 +99,15 @@ class Examples(Source):
     def pause(self) -> None:
         self._gradients.remove()
 
-    def listen(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-        self._gradients.listen(model, parameters, examples=self.micro_batch, groups=self._groups(model))
+    def listen(self, model: nn.Module, parameters: Sequence[Tensor], seed: int) -> None:
+        self._gradients.listen(
+            model,
+            parameters,
+            examples=self.micro_batch,
+            groups=self._groups(model),
+            max_examples=self._max_examples,
+            seed=seed,
+        )
 
     def _groups(self, model: nn.Module) -> list[slice] | None:
         layers = mixing_layers(model)
@@ -152,7 +159,13 @@ def ghosts_of(layers: Mapping[str, nn.Module], micro_batch: int) -> list[slice]:
 
 
 def source_of(
-    source: NoiseSource, layers: Mapping[str, nn.Module], micro_batch: int, *, accumulated: int, replicas: int
+    source: NoiseSource,
+    layers: Mapping[str, nn.Module],
+    micro_batch: int,
+    *,
+    accumulated: int,
+    replicas: int,
+    max_examples: int | None = None,
 ) -> Source:
     """Return what a run listens to.
 
@@ -163,6 +176,7 @@ def source_of(
         micro_batch: Samples.
         accumulated: Micro-batches of an update on each replica.
         replicas: That see different samples.
+        max_examples: Of each micro-batch whose norms are taken.
 
     Raises:
         ValueError: If the run has not what is asked for.
@@ -176,10 +190,10 @@ def source_of(
     if source == "examples" or not (layers or source == "ghosts"):
         if micro_batch * accumulated * replicas < 2:
             raise ValueError("an update has one example, and there are no two batch sizes: use larger batches")
-        return Examples(micro_batch, ghosts=False)
+        return Examples(micro_batch, ghosts=False, max_examples=max_examples)
     if len(ghosts_of(layers, micro_batch)) * accumulated * replicas < 2:
         raise ValueError(
             f"an update is one ghost of {micro_batch} samples, so that there are no two batch sizes: use a smaller "
             f"ghost_batch_size, or {_ACCUMULATE}"
         )
-    return Examples(micro_batch, ghosts=True)
+    return Examples(micro_batch, ghosts=True, max_examples=max_examples)
