@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
     from lightning_gap.regime.noise_sources.example_gradients import ExampleGradients as ExampleGradients
     from lightning_gap.regime.plan import RegimePlan as RegimePlan
-    from lightning_gap.regime.plan import plan_regime as plan_regime
+    from lightning_gap.regime.planned import plan_regime as plan_regime
     from lightning_gap.regime.rules.factor import LR_RULES as LR_RULES
     from lightning_gap.regime.rules.factor import lr_factor as lr_factor
     from lightning_gap.regime.rules.hyperparameters import OptimizerRules as OptimizerRules

@@ -1,26 +1,23 @@
 """How the learning rate follows the batch size, and the arithmetic that applies a factor."""
 
-import math
 from enum import Enum, auto
 
 from torch.optim import Optimizer
 
-from lightning_gap.regime.rules.base import MOMENT_KEYS
 from lightning_gap.regime.rules.factor import LR_RULES, RULES, LRRule, lr_factor, rule_name
-from lightning_gap.regime.rules.hyperparameters import LR_KEYS
+from lightning_gap.regime.rules.hyperparameters import OptimizerRules, Rescaling
 from lightning_gap.regime.rules.hyperparameters import times as scaled
-from lightning_gap.regime.rules.memory import remembered
 from lightning_gap.regime.rules.optimizers import names_of
 
 __all__ = [
     "EQUAL_SAMPLES",
     "LR_RULES",
     "LRRule",
+    "OptimizerRules",
     "Rate",
     "check_rule",
     "default_train_longer",
     "lr_factor",
-    "remembered",
     "rule_name",
     "scale_optimizer",
     "scaled",
@@ -42,7 +39,9 @@ def default_train_longer(rule: LRRule) -> float:
     return 0.0 if rule in EQUAL_SAMPLES else 1.0
 
 
-def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: float) -> str | None:
+def check_rule(
+    optimizer: Optimizer, rule: str, ratio: float, train_longer: float, rules: OptimizerRules | None = None
+) -> str | None:
     """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes."""
     known = RULES.get(rule)
     if ratio == 1.0 or rule == "none":
@@ -55,30 +54,29 @@ def check_rule(optimizer: Optimizer, rule: str, ratio: float, train_longer: floa
     if known is None:
         return None
     if not set(names_of(optimizer)) & set(known.optimizers):
-        return known.doubt(optimizer, train_longer)
-    known.check(optimizer, ratio)
+        return known.doubt(optimizer, train_longer, told=_told(rules))
+    if rules is None or rules.betas_rule == "sde":
+        known.check(optimizer, ratio)
     return None
 
 
-def scale_optimizer(optimizer: Optimizer, factor: float, moment_ratio: float = 1.0) -> None:
-    r"""Multiply every learning rate that an optimizer holds, in place: those of its groups and its default.
+def _told(rules: OptimizerRules | None) -> tuple[bool, bool]:
+    """Return whether weight decay, and the betas, have rules of their own."""
+    return (False, False) if rules is None else (rules.weight_decay != "none", rules.betas_rule != "none")
 
-    Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too. The moments of Adam or
-    RMSprop become those of a batch :math:`\kappa` times as large, by Malladi et al. 2022:
 
-    .. math:: 1 - \beta \to \kappa (1 - \beta), \qquad \epsilon \to \epsilon / \sqrt \kappa
+def scale_optimizer(optimizer: Optimizer, rescaling: Rescaling) -> None:
+    r"""Change every hyperparameter of an optimizer by rules, in place: those of its groups and its defaults.
+
+    Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too.
 
     Example:
         >>> import torch
         >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.5, betas=(0.9, 0.999), eps=1e-8)
-        >>> scale_optimizer(adam, 2.0, 4.0)
+        >>> scale_optimizer(adam, OptimizerRules("adam").rescaling(4.0, 4.0))
         >>> group = adam.param_groups[0]
         >>> group["lr"], [round(beta, 6) for beta in group["betas"]], group["eps"]
         (1.0, [0.6, 0.996], 5e-09)
     """
     for group in (optimizer.defaults, *optimizer.param_groups):
-        if factor != 1.0:
-            group.update({key: scaled(group[key], factor) for key in LR_KEYS if key in group})
-        if moment_ratio != 1.0:
-            group.update({key: remembered(group[key], moment_ratio) for key in MOMENT_KEYS if key in group})
-            group["eps"] = group["eps"] / math.sqrt(moment_ratio)
+        group.update(rescaling.at(optimizer, group))

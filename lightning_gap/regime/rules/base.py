@@ -48,8 +48,13 @@ class Rule:
             for key in MOMENT_KEYS:
                 check_remembered(key, group.get(key, ()), ratio, f'lr_rule="{self.name}"')
 
-    def doubt(self, optimizer: "Optimizer", train_longer: float) -> str | None:
-        """Return what is doubtful about an optimizer that it is not derived for, or refuse it by a ``ValueError``."""
+    def doubt(
+        self, optimizer: "Optimizer", train_longer: float, *, told: tuple[bool, bool] = (False, False)
+    ) -> str | None:
+        """Return what is doubtful about an optimizer that it is not derived for, or refuse it by a ``ValueError``.
+
+        ``told`` is whether weight decay, and the betas, have rules of their own.
+        """
         raise ValueError(
             f'lr_rule="{self.name}" is a rule for {", ".join(self.optimizers)}{self.also}, and the optimizer is '
             f'{type(optimizer).__name__}. Pass lr_rule="none", which leaves its learning rate as it is, or a callable '

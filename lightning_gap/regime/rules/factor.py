@@ -56,6 +56,6 @@ def lr_factor(rule: LRRule, ratio: float) -> float:
     return float(factor)
 
 
-def rule_name(rule: LRRule) -> str:
+def rule_name(rule: str | Callable[..., float]) -> str:
     """Return what to call a rule in tables and messages."""
     return rule if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"

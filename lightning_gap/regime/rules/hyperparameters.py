@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_gap.regime.rules.base import MOMENT_KEYS
-from lightning_gap.regime.rules.factor import RULES, LRRule, lr_factor
+from lightning_gap.regime.rules.factor import RULES, LRRule, lr_factor, rule_name
 from lightning_gap.regime.rules.memory import check_remembered, ema_momentum, remembered
 from lightning_gap.regime.rules.optimizers import OptimizerKind, kind_of, names_of
 
-__all__ = ["LR_KEYS", "BetasRule", "OptimizerRules", "WeightDecayRule", "times"]
+__all__ = ["LR_KEYS", "BetasRule", "OptimizerRules", "Rescaling", "WeightDecayRule", "times"]
 
 WeightDecayRule = Literal["none", "timescale"] | Callable[[float], float]
 BetasRule = Literal["none", "half_life", "sde"] | Callable[[str, float, float], float]
@@ -80,9 +80,11 @@ class OptimizerRules:
             ("betas", self.betas or "none", ("none", "half_life", "sde")),
         ):
             if not callable(rule) and rule not in known:
-                raise ValueError(f"{name}={rule!r} is not known; pass one of {list(known)} or a callable.")
+                raise ValueError(
+                    f"the rule of {name}, {rule!r}, is not known; pass one of {list(known)} or a callable."
+                )
         if self.momentum not in ("none", "half_life"):
-            raise ValueError(f"momentum={self.momentum!r} is not known; pass 'none' or 'half_life'.")
+            raise ValueError(f"the rule of momentum, {self.momentum!r}, is not known; pass 'none' or 'half_life'.")
 
     @property
     def betas_rule(self) -> BetasRule:
@@ -90,6 +92,30 @@ class OptimizerRules:
         if self.betas is not None:
             return self.betas
         return "sde" if isinstance(self.lr, str) and RULES[self.lr].moments else "none"
+
+    def rescaling(self, ratio: float, pace: float, *, factor: float | None = None) -> "Rescaling":
+        """Return what to do at a ratio, and a pace.
+
+        Args:
+            ratio: The batch that runs over the reference batch, larger than 0.
+            pace: How many updates of the reference run pass in one of this run.
+            factor: What the learning rate is multiplied by. Default: what its rule says.
+        """
+        for name, value in (("ratio", ratio), ("pace", pace)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be positive and finite: this run's over the reference run's.")
+        decay = self.weight_decay(ratio) if callable(self.weight_decay) else 1.0
+        if not 0 <= decay < math.inf:
+            raise ValueError(f"weight_decay gave the factor {decay!r} for the ratio {ratio:g}, and not 0 or more.")
+        return Rescaling(
+            lr_factor=lr_factor(self.lr, ratio) if factor is None else factor,
+            ratio=ratio,
+            pace=pace,
+            decay=decay,
+            timescale=self.weight_decay == "timescale",
+            betas=self.betas_rule,
+            momentum=self.momentum,
+        )
 
     def at(
         self, optimizer: Any, group: Mapping[str, Any], ratio: float, *, equal_samples: bool, pace: float | None = None
@@ -110,65 +136,136 @@ class OptimizerRules:
             ValueError: If the ratio is not positive, if a rule needs to know an optimizer that is not in
                 :data:`OPTIMIZERS`, if ``"sde"`` would forget too much, or if a function returns what cannot be.
         """
-        if not 0 < ratio < math.inf:
-            raise ValueError(f"ratio={ratio} must be positive and finite: the batch that runs over the reference one.")
         pace = (ratio if equal_samples else 1.0) if pace is None else pace
-        factor, new = lr_factor(self.lr, ratio), {}
-        if self.momentum == "half_life" and "momentum" in group:
-            before, kind = group["momentum"], self._known(optimizer, f"momentum={self.momentum!r}")
-            new["momentum"] = ema_momentum(before, pace)
+        return self.rescaling(ratio, pace).at(optimizer, group)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What changes hyperparameters: rules, where the ratio is known, so that there are factors.
+
+    Args:
+        lr_factor: What the learning rate is multiplied by.
+        ratio: This run's batch over the reference batch.
+        pace: How many updates of the reference run pass in one of this run.
+        decay: What weight decay of any kind is multiplied by, beside its time scale.
+        timescale: Whether decay that is beside the gradient keeps its time scale.
+        betas: The rule of the betas.
+        momentum: The rule of momentum.
+    """
+
+    lr_factor: float = 1.0
+    ratio: float = 1.0
+    pace: float = 1.0
+    decay: float = 1.0
+    timescale: bool = False
+    betas: BetasRule = "none"
+    momentum: Literal["none", "half_life"] = "none"
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything that it may change."""
+        decays = self.decay != 1.0 or (self.timescale and self.pace != self.lr_factor)
+        remembers = self.pace if "half_life" in (self.betas, self.momentum) else 1.0
+        remembers *= self.ratio if self.betas == "sde" else 1.0
+        return self.lr_factor != 1.0 or decays or remembers != 1.0 or callable(self.betas)
+
+    def after(self, before: "Rescaling") -> "Rescaling":
+        """Return what leads here from hyperparameters that have been changed already.
+
+        Args:
+            before: What has changed them, by the same rules at another ratio.
+        """
+        if callable(self.betas) and self.ratio != before.ratio:
+            raise ValueError(
+                "a function of betas cannot go on from another batch, for it is told the reference run's: use a rule "
+                "by its name, or the batch of the checkpoint."
+            )
+        return replace(
+            self,
+            lr_factor=self.lr_factor / before.lr_factor,
+            ratio=self.ratio / before.ratio,
+            pace=self.pace / before.pace,
+            decay=self.decay / before.decay if before.decay else self.decay,
+            betas="none" if callable(self.betas) else self.betas,
+        )
+
+    def at(self, optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the new values of those hyperparameters of a group that change, as :meth:`OptimizerRules.at` does.
+
+        Args:
+            optimizer: The optimizer, its class, or its name.
+            group: A parameter group, which stays as it is.
+        """
+        factor, new = self.lr_factor, {}
+        if self.momentum == "half_life" and group.get("momentum"):
+            before, kind = group["momentum"], _known(optimizer, f"momentum={self.momentum!r}")
+            new["momentum"] = ema_momentum(before, self.pace)
             factor *= (1 - new["momentum"]) / (1 - before) if kind.heavy_ball else 1.0
-        new |= {key: times(group[key], factor) for key in LR_KEYS if group.get(key) is not None}
+        if factor != 1.0:
+            new |= {key: times(group[key], factor) for key in LR_KEYS if group.get(key) is not None}
         if group.get("weight_decay"):
-            new["weight_decay"] = self._decay(optimizer, group, ratio, pace / factor)
-        new |= self._memories(optimizer, group, ratio, pace)
-        return {key: value for key, value in new.items() if not _same(value, group[key])}
+            decay = self.decay
+            if self.timescale and _known(optimizer, "weight_decay='timescale'").decouples(group):
+                decay *= self.pace / factor
+            if decay != 1.0:
+                new["weight_decay"] = times(group["weight_decay"], decay)
+        new |= self._memories(optimizer, group)
+        return {key: value for key, value in new.items() if type(value) is not type(group[key]) or value != group[key]}
 
-    def _decay(self, optimizer: Any, group: Mapping[str, Any], ratio: float, timescale: float) -> Any:
-        rule, before = self.weight_decay, group["weight_decay"]
-        if callable(rule):
-            factor = rule(ratio)
-            if not 0 <= factor < math.inf:
-                raise ValueError(
-                    f"weight_decay gave the factor {factor!r} for the ratio {ratio:g}; it must be 0 or more."
-                )
-            return times(before, factor)
-        if rule == "none" or not self._known(optimizer, f"weight_decay={rule!r}").decouples(group):
-            return before
-        return times(before, timescale)
+    def end(self, optimizer: Any, value: Any) -> Any:
+        """Return what becomes of an end between which a scheduler moves a momentum, or the first of the betas.
 
-    def _memories(self, optimizer: Any, group: Mapping[str, Any], ratio: float, pace: float) -> dict[str, Any]:
-        rule = self.betas_rule
-        if rule == "none":
+        Args:
+            optimizer: The optimizer that it schedules.
+            value: The end, or a list of ends.
+        """
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.end(optimizer, each) for each in value)
+        if self.betas == "sde" and self.ratio != 1.0:
+            return remembered(value, self.ratio)
+        if callable(self.betas):
+            return _told(self.betas, self.ratio)(_first(_known(optimizer, f"betas={rule_name(self.betas)}")), value)
+        return value
+
+    def _memories(self, optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+        rule = self.betas
+        if rule == "none" or not any(group.get(key) for key in (*MOMENT_KEYS, "momentum")):
             return {}
         if rule == "sde":
-            return _by_sde(group, ratio)
-        kind = self._known(optimizer, f"betas={_name(rule)}") if _any_memory(group) else OptimizerKind()
+            return _by_sde(group, self.ratio) if self.ratio != 1.0 else {}
+        kind = _known(optimizer, f"betas={rule_name(rule)}")
         if not callable(rule):
-            return _replaced(group, kind.second_moments, lambda _, beta: ema_momentum(beta, pace))
-        told = rule
-
-        def told_value(name: str, beta: Any) -> Any:
-            value = told(name, beta, ratio)
-            if not 0 <= value < 1:
-                raise ValueError(f"betas gave {value!r} for {name}={beta} and the ratio {ratio:g}; from 0 to below 1.")
-            return value
-
+            return _replaced(group, kind.second_moments, lambda _, beta: ema_momentum(beta, self.pace))
+        told = _told(rule, self.ratio)
         memories = (*kind.moments, *kind.second_moments, *((("momentum", None),) if kind.heavy_ball else ()))
-        first = "beta1" if ("betas", 0) in memories else "momentum"
-        ends = {key: told_value(first, group[key]) for key in _ENDS if key in group}
-        return _replaced(group, dict.fromkeys(memories), told_value) | ends
+        ends = {key: told(_first(kind), group[key]) for key in _ENDS if key in group}
+        return _replaced(group, dict.fromkeys(memories), told) | ends
 
-    @staticmethod
-    def _known(optimizer: Any, rule: str) -> OptimizerKind:
-        kind = kind_of(optimizer)
-        if kind is None:
-            name = names_of(optimizer)[0]
-            raise ValueError(
-                f"{rule} must know how {name} uses its hyperparameters. Add a line to lightning_gap.regime.OPTIMIZERS: "
-                f'OPTIMIZERS["{name}"] = OptimizerKind(...); or pass "none".'
-            )
-        return kind
+
+def _known(optimizer: Any, rule: str) -> OptimizerKind:
+    kind = kind_of(optimizer)
+    if kind is None:
+        name = names_of(optimizer)[0]
+        raise ValueError(
+            f"{rule} must know how {name} uses its hyperparameters. Add a line to lightning_gap.regime.OPTIMIZERS: "
+            f'OPTIMIZERS["{name}"] = OptimizerKind(...); or pass "none".'
+        )
+    return kind
+
+
+def _first(kind: OptimizerKind) -> str:
+    return "beta1" if ("betas", 0) in kind.moments else "momentum"
+
+
+def _told(rule: Callable[[str, float, float], float], ratio: float) -> Callable[[str, Any], Any]:
+    def change(name: str, beta: Any) -> Any:
+        value = rule(name, beta, ratio)
+        if not 0 <= value < 1:
+            raise ValueError(f"betas gave {value!r} for {name}={beta} at the ratio {ratio:g}: from 0 to below 1.")
+        return value
+
+    return change
 
 
 def times(value: Any, factor: float) -> Any:
@@ -203,15 +300,3 @@ def _replaced(group: Mapping[str, Any], memories: Any, change: Callable[[str, An
         values[index] = change(f"{key.removesuffix('s')}{index + 1}", values[index])
         new[key] = type(group[key])(values)
     return new
-
-
-def _any_memory(group: Mapping[str, Any]) -> bool:
-    return any(group.get(key) for key in (*MOMENT_KEYS, "momentum"))
-
-
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and bool(one == other)
-
-
-def _name(rule: Any) -> str:
-    return repr(rule) if isinstance(rule, str) else f"{getattr(rule, '__name__', type(rule).__name__)}()"

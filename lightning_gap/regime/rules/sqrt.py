@@ -26,21 +26,30 @@ class Sqrt(Rule):
         """Return the square root of the ratio."""
         return math.sqrt(ratio)
 
-    def doubt(self, optimizer: "Optimizer", train_longer: float) -> str | None:
+    def doubt(
+        self, optimizer: "Optimizer", train_longer: float, *, told: tuple[bool, bool] = (False, False)
+    ) -> str | None:
         """Return what it leaves out of the rule of an adaptive optimizer."""
         name = type(optimizer).__name__
         kind = kind_of(optimizer)
         if kind is None or not kind.adaptive:
-            return super().doubt(optimizer, train_longer)
-        decays = any(group.get("weight_decay") and kind.decouples(group) for group in optimizer.param_groups)
+            return super().doubt(optimizer, train_longer, told=told)
+        decay_told, betas_told = told
+        decays = not decay_told and any(
+            group.get("weight_decay") and kind.decouples(group) for group in optimizer.param_groups
+        )
         longer = (
             f" At train_longer={train_longer:g} it is nobody's rule: it is derived for {name} at equal samples, "
             'train_longer=False; lr_rule="none" leaves the rate as it is.'
             if train_longer
             else ""
         )
+        if not decays and betas_told and not longer:
+            return None  # the whole of its rule
+        with_decay = ", and its weight decay with it," if decays else ""
+        left = "" if betas_told else " and leaves its betas and eps as they are"
         return (
-            f'lr_rule="sqrt" scales the learning rate of {name}{", and its weight decay with it," if decays else ""} '
-            f'and leaves its betas and eps as they are. lr_rule="adam" scales these too, for ratio * (1 - beta) < '
-            f"{MOST_FORGOTTEN}.{longer}"
+            f'lr_rule="sqrt" scales the learning rate of {name}{with_decay}{left}. betas_rule="half_life" and '
+            'weight_decay_rule="timescale" let these follow, and lr_rule="adam" scales betas and eps, for ratio * '
+            f"(1 - beta) < {MOST_FORGOTTEN}.{longer}"
         )

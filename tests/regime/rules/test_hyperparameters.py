@@ -197,9 +197,9 @@ def test_what_is_no_ratio_is_refused(ratio):
     ("arguments", "match"),
     [
         ({"lr": "cube"}, "lr_rule='cube' is not known"),
-        ({"weight_decay": "cube"}, r"weight_decay='cube' is not known; pass one of \['none', 'timescale'\] or a"),
-        ({"betas": "cube"}, "betas='cube' is not known"),
-        ({"momentum": "cube"}, "momentum='cube' is not known"),
+        ({"weight_decay": "cube"}, r"weight_decay, 'cube', is not known; pass one of \['none', 'timescale'\] or a"),
+        ({"betas": "cube"}, "betas, 'cube', is not known"),
+        ({"momentum": "cube"}, "momentum, 'cube', is not known"),
     ],
 )
 def test_rules_that_are_not_known_are_refused_when_they_are_given(arguments, match):
