@@ -106,8 +106,11 @@ class RegimePlan:
         """What changes the hyperparameters of the reference run's optimizers into this run's."""
         if self.rate is Rate.FOUND:
             return Rescaling()
-        rules = self.rules or OptimizerRules(self.lr_rule if self.lr_rule in RULES else "none")
-        return rules.rescaling(self.ratio, self.passed, factor=self.lr_factor)
+        return self._rules.rescaling(self.ratio, self.passed, factor=self.lr_factor)
+
+    @property
+    def _rules(self) -> OptimizerRules:
+        return self.rules or OptimizerRules(self.lr_rule if self.lr_rule in RULES else "none")
 
     def rescaling_after(self, saved: dict[str, Any]) -> Rescaling:
         """Return what changes the hyperparameters of a saved plan's run, at another batch, into this run's.
@@ -115,10 +118,10 @@ class RegimePlan:
         Args:
             saved: What :meth:`to_dict` returned when the checkpoint was written.
         """
-        if self.rate is Rate.FOUND or self.rules is None:
-            return self.rescaling
+        if self.rate is Rate.FOUND:
+            return Rescaling()
         there = saved["ratio"] if self.train_longer == 0 else 1.0
-        return self.rescaling.after(self.rules.rescaling(saved["ratio"], there, factor=saved["lr_factor"]))
+        return self.rescaling.after(self._rules.rescaling(saved["ratio"], there, factor=saved["lr_factor"]))
 
     @property
     def changes(self) -> bool:

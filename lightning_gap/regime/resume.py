@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_gap.regime.clock import Fate
 from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.refusals import refused_as
 from lightning_gap.regime.schedules import scale
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str,
             "A scheduler of updates, at train_longer=False, cannot go on at another batch: its updates behind it "
             "were of other lengths. Go on at the batch of the checkpoint, or step it by epochs."
         )
-    rescaling = plan.rescaling_after(before)
+    rescaling = refused_as(plan.rescaling_after, before)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    scale(trainer.optimizers, schedulers, rescaling)
+    scale(trainer.optimizers, schedulers, rescaling, defaults=False)  # which no checkpoint holds
     rank_zero_info(
         f"LargeBatchRegime goes on at the batch {plan.batch_size} from {before['batch_size']}: learning rates "
         f"times {rescaling.lr_factor:.4g}."

@@ -65,7 +65,7 @@ def _told(rules: OptimizerRules | None) -> tuple[bool, bool]:
     return (False, False) if rules is None else (rules.weight_decay != "none", rules.betas_rule != "none")
 
 
-def scale_optimizer(optimizer: Optimizer, rescaling: Rescaling) -> None:
+def scale_optimizer(optimizer: Optimizer, rescaling: Rescaling, *, defaults: bool = True) -> None:
     r"""Change every hyperparameter of an optimizer by rules, in place: those of its groups and its defaults.
 
     Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too.
@@ -78,5 +78,5 @@ def scale_optimizer(optimizer: Optimizer, rescaling: Rescaling) -> None:
         >>> group["lr"], [round(beta, 6) for beta in group["betas"]], group["eps"]
         (1.0, [0.6, 0.996], 5e-09)
     """
-    for group in (optimizer.defaults, *optimizer.param_groups):
+    for group in (*([optimizer.defaults] if defaults else []), *optimizer.param_groups):
         group.update(rescaling.at(optimizer, group))

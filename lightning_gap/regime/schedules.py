@@ -112,12 +112,14 @@ def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
         )
 
 
-def scale(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], rescaling: Rescaling) -> None:
-    """Change every hyperparameter of optimizers and schedulers by rules, in place."""
+def scale(
+    optimizers: Sequence[Optimizer], schedulers: Iterable[Any], rescaling: Rescaling, *, defaults: bool = True
+) -> None:
+    """Change every hyperparameter of optimizers and schedulers by rules, in place; ``defaults``: for new groups too."""
     for optimizer in optimizers:
         if any(rescaling.at(optimizer, group) for group in optimizer.param_groups):
             _scaled.add(optimizer)
-        scale_optimizer(optimizer, rescaling)
+        scale_optimizer(optimizer, rescaling, defaults=defaults)
     for scheduler in schedulers:
         scale_scheduler(scheduler, rescaling)
 

@@ -143,7 +143,7 @@ def ema_decay(model: Any) -> float | None:
     for name in _AVERAGES:
         function = getattr(model, name, None)
         if callable(function) and function.__module__ == get_ema_avg_fn.__module__:
-            decay = inspect.getclosurevars(function).nonlocals.get("decay")
+            decay = inspect.getclosurevars(inspect.unwrap(function)).nonlocals.get("decay")
             return None if decay is None else float(decay)
     return None
 
