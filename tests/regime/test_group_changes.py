@@ -115,9 +115,8 @@ def test_going_on_at_another_batch_changes_the_groups_once(rules, tmp_path):
     for path in (None, tmp_path / "16.ckpt"):
         regime = LargeBatchRegime(4, train_longer=False, **rules)
         trainer, _ = run(module(), loader(20), regime, ckpt_path=path)
-        found.append(
-            [(each["lr"], each["weight_decay"], *each["betas"]) for each in trainer.optimizers[0].param_groups]
-        )
+        groups = (*trainer.optimizers[0].param_groups, trainer.optimizers[0].defaults)
+        found.append([(each["lr"], each["weight_decay"], *each["betas"]) for each in groups])
     for there, here in zip(*found, strict=True):
         assert here == pytest.approx(there)
 

@@ -27,7 +27,7 @@ def gain(ratio: float, batch_size: float, noise_scale: float) -> float:
 
     .. math:: g = \frac{1 + B_c / |B_S|}{1 + B_c / |B_L|}
 
-    McCandlish et al. 2018, equation 2.7: the ratio of the batches while both are far below the noise scale, and 1 far
+    McCandlish et al. 2018, section 2: the ratio of the batches while both are far below the noise scale, and 1 far
     above it.
 
     Example:

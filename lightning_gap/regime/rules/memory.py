@@ -29,7 +29,7 @@ def ema_momentum(momentum: Any, ratio: float) -> Any:
 
     References:
         Busbridge et al. 2023, "How to Scale Your EMA", definition 1.2. Marek et al. 2025, "Small Batch Size Training
-        for Language Models", section 3 (the half-life of Adam's second moment).
+        for Language Models" (the half-life of Adam's second moment).
 
     Example:
         >>> round(ema_momentum(0.996, 8), 6)
@@ -60,7 +60,7 @@ def batchnorm_momentum(momentum: float, ratio: float) -> float:
         ValueError: If ``momentum`` is not from 0 to 1, or ``ratio`` not positive.
 
     References:
-        Busbridge et al. 2023, "How to Scale Your EMA", definition 1.2, of running statistics.
+        Busbridge et al. 2023, "How to Scale Your EMA", definition 1.2: running statistics are such an average.
 
     Example:
         >>> round(batchnorm_momentum(0.1, 4), 4)
