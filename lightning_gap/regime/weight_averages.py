@@ -67,7 +67,7 @@ def averages_of(callbacks: Iterable[Any], plan: RegimePlan, rule: EMARule) -> li
         start = getattr(callback, "update_starting_at_step", None)
         if start and average.decay != average.users:
             rank_zero_warn(
-                f"LargeBatchRegime: {type(callback).__name__}(update_starting_at_step={start}) counts updates of this "
-                f"run: {start / plan.passed:.0f} of them see the samples that {start} of the reference run see."
+                f"LargeBatchRegime: {type(callback).__name__} starts to average at update {start} of this run, and "
+                f"{start / plan.passed:.0f} of them see the samples that {start} of the reference run see."
             )
     return [average for average in averages if average.decay != average.users]

@@ -89,5 +89,5 @@ def test_a_rule_without_an_average_is_refused_and_auto_does_without():
 
 def test_an_average_that_starts_at_an_update_is_warned_of():
     average = EMAWeightAveraging(decay=0.9, update_starting_at_step=8)
-    with pytest.warns(UserWarning, match=r"counts updates of this run: 2 of them see the samples that 8"):
+    with pytest.warns(UserWarning, match=r"update 8 of this run, and 2 of them see the samples that 8"):
         run(Regression(), loader(16), average, LargeBatchRegime(4, train_longer=False, ema_rule="half_life"))
