@@ -1,6 +1,6 @@
 """Which rules keep the stationary covariance of the weights and of their moving average, on a noisy quadratic.
 
-    python -m benchmarks.science.large_batch.noisy_quadratic          (closed forms, and Adam simulated: ten minutes)
+    python -m benchmarks.science.large_batch.noisy_quadratic          (closed forms, and Adam simulated: half an hour)
     python -m benchmarks.science.large_batch.noisy_quadratic --only SGD
 
 A weight w with the gradient h (w - c) + noise of variance 1/B, and its average e with momentum ρ. At κ times the batch
