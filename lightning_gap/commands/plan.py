@@ -118,7 +118,8 @@ def _check(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
     from lightning_gap.regime.clock import share_of
-    from lightning_gap.regime.plan import RegimePlan, plan_regime
+    from lightning_gap.regime.plan import RegimePlan
+    from lightning_gap.regime.planned import plan_regime
     from lightning_gap.regime.scaling import default_train_longer, lr_factor
     from lightning_gap.trainer.terminal import say
 

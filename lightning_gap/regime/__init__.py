@@ -26,10 +26,15 @@ if TYPE_CHECKING:
     from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
     from lightning_gap.regime.noise_sources.example_gradients import ExampleGradients as ExampleGradients
     from lightning_gap.regime.plan import RegimePlan as RegimePlan
-    from lightning_gap.regime.plan import plan_regime as plan_regime
+    from lightning_gap.regime.planned import plan_regime as plan_regime
+    from lightning_gap.regime.rules.factor import LR_RULES as LR_RULES
+    from lightning_gap.regime.rules.factor import lr_factor as lr_factor
+    from lightning_gap.regime.rules.hyperparameters import OptimizerRules as OptimizerRules
+    from lightning_gap.regime.rules.memory import batchnorm_momentum as batchnorm_momentum
+    from lightning_gap.regime.rules.memory import ema_momentum as ema_momentum
+    from lightning_gap.regime.rules.optimizers import OPTIMIZERS as OPTIMIZERS
+    from lightning_gap.regime.rules.optimizers import OptimizerKind as OptimizerKind
     from lightning_gap.regime.sample_noise import noise_variance as noise_variance
     from lightning_gap.regime.sample_noise import sample_weights as sample_weights
-    from lightning_gap.regime.scaling import LR_RULES as LR_RULES
-    from lightning_gap.regime.scaling import lr_factor as lr_factor
 
 __getattr__, __dir__, __all__ = lazy(__name__, __file__)

@@ -1,6 +1,7 @@
 """A plan applied to optimizers and schedulers, with or without a Trainer."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 from warnings import warn
 
@@ -8,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gap.regime.clock import ReferenceClock, RegimeClock
+from lightning_gap.regime.group_changes import change_of_groups, decided, groups_of
 from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import follows_its_factor, optimizer_of
@@ -47,14 +49,16 @@ def apply_plan(
                 "make the scheduler of one of these."
             )
     check_unscaled(optimizers)
+    plan = decided(plan, optimizers)
+    plan = replace(plan, hyperparameters=tuple(change_of_groups(plan, groups_of(optimizers))))
     for optimizer in optimizers:
-        if doubt := check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer):
+        if doubt := check_rule(optimizer, plan.lr_rule, plan.ratio, plan.train_longer, plan.rules):
             warn(doubt, stacklevel=3)
     clocks = [ReferenceClock.of(plan, scheduler, interval) for scheduler in ticked]
     for clock in clocks:
         check_lengths(clock, plan, trust=stretch_schedulers is True)
         check_rates(clock, plan)
-    scale(optimizers, schedulers, plan.lr_factor, plan.moment_ratio)
+    scale(optimizers, schedulers, plan.rescaling)
     warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in optimizers]
     return RegimeClock(plan, clocks, warmups)
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_gap.checks import check_integer, check_number
 from lightning_gap.regime.loader import loader_batch_size
-from lightning_gap.regime.rules import RULES
+from lightning_gap.regime.rules.hyperparameters import OptimizerRules
 from lightning_gap.regime.scaling import LRRule, check_rule, lr_factor, scale_optimizer
 from lightning_gap.trainer.internals.of_lightning import trainer_if_any
 from lightning_gap.trainer.terminal import quiet
@@ -367,11 +367,10 @@ class _Branch(Callback):
             self._scale(optimizer)
 
     def _scale(self, optimizer: Optimizer) -> None:
-        moments = 1.0
+        ratio = float(self.multiple)
         if isinstance(self.rule, str):
-            self.doubt = check_rule(optimizer, self.rule, float(self.multiple), 0.0) or self.doubt
-            moments = float(self.multiple) if RULES[self.rule].moments else 1.0
-        scale_optimizer(optimizer, lr_factor(self.rule, self.multiple), moments)
+            self.doubt = check_rule(optimizer, self.rule, ratio, 0.0) or self.doubt
+        scale_optimizer(optimizer, OptimizerRules(self.rule).rescaling(ratio, ratio))
 
     @override
     def on_train_batch_end(

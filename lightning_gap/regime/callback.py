@@ -5,29 +5,26 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
-from lightning_gap.regime.plan import PLAN_COLUMNS, RegimePlan
+from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.refusals import check_trainer, keeps_lengths, refused_as
+from lightning_gap.regime.report import PREFIX, log_update, report
 from lightning_gap.regime.resume import state_of
+from lightning_gap.regime.rules.auto import AUTO, rules_for
+from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRule
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
-from lightning_gap.regime.words import advice
+from lightning_gap.regime.weight_averages import EMARule, check_ema_rule
 from lightning_gap.trainer.internals.of_lightning import ends_tuning, found_a_rate, sets_the_rate, updates_logs
-from lightning_gap.trainer.internals.of_torch import BatchNormBase
-from lightning_gap.trainer.loggers import log_facts, log_now, log_table
 from lightning_gap.trainer.strategy import clip_gradients, require_lightning
-from lightning_gap.trainer.terminal import say
 
 __all__ = ["PREFIX", "LargeBatchRegime"]
-
-# What the keys of everything that is logged begin with.
-PREFIX = "lightning_gap/regime/"
 
 
 class LargeBatchRegime(Callback):
@@ -60,7 +57,7 @@ class LargeBatchRegime(Callback):
             :func:`effective_batch_size`. Needed only where the loader does not tell.
         lr_rule: ``"sqrt"`` (Hoffer et al.), ``"linear"`` (Goyal et al.), ``"adam"`` (Malladi et al.: √ratio, and the
             moments' 1 − β and ε with it), ``"none"``, or a callable from the ratio :math:`|B_L| / |B_S|` to the
-            factor.
+            factor. ``"auto"`` chooses between ``"sqrt"`` with a warm-up and ``"none"``, and says why.
         train_longer: Whether to make as many updates as the reference run, or how far to go from its epochs, 0, to its
             updates, 1; schedules run through in that time. Default: 1, and 0 for ``"linear"`` and ``"adam"``, which are
             derived for equal samples.
@@ -75,6 +72,14 @@ class LargeBatchRegime(Callback):
         gradient_noise: Instead of a larger learning rate, weight each sample's gradient by
             :math:`z_n \sim N(1, |B_L| / |B_S| - 1)`, which gives the large batch the gradient noise of the small one.
             ``True``, or the name of the last module before the loss. Needs ``lr_rule="none"``.
+        weight_decay_rule: ``"timescale"``, ``"none"``, or a function of the ratio, see
+            :class:`~lightning_gap.regime.OptimizerRules`. Default: ``"none"``; ``"timescale"`` under ``"auto"``.
+        betas_rule: ``"half_life"``, ``"sde"``, ``"none"``, or a function. Default: ``"none"``; ``"sde"`` under
+            ``"adam"``, ``"half_life"`` under ``"auto"``.
+        ema_rule: ``"half_life"`` lets the decay of ``EMAWeightAveraging`` remember as many samples, ρ^κ at equal
+            samples; ``"none"``; or a function of decay and ratio. Default: ``"none"``; ``"half_life"`` under
+            ``"auto"``.
+        noise_scale: For ``"auto"``, what :class:`GradientNoiseScale` measured, in samples, where it is known.
 
     Attributes:
         plan: The :class:`RegimePlan` of the latest fit.
@@ -122,13 +127,20 @@ class LargeBatchRegime(Callback):
         clip_updates: int | None = None,
         warmup_updates: int = 0,
         gradient_noise: bool | str = False,
+        weight_decay_rule: WeightDecayRule | None = None,
+        betas_rule: BetasRule | None = None,
+        ema_rule: EMARule | None = None,
+        noise_scale: float | None = None,
     ) -> None:
         of_update = "the samples of one update over all devices"
         self.reference_batch_size = check_integer("reference_batch_size", reference_batch_size, what=of_update)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, what=of_update)
-        if not callable(lr_rule) and lr_rule not in LR_RULES:
+        if not callable(lr_rule) and lr_rule not in (*LR_RULES, AUTO):
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
-        self.lr_rule = lr_rule
+        self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule)
+        self.ema_rule, self.noise_scale = check_ema_rule(ema_rule, auto=lr_rule == AUTO), noise_scale
+        if noise_scale is not None and (lr_rule != AUTO or not 0 < noise_scale < math.inf):
+            raise ValueError(f'noise_scale={noise_scale} must be positive samples, and is for lr_rule="auto" alone.')
         if train_longer is None:
             train_longer = default_train_longer(lr_rule)
         elif not 0 <= train_longer <= 1:
@@ -211,7 +223,7 @@ class LargeBatchRegime(Callback):
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         found = self._finder is not None and found_a_rate(self._finder)
         self._now.take_over(trainer, pl_module, rate_found=found)
-        _report(trainer, pl_module, self._now.planned)
+        report(trainer, pl_module, self._now.planned)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,7 +289,7 @@ class LargeBatchRegime(Callback):
         if not updated:
             return
         if updates_logs(trainer):
-            _log_update(trainer, pl_module, run, self.reference_epoch)
+            log_update(trainer, pl_module, run, self.reference_epoch)
         if plan.lr_factor != 1.0:
             taken.watch_groups()
         if update == trainer.max_steps and plan.ends_with_reference_epoch and taken.validations is None:
@@ -340,34 +352,3 @@ def _tuning(trainer: Any) -> bool:
         isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
         for callback in trainer.callbacks
     )
-
-
-@rank_zero_only
-def _report(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
-    """Print the plan, and log it."""
-    layers = list(pl_module.modules())
-    # By name: the layers and the callback of another room.
-    names = {kind.__name__ for layer in layers for kind in type(layer).__mro__}
-    ghosts = "GhostNorm" in names or any(
-        type(callback).__name__ == "GhostBatchNorm" for callback in cast(Any, trainer).callbacks
-    )
-    batchnorm = any(isinstance(layer, BatchNormBase) for layer in layers)
-    say(plan.table(), *advice(plan, batchnorm=batchnorm, ghosts=ghosts))
-    log_facts(trainer.loggers, PREFIX, plan.to_dict())
-    log_table(trainer.loggers, f"{PREFIX}plan", PLAN_COLUMNS, plan.rows())
-
-
-def _log_update(trainer: Trainer, pl_module: LightningModule, run: RegimeRun, reference_epoch: float) -> None:
-    """Log where a run is."""
-    progress, warmup = run.progress, run.running.clock.warmups[0]
-    facts: dict[str, Any] = {
-        "updates": float(trainer.global_step),
-        "samples_seen": float(progress.samples),
-        "reference_epoch": reference_epoch,
-    }
-    if warmup.made and warmup.known:
-        facts["learning_rate"] = warmup.rate
-        facts["lr_over_batch"] = warmup.rate / run.planned.batch_size
-    if progress.clippable:
-        facts["clipped_fraction"] = progress.clipped / progress.clippable
-    log_now(trainer, pl_module.device, PREFIX, facts)

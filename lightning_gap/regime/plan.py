@@ -2,31 +2,30 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from lightning_gap.regime.clock import SchedulerFate, share_of, updates_in_epoch
-from lightning_gap.regime.rules import RULES
-from lightning_gap.regime.scaling import LRRule, Rate, default_train_longer, rule_name
-from lightning_gap.regime.scaling import lr_factor as factor_of
+from lightning_gap.regime.clock import SchedulerFate, share_of
+from lightning_gap.regime.rules.auto import AUTO
+from lightning_gap.regime.rules.factor import RULES
+from lightning_gap.regime.rules.hyperparameters import OptimizerRules, Rescaling
+from lightning_gap.regime.scaling import Rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_gap.regime.clock import RegimeClock
 
-__all__ = ["PLAN_COLUMNS", "RegimePlan", "plan_regime"]
+__all__ = ["PLAN_COLUMNS", "RegimePlan"]
 
 # The headings of a plan's table.
 PLAN_COLUMNS = ("", "reference", "now")
 
 # In the place of the rule, where the learning rate was found.
 _FOUND = "found"
-# What must agree between a checkpoint's plan and the plan of the run that resumes from it.
-_IDENTITY = ("reference_batch_size", "lr_rule", "train_longer", "reference_updates_per_epoch", "noise_variance")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,12 @@ class RegimePlan:
         curve: Five points of the first group's learning rate from the first update to the last: an update of the
             reference run and its rate, the update of this run and its rate.
         rate: Whether the learning rate comes from the rule, or has been found at the batch that runs.
+        weight_decay_rule: The name of the rule of weight decay.
+        betas_rule: The name of the rule of the betas.
+        ema_rule: The name of the rule of the weights' average.
+        rules: The rules themselves; where there are none, those of ``lr_rule``.
+        why: What ``lr_rule="auto"`` has chosen, and why.
+        hyperparameters: Of all else that changes, what it is, in the reference run and in this run.
     """
 
     reference_batch_size: int
@@ -84,6 +89,12 @@ class RegimePlan:
     companions: tuple[str, ...] = ()
     curve: tuple[tuple[int, float, int, float], ...] = ()
     rate: Rate = Rate.RULED
+    weight_decay_rule: str = "none"
+    betas_rule: str = "none"
+    ema_rule: str = "none"
+    rules: OptimizerRules | None = field(default=None, compare=False, repr=False)
+    why: str = ""
+    hyperparameters: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -91,14 +102,46 @@ class RegimePlan:
         return self.batch_size / self.reference_batch_size
 
     @property
-    def moment_ratio(self) -> float:
-        """What Adam's rule multiplies 1 − β by; 1 under other rules."""
-        return self.ratio if self.scales_moments else 1.0
+    def rescaling(self) -> Rescaling:
+        """What changes the hyperparameters of the reference run's optimizers into this run's."""
+        if self.rate is Rate.FOUND:
+            return Rescaling()
+        return self._rules.rescaling(self.ratio, self.passed, factor=self.lr_factor)
 
     @property
-    def scales_moments(self) -> bool:
-        """Whether Adam's moments follow the batch too."""
-        return self.rate is Rate.RULED and self.lr_rule in RULES and RULES[self.lr_rule].moments
+    def _rules(self) -> OptimizerRules:
+        return self.rules or OptimizerRules(self.lr_rule if self.lr_rule in RULES else "none")
+
+    def rescaling_after(self, saved: dict[str, Any]) -> Rescaling:
+        """Return what changes the hyperparameters of a saved plan's run, at another batch, into this run's.
+
+        Args:
+            saved: What :meth:`to_dict` returned when the checkpoint was written.
+        """
+        if self.rate is Rate.FOUND:
+            return Rescaling()
+        there = saved["ratio"] if self.train_longer == 0 else 1.0
+        return self.rescaling.after(self._rules.rescaling(saved["ratio"], there, factor=saved["lr_factor"]))
+
+    @property
+    def changes(self) -> bool:
+        """Whether a checkpoint of the reference run is none of this run."""
+        return self.rescaling.changes or not self.decided or self.reclocked
+
+    @property
+    def decided(self) -> bool:
+        """Whether the factor is known: ``lr_rule="auto"`` waits for the optimizers."""
+        return self.lr_rule != AUTO or bool(self.why)
+
+    @property
+    def passed(self) -> float:
+        """How many updates of the reference run pass in one of this run: the ratio itself at equal samples."""
+        return {0.0: self.ratio, 1.0: 1.0}.get(self.train_longer, float(self.pace))
+
+    @property
+    def moment_ratio(self) -> float:
+        """What Adam's rule multiplies 1 − β by; 1 under other rules."""
+        return self.ratio if self.rescaling.betas == "sde" else 1.0
 
     @property
     def rule_told(self) -> str:
@@ -214,28 +257,12 @@ class RegimePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain Python, for a checkpoint or ``logger.log_hyperparams``."""
         facts = asdict(self) | {"lr_rule": self.rule_told}
-        del facts["rate"]
-        for name in ("learning_rates", "curve"):
+        del facts["rate"], facts["rules"]
+        for name in ("learning_rates", "curve", "hyperparameters"):
             facts[name] = [list(values) for values in facts[name]]
         for name in ("schedulers", "companions"):
             facts[name] = list(map(str, getattr(self, name)))
         return {**facts, "ratio": self.ratio}
-
-    def disagreements(self, saved: dict[str, Any]) -> list[str]:
-        """Return how a saved plan differs from this one in what a resumed run cannot change.
-
-        The batch may change where the updates do not depend on it; at one batch the factor stays.
-
-        Args:
-            saved: What :meth:`to_dict` returned when the checkpoint was written.
-        """
-        names = [*_IDENTITY, "batch_size"] if self.train_longer not in (0, 1) or self.noise_variance else [*_IDENTITY]
-        if saved.get("batch_size") == self.batch_size:
-            names.append("lr_factor")  # two functions may have one name
-        now = self.to_dict()
-        return [
-            f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in names if saved.get(name) != now[name]
-        ]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the plan line by line: what, in the reference run, in this run."""
@@ -275,6 +302,7 @@ class RegimePlan:
 
         Example:
             >>> import torch
+            >>> from lightning_gap.regime import plan_regime
             >>> plan = plan_regime(reference_batch_size=8, batch_size=32, samples=64, max_epochs=2)
             >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
             >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=plan.reference_epochs)
@@ -295,104 +323,3 @@ class RegimePlan:
         for row in self.rows():
             table.add_row(*row)
         return table
-
-
-def plan_regime(
-    *,
-    reference_batch_size: int,
-    batch_size: int,
-    lr_rule: LRRule = "sqrt",
-    lr_factor: float | None = None,
-    reference_updates_per_epoch: int | None = None,
-    updates_per_epoch: int | None = None,
-    samples: int | None = None,
-    drop_last: bool = False,
-    max_epochs: int | None = None,
-    max_steps: int | None = None,
-    min_epochs: int = 0,
-    train_longer: float | None = None,
-) -> RegimePlan:
-    r"""Plan a run at one batch size that makes as many updates as the reference run at another, or a part of them.
-
-    With :math:`U_S = \lceil N/|B_S| \rceil` updates in a reference epoch and :math:`U_L` in one of this run, a
-    reference epoch takes :math:`U = U_L + \lambda (U_S - U_L)` updates, where :math:`\lambda` is ``train_longer``. The
-    reference run's E epochs are :math:`\lceil E U \rceil` updates, in :math:`\lceil E U / U_L \rceil` epochs of this
-    run; the last one may be cut short. So :math:`\lambda = 1` makes exactly the reference run's updates, and
-    :math:`\lambda = 0` its epochs. Multiplying the epochs by the ratio of the batches, as the paper writes it, is not
-    exact.
-
-    Args:
-        reference_batch_size: Samples per update of the reference run, :math:`|B_S|`.
-        batch_size: Samples per update of this run, :math:`|B_L|`; it may be the smaller one too.
-        lr_rule: The learning-rate rule, see :func:`lr_factor`.
-        lr_factor: What every learning rate is multiplied by. Default: what the rule says.
-        reference_updates_per_epoch: Updates in one epoch of the reference run, :math:`U_S`. Default: from ``samples``.
-        updates_per_epoch: Updates in one epoch of this run, :math:`U_L`. Default: from ``samples``.
-        samples: Samples in one pass over the data, N.
-        drop_last: Whether an incomplete last batch is dropped.
-        max_epochs: The reference run's epochs, E; ``None`` for no limit.
-        max_steps: The reference run's limit of updates; ``None`` for no limit.
-        min_epochs: The reference run's least number of epochs.
-        train_longer: How far to go from the reference run's epochs to its updates, :math:`\lambda` in [0, 1].
-            Default: 1, and 0 for the rules that are derived for equal samples, ``"linear"`` and ``"adam"``.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: If an epoch of either run has no update, or its length is not given, or a batch is more than the
-            samples that tell it.
-
-    References:
-        Hoffer, Hubara, Soudry 2017, "Train longer, generalize better", section 5 (regime adaptation).
-
-    Example:
-        >>> plan = plan_regime(reference_batch_size=128, batch_size=4096, samples=50_000, max_epochs=50)
-        >>> plan.updates, plan.epochs, plan.stops_within_epoch, round(plan.lr_factor, 4)
-        (19550, 1504, True, 5.6569)
-    """
-    told = updates_per_epoch is None
-    sizes = (reference_batch_size, batch_size)
-    if samples is not None:
-        there, here = (updates_in_epoch(samples, size, drop_last=drop_last) for size in sizes)
-        reference_updates_per_epoch = there if reference_updates_per_epoch is None else reference_updates_per_epoch
-        updates_per_epoch = here if updates_per_epoch is None else updates_per_epoch
-    if reference_updates_per_epoch is None or updates_per_epoch is None:
-        raise ValueError("the length of an epoch is unknown: pass samples=, or both runs' updates per epoch.")
-    if reference_updates_per_epoch < 1 or updates_per_epoch < 1:
-        raise ValueError(
-            f"an epoch has {reference_updates_per_epoch} updates at reference_batch_size={reference_batch_size} and "
-            f"{updates_per_epoch} at the batch size {batch_size}: both must be at least 1. Use a smaller batch, or "
-            "drop_last=False in the DataLoader."
-        )
-    if told and samples is not None and max(sizes) > samples:
-        name = "reference_batch_size" if reference_batch_size > samples else "batch_size"
-        raise ValueError(
-            f"{name}={max(sizes)} is more than the {samples} samples of an epoch, so no update sees as many. Use "
-            f"{samples} or less."
-        )
-    limits = [] if max_epochs is None else [max_epochs * reference_updates_per_epoch]
-    limits += [] if max_steps is None else [max_steps]
-    reference_updates = min(limits, default=None)
-    rule = rule_name(lr_rule)
-    train_longer = default_train_longer(lr_rule) if train_longer is None else float(train_longer)
-    epoch = updates_per_epoch + share_of(train_longer) * (reference_updates_per_epoch - updates_per_epoch)
-    share = epoch / reference_updates_per_epoch
-    updates = None if reference_updates is None else math.ceil(reference_updates * share)
-
-    return RegimePlan(
-        reference_batch_size=reference_batch_size,
-        batch_size=batch_size,
-        lr_rule=rule,
-        lr_factor=factor_of(lr_rule, batch_size / reference_batch_size) if lr_factor is None else lr_factor,
-        train_longer=train_longer,
-        reference_updates_per_epoch=reference_updates_per_epoch,
-        updates_per_epoch=updates_per_epoch,
-        samples=samples,
-        drop_last=drop_last,
-        reference_epochs=max_epochs,
-        epochs=None if max_epochs is None or updates is None else math.ceil(updates / updates_per_epoch),
-        min_epochs=math.floor(min_epochs * epoch / updates_per_epoch),
-        reference_updates=reference_updates,
-        updates=updates,
-    )

@@ -20,9 +20,11 @@ from lightning_gap.regime.loader import (
     pass_over_data,
     training_loader,
 )
-from lightning_gap.regime.plan import RegimePlan, plan_regime
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.planned import plan_regime
+from lightning_gap.regime.rules.auto import AUTO
+from lightning_gap.regime.rules.factor import lr_factor, rule_name
 from lightning_gap.regime.sample_noise import noise_variance
-from lightning_gap.regime.scaling import lr_factor, rule_name
 
 if TYPE_CHECKING:
     from lightning_gap.regime.callback import LargeBatchRegime
@@ -57,7 +59,8 @@ class RunPlanner:
         self.data = None if self.keeps_lengths or self.loader is None else self._measure(trainer)
         batch_size = regime.batch_size or batch_of_update(trainer, self.loader)
         ratio = batch_size / regime.reference_batch_size
-        rule, factor = rule_name(regime.lr_rule), lr_factor(regime.lr_rule, ratio)
+        auto = regime.lr_rule == AUTO  # decided once the optimizers are there
+        rule, factor = rule_name(regime.lr_rule), 1.0 if auto else lr_factor(regime.lr_rule, ratio)
         try:
             variance = noise_variance(ratio) if regime.gradient_noise else 0.0
             plan = self._planned_length(trainer, batch_size, rule, factor)
@@ -76,8 +79,12 @@ class RunPlanner:
             plan,
             clip_norm=regime.clip_norm,
             clip_updates=regime.clip_updates,
-            warmup_updates=0 if factor == 1.0 else regime.warmup_updates,
+            warmup_updates=0 if factor == 1.0 and not auto else regime.warmup_updates,
             noise_variance=variance,
+            rules=regime.rules,
+            weight_decay_rule=rule_name(regime.rules.weight_decay),
+            betas_rule=rule_name(regime.rules.betas_rule),
+            ema_rule=rule_name(regime.ema_rule),
         )
 
     def _measure(self, trainer: Trainer) -> Pass | None:
@@ -111,7 +118,7 @@ class RunPlanner:
         plan = plan_regime(
             reference_batch_size=regime.reference_batch_size,
             batch_size=batch_size,
-            lr_rule=rule,
+            lr_rule=regime.lr_rule,
             lr_factor=factor,
             updates_per_epoch=updates_in_epoch(data.batches, trainer.accumulate_grad_batches),
             samples=data.samples,

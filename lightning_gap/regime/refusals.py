@@ -146,6 +146,7 @@ def check_fit(
     _check_optimizers(fit, plan)
     if plan.lr_factor != 1.0:
         _check_hand_set_rates(fit)
+    if plan.rescaling.changes:
         refused_as(check_unscaled, fit.optimizers)
     asked = _Asked(len(fit.configs), otherwise)
     rollouts = []
@@ -174,7 +175,7 @@ def check_fit(
         refused_as(check_rates, clock, plan)
     if plan.reclocked and stretch:
         _check_hand_stepped(fit)
-    if plan.lr_factor != 1.0:
+    if plan.rescaling.changes:
         _warn_of_kept_optimizers(fit)
     if plan.reclocked and plan.stretch != 1:
         _warn_of_other_counters(fit, plan)
@@ -188,7 +189,7 @@ def _check_optimizers(fit: Fit, plan: RegimePlan) -> None:
         if not optimizer.param_groups:
             continue  # Lightning's stand-in for none
         try:
-            doubt = check_rule(optimizer, rule, plan.ratio, plan.train_longer)
+            doubt = check_rule(optimizer, rule, plan.ratio, plan.train_longer, plan.rules)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
         if doubt is not None:

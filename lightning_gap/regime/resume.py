@@ -8,13 +8,38 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_gap.regime.clock import Fate
 from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.refusals import refused_as
 from lightning_gap.regime.schedules import scale
 
 if TYPE_CHECKING:
     from lightning_gap.regime.run import RegimeRun
     from lightning_gap.regime.takeover import Taken
 
-__all__ = ["state_of", "take_up"]
+__all__ = ["disagreements", "state_of", "take_up"]
+
+# What must agree between a checkpoint's plan and the plan of the run that resumes from it; with what plans of before
+# there was such a rule did.
+_IDENTITY = ("reference_batch_size", "lr_rule", "train_longer", "reference_updates_per_epoch", "noise_variance")
+_RULES = {"weight_decay_rule": "none", "betas_rule": "none", "ema_rule": "none"}
+
+
+def disagreements(plan: RegimePlan, saved: dict[str, Any]) -> list[str]:
+    """Return how a saved plan differs from one in what a resumed run cannot change.
+
+    The batch may change where the updates do not depend on it; at one batch the factor stays.
+
+    Args:
+        plan: The plan of this run.
+        saved: What :meth:`RegimePlan.to_dict` returned when the checkpoint was written.
+    """
+    names = [*_IDENTITY, *_RULES]
+    names += ["batch_size"] if plan.train_longer not in (0, 1) or plan.noise_variance else []
+    if saved.get("batch_size") == plan.batch_size and plan.decided:
+        names.append("lr_factor")  # two functions may have one name
+    now = plan.to_dict()
+    older = _RULES | ({"betas_rule": "sde"} if saved.get("lr_rule") == "adam" else {})
+    before = older | saved
+    return [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in names if before.get(name) != now[name]]
 
 
 def state_of(run: "RegimeRun") -> dict[str, Any]:
@@ -43,6 +68,11 @@ def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str,
         taken.noise.seed, taken.noise.draws = saved["noise"]
     before = saved["plan"]
     if before["batch_size"] == plan.batch_size:
+        if before["lr_factor"] != plan.lr_factor:  # decided only now
+            raise MisconfigurationException(
+                f'lr_rule="{plan.lr_rule}" multiplied the learning rate by {before["lr_factor"]:g} when the checkpoint '
+                f"was written, and would by {plan.lr_factor:g} now. Resume with the noise_scale and the length of then."
+            )
         return False
     full = before["updates_per_epoch"]
     if full and (trainer.global_step - saved["epoch_start"]) % full:
@@ -61,12 +91,11 @@ def take_up(trainer: Trainer, plan: RegimePlan, taken: "Taken", saved: dict[str,
             "A scheduler of updates, at train_longer=False, cannot go on at another batch: its updates behind it "
             "were of other lengths. Go on at the batch of the checkpoint, or step it by epochs."
         )
-    correction = plan.lr_factor / before["lr_factor"]
-    moment_ratio = plan.ratio / before["ratio"] if plan.scales_moments else 1.0
+    rescaling = refused_as(plan.rescaling_after, before)
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    scale(trainer.optimizers, schedulers, correction, moment_ratio)
+    scale(trainer.optimizers, schedulers, rescaling, defaults=False)  # which no checkpoint holds
     rank_zero_info(
         f"LargeBatchRegime goes on at the batch {plan.batch_size} from {before['batch_size']}: learning rates "
-        f"times {correction:.4g}."
+        f"times {rescaling.lr_factor:.4g}."
     )
     return True

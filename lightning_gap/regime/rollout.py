@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.regime.clock import ReferenceClock
+from lightning_gap.regime.rules.hyperparameters import Rescaling
 from lightning_gap.regime.scaling import scale_optimizer
 from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
 
@@ -75,8 +76,9 @@ def follows_its_factor(clock: ReferenceClock, factor: float) -> bool | None:
     own, other = _copied(clock), _copied(clock)
     if own is None or other is None:
         return None
-    scale_optimizer(other.scheduler.optimizer, factor)
-    scale_scheduler(other.scheduler, factor)
+    rescaling = Rescaling(lr_factor=factor)
+    scale_optimizer(other.scheduler.optimizer, rescaling)
+    scale_scheduler(other.scheduler, rescaling)
     highest = 0.0
     try:
         for plain, scaled in zip(_rates(own), _rates(other), strict=True):

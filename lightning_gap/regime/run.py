@@ -13,18 +13,20 @@ from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.clock import RegimeClock
 from lightning_gap.regime.counters import ValidationClock
 from lightning_gap.regime.fit import Fit
+from lightning_gap.regime.group_changes import change_of_groups, decided, groups_of
 from lightning_gap.regime.lengths import curve
 from lightning_gap.regime.limits import RunLimits
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.planning import RunPlanner
 from lightning_gap.regime.refusals import check_fit, refused_as
-from lightning_gap.regime.resume import take_up
+from lightning_gap.regime.resume import disagreements, take_up
 from lightning_gap.regime.sample_noise import output_module
 from lightning_gap.regime.scaling import Rate
 from lightning_gap.regime.schedules import scale
 from lightning_gap.regime.takeover import ReferencePlateaus, Taken, stepping_of, take_schedulers
 from lightning_gap.regime.warmup import Warmup
+from lightning_gap.regime.weight_averages import averages_of
 
 if TYPE_CHECKING:
     from lightning_gap.regime.callback import LargeBatchRegime
@@ -145,6 +147,7 @@ class RegimeRun:
             )
             plan = plan.with_found_rate()
         fit = Fit.of(trainer, pl_module)
+        plan, groups = decided(plan, fit.optimizers, self.regime.noise_scale), groups_of(fit.optimizers)
         stepping = stepping_of(pl_module, reference)
         rollouts = check_fit(
             fit,
@@ -154,6 +157,8 @@ class RegimeRun:
             batches=self.planner.batches,
             otherwise=self.planner.otherwise(self._answers, pl_module),
         )
+        rows = refused_as(change_of_groups, plan, groups)
+        averages = refused_as(averages_of, fit.callbacks, plan, self.regime.ema_rule)
         validations = refused_as(ValidationClock.of, trainer, fit, plan)
         noise = self.regime.gradient_noise
         weighted = refused_as(output_module, pl_module, noise) if plan.noise_variance else None
@@ -163,11 +168,11 @@ class RegimeRun:
         if self._read:
             self.limits.lift_epochs(trainer)
         before = fit.rates
-        scale(fit.optimizers, fit.schedulers, plan.lr_factor, plan.moment_ratio)
+        scale(fit.optimizers, fit.schedulers, plan.rescaling)
         clocks, fates = take_schedulers(fit, plan, self.plateaus, stepping, stretch=stretch)
         warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in fit.optimizers]
-        groups = [len(optimizer.param_groups) for optimizer in fit.optimizers]
-        self.taken = Taken(RegimeClock(plan, clocks, warmups), validations, groups)
+        counts = [len(optimizer.param_groups) for optimizer in fit.optimizers]
+        self.taken = Taken(RegimeClock(plan, clocks, warmups), validations, counts, averages=averages)
         if weighted is not None:
             self.taken.weigh_samples(trainer, weighted, plan.noise_variance)
         self.plan = replace(
@@ -176,6 +181,7 @@ class RegimeRun:
             schedulers=fates,
             companions=self.taken.take_counters(trainer, fit, plan),
             curve=curve(plan, before[0], rollouts) if before else (),
+            hyperparameters=(*rows, *(average.take() for average in averages)),
         )
         self.phase = Phase.TAKEN_OVER
 
@@ -215,7 +221,7 @@ class RegimeRun:
         """Look at the checkpoint that is about to be restored."""
         if self.plan is None:
             self._early = callbacks
-        elif (self.plan.lr_factor != 1.0 or self.plan.reclocked) and self.regime.state_key not in callbacks:
+        elif self.plan.changes and self.regime.state_key not in callbacks:
             raise MisconfigurationException(
                 "The checkpoint was written without LargeBatchRegime, so its learning rates and schedulers are not "
                 "scaled and would be restored over the scaled ones. Resume without the callback, or start a new run "
@@ -230,7 +236,7 @@ class RegimeRun:
         if self.plan is None:
             return
         self.plan = self.plan.with_rate_of(state["plan"])
-        if differences := self.plan.disagreements(state["plan"]):
+        if differences := disagreements(self.plan, state["plan"]):
             raise MisconfigurationException(
                 f"The checkpoint is of another regime: {'; '.join(differences)}. Resume with the same LargeBatchRegime "
                 "arguments and data, or start a new run from its weights."

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from lightning_gap.regime.scaling import remembered, scale_optimizer, scaled
+from lightning_gap.regime.rules.hyperparameters import Rescaling
+from lightning_gap.regime.scaling import scale_optimizer, scaled
 from lightning_gap.trainer.internals.of_torch import SCHEDULER_MILESTONES, SCHEDULER_RATES, parts_of_scheduler
 
 __all__ = ["check_unscaled", "horizons", "is_of_torch", "scale", "scale_scheduler"]
@@ -71,32 +72,33 @@ def is_of_torch(scheduler: Any) -> bool:
     return type(scheduler).__module__.startswith("torch.optim.")
 
 
-def scale_scheduler(scheduler: Any, factor: float, moment_ratio: float = 1.0) -> None:
+def scale_scheduler(scheduler: Any, rescaling: Rescaling) -> None:
     """Multiply every learning rate that a scheduler holds, in place, in its parts too.
 
     Together with :func:`~lightning_gap.regime.scaling.scale_optimizer` this multiplies the whole remaining schedule by
     the factor. Of other schedulers than torch's, learning rates are known by their names; whether these were all, only
     a roll-out shows. The ends between which a scheduler moves Adam's first beta follow the moments: what becomes of
-    these is affine, so all values in between follow too.
+    these under a rule by name is affine, so all values in between follow too.
 
     Example:
         >>> import torch
         >>> adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
         >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10, eta_min=0.25)
-        >>> scale_scheduler(cosine, 4.0)
+        >>> scale_scheduler(cosine, Rescaling(lr_factor=4.0))
         >>> cosine.base_lrs, cosine.eta_min
         ([4.0], 1.0)
         >>> cyclic = torch.optim.lr_scheduler.CyclicLR(adam, 0.1, 0.2, base_momentum=0.9, max_momentum=0.95)
-        >>> scale_scheduler(cyclic, 1.0, 2.0)
+        >>> scale_scheduler(cyclic, Rescaling(ratio=2.0, betas="sde"))
         >>> round(cyclic.base_momentums[0], 6), round(cyclic.max_momentums[0], 6)
         (0.8, 0.9)
     """
+    factor = rescaling.lr_factor
     for part in flattened(scheduler):
         for name in _rate_attributes(part) if factor != 1.0 else ():
             setattr(part, name, scaled(getattr(part, name), factor))
-        for name in _MOMENTUM_ATTRIBUTES if moment_ratio != 1.0 else ():
+        for name in _MOMENTUM_ATTRIBUTES if rescaling.betas != "none" else ():
             if hasattr(part, name):
-                setattr(part, name, remembered(getattr(part, name), moment_ratio))
+                setattr(part, name, rescaling.end(part.optimizer, getattr(part, name)))
         if isinstance(part, ReduceLROnPlateau):
             part.eps *= factor  # the least decay of the learning rate that counts
 
@@ -110,14 +112,16 @@ def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
         )
 
 
-def scale(optimizers: Sequence[Optimizer], schedulers: Iterable[Any], factor: float, moment_ratio: float) -> None:
-    """Multiply every learning rate of optimizers and schedulers, in place, and follow with Adam's moments."""
-    if factor != 1.0:
-        _scaled.update(optimizers)
+def scale(
+    optimizers: Sequence[Optimizer], schedulers: Iterable[Any], rescaling: Rescaling, *, defaults: bool = True
+) -> None:
+    """Change every hyperparameter of optimizers and schedulers by rules, in place; ``defaults``: for new groups too."""
     for optimizer in optimizers:
-        scale_optimizer(optimizer, factor, moment_ratio)
+        if any(rescaling.at(optimizer, group) for group in optimizer.param_groups):
+            _scaled.add(optimizer)
+        scale_optimizer(optimizer, rescaling, defaults=defaults)
     for scheduler in schedulers:
-        scale_scheduler(scheduler, factor, moment_ratio)
+        scale_scheduler(scheduler, rescaling)
 
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:

@@ -20,6 +20,7 @@ from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.sample_noise import SampleNoise
 from lightning_gap.regime.warmup import Warmup
+from lightning_gap.regime.weight_averages import WeightsAverage
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
 
 __all__ = ["ReferencePlateaus", "Taken", "stepping_of", "take_schedulers"]
@@ -34,6 +35,7 @@ class Taken:
     groups: list[int]  # how many each optimizer has
     counters: list[EpochCounter] = field(default_factory=list)
     noise: SampleNoise | None = None
+    averages: list[WeightsAverage] = field(default_factory=list)
 
     def weigh_samples(self, trainer: Trainer, module: nn.Module, variance: float) -> None:
         """Weight the samples at random from now on. Collective."""
@@ -86,6 +88,8 @@ class Taken:
             warmup.remove()
         if self.noise is not None:
             self.noise.remove()
+        for average in self.averages:
+            average.give_back()
 
 
 class ReferencePlateaus:

@@ -22,6 +22,9 @@ def table_rows(plan: "RegimePlan") -> list[tuple[str, str, str]]:
     for index, (reference, now) in enumerate(plan.learning_rates):
         label = f"learning rate, group {index} ({plan.rule_told}, x{plan.lr_factor:.4g})"
         rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
+    if plan.why:
+        rows.append((f'lr_rule="{plan.lr_rule}"', "", plan.why))
+    rows += plan.hyperparameters
     rows += [
         (f"learning rate, {share} % of the way", f"update {then}: {rate:.4g}", f"update {update}: {now:.4g}")
         for share, (then, rate, update, now) in zip((0, 25, 50, 75, 100), plan.curve, strict=False)

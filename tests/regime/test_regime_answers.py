@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gap.regime import LargeBatchRegime
 from lightning_gap.regime.clock import ReferenceClock
-from lightning_gap.regime.plan import RegimePlan, plan_regime
+from lightning_gap.regime.plan import RegimePlan
+from lightning_gap.regime.planned import plan_regime
 from lightning_gap.regime.rollout import follows_its_factor, hidden_lengths, roll_out, turns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*has .__len__. defined.*")

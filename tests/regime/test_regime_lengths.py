@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler as schedulers
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.loader import Pass
-from lightning_gap.regime.plan import plan_regime
+from lightning_gap.regime.planned import plan_regime
 
 REFERENCE = 16
 

@@ -8,6 +8,7 @@ from regime_runs import trainer_of
 from lightning_gap.regime import plan_regime
 from lightning_gap.regime.clock import Fate, SchedulerFate
 from lightning_gap.regime.limits import Limits, RunLimits
+from lightning_gap.regime.resume import disagreements
 from lightning_gap.regime.scaling import Rate
 
 PLAN = plan_regime(reference_batch_size=4, batch_size=12, samples=60, max_epochs=6)
@@ -58,5 +59,5 @@ def test_a_rate_that_was_found_is_a_word_in_checkpoints_of_any_age():
     assert (found.rate, found.lr_rule, found.lr_factor, found.moment_ratio) == (Rate.FOUND, "sqrt", 1.0, 1.0)
     assert PLAN.with_rate_of(saved) == found
     assert PLAN.with_rate_of(PLAN.to_dict()) is PLAN
-    assert found.disagreements(saved) == []
-    assert PLAN.disagreements(saved)[0] == "lr_rule was 'found' and is 'sqrt'"
+    assert disagreements(found, saved) == []
+    assert disagreements(PLAN, saved)[0] == "lr_rule was 'found' and is 'sqrt'"

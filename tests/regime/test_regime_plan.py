@@ -13,6 +13,8 @@ from torch.optim import SGD, lr_scheduler
 
 from lightning_gap.regime import LR_RULES, RegimePlan, lr_factor, plan_regime
 from lightning_gap.regime.clock import ReferenceClock, updates_in_epoch
+from lightning_gap.regime.resume import disagreements
+from lightning_gap.regime.rules.hyperparameters import Rescaling
 from lightning_gap.regime.scaling import rule_name, scale_optimizer
 from lightning_gap.regime.schedules import horizons, scale_scheduler
 
@@ -53,8 +55,8 @@ def one_cycle():
 def test_every_learning_rate_is_scaled_once_and_tensors_are_not_shared():
     optimizer, scheduler = one_cycle()
     before = [dict(group) for group in optimizer.param_groups]
-    scale_optimizer(optimizer, 3.0)
-    scale_scheduler(scheduler, 3.0)
+    scale_optimizer(optimizer, Rescaling(lr_factor=3.0))
+    scale_scheduler(scheduler, Rescaling(lr_factor=3.0))
     for group, old in zip(optimizer.param_groups, before, strict=True):
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             assert float(group[key]) == pytest.approx(3 * float(old[key]))
@@ -67,7 +69,7 @@ def test_every_learning_rate_is_scaled_once_and_tensors_are_not_shared():
 
 def test_a_group_added_later_starts_from_the_scaled_rate():
     optimizer = SGD([torch.zeros(1)], lr=0.1)
-    scale_optimizer(optimizer, 4.0)
+    scale_optimizer(optimizer, Rescaling(lr_factor=4.0))
     optimizer.add_param_group({"params": [torch.zeros(1)]})
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.4)
 
@@ -75,7 +77,7 @@ def test_a_group_added_later_starts_from_the_scaled_rate():
 def test_a_plateau_is_homogeneous_in_its_rates():
     optimizer = SGD([torch.zeros(1)], lr=0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=0.02, eps=1e-3)
-    scale_scheduler(scheduler, 4.0)
+    scale_scheduler(scheduler, Rescaling(lr_factor=4.0))
     assert (scheduler.min_lrs, scheduler.default_min_lr, scheduler.eps) == ([0.08], 0.08, 4e-3)
 
 
@@ -164,15 +166,15 @@ def test_a_limit_of_updates_is_kept():
 
 def test_a_plan_is_plain_python_and_compares_with_its_checkpoint():
     plan = plan_of(60, 4, 30, 6)
-    assert plan.disagreements(plan.to_dict()) == []
-    assert plan_of(60, 4, 30, 99).disagreements(plan.to_dict()) == []
-    assert plan_of(60, 4, 20, 6).disagreements(plan.to_dict()) == []  # may go on at another batch
+    assert disagreements(plan, plan.to_dict()) == []
+    assert disagreements(plan_of(60, 4, 30, 99), plan.to_dict()) == []
+    assert disagreements(plan_of(60, 4, 20, 6), plan.to_dict()) == []  # may go on at another batch
     part = plan_of(60, 4, 30, 6, train_longer=0.5)
-    assert plan_of(60, 4, 20, 6, train_longer=0.5).disagreements(part.to_dict()) == ["batch_size was 30 and is 20"]
-    assert plan_of(120, 4, 30, 6).disagreements(plan.to_dict()) == ["reference_updates_per_epoch was 15 and is 30"]
+    assert disagreements(plan_of(60, 4, 20, 6, train_longer=0.5), part.to_dict()) == ["batch_size was 30 and is 20"]
+    assert disagreements(plan_of(120, 4, 30, 6), plan.to_dict()) == ["reference_updates_per_epoch was 15 and is 30"]
     other = {**plan.to_dict(), "lr_factor": 1.5}
-    assert plan.disagreements(other) == [f"lr_factor was 1.5 and is {plan.lr_factor!r}"]
-    assert plan.disagreements({})[0] == "reference_batch_size was None and is 4"
+    assert disagreements(plan, other) == [f"lr_factor was 1.5 and is {plan.lr_factor!r}"]
+    assert disagreements(plan, {})[0] == "reference_batch_size was None and is 4"
     file = io.BytesIO()
     torch.save(plan.to_dict(), file)
     file.seek(0)

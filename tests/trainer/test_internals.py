@@ -9,10 +9,18 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.optim import swa_utils
 from torchmetrics import MeanMetric
 
 from lightning_gap.trainer.internals import of_lightning as lightning
@@ -428,3 +436,35 @@ def test_a_workspace_tells_what_it_sends():
     workspaces = pytest.importorskip("wandb_workspaces.workspaces")
     model = others.workspace_model(workspaces.Workspace(entity="a", project="b", name="c", sections=[]))
     assert '"c"' in model.model_dump_json(by_alias=True)
+
+
+@pytest.mark.parametrize(
+    "make", [{"avg_fn": swa_utils.get_ema_avg_fn}, {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn}]
+)
+def test_an_average_tells_its_decay_and_takes_another(make):
+    ((name, function),) = make.items()
+    model = nn.Linear(1, 1, bias=False)
+    average = swa_utils.AveragedModel(model, **{name: function(decay=0.75)})
+    assert internals.ema_decay(average) == 0.75
+    internals.set_ema_decay(average, 0.5)
+    assert internals.ema_decay(average) == 0.5
+    for value in (1.0, 3.0):
+        model.weight.data.fill_(value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == 2.0
+
+
+def test_another_average_has_no_decay():
+    assert internals.ema_decay(swa_utils.AveragedModel(nn.Linear(1, 1))) is None
+    given = swa_utils.AveragedModel(nn.Linear(1, 1), avg_fn=lambda old, new, count: new)
+    assert internals.ema_decay(given) is None
+
+
+def test_a_callback_keeps_its_average():
+    found = answers(
+        "on_train_start",
+        lambda trainer, _: [lightning.averaged_model(each) for each in trainer.callbacks],
+        [EMAWeightAveraging(decay=0.75)],
+    )
+    kept = [each for each in found[0] if each is not None]
+    assert [internals.ema_decay(each) for each in kept] == [0.75]

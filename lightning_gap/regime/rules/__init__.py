@@ -1,15 +1,22 @@
-"""How the learning rate follows the batch size: a rule a file, in a table by name. None of these imports torch."""
+"""How hyperparameters follow the batch size: a rule a file, in tables by name. None of these imports torch."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-from lightning_gap.regime.rules.adam import Adam
 from lightning_gap.regime.rules.base import Rule
-from lightning_gap.regime.rules.linear import Linear
-from lightning_gap.regime.rules.none import Unscaled
-from lightning_gap.regime.rules.sqrt import Sqrt
+from lightning_gap.regime.rules.factor import RULES, LRRule, lr_factor
+from lightning_gap.regime.rules.hyperparameters import OptimizerRules
+from lightning_gap.regime.rules.memory import batchnorm_momentum, ema_momentum
+from lightning_gap.regime.rules.optimizers import OPTIMIZERS, OptimizerKind
 
-__all__ = ["RULES", "RULE_NAMES", "Rule"]
+__all__ = [
+    "OPTIMIZERS",
+    "RULES",
+    "RULE_NAMES",
+    "LRRule",
+    "OptimizerKind",
+    "OptimizerRules",
+    "Rule",
+    "batchnorm_momentum",
+    "ema_momentum",
+    "lr_factor",
+]
 
-RULES: Mapping[str, Rule] = MappingProxyType({rule.name: rule for rule in (Sqrt(), Linear(), Adam(), Unscaled())})
 RULE_NAMES = tuple(RULES)

@@ -11,7 +11,6 @@ class Adam(Rule):
     """Malladi et al. 2022."""
 
     name = "adam"
-    optimizers = ("Adam", "AdamW", "RMSprop")
     equal_samples = moments = True
 
     def factor(self, ratio: float) -> float:

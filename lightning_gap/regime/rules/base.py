@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, ClassVar
 
+from lightning_gap.regime.rules.memory import MOST_FORGOTTEN, check_remembered
+from lightning_gap.regime.rules.optimizers import OPTIMIZERS
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["MOMENT_KEYS", "MOST_FORGOTTEN", "Rule"]
 
-# Malladi et al. 2022 derive their rule for 1 - beta small after it is scaled.
-MOST_FORGOTTEN = 0.5
 # The shares of the past that moments keep: Adam's, RMSprop's, and the ends between which a scheduler moves the first of
 # Adam's.
 MOMENT_KEYS = ("betas", "alpha", "max_momentum", "base_momentum")
@@ -18,12 +19,19 @@ class Rule:
     """How the learning rate follows the batch."""
 
     name: ClassVar[str]
-    # The optimizers that it is derived for, by the names of their classes, since most are other libraries'.
-    optimizers: ClassVar[tuple[str, ...]] = ()
     # Whether it keeps the learning rate times the samples, so that a run makes fewer updates, on the same samples.
     equal_samples: ClassVar[bool] = False
     moments: ClassVar[bool] = False  # whether the optimizer's moments and eps are scaled too
-    also: ClassVar[str] = ""  # what it takes beside its optimizers, for the message of doubt
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers that it is derived for, by the names of their classes."""
+        return tuple(name for name, kind in OPTIMIZERS.items() if self.name in kind.lr_rules)
+
+    @property
+    def also(self) -> str:
+        """What it takes beside its optimizers, for the message of doubt."""
+        return ""
 
     def factor(self, ratio: float) -> float:
         """Return what the learning rate is multiplied by."""
@@ -36,19 +44,19 @@ class Rule:
         """
         if not self.moments:
             return
-        for key, value in ((key, group.get(key, ())) for group in optimizer.param_groups for key in MOMENT_KEYS):
-            for beta in map(float, value if isinstance(value, tuple) else (value,)):
-                if ratio * (1 - beta) >= MOST_FORGOTTEN:
-                    raise ValueError(
-                        f'lr_rule="{self.name}" at the ratio {ratio:g} would turn {key}={beta:g} into '
-                        f"{1 - ratio * (1 - beta):.3g}; it holds for ratio * (1 - beta) < {MOST_FORGOTTEN}. "
-                        'Use a smaller batch, or lr_rule="sqrt", which scales the learning rate alone.'
-                    )
+        for group in optimizer.param_groups:
+            for key in MOMENT_KEYS:
+                check_remembered(key, group.get(key, ()), ratio, f'lr_rule="{self.name}"')
 
-    def doubt(self, optimizer: "Optimizer", train_longer: float) -> str | None:
-        """Return what is doubtful about an optimizer that it is not derived for, or refuse it by a ``ValueError``."""
+    def doubt(
+        self, optimizer: "Optimizer", train_longer: float, *, told: tuple[bool, bool] = (False, False)
+    ) -> str | None:
+        """Return what is doubtful about an optimizer that it is not derived for, or refuse it by a ``ValueError``.
+
+        ``told`` is whether weight decay, and the betas, have rules of their own.
+        """
         raise ValueError(
             f'lr_rule="{self.name}" is a rule for {", ".join(self.optimizers)}{self.also}, and the optimizer is '
             f'{type(optimizer).__name__}. Pass lr_rule="none", which leaves its learning rate as it is, or a callable '
-            "ratio -> factor to decide the factor yourself."
+            "ratio -> factor to decide the factor yourself; or add a line for it to lightning_gap.regime.OPTIMIZERS."
         )

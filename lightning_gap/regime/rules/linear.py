@@ -9,7 +9,6 @@ class Linear(Rule):
     """Goyal et al. 2017; LARS: You et al. 2017."""
 
     name = "linear"
-    optimizers = ("SGD", "SGDW", "SGDP", "Lars", "LARS")
     equal_samples = True
 
     def factor(self, ratio: float) -> float:

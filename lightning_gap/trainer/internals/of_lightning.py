@@ -7,6 +7,7 @@ from lightning_gap.trainer.internals.guard import private, set_private
 
 __all__ = [
     "INSTANTIATOR",
+    "averaged_model",
     "batches_that_stepped",
     "checkpoint_epochs",
     "count_batches",
@@ -90,6 +91,11 @@ def is_compiled_by_lightning(module: Any) -> bool:
 def trainer_if_any(module: Any) -> Any:
     """Return a module's trainer, or ``None``: ``module.trainer`` raises where there is none."""
     return getattr(module, "_trainer", None)
+
+
+def averaged_model(callback: Any) -> Any:
+    """Return the average that a ``WeightAveraging`` keeps while it fits; ``None`` of any other callback."""
+    return getattr(callback, "_average_model", None)
 
 
 def checkpoint_epochs(callback: Any) -> tuple[int, bool]:

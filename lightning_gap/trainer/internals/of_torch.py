@@ -1,11 +1,13 @@
 """Private names of torch, a function each, and the operators of ATen whose semantics are assumed."""
 
+import inspect
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
 from lightning_gap.trainer.internals.guard import PrivateNameGoneError, bound, private
 
@@ -26,6 +28,7 @@ __all__ = [
     "assert_async",
     "check_input_dim",
     "distances_backward",
+    "ema_decay",
     "group_timeout",
     "is_batched",
     "is_compiled",
@@ -34,6 +37,7 @@ __all__ = [
     "native_batch_norm_backward",
     "native_batch_norm_out",
     "parts_of_scheduler",
+    "set_ema_decay",
     "squared_differences_backward_out",
     "squared_differences_out",
     "transforms_run",
@@ -128,3 +132,24 @@ def loss_scale_without_waiting(scaler: Any) -> Tensor | None:
 def unscales_in_step(optimizer: Any) -> bool:
     """Return whether an optimizer, a fused one, takes the loss scale off its gradients inside its step."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+# Where an ``AveragedModel`` keeps how it averages, and what torch itself makes of a decay for that.
+_AVERAGES: dict[str, Any] = {"avg_fn": get_ema_avg_fn, "multi_avg_fn": get_ema_multi_avg_fn}
+
+
+def ema_decay(model: Any) -> float | None:
+    """Return the decay of an ``AveragedModel`` that averages by torch's moving average; else ``None``."""
+    for name in _AVERAGES:
+        function = getattr(model, name, None)
+        if callable(function) and function.__module__ == get_ema_avg_fn.__module__:
+            decay = inspect.getclosurevars(inspect.unwrap(function)).nonlocals.get("decay")
+            return None if decay is None else float(decay)
+    return None
+
+
+def set_ema_decay(model: Any, decay: float) -> None:
+    """Let an ``AveragedModel`` average by torch's moving average of another decay."""
+    for name, make in _AVERAGES.items():
+        if getattr(model, name, None) is not None:
+            setattr(model, name, make(decay))
