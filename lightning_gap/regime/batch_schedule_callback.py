@@ -1,6 +1,7 @@
 """The callback that trains at a batch which changes with the samples seen."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +24,11 @@ from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
-from lightning_gap.regime.scaling import LR_RULES, LRRule, check_rule, lr_factor, rule_name, scaled
+from lightning_gap.regime.rules.auto import AUTO, rules_for
+from lightning_gap.regime.rules.factor import LRRule, rule_name
+from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, WeightDecayRule
+from lightning_gap.regime.rules.optimizers import kind_of
+from lightning_gap.regime.scaling import check_rule
 from lightning_gap.trainer.internals.of_lightning import ends_tuning, updates_logs
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import leaves_updates_to_torch, require_lightning, strategy_name
@@ -63,7 +68,11 @@ class BatchSizeSchedule(Callback):
             default: the samples of an epoch.
         max_device_batch_size: The samples that a device can hold in one pass; more are accumulated. Default: any.
         lr_rule: How the learning rate follows the batch, as in :class:`LargeBatchRegime`: ``"sqrt"``, ``"linear"``,
-            ``"none"``, or a callable from the ratio to the factor.
+            ``"none"``, or a callable from the ratio to the factor. ``"auto"``: what is derived for equal samples,
+            ``"linear"`` for SGD and LARS, ``"sqrt"`` for Adam, LAMB and their kin.
+        weight_decay_rule: How weight decay follows it, as in :class:`OptimizerRules`. Default: ``"none"``, and with
+            ``"auto"`` ``"timescale"``.
+        betas_rule: How betas follow it. Default: ``"none"``, and with ``"auto"`` ``"half_life"``.
         multiple_of: Batches that are real numbers are rounded to multiples of this. Default: an eighth of :math:`B_0`.
         by: ``"loader"``, ``"accumulation"``, or ``"auto"``: the loader where it can be.
 
@@ -101,7 +110,9 @@ class BatchSizeSchedule(Callback):
         reference_batch_size: int | None = None,
         max_batch_size: int | None = None,
         max_device_batch_size: int | None = None,
-        lr_rule: LRRule = "sqrt",
+        lr_rule: LRRule = AUTO,
+        weight_decay_rule: WeightDecayRule | None = None,
+        betas_rule: BetasRule | None = None,
         multiple_of: int | None = None,
         by: Literal["auto", "loader", "accumulation"] = "auto",
     ) -> None:
@@ -119,10 +130,12 @@ class BatchSizeSchedule(Callback):
                 f"schedule={self.schedule.name!r} follows what training measures and needs a max_batch_size, the "
                 "largest batch over all devices that it may grow to."
             )
-        if not callable(lr_rule) and lr_rule not in LR_RULES:
-            lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
-        if lr_rule == "adam":
-            raise ValueError('lr_rule="adam" scales moments too, for one ratio: pass "sqrt" with a changing batch.')
+        if lr_rule == "adam" or betas_rule == "sde":
+            raise ValueError(
+                'lr_rule="adam" and betas_rule="sde" end at a ratio of a few: pass lr_rule="sqrt" with '
+                'betas_rule="half_life", which are for any.'
+            )
+        self._rules = rules_for(lr_rule, weight_decay_rule, betas_rule)  # raises, naming the rules there are
         check_choice("by", by, ("auto", "loader", "accumulation"))
         self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
         self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule
@@ -174,19 +187,31 @@ class BatchSizeSchedule(Callback):
         run = self._run
         if run is None:
             return
+        rules = self._rules_of(trainer.optimizers)
         for optimizer in trainer.optimizers:
             try:
-                doubt = check_rule(optimizer, rule_name(self.lr_rule), 2.0, 0.0)
+                check_rule(optimizer, rule_name(rules.lr), 2.0, 0.0)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
-            del doubt  # of moments that stay: the batch changes while they last
-        rolled = run.take_over(self._scaled)
-        report(run, rolled)
 
-    def _scaled(self, optimizer: Optimizer, group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
-        if group.get("lr") is None:
-            return {}
-        return {"lr": scaled(group["lr"], lr_factor(self.lr_rule, ratio))}
+        def scaled_at(optimizer: Optimizer, group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+            return rules.at(type(optimizer), group, ratio, equal_samples=True)
+
+        report(run, run.take_over(scaled_at), rules)
+
+    def _rules_of(self, optimizers: Sequence[Optimizer]) -> OptimizerRules:
+        """Return the rules of a run, the learning rate's chosen by its optimizer where it is to be."""
+        if self.lr_rule != AUTO:
+            return self._rules
+        kinds = [kind for kind in map(kind_of, optimizers) if kind is not None]
+        rules = {"linear" if "linear" in kind.lr_rules else "sqrt" for kind in kinds}
+        if len(rules) != 1 or len(kinds) < len(optimizers):
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            raise MisconfigurationException(
+                f'BatchSizeSchedule: lr_rule="auto" knows no rule for {names or "no optimizer"}. Pass lr_rule="sqrt", '
+                '"linear", "none" or a callable, or add a line to lightning_gap.regime.OPTIMIZERS.'
+            )
+        return replace(self._rules, lr=rules.pop())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,8 @@ from rich.table import Table
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.callback import PREFIX
 from lightning_gap.regime.reference_schedulers import RolledOut
-from lightning_gap.regime.scaling import lr_factor, rule_name
+from lightning_gap.regime.rules.factor import lr_factor, rule_name
+from lightning_gap.regime.rules.hyperparameters import OptimizerRules
 from lightning_gap.trainer.loggers import log_facts, log_table
 from lightning_gap.trainer.terminal import say
 
@@ -31,9 +32,9 @@ def forecast(run: ScheduledRun) -> list[tuple[int, int]] | None:
 
 
 @rank_zero_only
-def report(run: ScheduledRun, rolled: list[RolledOut]) -> None:
+def report(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> None:
     """Print what the schedule will do, and log it."""
-    rows, facts = _rows(run, rolled)
+    rows, facts = _rows(run, rolled, rules)
     table = Table(title="Batch-size schedule")
     for name in COLUMNS:
         table.add_column(name)
@@ -44,10 +45,13 @@ def report(run: ScheduledRun, rolled: list[RolledOut]) -> None:
     log_table(run.trainer.loggers, f"{PREFIX}batch_schedule", COLUMNS, rows)
 
 
-def _rows(run: ScheduledRun, rolled: list[RolledOut]) -> tuple[list[tuple[str, str, str]], Any]:
-    base, rule = run.plan.clock.batch_size, rule_name(run.owner.lr_rule)
+def _rows(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> tuple[list[tuple[str, str, str]], Any]:
+    base, rule = run.plan.clock.batch_size, rule_name(rules.lr)
     way = "the loader's batches" if run.plan.by_loader else "accumulation of the loader's batches"
     rows = [("batch", str(base), run.schedule.name), ("by", "", way), ("learning rate", "1", f"{rule} of the ratio")]
+    for name, kept in (("weight decay", rules.weight_decay), ("betas", rules.betas_rule)):
+        if kept != "none":
+            rows.append((name, "1", rule_name(kept)))
     facts: dict[str, Any] = {
         "batch_schedule": run.schedule.name, "reference_batch_size": base, "lr_rule": rule,
         "max_batch_size": run.owner.max_batch_size, "max_device_batch_size": run.owner.max_device_batch_size,
@@ -72,7 +76,7 @@ def _rows(run: ScheduledRun, rolled: list[RolledOut]) -> tuple[list[tuple[str, s
     last = updates[-1][0]
     points = [bisect_right(updates, (last * at // (_POINTS - 1), math.inf)) - 1 for at in range(_POINTS)]
     for samples, batch in (updates[at] for at in dict.fromkeys(points)):
-        factor = lr_factor(run.owner.lr_rule, batch / base)
+        factor = lr_factor(rules.lr, batch / base)
         rate = _rate(run, rolled, samples)
         there = "" if rate is None else f"{rate:.4g}"
         here = f"batch {batch}, rate {f'x{factor:.4g}' if rate is None else f'{rate * factor:.4g}'}"

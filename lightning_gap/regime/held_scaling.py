@@ -67,7 +67,8 @@ class HeldScaling:
         self.ratio = ratio
         for optimizer, group in self._groups():
             reference = self._reference.setdefault(id(group), _values(group))
-            values = {} if ratio == 1.0 else self._scaled_at(optimizer, {**group, **reference}, ratio)
+            told = {} if ratio == 1.0 else self._scaled_at(optimizer, {**group, **reference}, ratio)
+            values = {key: value for key, value in told.items() if key in _KEYS}  # the others are the scheduler's
             self._values[id(group)] = {key: _kept(value) for key, value in values.items()}
             for key, value in values.items():
                 _write(group, key, value)

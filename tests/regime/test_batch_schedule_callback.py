@@ -47,7 +47,9 @@ def test_rate_is_the_reference_runs_at_the_same_samples_times_the_rule(name, int
         pytest.skip("its first rate is its lowest: there is a test of warm-ups below")
     _, reference = run(scheduled(name, interval), loader(BASE))
     batches = Batches()
-    _, trace = run(scheduled(name, interval), loader(BASE), BatchSizeSchedule(schedule, multiple_of=1), batches)
+    _, trace = run(
+        scheduled(name, interval), loader(BASE), BatchSizeSchedule(schedule, lr_rule="sqrt", multiple_of=1), batches
+    )
     assert sum(batches.sizes) == SAMPLES * EPOCHS
     highest = 0.0
     for samples, size, rates in zip(batches.seen, batches.sizes, trace.rates, strict=True):
@@ -189,7 +191,8 @@ class Stream(IterableDataset):
 
 def test_a_stream_is_accumulated_in_multiples_of_its_batch():
     module = Regression(lambda o: schedulers.ExponentialLR(o, 0.9), interval="step")
-    trainer, trace = run(module, DataLoader(Stream(), batch_size=BASE), BatchSizeSchedule(STEPS), max_epochs=5)
+    callback = BatchSizeSchedule(STEPS, lr_rule="sqrt")
+    trainer, trace = run(module, DataLoader(Stream(), batch_size=BASE), callback, max_epochs=5)
     # 25 updates of 4 until 100 samples, 9 of 12 (the last of a pass is cut to 8 or 4), then of 20
     assert trace.rates[0][0] == 1e-3
     assert trace.rates[25][0] == pytest.approx(1e-3 * 0.9**25 * math.sqrt(3), rel=1e-12)
@@ -223,7 +226,7 @@ def test_plateau_grows_the_batch_where_the_metric_stays():
         ({"schedule": 3}, TypeError, "pairs"),
         ({"schedule": "noise"}, ValueError, "max_batch_size"),
         ({"schedule": STEPS, "lr_rule": "cube"}, ValueError, "lr_rule='cube'"),
-        ({"schedule": STEPS, "lr_rule": "adam"}, ValueError, "for one ratio"),
+        ({"schedule": STEPS, "lr_rule": "adam"}, ValueError, "end at a ratio"),
         ({"schedule": STEPS, "by": "hand"}, ValueError, "loader, accumulation"),
         ({"schedule": STEPS, "max_device_batch_size": 0}, ValueError, "at least 1"),
     ],
@@ -246,6 +249,45 @@ def test_bad_arguments_are_named(arguments, error, words):
 def test_trainers_that_make_other_batches_are_refused(callbacks, options, words):
     with pytest.raises(MisconfigurationException, match=words):
         run(Regression(), loader(BASE), BatchSizeSchedule(STEPS), *callbacks, **options)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factor", "others"),
+    [
+        (torch.optim.SGD, 5.0, {}),
+        (torch.optim.AdamW, 5**0.5, {"weight_decay": 0.01 * 5**0.5, "betas": (0.9, 0.999**5)}),
+        (torch.optim.Adam, 5**0.5, {"weight_decay": 0.01, "betas": (0.9, 0.999**5)}),
+    ],
+)
+def test_the_rule_is_the_optimizers_for_equal_samples(optimizer, factor, others):
+    class Look(Batches):
+        groups = ()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.groups = [dict(group) for group in optimizer.param_groups]
+
+    look = Look()
+    module = Regression(optimizer=partial(optimizer, weight_decay=0.01))
+    trainer, _ = run(module, loader(BASE), BatchSizeSchedule([(0, BASE), (60, 20)]), look, max_epochs=2)
+    assert look.groups[0]["lr"] == pytest.approx(1e-3 * factor)
+    for key, value in others.items():
+        assert look.groups[0][key] == pytest.approx(value)
+    group = trainer.optimizers[0].param_groups[0]  # given back
+    assert group["lr"] == 1e-3
+    assert group["weight_decay"] == 0.01
+    assert group.get("betas", (0.9, 0.999)) == (0.9, 0.999)
+
+
+def test_an_optimizer_without_a_rule_is_refused():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        def step(self, closure=None):
+            return None if closure is None else closure()
+
+    with pytest.raises(MisconfigurationException, match='"auto" knows no rule for Own'):
+        run(Regression(optimizer=Own), loader(BASE), BatchSizeSchedule(STEPS))
 
 
 def test_seesaw_without_a_scheduler_is_refused():

@@ -57,7 +57,7 @@ def test_mixed_precision_with_skipped_updates():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     schedule = EPOCH_SCHEDULES["StepLR"]
     _, reference = run(Regression(schedule), loader(BASE))
-    callback = BatchSizeSchedule(STEPS, max_device_batch_size=7)
+    callback = BatchSizeSchedule(STEPS, lr_rule="sqrt", max_device_batch_size=7)
     planned = Planned(callback)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
     trainer, trace = run(module := Overflows(schedule), loader(BASE), callback, planned, plugins=plugins)
@@ -86,7 +86,7 @@ def test_rates_are_tensors_where_the_optimizer_keeps_tensors():
 
     _, reference = run(Regression(EPOCH_SCHEDULES["StepLR"]), loader(BASE))
     module = Regression(EPOCH_SCHEDULES["StepLR"], optimizer=adam)
-    callback = BatchSizeSchedule(STEPS)
+    callback = BatchSizeSchedule(STEPS, lr_rule="sqrt")
     planned = Planned(callback)
     trainer, trace = run(module, loader(BASE), callback, planned)
     assert isinstance(trainer.optimizers[0].param_groups[0]["lr"], torch.Tensor)
@@ -102,7 +102,7 @@ def test_a_plateau_of_the_users_counts_as_the_reference_runs():
             return loader(60)
 
     plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.1, patience=1)
-    callback = BatchSizeSchedule([(0, 4), (60, 16)])
+    callback = BatchSizeSchedule([(0, 4), (60, 16)], lr_rule="sqrt")
     _, trace = run(Flat(plateau, monitor="val_loss"), loader(BASE), callback, num_sanity_val_steps=0)
     # The first epoch is the best, two more are waited for, and then every second one is a tenth.
     assert trace.rates[0][0] == 1e-3

@@ -118,7 +118,7 @@ def test_what_no_layer_explains_is_named(kind, named):
     [
         (nn.BatchNorm1d(4), (6, 4), "over the whole micro-batch"),
         (nn.LSTM(4, 3, batch_first=True), (6, 5, 4), "no layer that is known"),
-        (Attention(dropout=0.5), (6, 5, 8), "dropout=0"),
+        (Attention(dropout=0.5), (6, 5, 8), "set it to 0"),
         (Attention(add_bias_kv=True), (6, 5, 8), "add_bias_kv"),
         (nn.Linear(4, 3), (7, 4), "no dimension of the 6 examples"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (6, 4), "no layer that is known"),
@@ -144,7 +144,7 @@ def test_refusals():
         with pytest.raises(error, match=message):
             gradients.listen(nn.Linear(3, 1), **options)
     for model, message in (
-        (nn.TransformerEncoderLayer(8, 2), "use batch_first=True"),
+        (nn.TransformerEncoderLayer(8, 2), "make it batch-first"),
         (nn.Sequential(torch.compile(nn.Linear(3, 1), backend="eager")), "compiled by torch"),
         (nn.LazyLinear(3), "run one forward before"),
     ):

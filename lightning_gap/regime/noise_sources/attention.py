@@ -21,12 +21,12 @@ def attention_parts(layer: Any, call: Call, delta: Tensor) -> Iterator[Part]:
     """
     given = inspect.signature(nn.MultiheadAttention.forward).bind(layer, *call.inputs, **call.named).arguments
     if layer.dropout > 0 and layer.training:
-        raise CannotMeasureError("its dropout draws anew when attention is run again: use dropout=0")
+        raise CannotMeasureError("its dropout draws anew when attention is run again: set it to 0")
     if layer.bias_k is not None or layer.bias_v is not None or layer.add_zero_attn:
         raise CannotMeasureError("it has add_bias_kv or add_zero_attn")
     inputs = [given[name] for name in ("query", "key", "value")]
     if not layer.batch_first or delta.dim() != 3 or len(delta) != call.examples:
-        raise CannotMeasureError("it needs batch_first=True, and inputs of shape (examples, t, features)")
+        raise CannotMeasureError("its inputs must have the shape (examples, t, features), the batch first")
     if layer.in_proj_weight is not None:
         weights = list(layer.in_proj_weight.detach().chunk(3))
     else:

@@ -292,7 +292,7 @@ def check_hearable(model: nn.Module, *, compiled: bool = False) -> None:
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         if getattr(module, "batch_first", True) is False:
-            raise ValueError(f"{where} takes the examples in its second dimension: use batch_first=True")
+            raise ValueError(f"{where} takes the examples in its second dimension: make it batch-first")
         if compiled or is_compiled(module):
             raise ValueError(
                 f"{where} is compiled by torch, and its layers are not heard: measure without torch.compile, or "

@@ -147,7 +147,9 @@ def ghosts_of(layers: Mapping[str, nn.Module], micro_batch: int) -> list[slice]:
                 f"GhostBatchNorm in callbacks, or {_ACCUMULATE}"
             )
         if getattr(layer, "process_group", None) is not None:
-            raise ValueError(f"the ghosts of {name} span replicas: use ranks_per_ghost=1, or source='replicas'")
+            raise ValueError(
+                f"the ghosts of {name} span replicas: give each replica ghosts of its own, or source='replicas'"
+            )
         found.setdefault(tuple(s.indices(micro_batch) for s in ghosts_in(micro_batch)), name)
     if len(found) > 1:
         raise ValueError(
