@@ -47,7 +47,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.measurements import Row, add_json, spread, write_rows
-from lightning_gap import GradientNoiseScale, LargeBatchRegime
+from lightning_gap import BatchSizeSchedule, GradientNoiseScale, LargeBatchRegime
 
 
 class Block(nn.Module):
@@ -188,6 +188,8 @@ REGIMES: dict[str, tuple[Callable[[], Callback], bool]] = {
     "… with clipping": (CASES["… with clipping"][0], False),
     "… with a scheduler of updates": (REGIME, True),
     "… with all three": (partial(REGIME, warmup_updates=1000, clip_norm=5.0), True),
+    "BatchSizeSchedule": (partial(BatchSizeSchedule, [(0, 16)], reference_batch_size=8), False),
+    "BatchSizeSchedule, scheduler of updates": (partial(BatchSizeSchedule, [(0, 16)], reference_batch_size=8), True),
 }
 LOGGERS: dict[str, int | None] = {"none": None, "CSV, every 50": 50, "CSV, every 1": 1}
 
@@ -217,7 +219,7 @@ def beside_nothing(updates: int, turns: int) -> list[Row]:
             difference = spread([b - a for a, b in zip(*means, strict=True)], 1e3)
             without, with_ = (spread(seconds, 1e3) for seconds in means)
             medians = "".join(f"{found['median']:8.3f}" for found in (without, with_, difference))
-            print(f"{name:34}{logger:14}{medians}", flush=True)
+            print(f"{name:40}{logger:14}{medians}", flush=True)
             times = {"without, ms": without, "with, ms": with_, "difference, ms": difference}
             rows.append({"table": "A linear model, an update", "callback": name, "logger": logger, **times})
     return rows

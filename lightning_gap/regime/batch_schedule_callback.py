@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +27,7 @@ from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
 from lightning_gap.regime.rules.auto import AUTO, rules_for
 from lightning_gap.regime.rules.factor import LRRule, rule_name
-from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule
 from lightning_gap.regime.rules.optimizers import kind_of
 from lightning_gap.regime.scaling import check_rule
 from lightning_gap.trainer.internals.of_lightning import ends_tuning, updates_logs
@@ -194,8 +195,12 @@ class BatchSizeSchedule(Callback):
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
 
+        @lru_cache(maxsize=1)  # a ratio stays for many updates
+        def at_ratio(ratio: float) -> Rescaling:
+            return rules.rescaling(ratio, ratio)  # as many reference updates pass in one: equal samples
+
         def scaled_at(optimizer: Optimizer, group: Mapping[str, Any], ratio: float) -> dict[str, Any]:
-            return rules.at(type(optimizer), group, ratio, equal_samples=True)
+            return at_ratio(ratio).at(type(optimizer), group)
 
         report(run, run.take_over(scaled_at), rules)
 

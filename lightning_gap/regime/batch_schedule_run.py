@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,7 +197,7 @@ class ScheduledRun:
         if before is not None and not before.closes:
             last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             number = before.parts - 1 if last else before.number + 1
-            return replace(before, first=before.first + unit, number=number)
+            return before._replace(first=before.first + unit, number=number)
         epoch, position = self._next_place()
         batch = self.plan.batch_at(self.clock.seen(epoch, position))
         ends = position + batch if self.clock.samples is None else min(position + batch, self.clock.samples)

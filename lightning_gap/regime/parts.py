@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Part", "PassClock", "parts_of_update", "updates_of_pass"]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What one device does in one forward and backward pass of an update.
 
     Attributes:
