@@ -87,6 +87,16 @@ VARIATIONS = {
         "float32_gbn": "+GBN, float32",
     },
 }
+# Batches that grow, at the small batch's samples, for each network that has been trained so.
+GROWING = {
+    "sb": "128 throughout",
+    "seesaw": "128, and ten times as large where the rate would fall to a tenth, to 4096",
+    "seesaw_gbn": "the same, ghosts of 128",
+    "seesaw_sqrt": "the same without ghosts, by the √ rule",
+    "ramp": "128 for two epochs, 512 and 1024 for one each",
+    "ramp_gbn": "the same, ghosts of 128",
+    "lb": "the large batch throughout",
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def gap(reference: Sequence[Run], runs: Sequence[Run]) -> str:
 
 def blocks(runs: Runs) -> dict[str, str]:
     """Return the tables of the page."""
-    made = {"accuracy": _accuracy(runs), "cost": _cost(runs)}
+    made = {"accuracy": _accuracy(runs), "cost": _cost(runs), "growing": _growing(runs)}
     fashion = runs.get("f1_fashion", {})
     for name, columns in VARIATIONS.items():
         reference = fashion.get(next((column for column in columns if column.endswith("sb")), ""), [])
@@ -215,6 +225,24 @@ def _cost(runs: Runs) -> str:
                 rows.append([name, title, len(group), *_facts(group), where, mean_and_std(accuracies(group)), short])
     titles = ["network, data", "", "seeds", "updates", "epochs", "CPU s", "on", "accuracy, %", "below SB"]
     return table(titles, rows)
+
+
+def _growing(runs: Runs) -> str:
+    rows = []
+    for network, name in NAMES.items():
+        columns = runs.get(network, {})
+        if not any(column in columns for column in GROWING if column not in PAPER):
+            continue
+        reference = columns["sb"]
+        for column, what in GROWING.items():
+            if group := columns.get(column, []):
+                updates, _, seconds = _facts(group)
+                fewer = 1 - group[0].updates[-1] / reference[0].updates[-1]
+                rows.append([
+                    name, what, f"{updates} ({fewer:.0%} fewer)" if fewer else str(updates), seconds,
+                    mean_and_std(accuracies(group)), "" if group is reference else gap(reference, group),
+                ])  # fmt: skip
+    return table(["network, data", "batch", "updates", "CPU s", "accuracy, %", BELOW], rows)
 
 
 def draw(runs: Runs, logs: Path, images: Path) -> None:
