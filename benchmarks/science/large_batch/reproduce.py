@@ -37,7 +37,7 @@ TABLE: dict[str, dict[str, list[str]]] = {
     "f1_mnist": {name: [] for name in (*PAPER, "seesaw", "seesaw_gbn", "seesaw_sqrt")},
     "f1_fashion": {name: [] for name in (*PAPER, "ra4", "ra_no_gbn4", "linear", "linear_warmup", "linear_gbn")}
     | {name: [] for name in ("ghosts", "lr_warmup", "gbn_warmup", "gbn_per_step")}
-    | {name: [] for name in ("seesaw", "seesaw_gbn", "seesaw_sqrt")}
+    | {name: [] for name in ("seesaw", "seesaw_gbn", "seesaw_sqrt", "auto", "auto15")}
     | {f"adamw_{name}": ADAMW for name in ("sb", "lb", "lr", "gbn", "lb512", "rule512", "ra512")}
     | {f"layer_{name}": LAYER for name in ("sb", "lb", "lr", "noise")}
     | {f"fresh_{name}": FRESH for name in ("sb", "lb", "lr", "gbn")}
