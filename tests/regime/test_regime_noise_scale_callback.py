@@ -173,7 +173,7 @@ def test_refusals():
             Layered(nn.Unflatten(1, (4, 4)), nn.TransformerEncoderLayer(4, 2), nn.Flatten()),
             [GradientNoiseScale()],
             {},
-            "batch_first=True",
+            "make it batch-first",
         ),
         (torch.compile(Layered(), backend="eager"), [GradientNoiseScale()], {}, "compiled by torch"),
         (Manual(), [GradientNoiseScale()], {}, "automatic optimization"),
