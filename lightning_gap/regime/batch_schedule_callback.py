@@ -25,7 +25,7 @@ from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
-from lightning_gap.regime.rules.auto import AUTO, rules_for
+from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import LRRule, rule_name
 from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule
 from lightning_gap.regime.rules.optimizers import kind_of
@@ -71,9 +71,9 @@ class BatchSizeSchedule(Callback):
         lr_rule: How the learning rate follows the batch, as in :class:`LargeBatchRegime`: ``"sqrt"``, ``"linear"``,
             ``"none"``, or a callable from the ratio to the factor. ``"auto"``: what is derived for equal samples,
             ``"linear"`` for SGD and LARS, ``"sqrt"`` for Adam, LAMB and their kin.
-        weight_decay_rule: How weight decay follows it, as in :class:`OptimizerRules`. Default: ``"none"``, and with
-            ``"auto"`` ``"timescale"``.
-        betas_rule: How betas follow it. Default: ``"none"``, and with ``"auto"`` ``"half_life"``.
+        weight_decay_rule: How weight decay follows it, as in :class:`OptimizerRules`: ``"none"``, ``"timescale"``, or
+            a callable.
+        betas_rule: How betas follow it: ``"none"``, ``"half_life"``, or a callable.
         multiple_of: Batches that are real numbers are rounded to multiples of this. Default: an eighth of :math:`B_0`.
         by: ``"loader"``, ``"accumulation"``, or ``"auto"``: the loader where it can be.
 
@@ -112,8 +112,8 @@ class BatchSizeSchedule(Callback):
         max_batch_size: int | None = None,
         max_device_batch_size: int | None = None,
         lr_rule: LRRule = AUTO,
-        weight_decay_rule: WeightDecayRule | None = None,
-        betas_rule: BetasRule | None = None,
+        weight_decay_rule: WeightDecayRule = "none",
+        betas_rule: BetasRule = "none",
         multiple_of: int | None = None,
         by: Literal["auto", "loader", "accumulation"] = "auto",
     ) -> None:
@@ -136,7 +136,8 @@ class BatchSizeSchedule(Callback):
                 'lr_rule="adam" and betas_rule="sde" end at a ratio of a few: pass lr_rule="sqrt" with '
                 'betas_rule="half_life", which are for any.'
             )
-        self._rules = rules_for(lr_rule, weight_decay_rule, betas_rule)  # raises, naming the rules there are
+        # Raises, naming the rules there are.
+        self._rules = OptimizerRules("none" if lr_rule == AUTO else lr_rule, weight_decay_rule, betas_rule)
         check_choice("by", by, ("auto", "loader", "accumulation"))
         self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
         self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule

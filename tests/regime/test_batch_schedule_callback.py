@@ -254,7 +254,7 @@ def test_trainers_that_make_other_batches_are_refused(callbacks, options, words)
 @pytest.mark.parametrize(
     ("optimizer", "factor", "others"),
     [
-        (torch.optim.SGD, 5.0, {}),
+        (torch.optim.SGD, 5.0, {"weight_decay": 0.01}),
         (torch.optim.AdamW, 5**0.5, {"weight_decay": 0.01 * 5**0.5, "betas": (0.9, 0.999**5)}),
         (torch.optim.Adam, 5**0.5, {"weight_decay": 0.01, "betas": (0.9, 0.999**5)}),
     ],
@@ -268,7 +268,8 @@ def test_the_rule_is_the_optimizers_for_equal_samples(optimizer, factor, others)
 
     look = Look()
     module = Regression(optimizer=partial(optimizer, weight_decay=0.01))
-    trainer, _ = run(module, loader(BASE), BatchSizeSchedule([(0, BASE), (60, 20)]), look, max_epochs=2)
+    rules = {"weight_decay_rule": "timescale", "betas_rule": "half_life"}
+    trainer, _ = run(module, loader(BASE), BatchSizeSchedule([(0, BASE), (60, 20)], **rules), look, max_epochs=2)
     assert look.groups[0]["lr"] == pytest.approx(1e-3 * factor)
     for key, value in others.items():
         assert look.groups[0][key] == pytest.approx(value)

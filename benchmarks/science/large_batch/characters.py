@@ -52,7 +52,9 @@ RULES: Mapping[str, Made] = {
 # By schedule: the callback, up to a ratio.
 GROWING: Mapping[str, Made] = {
     "seesaw": lambda ratio: BatchSizeSchedule("seesaw", max_batch_size=BATCH * ratio),
-    "seesaw, sqrt alone": lambda ratio: BatchSizeSchedule("seesaw", max_batch_size=BATCH * ratio, lr_rule="sqrt"),
+    "seesaw, time scale, half-life": lambda ratio: BatchSizeSchedule(
+        "seesaw", max_batch_size=BATCH * ratio, weight_decay_rule="timescale", betas_rule="half_life"
+    ),
     "8 times after half": lambda ratio: BatchSizeSchedule([(0, BATCH), (WINDOWS // 2, BATCH * ratio)]),
 }
 
