@@ -5,34 +5,30 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
+from lightning_gap.regime.batch_schedule_refusals import check_trainer, is_tuning
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.batch_schedule_table import report
 from lightning_gap.regime.batches import batch_schedule
 from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
-from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
-from lightning_gap.regime.noise_scale_callback import GradientNoiseScale
+from lightning_gap.regime.callback import PREFIX
+from lightning_gap.regime.noise_scale_callback import FIRST_VERDICT, GradientNoiseScale
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import LRRule, rule_name
 from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule
 from lightning_gap.regime.rules.optimizers import kind_of
 from lightning_gap.regime.scaling import check_rule
-from lightning_gap.trainer.internals.of_lightning import ends_tuning, updates_logs
+from lightning_gap.trainer.internals.of_lightning import updates_logs
 from lightning_gap.trainer.loggers import log_now
-from lightning_gap.trainer.strategy import leaves_updates_to_torch, require_lightning, strategy_name
+from lightning_gap.trainer.strategy import require_lightning
 
 __all__ = ["BatchSizeSchedule"]
 
@@ -65,9 +61,10 @@ class BatchSizeSchedule(Callback):
             scale grows, which a :class:`GradientNoiseScale` beside it measures; or a :class:`BatchSchedule` of these
             or your own.
         reference_batch_size: :math:`B_0`. Default: the first batch of pairs, else what an update of the trainer sees.
-        max_batch_size: The largest batch over all devices. Needed where the batch follows what training measures;
-            default: the samples of an epoch.
-        max_device_batch_size: The samples that a device can hold in one pass; more are accumulated. Default: any.
+        max_batch_size: The largest batch over all devices. Needed where the batch follows what training measures.
+            Default: the samples of an epoch, and 32 times :math:`B_0` for ``"seesaw"``.
+        max_device_batch_size: The samples that a device can hold in one pass; more are accumulated. Default: any, and
+            the loader's batch where the trainer accumulates.
         lr_rule: How the learning rate follows the batch, as in :class:`LargeBatchRegime`: ``"sqrt"``, ``"linear"``,
             ``"none"``, or a callable from the ratio to the factor. ``"auto"``: what is derived for equal samples,
             ``"linear"`` for SGD and LARS, ``"sqrt"`` for Adam, LAMB and their kin.
@@ -141,6 +138,7 @@ class BatchSizeSchedule(Callback):
         check_choice("by", by, ("auto", "loader", "accumulation"))
         self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
         self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule
+        self.weight_decay_rule, self.betas_rule = weight_decay_rule, betas_rule
         self.multiple_of, self.by = multiple_of, by
         self._run: ScheduledRun | None = None
         self._noise: GradientNoiseScale | None = None
@@ -164,9 +162,9 @@ class BatchSizeSchedule(Callback):
             return
         require_lightning(trainer, type(self).__name__)
         self._run = None
-        if _tuning(trainer):
+        if is_tuning(trainer):
             return
-        _check(trainer, pl_module, self.max_device_batch_size)
+        check_trainer(trainer, pl_module, self.max_device_batch_size, adaptive=self.schedule.adaptive)
         callbacks = cast(Any, trainer).callbacks
         self._noise = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
         if isinstance(self.schedule, NoiseBatches) and self._noise is None:
@@ -245,21 +243,23 @@ class BatchSizeSchedule(Callback):
     ) -> None:
         """Step the schedulers, and log where the run is."""
         run = self._run
-        if run is None or not run.end_batch():
+        if run is None:
+            return
+        rate = run.rate  # by which the update was made: schedulers are stepped now
+        if not run.end_batch():
             return
         noise = self._noise
-        if noise is not None and noise.estimate.measurements != self._measured:
+        if noise is not None and noise.estimate.measurements not in (self._measured, *range(FIRST_VERDICT)):
             self._measured = noise.estimate.measurements
             run.observe_noise(noise.estimate.noise_scale)
         if updates_logs(trainer):
-            groups = trainer.optimizers[0].param_groups
             facts: dict[str, Any] = {
                 "updates": float(trainer.global_step),
                 "samples_seen": float(run.seen),
                 "batch_size": float(self.batch_size),
             }
-            if groups and groups[0].get("lr") is not None:
-                facts["learning_rate"] = groups[0]["lr"]
+            if rate is not None:
+                facts["learning_rate"] = rate
             log_now(trainer, pl_module.device, PREFIX, facts)
 
     @override
@@ -281,6 +281,18 @@ class BatchSizeSchedule(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return where the run is, as plain Python."""
         return {} if self._run is None else {**self._run.state_dict(), "measured": self._measured}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the reference run's hyperparameters: a run without this callback goes on as that one."""
+        if self._run is not None and self._run.held is not None and not self._run.over:
+            saved = iter(self._run.held.state_dict())
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state.get("param_groups", []):
+                    group.update({key: _like(group[key], value) for key, value in next(saved).items() if key in group})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None, "_noise": None}  # of a trainer, which does not travel
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -314,71 +326,10 @@ class BatchSizeSchedule(Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-def _tuning(trainer: Any) -> bool:
-    """Whether a method of ``Tuner`` runs: it ends before training."""
-    return any(
-        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
-        for callback in trainer.callbacks
-    )
-
-
-def _check(trainer: Any, pl_module: LightningModule, most: int | None) -> None:
-    """Refuse the trainers and modules whose batches or updates are not ours to make."""
-
-    def has(*kinds: type[Callback]) -> bool:
-        return any(isinstance(callback, kinds) for callback in trainer.callbacks)
-
-    cut = trainer.limit_train_batches != 1.0 or isinstance(trainer.limit_train_batches, int)
-    refusals = (
-        (
-            not leaves_updates_to_torch(trainer),
-            f"{strategy_name(trainer)} is not supported. Use one device, DDP, or ModelParallelStrategy (FSDP2).",
-        ),
-        (
-            not pl_module.automatic_optimization,
-            "manual optimization makes its own updates. Use automatic optimization, or draw the batches by "
-            "BatchSteps.batch_at yourself.",
-        ),
-        (
-            has(LargeBatchRegime),
-            "LargeBatchRegime scales for one batch, and this callback for each. Leave one of them out.",
-        ),
-        (
-            has(BatchSizeFinder),
-            "BatchSizeFinder changes the batch after the plan. Call Tuner.scale_batch_size first, and pass what it "
-            "finds as max_device_batch_size.",
-        ),
-        (has(GradientAccumulationScheduler), "GradientAccumulationScheduler changes the batch too. Leave it out."),
-        (
-            has(StochasticWeightAveraging),
-            "StochasticWeightAveraging replaces the schedulers. Use WeightAveraging or EMAWeightAveraging.",
-        ),
-        (
-            (cut or trainer.overfit_batches != 0) and not trainer.fast_dev_run,
-            f"limit_train_batches={trainer.limit_train_batches} and overfit_batches={trainer.overfit_batches} cut the "
-            "epoch in batches, whose size changes. Use a Subset of the data.",
-        ),
-        (
-            trainer.reload_dataloaders_every_n_epochs > 0,
-            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs} may change the data of an "
-            "epoch. Leave it 0.",
-        ),
-        (
-            isinstance(trainer.val_check_interval, int) or trainer.check_val_every_n_epoch is None,
-            f"val_check_interval={trainer.val_check_interval} counts batches, whose size changes. Give it as a share "
-            "of an epoch, or leave it 1.0.",
-        ),
-        (
-            has_own_accumulation(trainer) and most is not None,
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} with max_device_batch_size={most} says twice "
-            "how a batch is accumulated. Leave accumulate_grad_batches out.",
-        ),
-    )
-    for refused, reason in refusals:
-        if refused:
-            raise MisconfigurationException(f"BatchSizeSchedule: {reason}")
-
-
-def has_own_accumulation(trainer: Any) -> bool:
-    """Return whether a trainer accumulates by itself."""
-    return bool(trainer.accumulate_grad_batches > 1)
+def _like(value: Any, new: Any) -> Any:
+    """Return a saved hyperparameter as what it was: a tensor, a tuple of tensors, or a number."""
+    if isinstance(value, Tensor):
+        return torch.full_like(value, float(new))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_like, value, new))
+    return new

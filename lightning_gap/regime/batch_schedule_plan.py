@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["SchedulePlan"]
 
 
+# How many times its first batch one grows along a scheduler that falls to 0, where no maximum is given.
+MOST_GROWTH = 32
+
+
 class SchedulePlan:
     """Measures the data, decides by what the batch changes, and says which updates there will be.
 
@@ -29,7 +33,9 @@ class SchedulePlan:
         last: Its updates in all, ``None`` where nothing limits it.
         end: After how many passes, and samples of the next, that is.
         device_batch: Of the loader, where the batch grows by accumulation.
+        most: Samples that a device is given in one pass; the loader's batch where the trainer accumulates.
         max_steps: The user's limit of updates, -1 for none: the reference run's.
+        min_steps: The user's least number of updates, likewise.
     """
 
     def __init__(self, owner: "BatchSizeSchedule", trainer: Trainer) -> None:
@@ -41,7 +47,9 @@ class SchedulePlan:
         self.last: int | None = None
         self.end: tuple[int, int] | None = None
         self.device_batch = 1
+        self.most = owner.max_device_batch_size
         self.max_steps = trainer.fit_loop.epoch_loop.max_steps
+        self.min_steps = trainer.fit_loop.epoch_loop.min_steps
         self._made = False
 
     @property
@@ -69,6 +77,8 @@ class SchedulePlan:
         self.by_loader = can and owner.by != "accumulation"
         if not self.by_loader:
             self.device_batch = loader_batch_size(loader)
+        elif trainer.accumulate_grad_batches > 1 and self.most is None:
+            self.most = loader_batch_size(loader)
         base = owner.reference_batch_size
         if base is None and isinstance(self.schedule, BatchSteps):
             base = self.schedule.batches[0]
@@ -116,13 +126,19 @@ class SchedulePlan:
         """Return the batch of the update that begins after so many samples, over all devices."""
         owner, batch = self.owner, self.schedule.batch_at(samples)
         most = min(owner.max_batch_size or math.inf, self.clock.samples or math.inf)
+        if self.schedule.needs_rates and owner.max_batch_size is None:
+            most = min(most, MOST_GROWTH * self.clock.batch_size)
         if not self.by_loader:
             unit = self.device_batch * self.replicas
             return max(1, math.floor(min(batch, max(most, unit)) / unit + 0.5)) * unit
         if batch < most and self.schedule.rounds:
             unit = owner.multiple_of or max(1, self.clock.batch_size // 8)
             batch = max(1, math.floor(batch / unit + 0.5)) * unit
-        return max(1, int(min(batch, most)))
+        batch = max(1, int(min(batch, most)))
+        if self.schedule.adaptive and self.most is not None:
+            unit = self.replicas * math.ceil(batch / (self.most * self.replicas))
+            batch = max(unit, batch // unit * unit)  # parts of one size, by which a noise scale can be measured
+        return batch
 
     def updates(
         self, place: tuple[int, int], batch_at: Callable[[int], int] | None = None

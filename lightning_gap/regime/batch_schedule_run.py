@@ -1,12 +1,14 @@
 """One fit whose batch changes: where it is, what comes next, and what it has taken from the trainer."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import WarningCache
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.batch_schedule_plan import SchedulePlan
@@ -17,7 +19,8 @@ from lightning_gap.regime.held_scaling import HeldScaling, ScaledAt
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.parts import Part, PassClock, parts_of_update
 from lightning_gap.regime.reference_schedulers import RolledOut, rates_by_samples, reference_schedulers
-from lightning_gap.regime.scheduled_loader import ScheduledLoader, ScheduledSource, draws_of
+from lightning_gap.regime.rules.factor import rule_name
+from lightning_gap.regime.scheduled_loader import ScheduledLoader, ScheduledSource, draws_of, worker_seeds
 from lightning_gap.regime.takeover import stepping_of
 from lightning_gap.trainer.internals.of_lightning import count_batches, replace_training_source, take_accumulation
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
@@ -34,7 +37,10 @@ class ScheduledRun:
     def __init__(self, owner: "BatchSizeSchedule", trainer: Trainer, pl_module: LightningModule) -> None:
         self.owner, self.trainer, self.module, self.schedule = owner, trainer, pl_module, owner.schedule
         self.plan = SchedulePlan(owner, trainer)
-        self.epoch = self.position = 0  # passes that are over, and samples of the next, up to the last update
+        self.epoch, self.position = (
+            trainer.current_epoch,
+            0,
+        )  # passes that are over, and samples of the next, up to the last update
         self.part: Part | None = None  # of the present batch
         self.closed = True  # whether an update was made after the latest batch
         self.ratio = 1.0
@@ -47,6 +53,7 @@ class ScheduledRun:
         self._source: Any = None
         self._give_back: Callable[[], None] | None = None
         self._saved: dict[str, Any] | None = None
+        self._within = False  # whether a checkpoint was written within the first update of a pass
         self._pending: list[int] = []  # batches that had been drawn when a checkpoint was written
 
     # ------------------------------------------------------------------ plan
@@ -71,10 +78,22 @@ class ScheduledRun:
         self.plan.make()
         if not self.plan.by_loader:
             return loader
-        self.seed = from_rank_zero(self.trainer, self._saved["seed"] if self._saved else torch.initial_seed() % 2**62)
-        length = None if self.schedule.adaptive else self.batches_of_pass
-        self.plan.loader = ScheduledLoader(loader, draws_of(loader, seed=self.seed), self.parts, length)
-        return self.plan.loader
+        own = self._saved["seed"] if self._saved else int(torch.randint(2**40, ()))
+        self.seed = from_rank_zero(self.trainer, own)
+        rank = self.trainer.global_rank
+        self.plan.loader = ours = ScheduledLoader(
+            self.plan.loader,
+            draws_of(self.plan.loader, seed=self.seed),
+            self.parts,
+            None if self.schedule.adaptive else self.batches_of_pass,
+            seed=self.seed + 7919 * (1 + rank),
+            worker_init=worker_seeds(rank),
+        )
+        if not isinstance(loader, (CombinedLoader, Mapping, list, tuple)):
+            return ours
+        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        combined.flattened = [ours]  # the one that there is
+        return combined
 
     # ----------------------------------------------------------------- batch
 
@@ -96,7 +115,7 @@ class ScheduledRun:
         """Yield this process's parts of what is still to come of the pass."""
         place, pending = self._next_place(), list(self._pending)
         self._pending = []
-        rank, ranks, most = data_parallel_rank(self.trainer), self.plan.replicas, self.owner.max_device_batch_size
+        rank, ranks, most = data_parallel_rank(self.trainer), self.plan.replicas, self.plan.most
 
         def batch_at(samples: int) -> int:
             return pending.pop(0) if pending else self.plan.batch_at(samples)
@@ -110,8 +129,9 @@ class ScheduledRun:
         That count holds ``begun`` batches that are not over.
         """
         place = self._next_place()
-        ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - begun if place[1] else 0
-        ranks, most = self.plan.replicas, self.owner.max_device_batch_size
+        within = place[1] or self._within
+        ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - begun if within else 0
+        ranks, most = self.plan.replicas, self.plan.most
         parts = (1 if most is None else math.ceil((e - b) / (most * ranks)) for b, e, _ in self.plan.updates(place))
         # A run that is over has none, and Lightning takes a loader without batches for a mistake.
         return max(1, ready + sum(parts))
@@ -137,9 +157,13 @@ class ScheduledRun:
         for config, *_ in rolled:
             config.interval, config.frequency = "step", NEVER
         self._clocks = sorted((clock for _, clock, _ in rolled), key=lambda clock: clock.interval == "epoch")
-        self.held = HeldScaling(fit.optimizers, scaled_at)
+        plateau = any(config.reduce_on_plateau for config in fit.configs)
+        self.held = HeldScaling(fit.optimizers, scaled_at, lambda key: None if plateau else _warn_of_others(key))
         self._give_back = take_accumulation(self.trainer, self._opens, self._closes)
-        self.trainer.fit_loop.epoch_loop.max_steps = -1
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.max_steps = -1
+        if loop.min_steps:
+            loop.min_steps = NEVER  # until the reference run has made them
         return rolled
 
     def _opens(self) -> bool:
@@ -165,15 +189,28 @@ class ScheduledRun:
         self._end_if_over(self.clock.update(self.epoch, self.position))
 
     def _end_if_over(self, update: int) -> None:
+        if self.plan.min_steps and update >= self.plan.min_steps:
+            self.trainer.fit_loop.epoch_loop.min_steps = None
         if self.plan.last is not None and update >= self.plan.last and self.plan.max_steps != -1:
             self.trainer.fit_loop.epoch_loop.max_steps = self.trainer.global_step
 
     # ----------------------------------------------------------------- train
 
+    @property
+    def rate(self) -> Any:
+        """The learning rate of the first group, as it is now; ``None`` where there is none."""
+        groups = self.trainer.optimizers[0].param_groups if self.trainer.optimizers else []
+        rate = groups[0].get("lr") if groups else None
+        return rate.clone() if isinstance(rate, torch.Tensor) else rate
+
     def end_epoch(self) -> None:
-        """Leave the rest of a pass that was broken off, as Lightning does."""
-        if self.position and self.clock.samples is not None:
+        """Leave the rest of a pass that was broken off, as Lightning does, and step what the end of one steps."""
+        if self.position and self.clock.samples is not None and self.position < self.clock.samples:
+            before = self.clock.update(self.epoch, self.position)
             self.position = self.clock.samples
+            after = self.clock.update(self.epoch, self.position)
+            if self.trainer.fit_loop.epoch_loop.max_steps == -1:  # and the run is not over
+                self._step_schedulers(before, after)
         self._fresh = True
 
     def start_batch(self) -> Part:
@@ -181,12 +218,14 @@ class ScheduledRun:
         part = self.plan.loader.take() if self.plan.by_loader else self._accumulated()
         if self._fresh and self.plan.by_loader:
             count_batches(self.trainer, math.inf if self.schedule.adaptive else self.batches_of_pass(begun=1))
-        self._fresh = False
+        self._fresh = self._within = False
         self.part, self.closed = part, part.closes
         self.trainer.accumulate_grad_batches = part.parts
         if part.opens:
             assert self.held is not None
-            self.ratio = part.batch_size / self.clock.batch_size
+            # A last update that falls short of its batch is made at the rate of the samples that it has.
+            self.ratio = min(part.batch_size, max(part.ends - part.begins, self.clock.batch_size))
+            self.ratio /= self.clock.batch_size
             self.held.put(self.ratio)
         return part
 
@@ -257,8 +296,7 @@ class ScheduledRun:
     def state_dict(self) -> dict[str, Any]:
         """Return where the run is, as plain Python."""
         return {
-            "schedule": self.schedule.name,
-            "reference_batch_size": self.clock.batch_size,
+            **self._facts(),
             "learnt": self.schedule.state_dict(),
             "epoch": self.epoch,
             "position": self.position,
@@ -267,6 +305,17 @@ class ScheduledRun:
             "seed": self.seed,
             "pending": self._drawn(),
             "reference": [] if self.held is None else self.held.state_dict(),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a run that goes on must share."""
+        owner = self.owner
+        return {
+            "schedule": self.schedule.name,
+            "reference_batch_size": self.clock.batch_size,
+            "samples": self.clock.samples,
+            "max_batch_size": owner.max_batch_size,
+            "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)],
         }
 
     def _drawn(self) -> list[int]:
@@ -280,7 +329,7 @@ class ScheduledRun:
     def load(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.plan.make()
-        here = {"schedule": self.schedule.name, "reference_batch_size": self.clock.batch_size}
+        here = self._facts()
         other = [f"{key}={state[key]!r} and not {value!r}" for key, value in here.items() if state[key] != value]
         if other:
             raise MisconfigurationException(
@@ -298,6 +347,7 @@ class ScheduledRun:
             self.schedule.load_state_dict(state["learnt"])
         self.epoch, self.position, self.closed = state["epoch"], state["position"], state["closed"]
         self.seed, self._saved, self._pending = state["seed"], state, state["pending"]
+        self._within = not self.closed
 
     def release(self) -> None:
         """Give everything back that is the user's."""
@@ -311,5 +361,23 @@ class ScheduledRun:
         if self._give_back is not None:
             self._give_back()
         self.trainer.fit_loop.epoch_loop.max_steps = self.plan.max_steps
+        self.trainer.fit_loop.epoch_loop.min_steps = self.plan.min_steps
         if self.held is not None:
             self.held.give_back()
+
+
+_warnings = WarningCache()
+
+
+def _warn_of_others(key: str) -> None:
+    """Warn, once, of what somebody else does to the groups of an optimizer."""
+    if key == "params":
+        _warnings.warn(
+            "BatchSizeSchedule: a parameter group was added. Its rate is taken for the reference run's, and scaled by "
+            "the batch that runs."
+        )
+    else:
+        _warnings.warn(
+            f"BatchSizeSchedule: somebody else than a scheduler changes {key!r} of the optimizer. What is put there is "
+            "taken for the value of the batch that runs. Use a scheduler, which is stepped by samples."
+        )

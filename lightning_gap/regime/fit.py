@@ -51,7 +51,7 @@ class Fit(NamedTuple):
             configs=trainer.lr_scheduler_configs,
             kept_scaled=[each for each in trainer.optimizers if gradients_stay_scaled(trainer, each)],
             counting=counting,
-            val_check_interval=trainer.val_check_interval,
+            val_check_interval=getattr(trainer, "val_check_interval", 1.0),  # by time there is none
             check_val_every_n_epoch=trainer.check_val_every_n_epoch,
             by_time=validation_seconds(trainer) is not None,
         )

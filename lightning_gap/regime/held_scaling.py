@@ -24,6 +24,7 @@ class HeldScaling:
     Args:
         optimizers: Whose groups are held.
         scaled_at: The rules.
+        changed: Is told the name of a hyperparameter that somebody else has changed, and of a group's "params".
 
     Example:
         >>> import torch
@@ -39,8 +40,10 @@ class HeldScaling:
         1.0
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], scaled_at: ScaledAt) -> None:
-        self._optimizers, self._scaled_at = list(optimizers), scaled_at
+    def __init__(
+        self, optimizers: Sequence[Optimizer], scaled_at: ScaledAt, changed: Callable[[str], None] = lambda key: None
+    ) -> None:
+        self._optimizers, self._scaled_at, self._told = list(optimizers), scaled_at, changed
         self.ratio = 1.0
         self._reference: dict[int, dict[str, Any]] = {}  # by the group: an optimizer may get more of them
         self._written: dict[int, dict[str, Any]] = {}  # what tells whether somebody else has written since
@@ -61,7 +64,10 @@ class HeldScaling:
         Args:
             ratio: The batch over the reference run's.
         """
-        if self._written and ratio == self.ratio:
+        added = [group for _, group in self._groups() if id(group) not in self._reference]
+        if added and self._reference:
+            self._told("params")
+        if self._written and ratio == self.ratio and not added:
             return  # what somebody else has changed meanwhile is in force, and taken over when something changes here
         self.give_back()
         self.ratio = ratio
@@ -83,6 +89,7 @@ class HeldScaling:
             scaled = self._values.get(id(group), {})
             for key, mark in _marks(group).items():
                 if mark != written.get(key):  # somebody else's, such as a plateau's
+                    self._told(key)
                     reference[key] = _taken_over(reference.get(key), scaled.get(key), _kept(group[key]))
                 if key in scaled or mark != written.get(key):
                     _write(group, key, reference[key])

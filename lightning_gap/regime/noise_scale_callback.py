@@ -39,10 +39,10 @@ from lightning_gap.trainer.strategy import (
 )
 from lightning_gap.trainer.terminal import say
 
-__all__ = ["GradientNoiseScale"]
+__all__ = ["FIRST_VERDICT", "GradientNoiseScale"]
 
 # Measurements after which the first verdict is said; fewer are mostly noise.
-_FIRST_VERDICT = 10
+FIRST_VERDICT = 10
 
 
 class GradientNoiseScale(Callback):
@@ -233,6 +233,8 @@ class GradientNoiseScale(Callback):
         loader = training_loader(trainer)
         if isinstance(loader, ScheduledLoader):
             source.micro_batch = loader.batch_size
+            if not loader.even and not self.estimate.measurements:
+                self._say_once("does not measure updates whose parts are of several sizes")
             return loader.even
         return True
 
@@ -308,7 +310,7 @@ class GradientNoiseScale(Callback):
             "batch_over_critical": self._batch(trainer) / critical if critical > 0 else float("nan"),
         }
         log_now(trainer, pl_module.device, PREFIX, facts)
-        if not self._told and self.estimate.measurements >= _FIRST_VERDICT and critical > 0:
+        if not self._told and self.estimate.measurements >= FIRST_VERDICT and critical > 0:
             self._told = True
             self._say(trainer, f"Gradient noise scale after {trainer.global_step} updates")
 

@@ -117,12 +117,17 @@ def updates_of_pass(
         >>> clock = PassClock(samples=10, batch_size=2)
         >>> list(updates_of_pass(clock, lambda samples: 2 if samples < 4 else 4, epoch=0, position=0))
         [(0, 2, 2), (2, 4, 2), (4, 8, 4), (8, 10, 4)]
+        >>> clock = PassClock(samples=9, batch_size=2)  # the last sample joins those before it
+        >>> list(updates_of_pass(clock, lambda samples: 4, epoch=0, position=0))
+        [(0, 4, 4), (4, 9, 4)]
     """
     assert clock.samples is not None
     last = clock.samples if end is None else min(end, clock.samples)
     while position < last:
         batch = batch_at(clock.seen(epoch, position))
         ends = min(position + batch, last)
+        if last - ends < clock.batch_size < batch:
+            ends = last  # what is left is less than the reference run's batch, and no update for a higher rate
         yield position, ends, batch
         position = ends
 

@@ -1,15 +1,20 @@
 """A loader whose batches change in size while it is read: torch alone."""
 
+import os
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_gap.regime.parts import Part
 
-__all__ = ["ScheduledLoader", "ScheduledSource", "draws_of", "is_schedulable"]
+__all__ = ["ScheduledLoader", "ScheduledSource", "draws_of", "is_schedulable", "worker_seeds"]
 
 
 def is_schedulable(loader: Any) -> bool:
@@ -43,14 +48,28 @@ def draws_of(loader: DataLoader[Any], *, seed: int) -> Callable[[int], Sequence[
         set_epoch = getattr(sampler, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        own = getattr(sampler, "generator", None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + epoch)
+        own, here = getattr(sampler, "generator", None), (1_000_003 * seed + epoch) % 2**63
+        with _seeded(here):
             if isinstance(own, torch.Generator):
-                own.manual_seed(seed + epoch)
+                own.manual_seed(here)
             return list(sampler)
 
     return draw
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed whatever a sampler may draw with, and give all of it back."""
+    before, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - samplers of users draw with it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpys)  # noqa: NPY002
 
 
 class _Batches:
@@ -78,6 +97,8 @@ class ScheduledLoader:
         draws: The order of each pass.
         parts: Yields the parts of this process that are still to come in the pass.
         length: How many batches the pass has, those that are over included; ``None`` where it is not known.
+        seed: Of what workers draw.
+        worker_init: What each worker calls with its number, where the loader has nothing for it.
 
     Attributes:
         drawn: Parts whose samples have been asked for, workers being ahead.
@@ -92,7 +113,10 @@ class ScheduledLoader:
         draws: Callable[[int], Sequence[Any]],
         parts: Callable[[], Iterator[Part]],
         length: Callable[[], int] | None,
+        seed: int = 0,
+        worker_init: Callable[[int], None] | None = None,
     ) -> None:
+        self._users = loader
         self.draws, self.parts = draws, parts
         self.drawn: deque[Part] = deque()
         self.coming: deque[Part] = deque()
@@ -108,9 +132,9 @@ class ScheduledLoader:
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
+            worker_init_fn=loader.worker_init_fn or worker_init,
             multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(torch.initial_seed() % 2**63),  # which training does not share
+            generator=torch.Generator().manual_seed(seed % 2**63),  # which training does not share
             persistent_workers=False,  # workers of a pass that was left would hand out its batches in the next
             **options,
         )
@@ -124,6 +148,11 @@ class ScheduledLoader:
         for batch in self._loader:
             self.coming.append(self.drawn.popleft())
             yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_users":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._users, name)  # its sampler, its workers, as other callbacks ask
 
     def take(self) -> Part:
         """Return what the present batch is, once it is trained on."""
@@ -148,6 +177,19 @@ class _SizedLoader(ScheduledLoader):
     def __len__(self) -> int:
         assert self._length is not None
         return self._length()
+
+
+def worker_seeds(rank: int) -> Callable[[int], None] | None:
+    """Return what seeds the workers of a process, as Lightning does where ``seed_everything(workers=True)`` asks.
+
+    Args:
+        rank: Of the process, so that no two augment alike.
+    """
+    if not int(os.environ.get("PL_SEED_WORKERS", "0")):
+        return None
+    from lightning.fabric.utilities.seed import pl_worker_init_function
+
+    return partial(pl_worker_init_function, rank=rank)
 
 
 class ScheduledSource:

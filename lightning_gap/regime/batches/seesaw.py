@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_gap.regime.batches.base import BatchSchedule, RateAt
 
@@ -45,6 +46,9 @@ class SeesawBatches(BatchSchedule):
         """
         assert rate_at is not None
         self._base, self._rate_at = reference_batch_size, rate_at
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_rate_at"}  # of a run
 
     def batch_at(self, samples: int) -> float:
         """Return the batch of the update that begins after so many samples; infinite where the rate is 0.

@@ -149,8 +149,8 @@ def count_batches(trainer: Any, batches: int | float) -> None:
     """
     private(trainer.fit_loop, "_combined_loader", _LIGHTNING).limits = None
     trainer.fit_loop.max_batches = batches
-    share = trainer.val_check_interval
-    if isinstance(share, float) and validation_seconds(trainer) is None:
+    share = None if validation_seconds(trainer) is not None else trainer.val_check_interval
+    if isinstance(share, float):
         whole = batches == float("inf")
         trainer.val_check_batch = float("inf") if whole else max(1, int(batches * share))
 
