@@ -78,7 +78,7 @@ class ScheduledRun:
         self.plan.make()
         if not self.plan.by_loader:
             return loader
-        own = self._saved["seed"] if self._saved else int(torch.randint(2**40, ()))
+        own = self._saved["seed"] if self._saved else torch.initial_seed() % 2**40
         self.seed = from_rank_zero(self.trainer, own)
         rank = self.trainer.global_rank
         self.plan.loader = ours = ScheduledLoader(

@@ -152,11 +152,12 @@ def test_an_update_is_logged_with_the_rate_that_made_it():
     assert logged == pytest.approx([rates[0] for rates in trace.rates])
 
 
-def test_validations_by_time_and_a_callback_that_travels():
-    class Validated(Regression):
-        def val_dataloader(self):
-            return loader(30)
+class Validated(Regression):
+    def val_dataloader(self):
+        return loader(30)
 
+
+def test_validations_by_time_and_a_callback_that_travels():
     callback = BatchSizeSchedule("seesaw")
     run(Validated(EPOCH_SCHEDULES["StepLR"]), loader(BASE), callback, val_check_interval="00:00:00:01", max_epochs=1)
     assert pickle.loads(pickle.dumps(callback)).schedule.name == "seesaw"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gloo import enter_world, free_port
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -316,7 +316,7 @@ class Shards(LightningModule):
 
 
 def fit(ckpt_path=None, max_epochs=4, **options):
-    torch.manual_seed(0)
+    seed_everything(0, verbose=False)  # which processes of a strategy go back to
     module = Shards()
     trainer = trainer_of(BatchSizeSchedule(STEPS, max_device_batch_size=4), max_epochs=max_epochs, **options)
     trainer.fit(module, ckpt_path=ckpt_path)
