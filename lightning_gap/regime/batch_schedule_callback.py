@@ -292,7 +292,8 @@ class BatchSizeSchedule(Callback):
                     group.update({key: _like(group[key], value) for key, value in next(saved).items() if key in group})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_run": None, "_noise": None}  # of a trainer, which does not travel
+        kept = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**kept, "_run": None, "_noise": None}  # of a trainer, which does not travel
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gap.trainer.internals.of_torch import times_written
+
 __all__ = ["HeldScaling", "ScaledAt"]
 
 # From an optimizer, a group of its reference run and the ratio: the hyperparameters that change, with their values.
@@ -149,7 +151,7 @@ def _marks(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), times_written(value)
     return tuple(map(_mark, value)) if isinstance(value, (tuple, list)) else value
 
 

@@ -468,3 +468,43 @@ def test_a_callback_keeps_its_average():
     )
     kept = [each for each in found[0] if each is not None]
     assert [internals.ema_decay(each) for each in kept] == [0.75]
+
+
+def test_a_write_in_place_is_counted():
+    tensor = torch.zeros(2)
+    before = internals.times_written(tensor)
+    assert internals.times_written(tensor) == before
+    tensor.fill_(1.0)
+    assert internals.times_written(tensor) == before + 1
+
+
+def test_the_source_of_training_data_is_replaced_and_given_back():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    before = lightning.replace_training_source(trainer, "another")
+    assert lightning.replace_training_source(trainer, before) == "another"
+
+
+def test_another_counting_of_accumulation_is_in_force_until_it_is_given_back():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, accumulate_grad_batches=3)
+    give_back = lightning.take_accumulation(trainer, lambda: False, lambda: True)
+    epoch_loop = trainer.fit_loop.epoch_loop
+    assert epoch_loop._accumulated_batches_reached()
+    assert epoch_loop.automatic_optimization._make_zero_grad_fn(0, None) is None
+    trainer.accumulate_grad_batches = 7
+    give_back()
+    assert trainer.accumulate_grad_batches == 3
+    assert not epoch_loop.automatic_optimization.__dict__.get("_make_zero_grad_fn")
+
+
+def test_batches_of_an_epoch_are_counted_anew():
+    class Counts(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            lightning.count_batches(trainer, 2)
+
+    trainer = Trainer(
+        max_epochs=1, limit_val_batches=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Counts()],
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    assert trainer.global_step == 2
+    assert trainer.val_check_batch == 2

@@ -40,6 +40,7 @@ __all__ = [
     "set_ema_decay",
     "squared_differences_backward_out",
     "squared_differences_out",
+    "times_written",
     "transforms_run",
     "tree_leaves",
     "tree_map",
@@ -153,3 +154,8 @@ def set_ema_decay(model: Any, decay: float) -> None:
     for name, make in _AVERAGES.items():
         if getattr(model, name, None) is not None:
             setattr(model, name, make(decay))
+
+
+def times_written(tensor: torch.Tensor) -> int:
+    """Return a number that changes with each write to a tensor in place, without waiting for its device."""
+    return int(private(tensor, "_version", "torch"))
