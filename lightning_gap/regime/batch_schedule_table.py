@@ -35,7 +35,7 @@ def forecast(run: ScheduledRun) -> list[tuple[int, int]] | None:
 def report(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> None:
     """Print what the schedule will do, and log it."""
     rows, facts = _rows(run, rolled, rules)
-    table = Table(title="Batch-size schedule")
+    table = Table(title="Batch-size schedule", title_justify="left")
     for name in COLUMNS:
         table.add_column(name)
     for row in rows:

@@ -36,6 +36,7 @@ class HeldScaling:
         >>> held.put(16.0)
         >>> sgd.param_groups[0]["lr"]
         2.0
+        >>> sgd.step()
         >>> with held.reference_run():
         ...     halving.step()
         >>> sgd.param_groups[0]["lr"]
