@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.regime.batch_schedule_refusals import check_trainer, is_tuning
+from lightning_gap.regime.batch_schedule_refusals import check_trainer
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.batch_schedule_table import report
 from lightning_gap.regime.batches import batch_schedule
@@ -21,6 +21,7 @@ from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
 from lightning_gap.regime.callback import PREFIX
 from lightning_gap.regime.noise_scale_callback import FIRST_VERDICT, GradientNoiseScale
+from lightning_gap.regime.refusals import is_tuning
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import LRRule, rule_name
 from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule

@@ -7,24 +7,15 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
-    LearningRateFinder,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gap.regime.callback import LargeBatchRegime
-from lightning_gap.trainer.internals.of_lightning import ends_tuning, validation_seconds
+from lightning_gap.trainer.internals.of_lightning import validation_seconds
 from lightning_gap.trainer.strategy import leaves_updates_to_torch, strategy_name
 
-__all__ = ["check_trainer", "is_tuning"]
-
-
-def is_tuning(trainer: Any) -> bool:
-    """Whether a method of ``Tuner`` runs: it ends before training."""
-    return any(
-        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
-        for callback in trainer.callbacks
-    )
+__all__ = ["check_trainer"]
 
 
 def check_trainer(trainer: Any, pl_module: LightningModule, most: int | None, *, adaptive: bool) -> None:

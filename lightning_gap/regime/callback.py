@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import check_trainer, keeps_lengths, refused_as
+from lightning_gap.regime.refusals import check_trainer, is_tuning, keeps_lengths, refused_as
 from lightning_gap.regime.report import PREFIX, log_update, report
 from lightning_gap.regime.resume import state_of
 from lightning_gap.regime.rules.auto import AUTO, rules_for
@@ -21,7 +21,7 @@ from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRul
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
 from lightning_gap.regime.weight_averages import EMARule, check_ema_rule
-from lightning_gap.trainer.internals.of_lightning import ends_tuning, found_a_rate, sets_the_rate, updates_logs
+from lightning_gap.trainer.internals.of_lightning import found_a_rate, sets_the_rate, updates_logs
 from lightning_gap.trainer.strategy import clip_gradients, require_lightning
 
 __all__ = ["PREFIX", "LargeBatchRegime"]
@@ -207,7 +207,7 @@ class LargeBatchRegime(Callback):
         for callback in cast(Any, trainer).callbacks:
             if isinstance(callback, LearningRateFinder) and sets_the_rate(callback) and self.lr_rule != "none":
                 self._finder = callback
-        if _tuning(trainer):
+        if is_tuning(trainer):
             return
         dry = bool(cast(Any, trainer).fast_dev_run)
         if dry:
@@ -344,11 +344,3 @@ class LargeBatchRegime(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the trainer the user's limits back after an exception, for there is no teardown then."""
         self.teardown(trainer, pl_module, "fit")
-
-
-def _tuning(trainer: Any) -> bool:
-    """Whether a method of ``Tuner`` runs: it ends before training, and the fit that follows plans anew."""
-    return any(
-        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
-        for callback in trainer.callbacks
-    )

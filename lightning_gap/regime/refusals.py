@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,10 +28,10 @@ from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out
 from lightning_gap.regime.scaling import Rate, check_rule
 from lightning_gap.regime.schedules import check_unscaled, horizons
-from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
+from lightning_gap.trainer.internals.of_lightning import ends_tuning, is_compiled_by_lightning
 from lightning_gap.trainer.strategy import leaves_updates_to_torch, strategy_name
 
-__all__ = ["check_fit", "check_trainer", "keeps_lengths", "refused_as", "sets_rate"]
+__all__ = ["check_fit", "check_trainer", "is_tuning", "keeps_lengths", "refused_as", "sets_rate"]
 
 _T = TypeVar("_T")
 # A learning rate that is set, and one that is read.
@@ -43,6 +44,14 @@ _NAMES_GROUP = re.compile(r"\bfor\s+(\w+)\s+in\s+[^:]*param_groups")
 _READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
 _CHANGES_RATE = re.compile(r"""\[["']lr["']\]\s*[*/]?=(?!=)""")
 _NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
+
+
+def is_tuning(trainer: Any) -> bool:
+    """Return whether a method of ``Tuner`` runs: it ends before training, and the fit that follows plans anew."""
+    return any(
+        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
+        for callback in trainer.callbacks
+    )
 
 
 def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: bool, gradient_noise: bool) -> None:
