@@ -1,6 +1,8 @@
 """What holds for every test."""
 
+import logging
 import sys
+from typing import Any
 
 import pytest
 
@@ -15,3 +17,25 @@ def threads_are_left_as_they_were():
         now = torch.get_num_threads()
         torch.set_num_threads(before)
         pytest.fail(f"a test left {now} threads where there were {before}")
+
+
+LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+def _who_is_heard() -> dict[str, Any]:
+    loggers = {name: logging.getLogger(name) for name in LOGGERS}
+    state = {name: (each.level, each.disabled, each.propagate) for name, each in loggers.items()}
+    said_by = sys.modules.get("lightning_utilities.core.rank_zero")
+    rank = getattr(said_by.rank_zero_only, "rank", 0) if said_by else 0
+    return state | {"disabled up to": logging.root.manager.disable, "rank": rank}
+
+
+@pytest.fixture(autouse=True)
+def what_is_said_can_be_heard_by_the_next():
+    """A logger that is left silent, or a rank that is not 0, makes another test miss what it waits for."""
+    imported = "lightning.pytorch" in sys.modules  # which sets the levels of its loggers
+    before = _who_is_heard()
+    yield
+    after = _who_is_heard()
+    if imported and after != before:
+        pytest.fail("a test left " + ", ".join(f"{name!r} at {after[name]}" for name in after if after[name] != before[name]))
