@@ -37,5 +37,6 @@ def what_is_said_can_be_heard_by_the_next():
     before = _who_is_heard()
     yield
     after = _who_is_heard()
-    if imported and after != before:
-        pytest.fail("a test left " + ", ".join(f"{name!r} at {after[name]}" for name in after if after[name] != before[name]))
+    changed = [f"{name!r} at {after[name]}" for name in after if after[name] != before[name]]
+    if imported and changed:
+        pytest.fail(f"a test left {', '.join(changed)}")

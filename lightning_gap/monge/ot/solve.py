@@ -11,6 +11,7 @@ never back-propagated through iterations; second derivatives come from the impli
 solver         how                                                             memory
 ============== =============================================================== ==========================
 ``dense``      our own, in the kernel domain, to a marginal error              two ``n x m`` matrices
+``fused``      our own, compiled, all of a pass at once, to a marginal error   ``O(n + m)``
 ``blocked``    our own, by blocks of rows, to a marginal error                 ``O(n + m)`` and a block
 ``exact``      assignment or linear program, no regularization                 ``n x m`` in double
 ``online``     GeomLoss on KeOps, compiled formulas, a fixed schedule          ``O(n + m)``
@@ -37,6 +38,7 @@ from lightning_gap.monge.ot.problem import Problem, checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
+from lightning_gap.monge.ot.solvers.fused.passes import fused_library
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
 from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping
@@ -82,16 +84,17 @@ def optimal_transport(
         weights: ``(n,)`` and ``(m,)`` weights; uniform by default. They sum to 1 unless ``rho`` is given.
         rho: Strength of soft marginals, in units of the cost (GeomLoss's ``reach`` is a distance); ``None`` for hard.
         solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
-            CPU, 16384 x 16384 on a GPU), beyond that ``"blocked"``.
-        tolerance: L1 marginal error at which ``"dense"`` and ``"blocked"`` stop; the gradient is then right to some
-            twice as much of the gradient of what is paid.
-        max_iterations: Most sweeps of these two.
+            CPU, 16384 x 16384 on a GPU); beyond that ``"fused"`` on a CPU, for costs with a formula where there is a
+            C++ compiler, else ``"blocked"``.
+        tolerance: L1 marginal error at which ``"dense"``, ``"fused"`` and ``"blocked"`` stop; the gradient is then
+            right to some twice as much of the gradient of what is paid.
+        max_iterations: Most sweeps of these three.
         strict: Raise, rather than warn, where the tolerance was not reached.
         reach: Deprecated: ``rho``.
 
     Returns:
-        The result; its ``value`` is differentiable in ``x``, ``y`` and the weights, twice with ``"dense"`` and
-        ``"blocked"``.
+        The result; its ``value`` is differentiable in ``x``, ``y`` and the weights, twice with ``"dense"``,
+        ``"fused"`` and ``"blocked"``.
 
     Raises:
         TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
@@ -183,7 +186,7 @@ def _solve_alike(problems: list[Problem], solver: str, options: SolverOptions) -
         return [solve_exact(p) for p in problems]
     device = problems[0].x.device
     with torch.autocast(device.type, enabled=False), full_precision(device):
-        if solver in ("dense", "blocked"):
+        if solver in ("dense", "fused", "blocked"):
             return solve_entropic(problems, solver, options)
         return [solve_geomloss(p, solver) for p in problems]
 
@@ -201,10 +204,24 @@ def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
+def _check_fused(cost: Cost, x: Tensor) -> None:
+    """Raise where no compiled pass can be made."""
+    if x.device.type != "cpu":
+        raise ValueError(f"solver='fused' is for a CPU, and the samples are on {x.device}: use 'blocked'")
+    if cost.formula is None:
+        raise ValueError(f"solver='fused' needs a formula, which the cost {cost} has not: use 'blocked'")
+    if fused_library(cost) is None:
+        raise RuntimeError("solver='fused' compiles C++: install g++ or clang++, or use solver='blocked'")
+
+
 def choose_solver(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
     """Return the solver to take, or raise ``ValueError`` where the one that is named cannot take the problem."""
     if solver == "auto":
-        return "dense" if len(x) * len(y) <= LIMITS.dense.on(x.device) and fits(x, y) else "blocked"
+        if len(x) * len(y) <= LIMITS.dense.on(x.device) and fits(x, y):
+            return "dense"
+        return "blocked" if x.device.type != "cpu" or fused_library(cost) is None else "fused"
+    if solver == "fused":
+        _check_fused(cost, x)
     if solver in ("online", "multiscale") and cost.keops_formula is None:
         raise ValueError(f"solver={solver!r} needs a KeOps formula, which the cost {cost} has not: use 'blocked'")
     if solver == "multiscale" and not (isinstance(cost, SqEuclidean) and x.shape[1] <= 3):

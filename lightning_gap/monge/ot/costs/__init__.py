@@ -11,6 +11,7 @@ convex, the gradient of the conjugate :math:`h^*` which structured maps need (Us
 from lightning_gap.monge.ot.costs.angles import Cosine, Geodesic
 from lightning_gap.monge.ot.costs.base import Cost, TranslationInvariantCost
 from lightning_gap.monge.ot.costs.euclidean import Euclidean, Mahalanobis, SqEuclidean
+from lightning_gap.monge.ot.costs.formula import CostFormula
 from lightning_gap.monge.ot.costs.geometry import PlanFactors
 from lightning_gap.monge.ot.costs.names import CallableCost, resolve
 from lightning_gap.monge.ot.costs.names import CostLike as CostLike
@@ -21,6 +22,7 @@ __all__ = [
     "CallableCost",
     "Cosine",
     "Cost",
+    "CostFormula",
     "Elastic",
     "Euclidean",
     "Geodesic",

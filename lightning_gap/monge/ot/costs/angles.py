@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_gap.monge.ot.costs.base import Cost
+from lightning_gap.monge.ot.costs.formula import SQUARES, CostFormula
 from lightning_gap.monge.ot.costs.geometry import Geometry
 from lightning_gap.monge.ot.costs.products import SquaredGeometry, accurate, safe_sqrt, squared_distances
 
@@ -36,6 +37,11 @@ class Cosine(Cost):
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one minus all cosines, through one matrix product."""
         return (squared_distances(_unit(x), _unit(y)) / 2).to(x.dtype)
+
+    @property
+    def formula(self) -> CostFormula:
+        """Half the squared distances of the unit vectors."""
+        return SQUARES._replace(scale=0.5, image=_unit)
 
     @property
     def geometry(self) -> Geometry:
@@ -74,6 +80,12 @@ class Geodesic(Cost):
     name: ClassVar[str] = "geodesic"
     keops_formula = "(IntCst(2) * Atan2(Norm2(X-Y),Norm2(X+Y)))"
     _TOLERANCE: ClassVar[float] = 1e-3
+
+    @property
+    def formula(self) -> CostFormula:
+        """Angles by the chords of unit vectors: two arcsines of half of them."""
+        slope = "inverse(root(s * absolute(4 - s)))"
+        return SQUARES._replace(outer="2 * arcsine(root(s) / 2)", outer_slope=slope, image=_unit)
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the angle."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_gap.monge.ot.costs.formula import CostFormula
 from lightning_gap.monge.ot.costs.geometry import Geometry
 from lightning_gap.monge.ot.limits import LIMITS
 
@@ -86,6 +87,11 @@ class Cost(ABC):
     @property
     def keops_formula(self) -> str | None:
         """The cost as a KeOps formula in ``X`` and ``Y``, or ``None`` where KeOps cannot express it."""
+        return None
+
+    @property
+    def formula(self) -> CostFormula | None:
+        """The cost as C++ expressions for the solver ``"fused"``, or ``None`` where these cannot express it."""
         return None
 
     def embedded(self, points: Tensor) -> "tuple[Cost, Tensor]":

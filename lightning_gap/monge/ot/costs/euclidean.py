@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs.base import Cost, TranslationInvariantCost
+from lightning_gap.monge.ot.costs.formula import SQUARES, CostFormula
 from lightning_gap.monge.ot.costs.geometry import Fill, Geometry, Gradients, PlanFactors
 from lightning_gap.monge.ot.costs.norms import p_norm
 from lightning_gap.monge.ot.costs.products import (
@@ -43,6 +44,7 @@ class SqEuclidean(TranslationInvariantCost):
 
     name: ClassVar[str] = "sqeuclidean"
     keops_formula = "SqDist(X,Y)"
+    formula = SQUARES
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|²``."""
@@ -134,6 +136,11 @@ class Mahalanobis(TranslationInvariantCost):
         return squared_distances(self.image(accurate(x)), self.image(accurate(y))).to(x.dtype)
 
     @property
+    def formula(self) -> CostFormula:
+        """Squared distances of the images."""
+        return SQUARES._replace(image=self.image)
+
+    @property
     def geometry(self) -> Geometry:
         """Products of augmented images."""
         return _MahalanobisGeometry(self)
@@ -185,6 +192,7 @@ class Euclidean(TranslationInvariantCost):
 
     name: ClassVar[str] = "euclidean"
     keops_formula = "Norm2(X-Y)"
+    formula = SQUARES._replace(outer="root(s)", outer_slope="inverse(2 * root(s))")
 
     def h(self, z: Tensor) -> Tensor:
         """Return ``|z|``, also where squares would underflow or overflow."""

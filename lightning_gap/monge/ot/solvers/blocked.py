@@ -51,13 +51,23 @@ class BlockedKernel(Kernel):
         return nullcontext(BlockedKernel(problems, self.epsilons, self.largest))
 
     def sweep(self, G: Vector) -> tuple[Vector, Vector]:
-        """One pass of exponentials for both updates: a block's columns are summed as soon as its rows are known."""
+        """One pass of exponentials for both updates."""
         self.G = as_tensor(G)[0]
+        self._F, answer = self._answers()
+        if self.damping is not None and not self.symmetric:
+            answer = answer - as_tensor(self.balanced(as_vector(self._F)[None], as_vector(answer)[None]))[0]
+        self.residual = residual = as_vector(answer - self.G)[None]
+        if self.symmetric:
+            self._F = self.G
+        return residual, (self.b_vector * abs(self._excess(residual))).sum(1)
+
+    def _answers(self) -> tuple[Tensor, Tensor]:
+        """Return the answers of rows and columns: a block's columns are summed as soon as its rows are known."""
         columns = torch.zeros_like(self.G)
-        self._F = torch.empty_like(self.a[0])
+        answers = torch.empty_like(self.a[0])
 
         def visit(rows: slice, F: Tensor, top: Tensor, sums: Tensor, block: Tensor, columns: Tensor) -> None:
-            self._F[rows] = F
+            answers[rows] = F
             if not self.symmetric:
                 weights = (F + top).exp_().mul_(self.a[0, rows]).to(block.dtype)
                 columns += as_tensor(as_vector(weights) @ as_vector(block))
@@ -65,19 +75,12 @@ class BlockedKernel(Kernel):
         for part in self._visit_blocks(visit):
             columns += part
         if self.symmetric:
-            answer = self._F
-        elif float(columns.min()) > 0:
-            answer = (self.G - columns.log()).mul_(self.share)
-        else:
-            # A column that no row reaches within the format's range: answer it through its own soft minimum.
-            answer = soft_minimum(self.y, self.x, self.a[0], self._F, self.cost.transposed(), self.epsilon)
-            answer.mul_(self.share)
-        if self.damping is not None and not self.symmetric:
-            answer = answer - as_tensor(self.balanced(as_vector(self._F)[None], as_vector(answer)[None]))[0]
-        self.residual = residual = as_vector(answer - self.G)[None]
-        if self.symmetric:
-            self._F = self.G
-        return residual, (self.b_vector * abs(self._excess(residual))).sum(1)
+            return answers, answers
+        if float(columns.min()) > 0:
+            return answers, (self.G - columns.log()).mul_(self.share)
+        # A column that no row reaches within the format's range: answer it through its own soft minimum.
+        answer = soft_minimum(self.y, self.x, self.a[0], answers, self.cost.transposed(), self.epsilon)
+        return answers, answer.mul_(self.share)
 
     @property
     def row_potentials(self) -> Vector:

@@ -17,8 +17,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.costs import PlanFactors
+from lightning_gap.monge.ot.costs import Cost, PlanFactors
 from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector, numerics
 from lightning_gap.precision import widest
 
@@ -169,6 +170,19 @@ class Kernel(ABC):
     def column_factors(self, i: int) -> Tensor:
         """Return by what the columns of a problem's last plan are to be multiplied so that their sums are right."""
         return as_tensor(self.residual)[i].exp()
+
+    def gradients(self, i: int, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of what the last plan of a problem pays, where needed; then its mass is known."""
+        p, plan = self.problems[i], self.plan_factors(i)
+        if any(need):
+            return p.cost.geometry.plan_gradients(p.x, p.y, plan, need)
+        for _ in plan:
+            pass
+        return None, None
+
+    def soft_minimum(self, x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost) -> Tensor:
+        r"""Return :math:`-\log \sum_j b_j e^{G_j - c(x_i, y_j)/\varepsilon}` for other samples than the kernel's."""
+        return soft_minimum(x, y, b, G, cost, self.epsilons[0])
 
     @abstractmethod
     def mass(self, i: int) -> Tensor:

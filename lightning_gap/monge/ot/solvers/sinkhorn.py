@@ -9,6 +9,7 @@ from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
+from lightning_gap.monge.ot.solvers.fused.kernel import FusedKernel
 from lightning_gap.monge.ot.solvers.gradients import Envelope, Solved, with_learned_cost
 from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
 from lightning_gap.monge.ot.solvers.kernel import Kernel
@@ -21,7 +22,11 @@ __all__ = ["solve_entropic"]
 # Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
 _FLOAT_RATIOS = 1e-2, 1e6
 
-_KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {"dense": DenseKernel, "blocked": BlockedKernel}
+_KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {
+    "dense": DenseKernel,
+    "blocked": BlockedKernel,
+    "fused": FusedKernel,
+}
 
 
 def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions) -> list[OTResult]:
@@ -73,10 +78,9 @@ def _gradients_and_mass(
     """Return the envelope gradients that are needed, and the plan's mass, ``None`` where it is that of the weights."""
     # Exact rows make the plan's mass that of the weights: only where they are not is it to be counted.
     inexact = kernel.symmetric or p.rho is not None
-    plan = kernel.plan_factors(i)
     gx = gy = None
     if any(need):
-        gx, gy = p.cost.geometry.plan_gradients(p.x, p.y, plan, (True, False) if kernel.symmetric else need)
+        gx, gy = kernel.gradients(i, (True, False) if kernel.symmetric else need)
         # The rows' gradient is that of a plan whose rows are exact, the columns' of one whose columns are: what is left
         # of a marginal error would be multiplied by the displacement, however small the difference that is wanted.
         factors = kernel.column_factors(i)[:, None].to(p.x.dtype)
@@ -86,8 +90,7 @@ def _gradients_and_mass(
         elif gy is not None:
             gy = gy * factors
     elif inexact:
-        for _ in plan:
-            pass
+        kernel.gradients(i, need)
     return gx, gy, kernel.mass(i) if inexact else None
 
 

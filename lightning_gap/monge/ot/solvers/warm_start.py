@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.limits import LIMITS
-from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.iterate import iterate
 from lightning_gap.monge.ot.solvers.kernel import Kernel, damping
 from lightning_gap.monge.ot.solvers.vectors import as_vector
@@ -44,9 +43,9 @@ def _start(kernel: Kernel) -> tuple[Tensor, Tensor]:
     with kernel.coarsened(fewer) as coarse:
         found = iterate(coarse, coarse.begin(*coarse_start(coarse)), tolerance=0.02, max_iterations=60)
     for i, (p, few, epsilon) in enumerate(zip(kernel.problems, fewer, kernel.epsilons, strict=True)):
-        share = damping(epsilon, p.rho)
-        F[i] = share * soft_minimum(p.x, few.y, few.b, found.G[i], p.cost, epsilon)
-        G[i] = share * soft_minimum(p.y, few.x, few.a, found.F[i], p.cost.transposed(), epsilon)
+        share, part = damping(epsilon, p.rho), kernel[i : i + 1]
+        F[i] = share * part.soft_minimum(p.x, few.y, few.b, found.G[i], p.cost)
+        G[i] = share * part.soft_minimum(p.y, few.x, few.a, found.F[i], p.cost.transposed())
     return F, G
 
 

@@ -1,0 +1,56 @@
+"""Costs as expressions that a compiler takes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["SQUARES", "CostFormula"]
+
+
+class CostFormula(NamedTuple):
+    r"""A cost :math:`c(x, y) = w \, g(\sum_k h(T(x)_k - T(y)_k))`, in C++ for the fused solver.
+
+    Expressions are of vectors of numbers, in ``z``, the difference, ``s``, the sum, and ``q``, a number. They know
+    ``absolute(z)``, ``root(s)``, ``power(s, q)`` of what is not negative, ``inverse(s)``, which is 0 at 0, and
+    ``with_sign(z, of)``, which is 0 where ``of`` is.
+
+    Attributes:
+        term: :math:`h`, an even function of ``z``, as ``"z * z"``.
+        term_slope: :math:`h'`.
+        outer: :math:`g` of ``s``.
+        outer_slope: :math:`g'`.
+        scale: :math:`w`.
+        number: ``q``, which does not need another compilation when it changes.
+        image: :math:`T`, ``(n, d)`` points to ``(n, k)`` points in the widest format; ``None`` for the identity.
+
+    Example:
+        >>> CostFormula("absolute(z)", "with_sign(z * 0 + 1, z)").outer  # a city block
+        's'
+    """
+
+    term: str
+    term_slope: str
+    outer: str = "s"
+    outer_slope: str = "s * 0 + 1"
+    scale: float = 1.0
+    number: float = 0.0
+    image: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the cost is a squared distance, which is a product of augmented points."""
+        return self.term == "z * z" and self.outer == "s"
+
+    def expressions(self) -> dict[str, str]:
+        """Return the expressions by the names of their macros."""
+        return {
+            "TERM": self.term,
+            "TERM_SLOPE": self.term_slope,
+            "OUTER": self.outer,
+            "OUTER_SLOPE": self.outer_slope,
+        }
+
+
+# Squared distances.
+SQUARES = CostFormula("z * z", "2 * z")

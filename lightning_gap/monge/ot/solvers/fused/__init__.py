@@ -1,0 +1,1 @@
+"""Sinkhorn updates in one compiled pass over all pairs, for costs that have a formula."""

@@ -1,0 +1,58 @@
+"""Sinkhorn updates whose costs, exponentials and sums are one compiled pass, without a matrix."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.limits import LIMITS
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
+from lightning_gap.monge.ot.solvers.dense import DenseKernel
+from lightning_gap.monge.ot.solvers.fused.passes import Passes
+from lightning_gap.monge.ot.solvers.kernel import Kernel
+from lightning_gap.monge.ot.solvers.vectors import as_tensor
+
+__all__ = ["FusedKernel"]
+
+
+class FusedKernel(BlockedKernel):
+    """A kernel of one problem, on a CPU, for a cost that has a formula; in ``O(n + m)`` memory."""
+
+    def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
+        super().__init__(problems, epsilons, largest)
+        self.passes = Passes(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+
+    def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager[Kernel]:
+        """Lend a kernel of fewer points, in memory where it fits."""
+        (p,) = problems
+        if len(p.x) * len(p.y) <= LIMITS.dense.on(p.x.device):
+            return DenseKernel.at(problems, self)
+        return nullcontext(FusedKernel(problems, self.epsilons, self.largest))
+
+    def soft_minimum(self, x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost) -> Tensor:
+        """Return the soft minima of other samples, at the same epsilon."""
+        return Passes(x, y, cost, self.epsilon, self.largest[0]).soft_minimum(G, b.to(G.dtype))[0]
+
+    def _answers(self) -> tuple[Tensor, Tensor]:
+        """One pass for both updates."""
+        weights = None if self.symmetric else self.a[0]
+        F, columns = self.passes.soft_minimum(self.G, self.b[0], share=self.share, weights=weights)
+        if columns is None:
+            return F, F
+        if float(columns.min()) > 0:
+            return F, (self.G - columns.log()).mul_(self.share)
+        # A column that no row reaches within the format's range: answer it through its own soft minimum.
+        return F, self.passes.transposed().soft_minimum(F, self.a[0], share=self.share)[0]
+
+    def gradients(self, i: int, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of what the last sweep's plan pays, by a pass for each side."""
+        F, G, a, b = as_tensor(self._F), self.G, self.a[0], self.b[0]
+        gx = gy = None
+        if need[0] or not any(need):
+            gx, masses = self.passes.pulls(F, a, G, b)
+        if need[1]:
+            gy, masses = self.passes.transposed().pulls(G, b, F, a)
+        self._mass = masses.sum()
+        return gx if need[0] else None, gy

@@ -1,0 +1,199 @@
+r"""Soft minima and gradients over all pairs of samples, by compiled C++ on a CPU.
+
+A pass forms each cost in registers and lets go of it: neither the matrix nor a block of it is in memory.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.costs.products import accurate
+from lightning_gap.native import native_library
+
+__all__ = ["Passes", "fused_library"]
+
+_SOURCE = Path(__file__).with_name("soft_minimum.cpp")
+# An exponent is to be right to this, which a sum over a row averages; beyond, exponents are formed in double.
+_EXPONENT_ERROR = 1e-4
+# Sizes of sums of terms that are far from float32's limits.
+_FLOAT_RANGE = 1e-25, 1e25
+# Up to so many dimensions differences cost no more than products.
+_FEW_DIMENSIONS = 3
+# Columns of a tile, whose coordinates should stay in the first cache; rows of a group; numbers of its strip of kernel.
+_TILE_BYTES, _WIDTHS, _GROUP, _STRIP = 1 << 14, (64, 512), 64, 1 << 20
+# What the last tile is filled up with: nothing, in any format.
+_NOTHING = -1e30
+# Pairs below which a second thread costs more than it does.
+_FEW_PAIRS = 1 << 17
+
+
+def fused_library(cost: Cost) -> ctypes.CDLL | None:
+    """Return the passes of a cost; ``None`` where it has no formula, or nothing compiles it."""
+    formula = cost.formula
+    return None if formula is None else native_library(_SOURCE, formula.expressions())
+
+
+class Passes:
+    r"""Passes over the pairs of ``(n, d)`` rows and ``(m, d)`` columns at one epsilon.
+
+    Args:
+        x: ``(n, d)`` samples, on a CPU.
+        y: ``(m, d)`` samples.
+        cost: A cost with a formula.
+        epsilon: The regularization.
+        size: The largest cost, as far as is known.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, cost: Cost, epsilon: float, size: float) -> None:
+        library, formula = fused_library(cost), cost.formula
+        assert library is not None
+        assert formula is not None
+        self.x, self.y, self.cost, self.epsilon, self.size = x, y, cost, epsilon, size
+        self._library, self.formula, self.scale = library, formula, formula.scale / epsilon
+        rows, columns = self._images(x), self._images(y)
+        # Around the columns' middle a float32 has more digits for what is left.
+        middle = columns.mean(0)
+        rows, columns = rows - middle, columns - middle
+        rounding = torch.finfo(torch.float32).eps
+        fine = _FLOAT_RANGE[0] < size / formula.scale < _FLOAT_RANGE[1] and rounding * size <= _EXPONENT_ERROR * epsilon
+        exponential = "float" if x.dtype == torch.float32 else "double"
+        exponent = "float" if exponential == "float" and fine else "double"
+        self._name = f"{exponent}_{exponential}"
+        self.dtype = torch.float32 if exponent == "float" else torch.float64
+        squares = columns.square().sum(1)
+        # The product of far points cancels, as their difference does not.
+        spread = rounding * self.scale * float(torch.maximum(squares.amax(), rows.square().sum(1).amax()))
+        self.by_products = (
+            formula.is_square and exponent == "float" and rows.shape[1] > _FEW_DIMENSIONS and spread <= _EXPONENT_ERROR
+        )
+        self._rows = rows.to(self.dtype).contiguous()
+        self._tiles = _tiled(columns.to(self.dtype))
+        if self.by_products:
+            self._multiples = (2 * self.scale * rows).to(self.dtype)
+            self._own, self._squares = -self.scale * rows.square().sum(1), self.scale * squares
+
+    def transposed(self) -> "Passes":
+        """Return the passes with rows and columns exchanged."""
+        return Passes(self.y, self.x, self.cost.transposed(), self.epsilon, self.size)
+
+    def soft_minimum(
+        self, G: Tensor, b: Tensor, *, share: float = 1.0, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        r"""Return :math:`F_i = -s \log \sum_j b_j e^{G_j - c(x_i, y_j)/\varepsilon}`, and the columns' sums.
+
+        Args:
+            G: ``(m,)`` potentials in units of epsilon, in double.
+            b: ``(m,)`` weights, in double.
+            share: :math:`s`.
+            weights: ``(n,)`` weights of the rows, in double, if sums over the columns are wanted.
+
+        Returns:
+            ``(n,)`` soft minima, and ``(m,)`` sums :math:`\sum_i a_i e^{F_i + G_j - c_{ij}/\varepsilon}`, or ``None``.
+        """
+        n, m = len(self.x), len(self.y)
+        offsets, constant = self._offsets(G, b, products=self.by_products)
+        own = torch.full((n,), constant, dtype=torch.float64)
+        if self.by_products:
+            own += self._own
+        tiles, _, width = self._tiles.shape
+        group = _GROUP if weights is None else max(4, min(_GROUP, _STRIP // (tiles * width) // 4 * 4))
+        F = torch.empty(n, dtype=torch.float64)
+        name, x = ("products", self._multiples) if self.by_products else (self._name, self._rows)
+
+        def work(rows: slice) -> Tensor | None:
+            columns = None if weights is None else torch.zeros(tiles * width, dtype=torch.float64)
+            a = None if weights is None else weights[rows]
+            self._call(f"pass_{name}", x[rows], offsets, group, own[rows], share, F[rows], a, columns)
+            return columns
+
+        parts = self._in_parts(work)
+        if weights is None:
+            return F, None
+        sums: Tensor = sum(part for part in parts if part is not None)[:m]  # type: ignore[index]
+        # Weights are in the exponents.
+        return F, torch.where(b > 0, sums / b, sums)
+
+    def pulls(self, F: Tensor, a: Tensor, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :math:`\sum_j P_{ij} \nabla_1 c(x_i, y_j)` and the plan's row sums.
+
+        Args:
+            F: ``(n,)`` potentials in units of epsilon, in double.
+            a: ``(n,)`` weights, in double.
+            G: ``(m,)`` potentials.
+            b: ``(m,)`` weights.
+
+        Returns:
+            ``(n, d)`` gradients in the samples' format, and ``(n,)`` masses.
+        """
+        n, d = self._rows.shape
+        offsets, constant = self._offsets(G, b, products=False)
+        gradients, masses = torch.empty(n, d, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        potentials = (F + constant).contiguous()
+
+        def work(rows: slice) -> None:
+            found = gradients[rows], masses[rows]
+            self._call(f"pull_{self._name}", self._rows[rows], offsets, _GROUP, potentials[rows], *found)
+
+        self._in_parts(work)
+        # The passes' cost is in units of epsilon.
+        gradients *= self.epsilon * a[:, None]
+        if self.formula.image is not None:
+            with torch.enable_grad():
+                points = accurate(self.x.detach()).requires_grad_()
+                (gradients,) = torch.autograd.grad(self.formula.image(points), points, gradients)
+        return gradients.to(self.x.dtype), masses * a
+
+    def _images(self, points: Tensor) -> Tensor:
+        points = accurate(points.detach())
+        return points if self.formula.image is None else accurate(self.formula.image(points))
+
+    def _offsets(self, G: Tensor, b: Tensor, *, products: bool) -> tuple[Tensor, float]:
+        """Return what columns add to exponents, filled up, and a constant that is taken out of it."""
+        offsets = G + b.log()
+        constant = float(offsets.amax())
+        offsets = offsets - constant
+        if products:
+            offsets = offsets - self._squares
+        tiles, _, width = self._tiles.shape
+        filled = torch.full((tiles * width,), _NOTHING, dtype=self.dtype)
+        filled[: len(offsets)] = offsets.clamp_min(_NOTHING)
+        return filled, constant
+
+    def _call(self, function: str, x: Tensor, offsets: Tensor, group: int, *rest: Tensor | float | None) -> None:
+        tiles, d, width = self._tiles.shape
+        before = x, len(x), d, self._tiles, tiles, width, offsets, float(self.scale), float(self.formula.number), group
+        getattr(self._library, function)(*map(_argument, (*before, *rest)))
+
+    def _in_parts(self, work: Callable[[slice], Tensor | None]) -> list[Tensor | None]:
+        """Work on the rows, by as many threads as torch takes; the library lets others run meanwhile."""
+        n = len(self.x)
+        workers = 1 if n * len(self.y) < _FEW_PAIRS else min(torch.get_num_threads(), n)
+        parts = [slice(k * n // workers, (k + 1) * n // workers) for k in range(workers)]
+        if workers == 1:
+            return [work(parts[0])]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(work, parts))
+
+
+def _tiled(columns: Tensor) -> Tensor:
+    """Return ``(tiles, d, width)`` columns: those of a tile are neighbours."""
+    m, d = columns.shape
+    widest = _TILE_BYTES // (max(1, d) * columns.element_size())
+    width = max(_WIDTHS[0], min(_WIDTHS[1], widest, -(-m // 16) * 16)) // 16 * 16
+    tiles = -(-m // width)
+    filled = columns.new_zeros(tiles * width, d)
+    filled[:m] = columns
+    return filled.view(tiles, width, d).mT.contiguous()
+
+
+def _argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_double:
+    if value is None:
+        return ctypes.c_void_p()
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_double(value)

@@ -1,0 +1,103 @@
+"""C++ of this package, compiled for the processor on first use and kept."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+__all__ = ["compiler", "native_library"]
+
+# GCC takes half as wide vectors as the processor has, unless told.
+_FAST = ("-march=native", "-mprefer-vector-width=512")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+_SECONDS = 300
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler of this machine: ``CXX``, ``g++`` or ``clang++``; ``None`` where there is none."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def native_library(source: Path, expressions: Mapping[str, str]) -> ctypes.CDLL | None:
+    """Return a source compiled with some macros, or ``None`` where that cannot be done.
+
+    It is compiled once for each processor, compiler and set of macros, in some seconds, and kept in
+    ``lightning_gap`` under ``XDG_CACHE_HOME`` (``~/.cache``). Where there is a compiler that fails, that is warned of.
+
+    Args:
+        source: The C++ file.
+        expressions: Macros, and what they stand for.
+    """
+    return _native_library(source, tuple(expressions.items()), compiler())
+
+
+@cache
+def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], program: str | None) -> ctypes.CDLL | None:
+    if program is None or sys.platform == "win32":
+        return None
+    macros = [f"-D{name}={text}" for name, text in expressions]
+    try:
+        version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
+        known = "\n".join([source.read_text(), *macros, *_FAST, *_FLAGS, version.stdout, _processor()])
+        path = _folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
+        if not path.exists():
+            _compile(program, source, macros, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        warnings.warn(
+            f"{Path(program).name} does not compile {source.name}, so slower code is taken: {' '.join(told[:1])}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _compile(program: str, source: Path, macros: list[str], path: Path) -> None:
+    # Under a name of its own first: several processes may come at once.
+    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        for fast in (_FAST, _FAST[:1], ()):  # other processors' compilers do not know them all
+            try:
+                command = [program, *_FLAGS, *fast, *macros, str(source), "-o", made]
+                subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
+                break
+            except subprocess.CalledProcessError:
+                if not fast:
+                    raise
+        Path(made).replace(path)
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+@cache
+def _folder() -> Path:
+    """Return where libraries are kept: of this user alone, or they could be another's code."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_gap"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="lightning_gap-"))
+
+
+@cache
+def _processor() -> str:
+    """Return what tells this processor's instructions from another's, which may share the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [line for line in lines if line.startswith(("flags", "Features", "model name", "vendor_id"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(found))])
