@@ -71,11 +71,11 @@ class Passes:
         self.by_products = (
             formula.is_square and exponent == "float" and rows.shape[1] > _FEW_DIMENSIONS and spread <= _EXPONENT_ERROR
         )
+        if self.by_products:
+            self._name, self._own, self._squares = "products", -self.scale * rows.square().sum(1), self.scale * squares
+            rows = 2 * self.scale * rows
         self._rows = rows.to(self.dtype).contiguous()
         self._tiles = _tiled(columns.to(self.dtype))
-        if self.by_products:
-            self._multiples = (2 * self.scale * rows).to(self.dtype)
-            self._own, self._squares = -self.scale * rows.square().sum(1), self.scale * squares
 
     def transposed(self) -> "Passes":
         """Return the passes with rows and columns exchanged."""
@@ -96,19 +96,15 @@ class Passes:
             ``(n,)`` soft minima, and ``(m,)`` sums :math:`\sum_i a_i e^{F_i + G_j - c_{ij}/\varepsilon}`, or ``None``.
         """
         n, m = len(self.x), len(self.y)
-        offsets, constant = self._offsets(G, b, products=self.by_products)
-        own = torch.full((n,), constant, dtype=torch.float64)
-        if self.by_products:
-            own += self._own
+        offsets, own = self._offsets(G, b)
         tiles, _, width = self._tiles.shape
         group = _GROUP if weights is None else max(4, min(_GROUP, _STRIP // (tiles * width) // 4 * 4))
         F = torch.empty(n, dtype=torch.float64)
-        name, x = ("products", self._multiples) if self.by_products else (self._name, self._rows)
 
         def work(rows: slice) -> Tensor | None:
             columns = None if weights is None else torch.zeros(tiles * width, dtype=torch.float64)
             a = None if weights is None else weights[rows]
-            self._call(f"pass_{name}", x[rows], offsets, group, own[rows], share, F[rows], a, columns)
+            self._call("pass", rows, offsets, group, own[rows], share, F[rows], a, columns)
             return columns
 
         parts = self._in_parts(work)
@@ -131,13 +127,13 @@ class Passes:
             ``(n, d)`` gradients in the samples' format, and ``(n,)`` masses.
         """
         n, d = self._rows.shape
-        offsets, constant = self._offsets(G, b, products=False)
+        offsets, own = self._offsets(G, b)
         gradients, masses = torch.empty(n, d, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
-        potentials = (F + constant).contiguous()
+        potentials = F + own
 
         def work(rows: slice) -> None:
             found = gradients[rows], masses[rows]
-            self._call(f"pull_{self._name}", self._rows[rows], offsets, _GROUP, potentials[rows], *found)
+            self._call("pull", rows, offsets, _GROUP, potentials[rows], *found)
 
         self._in_parts(work)
         # The passes' cost is in units of epsilon.
@@ -152,22 +148,23 @@ class Passes:
         points = accurate(points.detach())
         return points if self.formula.image is None else accurate(self.formula.image(points))
 
-    def _offsets(self, G: Tensor, b: Tensor, *, products: bool) -> tuple[Tensor, float]:
-        """Return what columns add to exponents, filled up, and a constant that is taken out of it."""
+    def _offsets(self, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what columns add to exponents, filled up, and what rows do."""
         offsets = G + b.log()
-        constant = float(offsets.amax())
-        offsets = offsets - constant
-        if products:
-            offsets = offsets - self._squares
+        own = offsets.amax().expand(len(self.x)).clone()
+        offsets = offsets - own[0]
+        if self.by_products:
+            own += self._own
+            offsets -= self._squares
         tiles, _, width = self._tiles.shape
         filled = torch.full((tiles * width,), _NOTHING, dtype=self.dtype)
         filled[: len(offsets)] = offsets.clamp_min(_NOTHING)
-        return filled, constant
+        return filled, own
 
-    def _call(self, function: str, x: Tensor, offsets: Tensor, group: int, *rest: Tensor | float | None) -> None:
-        tiles, d, width = self._tiles.shape
-        before = x, len(x), d, self._tiles, tiles, width, offsets, float(self.scale), float(self.formula.number), group
-        getattr(self._library, function)(*map(_argument, (*before, *rest)))
+    def _call(self, function: str, rows: slice, offsets: Tensor, group: int, *rest: Tensor | float | None) -> None:
+        (tiles, d, width), x = self._tiles.shape, self._rows[rows]
+        before = x, len(x), d, self._tiles, tiles, width, offsets, self.scale, float(self.formula.number), group
+        getattr(self._library, f"{function}_{self._name}")(*map(_argument, (*before, *rest)))
 
     def _in_parts(self, work: Callable[[slice], Tensor | None]) -> list[Tensor | None]:
         """Work on the rows, by as many threads as torch takes; the library lets others run meanwhile."""

@@ -219,8 +219,8 @@ void pass(const Samples<S>& of, long group, const double* own, double share, dou
 }
 
 // With P_ij = exp(F_i + offset_j - cost_ij): sums over j of P_ij times the cost's gradient in x_i, (n, d), and the rows'
-// masses.
-template <class S, class K>
+// masses. As products, x_i and 2 scale (x_i sum_j P_ij - sum_j P_ij y_j).
+template <class S, class K, bool PRODUCTS>
 void pull(const Samples<S>& of, long group, const double* F, double* gradients, double* masses) {
     constexpr long L = VECTOR_BYTES / sizeof(S);
     alignas(VECTOR_BYTES) S shares[ROWS][MOST_COLUMNS];
@@ -237,14 +237,15 @@ void pull(const Samples<S>& of, long group, const double* F, double* gradients, 
                 for (long r = 0; r < ROWS; ++r) potentials[r] = S(F[std::min(i + r, of.n - 1)]);
                 Vec<S, L> s[ROWS], mass[ROWS] = {};
                 for (long j = 0; j < of.width; j += L) {
-                    sums_over_coordinates<S, L, false>(of, rows, y + j, s);
+                    sums_over_coordinates<S, L, PRODUCTS>(of, rows, y + j, s);
                     const Vec<S, L> offset = load<S, L>(offsets + j);
                     for (int r = 0; r < ROWS; ++r) {
-                        const Vec<S, L> e = potentials[r] + offset - of.scale * outer(s[r], of.q);
+                        const Vec<S, L> e = potentials[r] + offset + (PRODUCTS ? s[r] : -of.scale * outer(s[r], of.q));
                         const Vec<K, L> part = exponential_of<K, L>(__builtin_convertvector(e, Vec<K, L>));
-                        const Vec<S, L> p = __builtin_convertvector(part, Vec<S, L>);
+                        Vec<S, L> p = __builtin_convertvector(part, Vec<S, L>);
                         mass[r] += p;
-                        store<S, L>(&shares[r][j], p * (of.scale * outer_slope(s[r], of.q)));
+                        if (!PRODUCTS) p *= of.scale * outer_slope(s[r], of.q);
+                        store<S, L>(&shares[r][j], p);
                     }
                 }
                 for (long r = 0; r < height; ++r) masses[i + r] += sum_of<S, L>(mass[r]);
@@ -252,12 +253,20 @@ void pull(const Samples<S>& of, long group, const double* F, double* gradients, 
                     Vec<S, L> found[ROWS] = {};
                     for (long j = 0; j < of.width; j += L) {
                         const Vec<S, L> yk = load<S, L>(y + j);
-                        for (int r = 0; r < ROWS; ++r)
-                            found[r] += load<S, L>(&shares[r][j]) * term_slope(rows[r][k] - yk, of.q);
+                        for (int r = 0; r < ROWS; ++r) {
+                            const Vec<S, L> share = load<S, L>(&shares[r][j]);
+                            found[r] += share * (PRODUCTS ? yk : term_slope(rows[r][k] - yk, of.q));
+                        }
                     }
                     for (long r = 0; r < height; ++r) gradients[(i + r) * of.d + k] += sum_of<S, L>(found[r]);
                 }
             }
+    // The rows are 2 scale x_i here.
+    for (long i = 0; PRODUCTS && i < of.n; ++i)
+        for (long k = 0; k < of.d; ++k) {
+            double& found = gradients[i * of.d + k];
+            found = of.x[i * of.d + k] * masses[i] - 2 * of.scale * found;
+        }
 }
 
 }  // namespace
@@ -271,15 +280,20 @@ void pull(const Samples<S>& of, long group, const double* F, double* gradients, 
     extern "C" void pull_##name(const S* x, long n, long d, const S* y, long tiles, long width, const S* offsets,       \
                                 double scale, double q, long group, const double* F, double* gradients,                 \
                                 double* masses) {                                                                       \
-        pull<S, K>({x, y, offsets, n, d, tiles, width, S(scale), S(q)}, group, F, gradients, masses);                   \
+        pull<S, K, false>({x, y, offsets, n, d, tiles, width, S(scale), S(q)}, group, F, gradients, masses);            \
     }
 EXPORT(float_float, float, float)
 EXPORT(double_float, double, float)
 EXPORT(double_double, double, double)
 
-// Squared distances as products: x holds 2 scale x_i, the offsets have the columns' squares, and own the rows'.
+// Squared distances as products: x holds 2 scale x_i, the offsets have the columns' squares, and own or F the rows'.
 extern "C" void pass_products(const float* x, long n, long d, const float* y, long tiles, long width,
-                              const float* offsets, double, double, long group, const double* own, double share,
+                              const float* offsets, double scale, double q, long group, const double* own, double share,
                               double* F, const double* a, double* columns) {
-    pass<float, float, true>({x, y, offsets, n, d, tiles, width, 0, 0}, group, own, share, F, a, columns);
+    pass<float, float, true>({x, y, offsets, n, d, tiles, width, float(scale), float(q)}, group, own, share, F, a, columns);
+}
+extern "C" void pull_products(const float* x, long n, long d, const float* y, long tiles, long width,
+                              const float* offsets, double scale, double q, long group, const double* F,
+                              double* gradients, double* masses) {
+    pull<float, float, true>({x, y, offsets, n, d, tiles, width, float(scale), float(q)}, group, F, gradients, masses);
 }
