@@ -22,8 +22,7 @@ from lightning_gap.dashboards.to_target import (
     to_target,
 )
 from lightning_gap.regime.critical_batch import CriticalBatchFit, fit_critical_batch, trade_off_at
-from lightning_gap.regime.rules import RULE_NAMES
-from lightning_gap.regime.scaling import lr_factor
+from lightning_gap.regime.rules import RULE_NAMES, OptimizerRules, ema_momentum
 from lightning_gap.trainer.terminal import say
 
 __all__ = ["duration", "parser", "run", "scaled"]
@@ -77,7 +76,8 @@ def scaled(
     .. math:: \eta' = f(\kappa) \eta, \qquad \lambda' = \frac{\kappa}{f(\kappa)} \lambda, \qquad
         \beta_2' = \beta_2^\kappa, \qquad \rho' = \rho^\kappa
 
-    so that the half-lives of weights, second moments and averages stay what they were in samples.
+    so that the half-lives of weights, second moments and averages stay what they were in samples: the rules of
+    :class:`~lightning_gap.regime.OptimizerRules`, and :func:`~lightning_gap.regime.ema_momentum`.
 
     Args:
         ratio: :math:`\kappa`.
@@ -91,14 +91,13 @@ def scaled(
         >>> scaled(4, lr=0.1, weight_decay=0.01, beta2=0.5)
         {'lr': 0.2, 'weight_decay': 0.02, 'beta2': 0.0625}
     """
-    factor = lr_factor(rule, ratio)
-    found = {
-        "lr": None if lr is None else lr * factor,
-        "weight_decay": None if weight_decay is None else weight_decay * ratio / factor,
-        "beta2": None if beta2 is None else beta2**ratio,
-        "ema": None if ema is None else ema**ratio,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    given = {"lr": lr, "weight_decay": weight_decay, "betas": None if beta2 is None else (0.0, beta2)}
+    group = {name: value for name, value in given.items() if value is not None}
+    rules = OptimizerRules(rule, weight_decay="timescale", betas="half_life")
+    group |= rules.at("AdamW", group, ratio, equal_samples=True)
+    found = {name: group[name] for name in ("lr", "weight_decay") if name in group}
+    found |= {} if beta2 is None else {"beta2": group["betas"][1]}
+    return found | ({} if ema is None else {"ema": ema_momentum(ema, ratio)})
 
 
 @dataclass(frozen=True)
