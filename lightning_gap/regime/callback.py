@@ -79,7 +79,9 @@ class LargeBatchRegime(Callback):
         ema_rule: ``"half_life"`` lets the decay of ``EMAWeightAveraging`` remember as many samples, ρ^κ at equal
             samples; ``"none"``; or a function of decay and ratio. Default: ``"none"``; ``"half_life"`` under
             ``"auto"``.
-        noise_scale: For ``"auto"``, what :class:`GradientNoiseScale` measured, in samples, where it is known.
+        noise_scale: For ``"auto"``, the ``estimate.critical_batch_size`` of a :class:`GradientNoiseScale` of an earlier
+            run, in samples, where it is known. What one beside this callback measures is for the next run, and it says
+            what that would come to.
 
     Attributes:
         plan: The :class:`RegimePlan` of the latest fit.
@@ -140,7 +142,11 @@ class LargeBatchRegime(Callback):
         self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule)
         self.ema_rule, self.noise_scale = check_ema_rule(ema_rule, auto=lr_rule == AUTO), noise_scale
         if noise_scale is not None and (lr_rule != AUTO or not 0 < noise_scale < math.inf):
-            raise ValueError(f'noise_scale={noise_scale} must be positive samples, and is for lr_rule="auto" alone.')
+            unknown = " NaN is a noise scale that was not averaged out: measure longer, or leave it out."
+            raise ValueError(
+                f'noise_scale={noise_scale} must be positive samples, and is for lr_rule="auto" alone.'
+                f"{unknown if math.isnan(noise_scale) else ''}"
+            )
         if train_longer is None:
             train_longer = default_train_longer(lr_rule)
         elif not 0 <= train_longer <= 1:
@@ -223,7 +229,7 @@ class LargeBatchRegime(Callback):
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         found = self._finder is not None and found_a_rate(self._finder)
         self._now.take_over(trainer, pl_module, rate_found=found)
-        report(trainer, pl_module, self._now.planned)
+        report(trainer, pl_module, self._now.planned, self.noise_scale)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
