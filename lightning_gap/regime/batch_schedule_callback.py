@@ -13,20 +13,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.regime.batch_schedule_refusals import check_trainer
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.batch_schedule_table import report
 from lightning_gap.regime.batches import batch_schedule
 from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
-from lightning_gap.regime.callback import PREFIX
+from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import FIRST_VERDICT, GradientNoiseScale
-from lightning_gap.regime.refusals import is_tuning
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import LRRule, rule_name
 from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule
 from lightning_gap.regime.rules.optimizers import kind_of
 from lightning_gap.regime.scaling import check_rule
+from lightning_gap.regime.trainer_refusals import check_schedule_trainer, is_tuning
 from lightning_gap.trainer.internals.of_lightning import updates_logs
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import require_lightning
@@ -165,8 +164,14 @@ class BatchSizeSchedule(Callback):
         self._run = None
         if is_tuning(trainer):
             return
-        check_trainer(trainer, pl_module, self.max_device_batch_size, adaptive=self.schedule.adaptive)
         callbacks = cast(Any, trainer).callbacks
+        check_schedule_trainer(
+            trainer,
+            pl_module,
+            self.max_device_batch_size,
+            adaptive=self.schedule.adaptive,
+            beside_regime=any(isinstance(each, LargeBatchRegime) for each in callbacks),
+        )
         self._noise = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
         if isinstance(self.schedule, NoiseBatches) and self._noise is None:
             raise MisconfigurationException(

@@ -13,13 +13,14 @@ from typing_extensions import override
 from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import check_trainer, is_tuning, keeps_lengths, refused_as
+from lightning_gap.regime.refusals import refused_as
 from lightning_gap.regime.report import PREFIX, log_update, report
 from lightning_gap.regime.resume import state_of
 from lightning_gap.regime.rules.auto import AUTO, rules_for
 from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRule
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
+from lightning_gap.regime.trainer_refusals import check_regime_trainer, is_tuning, keeps_lengths
 from lightning_gap.regime.weight_averages import EMARule, check_ema_rule
 from lightning_gap.trainer.internals.of_lightning import found_a_rate, sets_the_rate, updates_logs
 from lightning_gap.trainer.strategy import clip_gradients, require_lightning
@@ -219,7 +220,7 @@ class LargeBatchRegime(Callback):
         if dry:
             rank_zero_warn("fast_dev_run: LargeBatchRegime scales the learning rate and leaves the length as it is.")
         longer = bool(self.train_longer) and not dry
-        check_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
+        check_regime_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
         stay = dry or (not longer and keeps_lengths(trainer, pl_module))
         self._run = RegimeRun(self, keeps_lengths=stay)
         self._run.set_up(trainer, pl_module, longer=longer)
