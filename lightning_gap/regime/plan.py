@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from lightning_gap.regime.clock import SchedulerFate, share_of
+from lightning_gap.regime.clock import SchedulerFate, reference_updates, share_of
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import RULES
 from lightning_gap.regime.rules.hyperparameters import OptimizerRules, Rescaling
@@ -209,8 +209,7 @@ class RegimePlan:
         Args:
             update: Updates behind it.
         """
-        passed = math.floor(self.pace * update)
-        return passed if self.reference_updates is None else min(passed, self.reference_updates)
+        return reference_updates(self.pace, update, self.reference_updates)
 
     def reference_epochs_in(self, updates: int) -> int:
         """Return how many epochs of the reference run are over after some updates of this run.
