@@ -315,7 +315,8 @@ class ScheduledRun:
             "reference_batch_size": self.clock.batch_size,
             "samples": self.clock.samples,
             "max_batch_size": owner.max_batch_size,
-            "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)],
+            "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)]
+            + ([] if owner.momentum_rule == "none" else [f"momentum by {owner.momentum_rule}"]),
         }
 
     def _drawn(self) -> list[int]:

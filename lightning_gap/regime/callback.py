@@ -17,7 +17,7 @@ from lightning_gap.regime.refusals import refused_as
 from lightning_gap.regime.report import PREFIX, log_update, report
 from lightning_gap.regime.resume import state_of
 from lightning_gap.regime.rules.auto import AUTO, rules_for
-from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import BetasRule, MomentumRule, WeightDecayRule
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
 from lightning_gap.regime.trainer_refusals import check_regime_trainer, is_tuning, keeps_lengths
@@ -80,6 +80,8 @@ class LargeBatchRegime(Callback):
         ema_rule: ``"half_life"`` lets the decay of ``EMAWeightAveraging`` remember as many samples, ρ^κ at equal
             samples; ``"none"``; or a function of decay and ratio. Default: ``"none"``; ``"half_life"`` under
             ``"auto"``.
+        momentum_rule: ``"half_life"`` lets momentum remember as many samples, μ^κ at equal samples, and multiplies the
+            rate of SGD by (1 − μ^κ) / (1 − μ) beside its rule. Default: ``"none"``.
         noise_scale: For ``"auto"``, the ``estimate.critical_batch_size`` of a :class:`GradientNoiseScale` of an earlier
             run, in samples, where it is known. What one beside this callback measures is for the next run, and it says
             what that would come to.
@@ -133,6 +135,7 @@ class LargeBatchRegime(Callback):
         weight_decay_rule: WeightDecayRule | None = None,
         betas_rule: BetasRule | None = None,
         ema_rule: EMARule | None = None,
+        momentum_rule: MomentumRule = "none",
         noise_scale: float | None = None,
     ) -> None:
         of_update = "the samples of one update over all devices"
@@ -140,7 +143,7 @@ class LargeBatchRegime(Callback):
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, what=of_update)
         if not callable(lr_rule) and lr_rule not in (*LR_RULES, AUTO):
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
-        self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule)
+        self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule, momentum_rule)
         self.ema_rule, self.noise_scale = check_ema_rule(ema_rule, auto=lr_rule == AUTO), noise_scale
         if noise_scale is not None and (lr_rule != AUTO or not 0 < noise_scale < math.inf):
             unknown = " NaN is a noise scale that was not averaged out: measure longer, or leave it out."
@@ -297,7 +300,7 @@ class LargeBatchRegime(Callback):
             return
         if updates_logs(trainer):
             log_update(trainer, pl_module, run, self.reference_epoch)
-        if plan.lr_factor != 1.0:
+        if plan.scales_rates:
             taken.watch_groups()
         if update == trainer.max_steps and plan.ends_with_reference_epoch and taken.validations is None:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.

@@ -72,6 +72,8 @@ def change_of_groups(plan: RegimePlan, before: Groups) -> list[tuple[str, str, s
         ValueError: If a rule does not know one of the optimizers, or does not hold for it.
     """
     rows, rules = [], {"weight_decay": plan.weight_decay_rule}
+    if plan.momentum_rule != "none":
+        rules["momentum"] = plan.momentum_rule
     for index, (optimizer, group) in enumerate(before):
         for key, value in plan.rescaling.at(optimizer, group).items():
             if key not in LR_KEYS:

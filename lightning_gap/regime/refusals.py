@@ -20,7 +20,7 @@ from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out
 from lightning_gap.regime.scaling import Rate, check_rule
-from lightning_gap.regime.schedules import check_unscaled, horizons
+from lightning_gap.regime.schedules import check_momentum, check_unscaled, horizons
 
 __all__ = ["check_fit", "refused_as", "sets_rate"]
 
@@ -59,10 +59,11 @@ def check_fit(
     Returns the schedules of the first optimizer, rolled out.
     """
     _check_optimizers(fit, plan)
-    if plan.lr_factor != 1.0:
+    if plan.scales_rates:
         _check_hand_set_rates(fit)
     if plan.rescaling.changes:
         refused_as(check_unscaled, fit.optimizers)
+        refused_as(check_momentum, fit.schedulers, plan.rescaling)
     asked = _Asked(len(fit.configs), otherwise)
     rollouts = []
     for at, config in enumerate(fit.configs):

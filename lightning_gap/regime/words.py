@@ -23,6 +23,8 @@ def table_rows(plan: "RegimePlan") -> list[tuple[str, str, str]]:
     ]
     for index, (reference, now) in enumerate(plan.learning_rates):
         label = f"learning rate, group {index} ({plan.rule_told}, x{plan.lr_factor:.4g})"
+        if plan.momentum_rule != "none" and reference and not math.isclose(now / reference, plan.lr_factor):
+            label = f"{label[:-1]}, x{now / reference / plan.lr_factor:.4g} for the momentum)"
         rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
     if plan.why:
         rows.append((f'lr_rule="{plan.lr_rule}"', "", plan.why))

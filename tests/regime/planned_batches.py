@@ -17,9 +17,9 @@ def reference_at(trace, reference):
 class Planned(Callback):
     """The samples before each update, and the batch of its schedule."""
 
-    def __init__(self, schedule):
-        self.schedule, self.planned = schedule, []
+    def __init__(self, schedule, base=BASE):
+        self.schedule, self.base, self.planned = schedule, base, []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         part = self.schedule._run.part
-        self.planned.append((self.schedule.samples_seen, min(part.batch_size, max(BASE, part.ends - part.begins))))
+        self.planned.append((self.schedule.samples_seen, min(part.batch_size, max(self.base, part.ends - part.begins))))
