@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["NEEDS", "SCIENCE", "SPEED", "Benchmark"]
+__all__ = ["NEEDS", "PARTS", "SCIENCE", "SPEED", "Benchmark"]
 
 NEEDS = {
     "peers": "OTT-JAX, POT and GeomLoss (`--peers PYTHON`)",
@@ -12,13 +12,26 @@ NEEDS = {
     "linux": "Linux",
 }
 
+# Commands that are parts of a benchmark: pages from its logs, the run that it starts, the peer's half, its data.
+PARTS = frozenset(
+    {
+        "science.large_batch.results",
+        "science.large_batch.train",
+        "science.monge_gap.ott_peer",
+        "science.monge_gap.results",
+        "science.peers.pairs",
+        "science.peers.table",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """A command of this package, and what it is for.
 
     Attributes:
-        arguments: Behind ``python -m benchmarks.``; PEERS and DATA stand for what the options give.
+        arguments: Behind ``python -m benchmarks.``; PEERS and DATA stand for what the options give, OUTPUT for a name
+            in the folder of logs.
         measures: In words.
         minutes: Rough, on two cores that do nothing else.
         quick: The arguments of a tiny run.
@@ -226,5 +239,48 @@ SCIENCE = {
     "certificates": Benchmark(
         "science.certificates --data DATA", "Bounds of a map's error against the truth", 40,
         needs=("data",), page="../maps.md", rows=False,
+    ),
+    "auto_rule": Benchmark(
+        "science.large_batch.auto_rule --log OUTPUT.jsonl", "The rule that chooses, beside √κ and none", 10,
+        "science.large_batch.auto_rule --log OUTPUT.jsonl --seeds 0", page="../regime.md", rows=False,
+    ),
+    "noisy_quadratic": Benchmark(
+        "science.large_batch.noisy_quadratic", "Which rules keep the stationary covariance of weights and average", 30,
+        "science.large_batch.noisy_quadratic --only SGD", page="../regime.md",
+    ),
+    "large_batches": Benchmark(
+        "science.large_batch.reproduce --data f1_mnist=DATA/mnist_full.npz --only f1_mnist --runs OUTPUT --logs OUTPUT",
+        "The tables of Hoffer et al., F1 on MNIST", 390, needs=("data",), page="large_batch.md", rows=False,
+    ),
+    "potential": Benchmark(
+        "science.large_batch.potential f1_mnist --path DATA/mnist_full.npz --radius 30 --logs OUTPUT",
+        "How the loss spreads around the first weights", 10, needs=("data",), page="large_batch.md", rows=False,
+    ),
+    "characters": Benchmark(
+        "science.large_batch.characters --out OUTPUT.jsonl",
+        "A character transformer under AdamW: larger batches, and batches that grow", 20,
+        "science.large_batch.characters --out OUTPUT.jsonl --seeds 0 --ratios 32",
+        page="large_batch.md", rows=False,
+    ),
+    "steps_to_target": Benchmark(
+        "science.large_batch.steps_to_target",
+        "Updates to a target at a batch that was left out", 5, page="../critical_batch.md", rows=False,
+    ),
+    "branches": Benchmark(
+        "science.large_batch.critical_branches",
+        "The critical batch along a training, by branches", 2, page="../critical_batch.md", rows=False,
+    ),
+    "gap_suite": Benchmark(
+        "science.monge_gap.suite --runs OUTPUT --logs OUTPUT",
+        "The two-dimensional suite of Uscidda and Cuturi", 40, page="monge_gap.md", rows=False,
+    ),
+    "gap_ablations": Benchmark(
+        "science.monge_gap.ablations --data DATA --logs OUTPUT",
+        "What each number of the objective does", 15, needs=("data",), page="monge_gap.md", rows=False,
+    ),
+    "peer_maps": Benchmark(
+        "science.peers.maps w2 --data DATA --out OUTPUT.jsonl",
+        "Other libraries' maps on the Wasserstein-2 pairs", 45, needs=("peers", "data"),
+        page="maps_against_peers.md", rows=False,
     ),
 }  # fmt: skip

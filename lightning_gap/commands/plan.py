@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_gap.commands.parsing import CommandError, at_least, between, numbers, positive
 from lightning_gap.commands.trainer import require_jsonargparse
-from lightning_gap.regime.rules import RULE_NAMES
+from lightning_gap.regime.rules import OPTIMIZERS, RULE_NAMES
+from lightning_gap.regime.rules.auto import AUTO, rules_for
 
 __all__ = ["add", "names_config", "names_runs", "plan_config", "plan_from"]
 
@@ -55,7 +56,15 @@ def add(commands: Any) -> None:
     regime.add_argument("--patience", type=at_least(1), metavar="N", help="validations without progress that end it")
     change = plan.add_argument_group("the change")
     change.add_argument(
-        "--rule", choices=RULE_NAMES, default="sqrt", help="how the rate follows the batch (default: sqrt)"
+        "--rule", choices=(*RULE_NAMES, AUTO), default="sqrt",
+        help="how the rate follows the batch (default: sqrt); auto chooses, and says why",
+    )  # fmt: skip
+    change.add_argument(
+        "--optimizer", choices=tuple(OPTIMIZERS), metavar="CLASS",
+        help="for --rule auto: its class, or the nearest that it derives from, as AdamW",
+    )  # fmt: skip
+    change.add_argument(
+        "--noise-scale", type=positive, metavar="N", help="for --rule auto: in samples, as GradientNoiseScale measured"
     )
     change.add_argument(
         "--train-longer", type=between(0, 1), metavar="SHARE",
@@ -113,11 +122,21 @@ def _check(options: argparse.Namespace) -> None:
     if options.samples is None and (options.validate_every or options.patience):
         raise CommandError("--validate-every and --patience count epochs and need --samples")
     options.scheduler = scheduler
+    for option, value in (("--optimizer", options.optimizer), ("--noise-scale", options.noise_scale)):
+        if value is not None and options.rule != AUTO:
+            raise CommandError(f"{option} is for --rule auto alone, and the rule is {options.rule}")
+    if options.rule == AUTO and options.optimizer is None:
+        raise CommandError("--rule auto chooses by the optimizer: give --optimizer, as SGD or AdamW")
+    if options.rule == AUTO and options.epochs is None and options.updates is None:
+        raise CommandError(
+            "--rule auto warms up over a share of the run: give its length, --epochs with --samples or --updates"
+        )
 
 
 def _plan(options: argparse.Namespace) -> None:
     _check(options)
     from lightning_gap.regime.clock import share_of
+    from lightning_gap.regime.group_changes import decided
     from lightning_gap.regime.plan import RegimePlan
     from lightning_gap.regime.planned import plan_regime
     from lightning_gap.regime.scaling import default_train_longer, lr_factor
@@ -125,8 +144,10 @@ def _plan(options: argparse.Namespace) -> None:
 
     longer = default_train_longer(options.rule) if options.train_longer is None else options.train_longer
     sizes = {"reference_batch_size": options.reference_batch_size, "batch_size": options.batch_size}
-    factor = lr_factor(options.rule, options.batch_size / options.reference_batch_size)
-    plan = RegimePlan(**sizes, lr_rule=options.rule, lr_factor=factor, train_longer=longer)
+    auto = options.rule == AUTO
+    factor = 1.0 if auto else lr_factor(options.rule, options.batch_size / options.reference_batch_size)
+    rules = rules_for(options.rule, None, None)
+    plan = RegimePlan(**sizes, lr_rule=options.rule, lr_factor=factor, train_longer=longer, rules=rules)
     if options.samples is not None:
         try:
             plan = plan_regime(
@@ -146,12 +167,13 @@ def _plan(options: argparse.Namespace) -> None:
         equal_samples = Fraction(options.reference_batch_size, options.batch_size)
         share = equal_samples + share_of(longer) * (1 - equal_samples)
         plan = replace(plan, reference_updates=options.updates, updates=math.ceil(options.updates * share))
-    plan = replace(
-        plan,
-        warmup_updates=0 if factor == 1 else options.warmup_updates,
-        clip_norm=options.clip_norm,
-        learning_rates=() if options.lr is None else ((options.lr, options.lr * factor),),
-    )
+    warmup = 0 if factor == 1 and not auto else options.warmup_updates
+    plan = replace(plan, warmup_updates=warmup, clip_norm=options.clip_norm)
+    if auto:
+        plan = decided(plan, [options.optimizer], options.noise_scale)
+        plan = replace(plan, hyperparameters=tuple(_following(plan, options.optimizer)))
+    if options.lr is not None:
+        plan = replace(plan, learning_rates=((options.lr, options.lr * plan.lr_factor),))
     plan = replace(plan, curve=_curve(plan, options))
     table = plan.table()
     if plan.moment_ratio != 1:
@@ -159,6 +181,17 @@ def _plan(options: argparse.Namespace) -> None:
     for row in (*_schedule(plan, options), *_validations(plan, options)):
         table.add_row(*row)
     say(table, *_notes(plan, options))
+
+
+def _following(plan: Any, optimizer: str) -> Iterator[tuple[str, str, str]]:
+    """Yield what else follows the batch, by the rules that come with the one that chooses."""
+    kind, rescaling = OPTIMIZERS[optimizer], plan.rescaling
+    decay, where = rescaling.pace / rescaling.lr_factor, ", where it is decoupled"
+    if kind.decoupled and decay != 1:
+        told = f"x{decay:.4g}{where if isinstance(kind.decoupled, str) else ''}"
+        yield f"weight decay ({plan.rules.weight_decay})", "", told
+    if kind.second_moments and rescaling.pace != 1:
+        yield f"second moments' beta ({plan.rules.betas})", "beta", f"beta^{rescaling.pace:.4g}"
 
 
 def _curve(plan: Any, options: argparse.Namespace) -> Any:

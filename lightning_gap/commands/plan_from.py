@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from lightning_gap.dashboards.to_target import (
     to_target,
 )
 from lightning_gap.regime.critical_batch import CriticalBatchFit, fit_critical_batch, trade_off_at
-from lightning_gap.regime.rules import RULE_NAMES
-from lightning_gap.regime.scaling import lr_factor
+from lightning_gap.regime.rules import OPTIMIZERS, RULE_NAMES, ema_momentum
+from lightning_gap.regime.rules.auto import AUTO, Choice, choose, rules_for
 from lightning_gap.trainer.terminal import say
 
 __all__ = ["duration", "parser", "run", "scaled"]
@@ -53,8 +54,10 @@ def parser() -> Parser:
                       help="samples per update of all runs, where they do not tell")  # fmt: skip
     plan.add_argument("--multiples", type=numbers, metavar="K,K,...",
                       help="of the smallest batch (default: 1,2,4,... to four times the critical one)")  # fmt: skip
-    plan.add_argument("--rule", choices=RULE_NAMES, default="sqrt", help="how the rate follows the batch "
-                      "(default: sqrt)")  # fmt: skip
+    plan.add_argument("--rule", choices=(*RULE_NAMES, AUTO), default="sqrt", help="how the rate follows the batch "
+                      "(default: sqrt); auto chooses, by the optimizer and the critical batch")  # fmt: skip
+    plan.add_argument("--optimizer", choices=tuple(OPTIMIZERS), metavar="CLASS", help="for --rule auto: the class of "
+                      "the runs' optimizer, or the nearest that it derives from, as AdamW")  # fmt: skip
     of_run = plan.add_argument_group("what the run at the smallest batch had, where its logs do not tell")
     of_run.add_argument("--lr", type=positive, metavar="RATE", help="its highest learning rate")
     of_run.add_argument("--weight-decay", type=positive, metavar="DECAY", help="its weight decay")
@@ -67,6 +70,7 @@ def scaled(
     ratio: float,
     *,
     rule: str = "sqrt",
+    factor: float | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
     beta2: float | None = None,
@@ -77,11 +81,13 @@ def scaled(
     .. math:: \eta' = f(\kappa) \eta, \qquad \lambda' = \frac{\kappa}{f(\kappa)} \lambda, \qquad
         \beta_2' = \beta_2^\kappa, \qquad \rho' = \rho^\kappa
 
-    so that the half-lives of weights, second moments and averages stay what they were in samples.
+    so that the half-lives of weights, second moments and averages stay what they were in samples: the rules of
+    :class:`~lightning_gap.regime.OptimizerRules`, and :func:`~lightning_gap.regime.ema_momentum`.
 
     Args:
         ratio: :math:`\kappa`.
         rule: Of the learning rate, for :func:`~lightning_gap.regime.lr_factor`.
+        factor: :math:`f(\kappa)`, where it is known already. Default: what the rule says.
         lr: :math:`\eta`; what is None is left out.
         weight_decay: :math:`\lambda`, decoupled: multiplied by the rate.
         beta2: :math:`\beta_2`.
@@ -91,14 +97,11 @@ def scaled(
         >>> scaled(4, lr=0.1, weight_decay=0.01, beta2=0.5)
         {'lr': 0.2, 'weight_decay': 0.02, 'beta2': 0.0625}
     """
-    factor = lr_factor(rule, ratio)
-    found = {
-        "lr": None if lr is None else lr * factor,
-        "weight_decay": None if weight_decay is None else weight_decay * ratio / factor,
-        "beta2": None if beta2 is None else beta2**ratio,
-        "ema": None if ema is None else ema**ratio,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    group: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    group |= {} if beta2 is None else {"betas": (0.0, beta2)}
+    group |= rules_for(rule, "timescale", "half_life").rescaling(ratio, ratio, factor=factor).at("AdamW", group)
+    group |= {"beta2": group.get("betas", (None, None))[1], "ema": None if ema is None else ema_momentum(ema, ratio)}
+    return {name: group[name] for name in ("lr", "weight_decay", "beta2", "ema") if group[name] is not None}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ def run(words: Sequence[str]) -> None:
         words: Those behind ``plan``.
     """
     options = parser().parse_args(words)
+    if (options.rule == AUTO) != (options.optimizer is not None):
+        raise CommandError(
+            "--rule auto chooses by the optimizer: give --optimizer, as SGD or AdamW"
+            if options.rule == AUTO
+            else f"--optimizer is for --rule auto alone, and the rule is {options.rule}"
+        )
     left_out: list[str] = []
     try:
         runs = read_runs(options.runs, left_out=left_out)
@@ -135,7 +144,8 @@ def run(words: Sequence[str]) -> None:
     measured = _measured(runs, target, options)
     trade_off = _trade_off(measured)
     said = [] if target is None else [_runs_table(measured).to_rich()]
-    say(*said, trade_off.source, _plan(trade_off, options).to_rich(), *_notes(trade_off))
+    plan = _plan(trade_off, options)
+    say(*said, trade_off.source, plan.to_rich(), *filter(None, [plan.caption]), *_notes(trade_off))
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
 
@@ -240,16 +250,29 @@ def _plan(trade_off: _TradeOff, options: argparse.Namespace) -> ResultTable:
     columns = [names[name] for name in given] + ["Updates", "Samples"]
     if per_update is not None:
         columns += ["Time, as many times the devices", "Time, the same devices"]
-    rows = []
+    auto = options.rule == AUTO
+    columns += ["Rate by", "Warm-up, updates"] if auto else []
+    rows, choice = [], None
     for multiple in options.multiples or _multiples(fit.critical_batch, base, [_batch(x) for x in trade_off.held]):
         batch = base * multiple
         updates, samples = fit.updates(batch), fit.samples(batch)
-        cells = [f"{value:.4g}" for value in scaled(multiple, rule=options.rule, **given).values()]
+        choice = _choice(options.optimizer, multiple, batch, updates, fit.critical_batch) if auto else None
+        factor = None if choice is None else choice.factor
+        cells = [f"{value:.4g}" for value in scaled(multiple, rule=options.rule, factor=factor, **given).values()]
         cells += [f"{updates:,.0f}", f"{samples:,.0f}"]
         if per_update is not None and per_sample is not None:
             cells += [duration(updates * per_update), duration(samples * per_sample)]
+        cells += [] if choice is None else [choice.why.partition(",")[0], f"{choice.warmup_updates}"]
         rows.append(Row(f"×{multiple}: {batch:g}", cells))
-    return ResultTable("Plan", "Batch", [Column(name) for name in columns], rows)
+    said = f"--rule {AUTO}, for {options.optimizer} at {batch:g}: {choice.why}." if choice is not None else ""
+    return ResultTable("Plan", "Batch", [Column(name) for name in columns], rows, caption=said)
+
+
+def _choice(optimizer: str, ratio: float, batch: float, updates: float, critical: float) -> Choice:
+    """Return what the rule that chooses does at a batch, on the reference run's samples."""
+    known = critical if critical < math.inf else None  # updates in proportion to the batch: no noise scale in sight
+    made = max(1, round(updates))
+    return choose([optimizer], ratio=ratio, batch_size=round(batch), train_longer=0.0, updates=made, noise_scale=known)
 
 
 def _given(run: Run, options: argparse.Namespace) -> dict[str, float]:

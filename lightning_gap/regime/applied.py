@@ -14,7 +14,7 @@ from lightning_gap.regime.lengths import check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import follows_its_factor, optimizer_of
 from lightning_gap.regime.scaling import check_rule
-from lightning_gap.regime.schedules import check_unscaled, is_of_torch, scale
+from lightning_gap.regime.schedules import check_momentum, check_unscaled, is_of_torch, scale
 from lightning_gap.regime.warmup import Warmup
 
 __all__ = ["apply_plan", "check_rates"]
@@ -58,6 +58,7 @@ def apply_plan(
     for clock in clocks:
         check_lengths(clock, plan, trust=stretch_schedulers is True)
         check_rates(clock, plan)
+    check_momentum(schedulers, plan.rescaling)
     scale(optimizers, schedulers, plan.rescaling)
     warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in optimizers]
     return RegimeClock(plan, clocks, warmups)
@@ -72,7 +73,7 @@ def _inner(wrapped: Any, name: str) -> Any:
 
 def check_rates(clock: ReferenceClock, plan: RegimePlan) -> None:
     """Refuse a scheduler, of another library than torch, whose learning rates are not all known by their names."""
-    if plan.lr_factor == 1.0 or is_of_torch(clock.scheduler):
+    if not plan.scales_rates or is_of_torch(clock.scheduler):
         return
     name = type(clock.scheduler).__name__
     if optimizer_of(clock.scheduler) is None:
@@ -80,7 +81,7 @@ def check_rates(clock: ReferenceClock, plan: RegimePlan) -> None:
             f"{name} has no torch optimizer as its attribute optimizer, so its learning rates are unknown. Use a "
             'scheduler of torch or timm, or pass lr_rule="none".'
         )
-    follows = follows_its_factor(clock, plan.lr_factor)
+    follows = follows_its_factor(clock, 2.0 if plan.lr_factor == 1.0 else plan.lr_factor)
     if follows is None:
         raise ValueError(
             f"{name} cannot be copied (copy.deepcopy), so it cannot be rolled out to see whether the learning rates "

@@ -13,20 +13,25 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.regime.batch_schedule_refusals import check_trainer
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.batch_schedule_table import report
 from lightning_gap.regime.batches import batch_schedule
 from lightning_gap.regime.batches.base import BatchSchedule
 from lightning_gap.regime.batches.noise import NoiseBatches
-from lightning_gap.regime.callback import PREFIX
+from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
 from lightning_gap.regime.noise_scale_callback import FIRST_VERDICT, GradientNoiseScale
-from lightning_gap.regime.refusals import is_tuning
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import LRRule, rule_name
-from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, Rescaling, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import (
+    BetasRule,
+    MomentumRule,
+    OptimizerRules,
+    Rescaling,
+    WeightDecayRule,
+)
 from lightning_gap.regime.rules.optimizers import kind_of
 from lightning_gap.regime.scaling import check_rule
+from lightning_gap.regime.trainer_refusals import check_schedule_trainer, is_tuning
 from lightning_gap.trainer.internals.of_lightning import updates_logs
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import require_lightning
@@ -72,6 +77,7 @@ class BatchSizeSchedule(Callback):
         weight_decay_rule: How weight decay follows it, as in :class:`OptimizerRules`: ``"none"``, ``"timescale"``, or
             a callable.
         betas_rule: How betas follow it: ``"none"``, ``"half_life"``, or a callable.
+        momentum_rule: How momentum follows it: ``"none"``, or ``"half_life"``: μ^κ, and the rate of SGD with it.
         multiple_of: Batches that are real numbers are rounded to multiples of this. Default: an eighth of :math:`B_0`.
         by: ``"loader"``, ``"accumulation"``, or ``"auto"``: the loader where it can be.
 
@@ -112,6 +118,7 @@ class BatchSizeSchedule(Callback):
         lr_rule: LRRule = AUTO,
         weight_decay_rule: WeightDecayRule = "none",
         betas_rule: BetasRule = "none",
+        momentum_rule: MomentumRule = "none",
         multiple_of: int | None = None,
         by: Literal["auto", "loader", "accumulation"] = "auto",
     ) -> None:
@@ -135,11 +142,13 @@ class BatchSizeSchedule(Callback):
                 'betas_rule="half_life", which are for any.'
             )
         # Raises, naming the rules there are.
-        self._rules = OptimizerRules("none" if lr_rule == AUTO else lr_rule, weight_decay_rule, betas_rule)
+        self._rules = OptimizerRules(
+            "none" if lr_rule == AUTO else lr_rule, weight_decay_rule, betas_rule, momentum_rule
+        )
         check_choice("by", by, ("auto", "loader", "accumulation"))
         self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
         self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule
-        self.weight_decay_rule, self.betas_rule = weight_decay_rule, betas_rule
+        self.weight_decay_rule, self.betas_rule, self.momentum_rule = weight_decay_rule, betas_rule, momentum_rule
         self.multiple_of, self.by = multiple_of, by
         self._run: ScheduledRun | None = None
         self._noise: GradientNoiseScale | None = None
@@ -165,8 +174,14 @@ class BatchSizeSchedule(Callback):
         self._run = None
         if is_tuning(trainer):
             return
-        check_trainer(trainer, pl_module, self.max_device_batch_size, adaptive=self.schedule.adaptive)
         callbacks = cast(Any, trainer).callbacks
+        check_schedule_trainer(
+            trainer,
+            pl_module,
+            self.max_device_batch_size,
+            adaptive=self.schedule.adaptive,
+            beside_regime=any(isinstance(each, LargeBatchRegime) for each in callbacks),
+        )
         self._noise = next((each for each in callbacks if isinstance(each, GradientNoiseScale)), None)
         if isinstance(self.schedule, NoiseBatches) and self._noise is None:
             raise MisconfigurationException(

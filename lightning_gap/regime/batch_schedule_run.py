@@ -54,6 +54,7 @@ class ScheduledRun:
         self._give_back: Callable[[], None] | None = None
         self._saved: dict[str, Any] | None = None
         self._within = False  # whether a checkpoint was written within the first update of a pass
+        self._left: tuple[tuple[int, int], int] | None = None  # batches of a device from a place to the end of its pass
         self._pending: list[int] = []  # batches that had been drawn when a checkpoint was written
 
     # ------------------------------------------------------------------ plan
@@ -131,10 +132,12 @@ class ScheduledRun:
         place = self._next_place()
         within = place[1] or self._within
         ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready - begun if within else 0
-        ranks, most = self.plan.replicas, self.plan.most
-        parts = (1 if most is None else math.ceil((e - b) / (most * ranks)) for b, e, _ in self.plan.updates(place))
+        if self._left is None or self._left[0] != place:  # asked for twice, and counted by going through the pass
+            ranks, most = self.plan.replicas, self.plan.most
+            parts = (1 if most is None else math.ceil((e - b) / (most * ranks)) for b, e, _ in self.plan.updates(place))
+            self._left = place, sum(parts)
         # A run that is over has none, and Lightning takes a loader without batches for a mistake.
-        return max(1, ready + sum(parts))
+        return max(1, ready + self._left[1])
 
     # ---------------------------------------------------------------- change
 
@@ -150,6 +153,7 @@ class ScheduledRun:
         rolled = reference_schedulers(fit, plan.clock, plan.last, stepping_of(self.module, reference), follow=follow)
         rate_at = rates_by_samples(rolled, plan.clock, plan.last) if follow else None
         self.schedule.begin(plan.clock.batch_size, rate_at)
+        self._left = None  # of before the batches were known
         if self._saved is not None:
             self.schedule.load_state_dict(self._saved["learnt"])
         plan.check_maximum()
@@ -315,7 +319,8 @@ class ScheduledRun:
             "reference_batch_size": self.clock.batch_size,
             "samples": self.clock.samples,
             "max_batch_size": owner.max_batch_size,
-            "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)],
+            "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)]
+            + ([] if owner.momentum_rule == "none" else [f"momentum by {owner.momentum_rule}"]),
         }
 
     def _drawn(self) -> list[int]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from lightning_gap.regime.batch_schedule_run import ScheduledRun
 from lightning_gap.regime.callback import PREFIX
 from lightning_gap.regime.reference_schedulers import RolledOut
-from lightning_gap.regime.rules.factor import lr_factor, rule_name
+from lightning_gap.regime.rules.factor import rule_name
 from lightning_gap.regime.rules.hyperparameters import OptimizerRules
 from lightning_gap.trainer.loggers import log_facts, log_table
 from lightning_gap.trainer.terminal import say
@@ -49,7 +49,7 @@ def _rows(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> 
     base, rule = run.plan.clock.batch_size, rule_name(rules.lr)
     way = "the loader's batches" if run.plan.by_loader else "accumulation of the loader's batches"
     rows = [("batch", str(base), run.schedule.name), ("by", "", way), ("learning rate", "1", f"{rule} of the ratio")]
-    for name, kept in (("weight decay", rules.weight_decay), ("betas", rules.betas_rule)):
+    for name, kept in (("weight decay", rules.weight_decay), ("betas", rules.betas_rule), ("momentum", rules.momentum)):
         if kept != "none":
             rows.append((name, "1", rule_name(kept)))
     facts: dict[str, Any] = {
@@ -76,12 +76,19 @@ def _rows(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> 
     last = updates[-1][0]
     points = [bisect_right(updates, (last * at // (_POINTS - 1), math.inf)) - 1 for at in range(_POINTS)]
     for samples, batch in (updates[at] for at in dict.fromkeys(points)):
-        factor = lr_factor(rules.lr, batch / base)
+        factor = _factor(run, rules, batch / base)
         rate = _rate(run, rolled, samples)
         there = "" if rate is None else f"{rate:.4g}"
         here = f"batch {batch}, rate {f'x{factor:.4g}' if rate is None else f'{rate * factor:.4g}'}"
         rows.append((f"after {samples} samples", there, here))
     return rows, facts
+
+
+def _factor(run: ScheduledRun, rules: OptimizerRules, ratio: float) -> float:
+    """Return what the first group's rate is multiplied by at a batch."""
+    first = next((each for each in run.trainer.optimizers if each.param_groups), None)
+    rescaling = rules.rescaling(ratio, ratio)
+    return rescaling.lr_factor if first is None else rescaling.rate_factor(first, first.param_groups[0])
 
 
 def _rate(run: ScheduledRun, rolled: list[RolledOut], samples: int) -> float | None:

@@ -13,13 +13,14 @@ from typing_extensions import override
 from lightning_gap.checks import check_integer
 from lightning_gap.regime.loader import check_first_batch
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.refusals import check_trainer, is_tuning, keeps_lengths, refused_as
+from lightning_gap.regime.refusals import refused_as
 from lightning_gap.regime.report import PREFIX, log_update, report
 from lightning_gap.regime.resume import state_of
 from lightning_gap.regime.rules.auto import AUTO, rules_for
-from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import BetasRule, MomentumRule, WeightDecayRule
 from lightning_gap.regime.run import Phase, RegimeRun
 from lightning_gap.regime.scaling import EQUAL_SAMPLES, LR_RULES, LRRule, default_train_longer, lr_factor
+from lightning_gap.regime.trainer_refusals import check_regime_trainer, is_tuning, keeps_lengths
 from lightning_gap.regime.weight_averages import EMARule, check_ema_rule
 from lightning_gap.trainer.internals.of_lightning import found_a_rate, sets_the_rate, updates_logs
 from lightning_gap.trainer.strategy import clip_gradients, require_lightning
@@ -79,7 +80,11 @@ class LargeBatchRegime(Callback):
         ema_rule: ``"half_life"`` lets the decay of ``EMAWeightAveraging`` remember as many samples, ρ^κ at equal
             samples; ``"none"``; or a function of decay and ratio. Default: ``"none"``; ``"half_life"`` under
             ``"auto"``.
-        noise_scale: For ``"auto"``, what :class:`GradientNoiseScale` measured, in samples, where it is known.
+        momentum_rule: ``"half_life"`` lets momentum remember as many samples, μ^κ at equal samples, and multiplies the
+            rate of SGD by (1 − μ^κ) / (1 − μ) beside its rule. Default: ``"none"``.
+        noise_scale: For ``"auto"``, the ``estimate.critical_batch_size`` of a :class:`GradientNoiseScale` of an earlier
+            run, in samples, where it is known. What one beside this callback measures is for the next run, and it says
+            what that would come to.
 
     Attributes:
         plan: The :class:`RegimePlan` of the latest fit.
@@ -130,6 +135,7 @@ class LargeBatchRegime(Callback):
         weight_decay_rule: WeightDecayRule | None = None,
         betas_rule: BetasRule | None = None,
         ema_rule: EMARule | None = None,
+        momentum_rule: MomentumRule = "none",
         noise_scale: float | None = None,
     ) -> None:
         of_update = "the samples of one update over all devices"
@@ -137,10 +143,14 @@ class LargeBatchRegime(Callback):
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, what=of_update)
         if not callable(lr_rule) and lr_rule not in (*LR_RULES, AUTO):
             lr_factor(lr_rule, 1.0)  # raises, naming the rules there are
-        self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule)
+        self.lr_rule, self.rules = lr_rule, rules_for(lr_rule, weight_decay_rule, betas_rule, momentum_rule)
         self.ema_rule, self.noise_scale = check_ema_rule(ema_rule, auto=lr_rule == AUTO), noise_scale
         if noise_scale is not None and (lr_rule != AUTO or not 0 < noise_scale < math.inf):
-            raise ValueError(f'noise_scale={noise_scale} must be positive samples, and is for lr_rule="auto" alone.')
+            unknown = " NaN is a noise scale that was not averaged out: measure longer, or leave it out."
+            raise ValueError(
+                f'noise_scale={noise_scale} must be positive samples, and is for lr_rule="auto" alone.'
+                f"{unknown if math.isnan(noise_scale) else ''}"
+            )
         if train_longer is None:
             train_longer = default_train_longer(lr_rule)
         elif not 0 <= train_longer <= 1:
@@ -213,7 +223,7 @@ class LargeBatchRegime(Callback):
         if dry:
             rank_zero_warn("fast_dev_run: LargeBatchRegime scales the learning rate and leaves the length as it is.")
         longer = bool(self.train_longer) and not dry
-        check_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
+        check_regime_trainer(trainer, pl_module, train_longer=longer, gradient_noise=bool(self.gradient_noise))
         stay = dry or (not longer and keeps_lengths(trainer, pl_module))
         self._run = RegimeRun(self, keeps_lengths=stay)
         self._run.set_up(trainer, pl_module, longer=longer)
@@ -223,7 +233,7 @@ class LargeBatchRegime(Callback):
         """Scale the learning rates and take over the schedulers' clocks; before a checkpoint is restored over them."""
         found = self._finder is not None and found_a_rate(self._finder)
         self._now.take_over(trainer, pl_module, rate_found=found)
-        report(trainer, pl_module, self._now.planned)
+        report(trainer, pl_module, self._now.planned, self.noise_scale)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,7 +300,7 @@ class LargeBatchRegime(Callback):
             return
         if updates_logs(trainer):
             log_update(trainer, pl_module, run, self.reference_epoch)
-        if plan.lr_factor != 1.0:
+        if plan.scales_rates:
             taken.watch_groups()
         if update == trainer.max_steps and plan.ends_with_reference_epoch and taken.validations is None:
             # max_steps alone would end the run without the validation that ends the reference run's last epoch.

@@ -20,6 +20,7 @@ __all__ = [
     "RegimeClock",
     "SchedulerFate",
     "Stepping",
+    "reference_updates",
     "share_of",
     "updates_in_epoch",
 ]
@@ -41,6 +42,19 @@ def updates_in_epoch(samples: int, batch_size: int, *, drop_last: bool = False) 
         (391, 13, 390)
     """
     return samples // batch_size if drop_last else ceil(samples / batch_size)
+
+
+def reference_updates(pace: Fraction, update: int, last: int | None) -> int:
+    """Return how many updates the reference run has made after some of this run's, at an even pace, none past its last.
+
+    A batch that changes has no pace: :class:`~lightning_gap.regime.parts.PassClock` counts its samples instead.
+
+    Example:
+        >>> [reference_updates(Fraction(5, 2), update, 9) for update in range(5)]
+        [0, 2, 5, 7, 9]
+    """
+    passed = floor(pace * update)
+    return passed if last is None else min(passed, last)
 
 
 class Fate(Enum):
@@ -119,8 +133,7 @@ class ReferenceClock(NamedTuple):
 
     def reference_update(self, update: int) -> int:
         """Return how many updates the reference run has made after some of this run's."""
-        passed = floor(self.pace * update)
-        return passed if self.last is None else min(passed, self.last)
+        return reference_updates(self.pace, update, self.last)
 
     def steps_until(self, reference_update: int) -> int:
         """Return how many times the reference run has stepped the scheduler after some of its updates."""

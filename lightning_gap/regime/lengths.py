@@ -180,10 +180,13 @@ def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
 
 
 def curve(
-    plan: RegimePlan, rate: float, rollouts: Sequence[tuple[ReferenceClock, Rollout]]
+    plan: RegimePlan, rate: float, rollouts: Sequence[tuple[ReferenceClock, Rollout]], factor: float | None = None
 ) -> tuple[tuple[int, float, int, float], ...]:
-    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run."""
-    points = []
+    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run.
+
+    ``factor`` is what the rates are multiplied by, where that is not the rule's factor alone.
+    """
+    points, factor = [], plan.lr_factor if factor is None else factor
     for quarter in range(5 if plan.updates else 0):
         before = quarter * ((plan.updates or 1) - 1) // 4
         reference_update, now = plan.reference_update(before), rate
@@ -192,5 +195,5 @@ def curve(
             if len(rollouts) > 1 or steps >= len(seen.rates):
                 return ()  # not told by one schedule, or not looked at so far
             now = seen.rates[steps]
-        points.append((reference_update + 1, now, before + 1, now * plan.lr_factor))
+        points.append((reference_update + 1, now, before + 1, now * factor))
     return tuple(points)

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
+from lightning_gap.regime.group_changes import choice_verdict
 from lightning_gap.regime.loader import effective_batch_size, pass_over_data, training_loader
 from lightning_gap.regime.noise_scale import (
     NoiseScaleEstimate,
@@ -67,7 +68,8 @@ class GradientNoiseScale(Callback):
     averages over the whole run, and ``batch_over_critical``, the batch that runs over the latter. Numerator and
     denominator are averaged separately. NaN means that the noise has not been averaged out yet. After ten measurements,
     and at the end of training, a line says which side of the critical batch this run is on, and beside a
-    ``LargeBatchRegime`` how many updates its batch needs, by this measure, and how many are planned.
+    ``LargeBatchRegime`` how many updates its batch needs, by this measure, and how many are planned; beside one with
+    ``lr_rule="auto"`` also what that would choose knowing it, with ``noise_scale=``.
 
     Where layers normalize over the batch, as BatchNorm and ghost BatchNorm do, a sample has no gradient of its own. The
     noise scale is then that of batches made of more groups of the size that is normalized over (the micro-batch, or the
@@ -333,6 +335,7 @@ class GradientNoiseScale(Callback):
         if regime is not None and (plan := regime.plan) is not None:
             made = plan.updates / plan.reference_updates if plan.updates and plan.reference_updates else None
             sentences.append(plan_verdict(plan.batch_size, plan.reference_batch_size, self.estimate, planned=made))
+            sentences.append(choice_verdict(plan, trainer.optimizers, self.estimate.critical_batch_size))
         say(f"{when}: {' '.join(filter(None, [*sentences, *self._notes]))}")
 
     @override

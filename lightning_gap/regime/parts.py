@@ -158,6 +158,9 @@ def parts_of_update(
     total = ends - begins
     parts = 1 if most is None else math.ceil(total / (most * ranks))
     shares = parts * ranks
+    if shares == 1 and total:  # of most runs, and made for every update
+        yield Part(begins, total, 1.0, 0, 1, epoch, begins, ends, batch_size)
+        return
     for number in range(parts):
         first, last = (begins + total * (number + k) // parts for k in (0, 1))
         here = last - first

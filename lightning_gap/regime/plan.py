@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from lightning_gap.regime.clock import SchedulerFate, share_of
+from lightning_gap.regime.clock import SchedulerFate, reference_updates, share_of
 from lightning_gap.regime.rules.auto import AUTO
 from lightning_gap.regime.rules.factor import RULES
 from lightning_gap.regime.rules.hyperparameters import OptimizerRules, Rescaling
@@ -61,6 +61,7 @@ class RegimePlan:
         weight_decay_rule: The name of the rule of weight decay.
         betas_rule: The name of the rule of the betas.
         ema_rule: The name of the rule of the weights' average.
+        momentum_rule: The rule of momentum.
         rules: The rules themselves; where there are none, those of ``lr_rule``.
         why: What ``lr_rule="auto"`` has chosen, and why.
         hyperparameters: Of all else that changes, what it is, in the reference run and in this run.
@@ -92,6 +93,7 @@ class RegimePlan:
     weight_decay_rule: str = "none"
     betas_rule: str = "none"
     ema_rule: str = "none"
+    momentum_rule: str = "none"
     rules: OptimizerRules | None = field(default=None, compare=False, repr=False)
     why: str = ""
     hyperparameters: tuple[tuple[str, str, str], ...] = ()
@@ -129,6 +131,11 @@ class RegimePlan:
         return self.rescaling.changes or not self.decided or self.reclocked
 
     @property
+    def scales_rates(self) -> bool:
+        """Whether learning rates change: by their rule, or so that momentum may."""
+        return self.lr_factor != 1.0 or (self.momentum_rule != "none" and self.passed != 1)
+
+    @property
     def decided(self) -> bool:
         """Whether the factor is known: ``lr_rule="auto"`` waits for the optimizers."""
         return self.lr_rule != AUTO or bool(self.why)
@@ -150,7 +157,7 @@ class RegimePlan:
 
     def with_found_rate(self) -> "RegimePlan":
         """Return the plan of a run whose learning rate has been found at the batch that runs."""
-        return replace(self, rate=Rate.FOUND, lr_factor=1.0, warmup_updates=0)
+        return replace(self, rate=Rate.FOUND, lr_factor=1.0, warmup_updates=0, momentum_rule="none")
 
     def with_rate_of(self, saved: dict[str, Any]) -> "RegimePlan":
         """Return the plan of a run that goes on with the learning rate of a saved plan.
@@ -209,8 +216,7 @@ class RegimePlan:
         Args:
             update: Updates behind it.
         """
-        passed = math.floor(self.pace * update)
-        return passed if self.reference_updates is None else min(passed, self.reference_updates)
+        return reference_updates(self.pace, update, self.reference_updates)
 
     def reference_epochs_in(self, updates: int) -> int:
         """Return how many epochs of the reference run are over after some updates of this run.

@@ -7,7 +7,7 @@ from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rules.auto import AUTO, rules_for
 from lightning_gap.regime.rules.factor import LRRule, rule_name
 from lightning_gap.regime.rules.factor import lr_factor as factor_of
-from lightning_gap.regime.rules.hyperparameters import BetasRule, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import BetasRule, MomentumRule, WeightDecayRule
 from lightning_gap.regime.scaling import default_train_longer
 
 __all__ = ["plan_regime"]
@@ -21,6 +21,7 @@ def plan_regime(
     lr_factor: float | None = None,
     weight_decay_rule: WeightDecayRule | None = None,
     betas_rule: BetasRule | None = None,
+    momentum_rule: MomentumRule = "none",
     reference_updates_per_epoch: int | None = None,
     updates_per_epoch: int | None = None,
     samples: int | None = None,
@@ -45,6 +46,7 @@ def plan_regime(
         lr_rule: The learning-rate rule, see :func:`lr_factor`, or ``"auto"``, which :meth:`RegimePlan.apply` decides.
         weight_decay_rule: The rule of weight decay, see :class:`OptimizerRules`.
         betas_rule: The rule of the betas.
+        momentum_rule: The rule of momentum.
         lr_factor: What every learning rate is multiplied by. Default: what the rule says.
         reference_updates_per_epoch: Updates in one epoch of the reference run, :math:`U_S`. Default: from ``samples``.
         updates_per_epoch: Updates in one epoch of this run, :math:`U_L`. Default: from ``samples``.
@@ -94,7 +96,7 @@ def plan_regime(
     limits = [] if max_epochs is None else [max_epochs * reference_updates_per_epoch]
     limits += [] if max_steps is None else [max_steps]
     reference_updates = min(limits, default=None)
-    rules, auto = rules_for(lr_rule, weight_decay_rule, betas_rule), lr_rule == AUTO
+    rules, auto = rules_for(lr_rule, weight_decay_rule, betas_rule, momentum_rule), lr_rule == AUTO
     if lr_factor is None:
         lr_factor = 1.0 if auto else factor_of(lr_rule, batch_size / reference_batch_size)
     train_longer = default_train_longer(lr_rule) if train_longer is None else float(train_longer)
@@ -109,6 +111,7 @@ def plan_regime(
         lr_factor=lr_factor,
         weight_decay_rule=rule_name(rules.weight_decay),
         betas_rule=rule_name(rules.betas_rule),
+        momentum_rule=rules.momentum,
         rules=rules,
         train_longer=train_longer,
         reference_updates_per_epoch=reference_updates_per_epoch,

@@ -85,6 +85,7 @@ class RunPlanner:
             weight_decay_rule=rule_name(regime.rules.weight_decay),
             betas_rule=rule_name(regime.rules.betas_rule),
             ema_rule=rule_name(regime.ema_rule),
+            momentum_rule=regime.rules.momentum,
         )
 
     def _measure(self, trainer: Trainer) -> Pass | None:

@@ -1,4 +1,4 @@
-"""Trainers, optimizers, schedulers and users' code that a regime cannot be right for, each refused with its remedy."""
+"""Optimizers, schedulers and users' code that a regime cannot be right for, each refused with its remedy."""
 
 import inspect
 import re
@@ -7,14 +7,7 @@ from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -27,11 +20,9 @@ from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out
 from lightning_gap.regime.scaling import Rate, check_rule
-from lightning_gap.regime.schedules import check_unscaled, horizons
-from lightning_gap.trainer.internals.of_lightning import ends_tuning, is_compiled_by_lightning
-from lightning_gap.trainer.strategy import leaves_updates_to_torch, strategy_name
+from lightning_gap.regime.schedules import check_momentum, check_unscaled, horizons
 
-__all__ = ["check_fit", "check_trainer", "is_tuning", "keeps_lengths", "refused_as", "sets_rate"]
+__all__ = ["check_fit", "refused_as", "sets_rate"]
 
 _T = TypeVar("_T")
 # A learning rate that is set, and one that is read.
@@ -44,91 +35,6 @@ _NAMES_GROUP = re.compile(r"\bfor\s+(\w+)\s+in\s+[^:]*param_groups")
 _READS_RATE = re.compile(r"""\[["'](initial_)?lr["']\]""")
 _CHANGES_RATE = re.compile(r"""\[["']lr["']\]\s*[*/]?=(?!=)""")
 _NOT_THE_USERS = ("lightning.", "lightning_gap.", "torch.")
-
-
-def is_tuning(trainer: Any) -> bool:
-    """Return whether a method of ``Tuner`` runs: it ends before training, and the fit that follows plans anew."""
-    return any(
-        isinstance(callback, (BatchSizeFinder, LearningRateFinder)) and ends_tuning(callback)
-        for callback in trainer.callbacks
-    )
-
-
-def check_trainer(trainer: Any, pl_module: LightningModule, *, train_longer: bool, gradient_noise: bool) -> None:
-    """Refuse the trainers and modules whose batch or updates cannot be planned."""
-    shorter = "pass train_longer=False to scale the learning rate alone."
-    averages = _has(trainer, StochasticWeightAveraging)
-    refusals = (
-        (
-            not leaves_updates_to_torch(trainer),
-            f"{strategy_name(trainer)} is not supported. Use one device, DDP, or ModelParallelStrategy (FSDP2).",
-        ),
-        (
-            not pl_module.automatic_optimization and train_longer,
-            "manual optimization steps its own optimizers and schedulers, so the trainer cannot count them as the "
-            "reference run would. Apply a plan of your own, plan_regime(...).apply(optimizer, schedulers), and step "
-            f"its clock; or {shorter}",
-        ),
-        (
-            not pl_module.automatic_optimization and gradient_noise,
-            "gradient_noise weights one backward pass a batch, and manual optimization may have several. Use automatic "
-            "optimization.",
-        ),
-        (
-            gradient_noise and is_compiled_by_lightning(pl_module),
-            "gradient_noise cannot hook into a compiled LightningModule. Compile the network inside it instead.",
-        ),
-        (
-            _has(trainer, BatchSizeFinder),
-            "BatchSizeFinder changes the batch after the plan. Call Tuner.scale_batch_size first.",
-        ),
-        (
-            _has(trainer, GradientAccumulationScheduler),
-            "GradientAccumulationScheduler changes the batch during the run. Use Trainer(accumulate_grad_batches=...).",
-        ),
-        (
-            averages and train_longer,
-            "StochasticWeightAveraging replaces the schedulers at an epoch of its own. Use WeightAveraging or "
-            f"EMAWeightAveraging, which average by updates, or {shorter}",
-        ),
-        (
-            train_longer and _cuts_epochs(trainer),
-            f"limit_train_batches={trainer.limit_train_batches} and overfit_batches={trainer.overfit_batches} cut the "
-            f"epoch in batches, whose size differs from the reference run's. Use a Subset of the data, or {shorter}",
-        ),
-        (
-            train_longer and trainer.reload_dataloaders_every_n_epochs > 0,
-            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs} may change the number of "
-            f"updates in an epoch. Leave it 0, or {shorter}",
-        ),
-    )
-    for refused, reason in refusals:
-        if refused:
-            raise MisconfigurationException(f"LargeBatchRegime: {reason}")
-    if averages:
-        rank_zero_warn("LargeBatchRegime: the swa_lrs of StochasticWeightAveraging are not scaled.")
-
-
-def _cuts_epochs(trainer: Any) -> bool:
-    limit = trainer.limit_train_batches  # 1 is one batch, 1.0 is all of them
-    return isinstance(limit, int) or limit != 1.0 or trainer.overfit_batches != 0
-
-
-def _has(trainer: Any, kind: type[Callback]) -> bool:
-    return any(isinstance(callback, kind) for callback in trainer.callbacks)
-
-
-def keeps_lengths(trainer: Any, pl_module: LightningModule) -> bool:
-    """Return whether the lengths of a run that is not to be trained longer are its own.
-
-    So they are where the updates of an epoch cannot be told, or something else changes them or the schedulers.
-    """
-    return bool(
-        not pl_module.automatic_optimization
-        or _has(trainer, StochasticWeightAveraging)
-        or _cuts_epochs(trainer)
-        or trainer.reload_dataloaders_every_n_epochs > 0
-    )
 
 
 def refused_as(make: Callable[..., _T], *args: Any, **options: Any) -> _T:
@@ -153,10 +59,11 @@ def check_fit(
     Returns the schedules of the first optimizer, rolled out.
     """
     _check_optimizers(fit, plan)
-    if plan.lr_factor != 1.0:
+    if plan.scales_rates:
         _check_hand_set_rates(fit)
     if plan.rescaling.changes:
         refused_as(check_unscaled, fit.optimizers)
+        refused_as(check_momentum, fit.schedulers, plan.rescaling)
     asked = _Asked(len(fit.configs), otherwise)
     rollouts = []
     for at, config in enumerate(fit.configs):

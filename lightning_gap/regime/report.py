@@ -1,5 +1,6 @@
 """What a run says: its plan when it starts, and where it is at every update that loggers get."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,18 +22,21 @@ PREFIX = "lightning_gap/regime/"
 
 
 @rank_zero_only
-def report(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan) -> None:
+def report(trainer: Trainer, pl_module: LightningModule, plan: RegimePlan, noise_scale: float | None) -> None:
     """Print the plan, and log it."""
     layers = list(pl_module.modules())
-    # By name: the layers and the callback of another room.
-    names = {kind.__name__ for layer in layers for kind in type(layer).__mro__}
-    ghosts = "GhostNorm" in names or any(
-        type(callback).__name__ == "GhostBatchNorm" for callback in cast(Any, trainer).callbacks
-    )
+    # By name: the layers and the callback of another room, and one that knows this one.
+    names, others = _names(layers), _names(cast(Any, trainer).callbacks)
+    ghosts = "GhostNorm" in names or "GhostBatchNorm" in others
+    measures = noise_scale is None and "GradientNoiseScale" in others
     batchnorm = any(isinstance(layer, BatchNormBase) for layer in layers)
-    say(plan.table(), *advice(plan, batchnorm=batchnorm, ghosts=ghosts))
+    say(plan.table(), *advice(plan, batchnorm=batchnorm, ghosts=ghosts, measures=measures))
     log_facts(trainer.loggers, PREFIX, plan.to_dict())
     log_table(trainer.loggers, f"{PREFIX}plan", PLAN_COLUMNS, plan.rows())
+
+
+def _names(objects: Iterable[Any]) -> set[str]:
+    return {kind.__name__ for each in objects for kind in type(each).__mro__}
 
 
 def log_update(trainer: Trainer, pl_module: LightningModule, run: "RegimeRun", reference_epoch: float) -> None:

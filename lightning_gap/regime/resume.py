@@ -20,7 +20,7 @@ __all__ = ["disagreements", "state_of", "take_up"]
 # What must agree between a checkpoint's plan and the plan of the run that resumes from it; with what plans of before
 # there was such a rule did.
 _IDENTITY = ("reference_batch_size", "lr_rule", "train_longer", "reference_updates_per_epoch", "noise_variance")
-_RULES = {"weight_decay_rule": "none", "betas_rule": "none", "ema_rule": "none"}
+_RULES = {"weight_decay_rule": "none", "betas_rule": "none", "ema_rule": "none", "momentum_rule": "none"}
 
 
 def disagreements(plan: RegimePlan, saved: dict[str, Any]) -> list[str]:

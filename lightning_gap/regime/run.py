@@ -168,6 +168,7 @@ class RegimeRun:
         if self._read:
             self.limits.lift_epochs(trainer)
         before = fit.rates
+        factor = plan.rescaling.rate_factor(*groups[0]) if groups else plan.lr_factor
         scale(fit.optimizers, fit.schedulers, plan.rescaling)
         clocks, fates = take_schedulers(fit, plan, self.plateaus, stepping, stretch=stretch)
         warmups = [Warmup(each, updates=plan.warmup_updates, factor=plan.lr_factor) for each in fit.optimizers]
@@ -180,7 +181,7 @@ class RegimeRun:
             learning_rates=tuple(zip(before, fit.rates, strict=True)),
             schedulers=fates,
             companions=self.taken.take_counters(trainer, fit, plan),
-            curve=curve(plan, before[0], rollouts) if before else (),
+            curve=curve(plan, before[0], rollouts, factor) if before else (),
             hyperparameters=(*rows, *(average.take() for average in averages)),
         )
         self.phase = Phase.TAKEN_OVER

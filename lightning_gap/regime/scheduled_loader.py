@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_gap.regime.parts import Part
 
@@ -42,6 +49,9 @@ def draws_of(loader: DataLoader[Any], *, seed: int) -> Callable[[int], Sequence[
         source: Any = sampler.dataset
         sampler = RandomSampler(source) if sampler.shuffle else range(len(source))
 
+    if type(sampler) is SequentialSampler:
+        sampler = range(len(sampler))  # which draws nothing
+
     def draw(epoch: int) -> Sequence[Any]:
         if isinstance(sampler, range):
             return sampler
@@ -62,7 +72,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed whatever a sampler may draw with, and give all of it back."""
     before, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - samplers of users draw with it
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the devices that train too
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:

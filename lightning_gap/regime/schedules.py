@@ -6,6 +6,7 @@ every scheduler class, and ``scheduler.state_dict()`` counts what it always coun
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +18,7 @@ from lightning_gap.regime.rules.hyperparameters import Rescaling
 from lightning_gap.regime.scaling import scale_optimizer, scaled
 from lightning_gap.trainer.internals.of_torch import SCHEDULER_MILESTONES, SCHEDULER_RATES, parts_of_scheduler
 
-__all__ = ["check_unscaled", "horizons", "is_of_torch", "scale", "scale_scheduler"]
+__all__ = ["check_momentum", "check_unscaled", "horizons", "is_of_torch", "scale", "scale_scheduler"]
 
 # What has been scaled: who keeps an optimizer must not have it scaled again.
 _scaled: WeakSet[Optimizer] = WeakSet()
@@ -112,16 +113,43 @@ def check_unscaled(optimizers: Iterable[Optimizer]) -> None:
         )
 
 
+def check_momentum(schedulers: Iterable[Any], rescaling: Rescaling) -> float:
+    """Refuse schedulers under which momentum cannot follow; return what the last one's rates are multiplied by."""
+    factor = rescaling.lr_factor
+    for scheduler in schedulers if rescaling.momentum != "none" and rescaling.pace != 1 else ():
+        name, optimizer = type(scheduler).__name__, scheduler.optimizer
+        for part in flattened(scheduler):
+            moved = getattr(part, "cycle_momentum", False) and any(
+                "momentum" in each for each in optimizer.param_groups
+            )
+            if moved:
+                raise ValueError(
+                    f'momentum_rule="half_life" cannot follow {name}, which moves the momentum itself. Pass it '
+                    "cycle_momentum=False."
+                )
+        factors = {rescaling.rate_factor(optimizer, group) for group in optimizer.param_groups}
+        if len(factors) > 1:
+            raise ValueError(
+                f'momentum_rule="half_life" scales the rates of groups of different momentum differently, and {name} '
+                "has rates for all of them. Give the groups one momentum."
+            )
+        factor = factors.pop() if factors else factor
+    return factor
+
+
 def scale(
     optimizers: Sequence[Optimizer], schedulers: Iterable[Any], rescaling: Rescaling, *, defaults: bool = True
 ) -> None:
     """Change every hyperparameter of optimizers and schedulers by rules, in place; ``defaults``: for new groups too."""
+    schedulers = list(schedulers)
+    # Before the groups change, whose momentum tells.
+    factors = [check_momentum([scheduler], rescaling) for scheduler in schedulers]
     for optimizer in optimizers:
         if any(rescaling.at(optimizer, group) for group in optimizer.param_groups):
             _scaled.add(optimizer)
         scale_optimizer(optimizer, rescaling, defaults=defaults)
-    for scheduler in schedulers:
-        scale_scheduler(scheduler, rescaling)
+    for scheduler, factor in zip(schedulers, factors, strict=True):
+        scale_scheduler(scheduler, replace(rescaling, lr_factor=factor))
 
 
 def horizons(scheduler: LRScheduler) -> dict[str, int]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lightning_gap.regime.rules.auto import AUTO
+
 if TYPE_CHECKING:
     from lightning_gap.regime.plan import RegimePlan
 
@@ -21,6 +23,8 @@ def table_rows(plan: "RegimePlan") -> list[tuple[str, str, str]]:
     ]
     for index, (reference, now) in enumerate(plan.learning_rates):
         label = f"learning rate, group {index} ({plan.rule_told}, x{plan.lr_factor:.4g})"
+        if plan.momentum_rule != "none" and reference and not math.isclose(now / reference, plan.lr_factor):
+            label = f"{label[:-1]}, x{now / reference / plan.lr_factor:.4g} for the momentum)"
         rows.append((label, f"{reference:.6g}", f"{now:.6g}"))
     if plan.why:
         rows.append((f'lr_rule="{plan.lr_rule}"', "", plan.why))
@@ -69,8 +73,12 @@ def _limit(count: int | None) -> str:
     return "no limit" if count is None else str(count)
 
 
-def advice(plan: "RegimePlan", *, batchnorm: bool = False, ghosts: bool = False) -> Iterator[str]:
+def advice(
+    plan: "RegimePlan", *, batchnorm: bool = False, ghosts: bool = False, measures: bool = False
+) -> Iterator[str]:
     """Yield what is doubtful or dear in a plan, a sentence each.
+
+    ``measures`` says that the run measures a noise scale, and that none was given.
 
     Example:
         >>> from lightning_gap.regime import plan_regime
@@ -92,6 +100,11 @@ def advice(plan: "RegimePlan", *, batchnorm: bool = False, ghosts: bool = False)
         )
     if plan.rule_told == "linear" and not plan.warmup_updates and plan.ratio > 1:
         yield 'lr_rule="linear" without a warm-up is apt to diverge: pass warmup_updates, five epochs in its paper.'
+    if measures and plan.lr_rule == AUTO and plan.lr_factor != 1:
+        yield (
+            'lr_rule="auto" chooses before training: what GradientNoiseScale measures in this run is for the next one, '
+            "as noise_scale=."
+        )
     if batchnorm and not ghosts and plan.ratio > 1:
         yield (
             f"The model has BatchNorm, whose statistics are those of the large batch: GhostBatchNorm("

@@ -1,11 +1,12 @@
 """The performance page is what its logs say, and the command that makes both works."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import performance, performance_page
-from benchmarks.catalogue import SCIENCE, SPEED
+from benchmarks.catalogue import PARTS, SCIENCE, SPEED
 from benchmarks.logs import RESULTS, read
 from benchmarks.marked import differences
 from benchmarks.processes import ROOT, run_module
@@ -37,13 +38,29 @@ def test_logs_are_of_whole_runs_and_name_no_place():
 
 
 def test_every_benchmark_of_the_folder_is_run():
+    folder = ROOT / "benchmarks"
     scripts = {
-        f"{folder}.{path.stem}"
-        for folder in ("speed", "science")
-        for path in (ROOT / "benchmarks" / folder).glob("*.py")
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for room in ("speed", "science")
+        for path in (folder / room).rglob("*.py")
         if "__main__" in path.read_text(encoding="utf-8")
     }
-    assert {one.arguments.split()[0] for one in (*SPEED.values(), *SCIENCE.values())} == scripts - NOT_RUN
+    assert scripts >= PARTS
+    assert {one.arguments.split()[0] for one in (*SPEED.values(), *SCIENCE.values())} == scripts - NOT_RUN - PARTS
+    assert not set(SPEED) & set(SCIENCE)
+
+
+@pytest.mark.parametrize("name", SCIENCE)
+def test_a_benchmark_of_accuracy_takes_its_arguments_and_has_a_page(name):
+    benchmark = SCIENCE[name]
+    assert (ROOT / "docs" / "results" / benchmark.page).is_file()
+    assert performance.sources(benchmark.arguments.split()[0])  # all that it imports from these folders is found
+    for line in {benchmark.arguments, benchmark.quick or benchmark.arguments}:
+        options = {word for word in line.split() if word.startswith("--")}
+        module = ROOT / "benchmarks" / Path(*line.split()[0].split(".")).with_suffix(".py")
+        code = module.read_text(encoding="utf-8")
+        assert {option for option in options if f'"{option}"' not in code} == set()
+        assert ("add_json(" in code) >= benchmark.rows
 
 
 def test_the_speed_of_all_takes_half_an_hour_at_most():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lightning_gap.regime.rules.hyperparameters import BetasRule, OptimizerRules, WeightDecayRule
+from lightning_gap.regime.rules.hyperparameters import BetasRule, MomentumRule, OptimizerRules, WeightDecayRule
 from lightning_gap.regime.rules.optimizers import kind_of, names_of
 
 __all__ = ["AUTO", "WARMUP_SHARE", "Choice", "choose", "gain", "rules_for"]
@@ -88,14 +88,17 @@ def choose(
     return Choice(math.sqrt(counted), math.ceil(WARMUP_SHARE * updates), why)
 
 
-def rules_for(lr: Any, weight_decay: WeightDecayRule | None, betas: BetasRule | None) -> OptimizerRules:
+def rules_for(
+    lr: Any, weight_decay: WeightDecayRule | None, betas: BetasRule | None, momentum: MomentumRule = "none"
+) -> OptimizerRules:
     """Return the rules of a run; those that are not given are ``"none"``, and with ``"auto"`` whatever lr needs.
 
     Args:
         lr: The rule of the learning rate, ``"auto"`` too.
         weight_decay: The rule of weight decay, or ``None``.
         betas: The rule of the betas, or ``None``.
+        momentum: The rule of momentum.
     """
     if lr == AUTO:
-        return OptimizerRules("none", weight_decay or "timescale", betas or "half_life")
-    return OptimizerRules(lr, weight_decay or "none", betas)
+        return OptimizerRules("none", weight_decay or "timescale", betas or "half_life", momentum)
+    return OptimizerRules(lr, weight_decay or "none", betas, momentum)

@@ -10,10 +10,11 @@ from lightning_gap.regime.rules.factor import RULES, LRRule, lr_factor, rule_nam
 from lightning_gap.regime.rules.memory import check_remembered, ema_momentum, remembered
 from lightning_gap.regime.rules.optimizers import OptimizerKind, kind_of, names_of
 
-__all__ = ["LR_KEYS", "BetasRule", "OptimizerRules", "Rescaling", "WeightDecayRule", "times"]
+__all__ = ["LR_KEYS", "BetasRule", "MomentumRule", "OptimizerRules", "Rescaling", "WeightDecayRule", "times"]
 
 WeightDecayRule = Literal["none", "timescale"] | Callable[[float], float]
 BetasRule = Literal["none", "half_life", "sde"] | Callable[[str, float, float], float]
+MomentumRule = Literal["none", "half_life"]
 
 # Where an optimizer's group keeps learning rates: its own, and those its scheduler left there.
 LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -47,7 +48,8 @@ class OptimizerRules:
             ``"momentum"``), its value and the ratio, that returns the new value. Default: ``"sde"`` with the learning
             rate's ``"adam"``, else ``"none"``.
         momentum: ``"half_life"``: momentum of SGD and Muon, too, remembers as many samples, :math:`\mu^p`; where it
-            sums gradients the learning rate is multiplied by :math:`(1 - \mu') / (1 - \mu)`, so that the sum stays.
+            sums gradients the learning rate is multiplied by :math:`(1 - \mu') / (1 - \mu)`, so that what a gradient
+            moves in all, :math:`\eta / (1 - \mu)`, follows the rule of the learning rate.
 
     Raises:
         ValueError: If a rule is not known.
@@ -70,7 +72,7 @@ class OptimizerRules:
     lr: LRRule = "sqrt"
     weight_decay: WeightDecayRule = "none"
     betas: BetasRule | None = None
-    momentum: Literal["none", "half_life"] = "none"
+    momentum: MomentumRule = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.lr, str) and self.lr not in RULES:
@@ -85,6 +87,8 @@ class OptimizerRules:
                 )
         if self.momentum not in ("none", "half_life"):
             raise ValueError(f"the rule of momentum, {self.momentum!r}, is not known; pass 'none' or 'half_life'.")
+        if self.momentum != "none" and callable(self.betas):
+            raise ValueError("a function of betas decides momentum too: pass momentum='none' with it.")
 
     @property
     def betas_rule(self) -> BetasRule:
@@ -160,7 +164,7 @@ class Rescaling:
     decay: float = 1.0
     timescale: bool = False
     betas: BetasRule = "none"
-    momentum: Literal["none", "half_life"] = "none"
+    momentum: MomentumRule = "none"
 
     @property
     def changes(self) -> bool:
@@ -197,11 +201,9 @@ class Rescaling:
             optimizer: The optimizer, its class, or its name.
             group: A parameter group, which stays as it is.
         """
-        factor, new = self.lr_factor, {}
+        factor, new = self.rate_factor(optimizer, group), {}
         if self.momentum == "half_life" and group.get("momentum"):
-            before, kind = group["momentum"], _known(optimizer, f"momentum={self.momentum!r}")
-            new["momentum"] = ema_momentum(before, self.pace)
-            factor *= (1 - new["momentum"]) / (1 - before) if kind.heavy_ball else 1.0
+            new["momentum"] = ema_momentum(group["momentum"], self.pace)
         if factor != 1.0:
             new |= {key: times(group[key], factor) for key in LR_KEYS if group.get(key) is not None}
         if group.get("weight_decay"):
@@ -212,6 +214,22 @@ class Rescaling:
                 new["weight_decay"] = times(group["weight_decay"], decay)
         new |= self._memories(optimizer, group)
         return {key: value for key, value in new.items() if type(value) is not type(group[key]) or value != group[key]}
+
+    def rate_factor(self, optimizer: Any, group: Mapping[str, Any]) -> float:
+        r"""Return what the learning rates of a group are multiplied by.
+
+        That is the rule's factor, and :math:`(1 - \mu') / (1 - \mu)` where momentum sums gradients and follows too.
+
+        Args:
+            optimizer: The optimizer, its class, or its name.
+            group: A parameter group.
+        """
+        momentum = group.get("momentum")
+        if self.momentum == "none" or not momentum or momentum == 1:
+            return self.lr_factor
+        if not _known(optimizer, f"momentum={self.momentum!r}").heavy_ball:
+            return self.lr_factor
+        return self.lr_factor * float((1 - ema_momentum(momentum, self.pace)) / (1 - momentum))
 
     def end(self, optimizer: Any, value: Any) -> Any:
         """Return what becomes of an end between which a scheduler moves a momentum, or the first of the betas.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, SaveAt, loader, run
 
-from lightning_gap.regime import LargeBatchRegime, plan_regime
+from lightning_gap.regime import GradientNoiseScale, LargeBatchRegime, plan_regime
 from lightning_gap.regime.rules.auto import choose, gain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*", "ignore:.*callbacks used to create.*")
@@ -105,3 +105,31 @@ def test_a_noise_scale_is_for_it_alone():
     for options in ({"noise_scale": 10.0}, {"lr_rule": "auto", "noise_scale": 0.0}):
         with pytest.raises(ValueError, match=r"noise_scale=.* must be positive samples"):
             LargeBatchRegime(4, **options)
+    with pytest.raises(ValueError, match=r"noise_scale=nan .* not averaged out: measure longer"):
+        LargeBatchRegime(4, lr_rule="auto", noise_scale=GradientNoiseScale().estimate.critical_batch_size)
+
+
+def test_what_is_measured_beside_it_is_told_and_is_for_the_next_run(capsys):
+    def fitted(*callbacks, **options):
+        module = Regression()
+        _, trace = run(module, loader(30), *callbacks, LargeBatchRegime(4, lr_rule="auto", **options))
+        said = " ".join(capsys.readouterr().out.split())
+        return trace.rates, [each.tolist() for each in module.parameters()], said
+
+    *alone, said = fitted()
+    assert "GradientNoiseScale" not in said
+    noise = GradientNoiseScale(every_n_updates=1)
+    *beside, said = fitted(noise)
+    assert beside == alone
+    assert "what GradientNoiseScale measures in this run is for the next one, as noise_scale=." in said
+    critical = noise.estimate.critical_batch_size
+    factor = math.sqrt(gain(7.5, 30, critical))
+    assert f'With noise_scale={critical:.4g}, lr_rule="auto" would multiply' in said
+    assert f"the learning rate by {factor:.4g} instead of {7.5**0.5:.4g}." in said
+    # The next run does what was told, and measures on.
+    regime = LargeBatchRegime(4, lr_rule="auto", noise_scale=critical)
+    run(Regression(), loader(30), GradientNoiseScale(every_n_updates=1), regime)
+    said = " ".join(capsys.readouterr().out.split())
+    assert regime.plan.lr_factor == pytest.approx(factor)
+    assert "the updates that a noise scale of" in regime.plan.why
+    assert "is for the next one" not in said
