@@ -27,7 +27,7 @@ import torch
 from scipy.special import hyp2f1
 from torch import Tensor
 
-__all__ = ["DualNoiseScaleEstimate", "DualNorm", "dual_verdict", "matrix_of", "noise_and_norm", "shrinkage"]
+__all__ = ["DualNoiseScaleEstimate", "DualNorm", "dual_verdict", "gram_of", "matrix_of", "noise_and_norm", "shrinkage"]
 
 DualNorm = Literal["l1", "nuclear"]
 
@@ -92,7 +92,7 @@ def noise_and_norm(norm: DualNorm, second: Tensor, mean: Tensor, *, small_batch:
         parts: R, 2 or more.
 
     Returns:
-        (3,), in double precision: N, :math:`\|\bar g\|_*`, and :math:`E \|\bar g\|_*` of noise alone.
+        (3,), in single precision: N, :math:`\|\bar g\|_*`, and :math:`E \|\bar g\|_*` of noise alone.
 
     References:
         Naganuma et al. 2026, "Adaptive batch sizes using non-Euclidean gradient noise scales for stochastic sign and
@@ -106,28 +106,36 @@ def noise_and_norm(norm: DualNorm, second: Tensor, mean: Tensor, *, small_batch:
     """
     factor, batch = small_batch * parts / (parts - 1), small_batch * parts
     if norm == "l1":
-        spread = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0).mul_(factor).sqrt_()
-        found, size, rows, columns = spread.sum(dtype=_wide(mean)), mean.abs().sum(dtype=_wide(mean)), 1, 1
+        spread = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0).sqrt_()
+        found, size, rows, columns = spread.sum(), torch.linalg.vector_norm(mean, 1), 1, 1
     else:
-        matrix = matrix_of(mean).to(_wide(mean))
-        square = matrix @ matrix.T
-        rows, columns = matrix.shape
-        found = _trace_of_root((second.to(square) - square) * factor)
-        size = _trace_of_root(square)
-    noise = found / shrinkage(rows, columns * (parts - 1))
-    return torch.stack((noise, size, noise * (shrinkage(rows, columns) / math.sqrt(batch))))
+        rows, columns = matrix_of(mean).shape
+        square = gram_of(mean)
+        size, largest = _trace_of_root(square)
+        found, _ = _trace_of_root(second - square, largest)
+    noise = found.float() * (math.sqrt(factor) / shrinkage(rows, columns * (parts - 1)))
+    return torch.stack((noise, size.float(), noise * (shrinkage(rows, columns) / math.sqrt(batch))))
 
 
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64  # which has no double precision
+def gram_of(gradient: Tensor) -> Tensor:
+    """Return the inner products of the rows of :func:`matrix_of`, not in a precision that torch is allowed to lower."""
+    matrix = matrix_of(gradient)
+    lowered = torch.get_float32_matmul_precision() != "highest" and matrix.device.type != "mps"  # no doubles there
+    matrix = matrix.double() if lowered else matrix
+    return matrix @ matrix.T
 
 
-def _trace_of_root(square: Tensor) -> Tensor:
-    """Return the sum of the roots of the eigenvalues; NaN where an entry is not finite, of which LAPACK raises."""
+def _trace_of_root(square: Tensor, before: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the sum of the roots of eigenvalues, and the largest of these.
+
+    Left out are those that rounding may have made, of numbers whose largest eigenvalue was ``before``.
+    """
     finite = square.isfinite().all()
-    safe = square.nan_to_num(0, 0, 0)
-    values = torch.linalg.eigvalsh(safe.cpu() if safe.device.type == "mps" else safe)
-    return torch.where(finite, values.clamp_min(0).sqrt().sum().to(square), math.nan)
+    safe = square.nan_to_num(0, 0, 0)  # LAPACK raises of others
+    values = torch.linalg.eigvalsh(safe.cpu() if safe.device.type == "mps" else safe).to(square.device)
+    rounding = 4 * torch.finfo(values.dtype).eps * (values[-1] + before)
+    kept = values.where(values > rounding, 0)
+    return torch.where(finite, kept.sqrt().sum(), math.nan), values[-1]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ranks.group import mean_over_ranks
-from lightning_gap.regime.dual_norms import DualNorm, matrix_of, noise_and_norm
+from lightning_gap.regime.dual_norms import DualNorm, gram_of, matrix_of, noise_and_norm
 from lightning_gap.regime.noise_sources.contributions import wide
 from lightning_gap.regime.noise_sources.optimizer_norms import MeasuredParameter, NoiseNorm, parameter_norms
 
@@ -86,8 +86,8 @@ class DualNormGradients:
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             values, old = _real(gradient.detach()), self._sums.get(parameter)
             if self._measured[parameter].norm == "nuclear":
-                matrix = matrix_of(values)
-                new = matrix @ matrix.T if old is None else old.addmm_(matrix, matrix.T)
+                gram = gram_of(values)
+                new = gram if old is None else old.add_(gram)
             else:
                 new = values.square() if old is None else old.addcmul_(values, values)
             self._sums[parameter] = new
@@ -127,7 +127,8 @@ class DualNormGradients:
                 # Every rank takes every parameter, also those that its own micro-batches did not reach.
                 if each.parameter.grad is None:
                     continue
-                mean = _real(each.parameter.grad).mul(mean_factor)
+                mean = _real(each.parameter.grad)
+                mean = mean if mean_factor == 1 else mean * mean_factor
                 second = sums.pop(each.parameter, None)
                 if second is None:
                     side = matrix_of(mean)
@@ -135,7 +136,7 @@ class DualNormGradients:
                 if replicas > 1:
                     second = mean_over_ranks(second)
                 parts = micro_batches * replicas
-                second = second * (factor**2 / micro_batches)
+                second.mul_(factor**2 / micro_batches)  # nobody else's
                 norm: DualNorm = "nuclear" if each.norm == "nuclear" else "l1"
                 numbers = noise_and_norm(norm, second, mean, small_batch=micro_batch_size, parts=parts)
                 found.append(numbers * (weight / largest if max(weights) else 1.0))

@@ -88,7 +88,7 @@ def _norm_of(optimizer: Optimizer, group: Mapping[str, Any]) -> GradientNorm:
     if named in ("euclidean", "l1", "nuclear"):
         return named  # type: ignore[no-any-return]
     if named is not None:
-        raise ValueError(f"a group's gradient_norm={named!r} must be 'euclidean', 'l1' or 'nuclear'")
+        raise ValueError(f"the \"gradient_norm\" of a group must be 'euclidean', 'l1' or 'nuclear', got {named!r}")
     if "use_muon" in group:
         return "nuclear" if group["use_muon"] else "l1"
     kind = kind_of(optimizer)
