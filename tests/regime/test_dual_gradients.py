@@ -233,3 +233,64 @@ def test_what_a_loop_of_ones_own_is_refused():
     with pytest.raises(ValueError, match="run one forward"):
         gradients.listen([torch.optim.Adam(nn.LazyLinear(2).parameters())], "l1")
     assert DualNoiseScaleEstimate(decay=0.9).norm == "l1"
+
+
+def by_samples(net, x, y):
+    """N and the norm of the mean gradient of both norms, from the gradient of every sample by itself."""
+
+    def loss(parameters, one, label):
+        return nn.functional.cross_entropy(torch.func.functional_call(net, parameters, (one[None],)), label[None])
+
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    every = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    found = {"l1": torch.zeros(2, dtype=torch.float64), "nuclear": torch.zeros(2, dtype=torch.float64)}
+    for gradients in every.values():
+        g = gradients.double()
+        found["l1"] += torch.stack((g.std(0).sum(), g.mean(0).abs().sum()))
+        g = g if g.dim() > 2 else g[:, None]
+        g = g if g.shape[1] <= g.shape[2] else g.mT
+        noise = g - g.mean(0)
+        covariance = torch.einsum("bij,bkj->ik", noise, noise) / (len(g) - 1)
+        root = torch.linalg.eigvalsh(covariance).clamp_min(0).sqrt().sum()
+        found["nuclear"] += torch.stack((root, torch.linalg.matrix_norm(g.mean(0), "nuc")))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("norm", "directions", "parts", "noise", "scale"),
+    [
+        ("l1", 16, 4, 1.0, 0.95),
+        ("l1", 2, 4, 0.95, 1.0),
+        ("nuclear", 16, 4, 0.95, 1.0),
+        ("nuclear", 2, 4, 0.9, 1.0),
+        ("nuclear", 2, 16, 0.95, 1.1),
+    ],
+)
+def test_a_networks_noise_scale_is_that_of_its_samples(norm, directions, parts, noise, scale):
+    """Of a network that has begun to train; inputs of few directions make noise of fewer than white noise has."""
+    torch.manual_seed(0)
+    x = torch.randn(1024, directions) @ torch.randn(directions, 16) + 0.1 * torch.randn(1024, 16)
+    y = (x @ torch.randn(16, 5) + torch.randn(1024, 5)).argmax(1)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+
+    def backward(size, share=1.0):
+        chosen = torch.randint(len(x), (size,))
+        (nn.functional.cross_entropy(net(x[chosen]), y[chosen]) * share).backward()
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        backward(32)
+        optimizer.step()
+    gradients, estimate = DualNormGradients(), DualNoiseScaleEstimate(decay=0.95, norm=norm)
+    for _ in range(60):
+        optimizer.zero_grad()
+        gradients.listen([optimizer], norm)
+        for _ in range(parts):
+            backward(256 // parts, 1 / parts)
+        estimate.update(*gradients.moments(256 // parts))
+    true_noise, true_size = by_samples(net, x, y)[norm].tolist()
+    low, high = estimate.critical_batch_bounds
+    found = (estimate.total_noise / 60 / true_noise, estimate.critical_batch_size * (true_size / true_noise) ** 2)
+    assert low < (true_noise / true_size) ** 2 < high
+    assert found == pytest.approx((noise, scale), rel=0.2)
