@@ -176,11 +176,6 @@ SCIENCE = {
         "science.regime_idioms",
         "Where a schedule's length comes from, under the regime", 8, page="../schedules.md", rows=False,
     ),
-    "dual_norms": Benchmark(
-        "science.large_batch.dual_norms",
-        "The noise scale in dual norms, beside that of every sample", 0.6,
-        "science.large_batch.dual_norms --measurements 2", page="../regime.md", rows=False,
-    ),
     "laws": Benchmark(
         "science.diffusion_laws",
         "How often the right law of diffusion is found", 15, page="../diffusion.md", rows=False,
