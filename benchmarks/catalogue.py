@@ -100,7 +100,7 @@ SPEED = {
     ),
     "noise_scale": Benchmark(
         "speed.noise_scale_overhead --turns 15",
-        "Norms of single examples' gradients, and of ghosts', beside the updates of four models", 0.6,
+        "Norms of single examples' gradients, of ghosts', and dual norms, beside the updates of four models", 1,
         "speed.noise_scale_overhead --turns 2 --models mlp",
     ),
     "diffusion": Benchmark(

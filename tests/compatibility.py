@@ -80,6 +80,7 @@ COMPONENTS: dict[str, dict[str, Cell]] = {
         "ddp": works(
             f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_accumulation",
             f"{_REGIME}distributed.py::test_replicas_measure_the_noise_scale_of_examples",
+            f"{_REGIME}distributed.py::test_replicas_measure_dual_norms_of_one_process",
         ),
         "fsdp2": REFUSED,
         "fsdp1": REFUSED,

@@ -1,9 +1,10 @@
-"""What norms of single examples' gradients, or of ghosts', add to an update that is measured.
+"""What norms of single examples' gradients, of ghosts', or of micro-batches' in dual norms, add to a measured update.
 
 Updates with and without them take turns, in seconds of one processor: forward, backward, the norms, SGD. The share is
-that of a run in which every tenth update is measured.
+that of a run in which every tenth update is measured. For dual norms an update has four micro-batches, and is AdamW's,
+or Muon's for matrices and AdamW's for the rest.
 
-    python -m benchmarks.speed.noise_scale_overhead [--turns 15] [--models mlp cnn ...]
+    python -m benchmarks.speed.noise_scale_overhead [--turns 15] [--models mlp cnn ...] [--norms l1 nuclear]
 """
 
 import argparse
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 
 from benchmarks.measurements import Row, add_json, spread, write_rows
 from lightning_gap.ghost import convert_ghost_batchnorm, ghost_slices
-from lightning_gap.regime import ExampleGradients, NoiseScaleEstimate
+from lightning_gap.regime import DualNoiseScaleEstimate, DualNormGradients, ExampleGradients, NoiseScaleEstimate
+from lightning_gap.regime.dual_norms import DualNorm
 
 EVERY = 10
 MAX_EXAMPLES = 16  # the callback's default
 GHOST = 16
+PARTS = 4  # micro-batches of an update in dual norms
+NORMS: tuple[DualNorm, ...] = ("l1", "nuclear")
 
 
 class Block(nn.Module):
@@ -63,6 +67,32 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Embedding(65, 128), *blocks, nn.LayerNorm(128), nn.Linear(128, 65))
 
 
+class AdamW:
+    """AdamW for all weights: the l1 norm."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(net.parameters(), lr=1e-3)]
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for each in self.all:
+            each.zero_grad()
+
+    def step(self) -> None:
+        """Let every optimizer step."""
+        for each in self.all:
+            each.step()
+
+
+class Muon(AdamW):
+    """Muon for the matrices, the nuclear norm, and AdamW for the rest."""
+
+    def __init__(self, net: nn.Module) -> None:
+        matrices = [parameter for parameter in net.parameters() if parameter.dim() == 2]
+        rest = [parameter for parameter in net.parameters() if parameter.dim() != 2]
+        self.all = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-3)]
+
+
 Made = tuple[nn.Module, Tensor, Tensor, list[slice] | None]
 
 
@@ -89,73 +119,116 @@ MODELS: dict[str, tuple[str, Callable[[], Made]]] = {
 }
 
 
-def update(net: nn.Module, optimizer: Any, x: Tensor, y: Tensor, measured: Callable[[], None] | None) -> None:
+def update(
+    net: nn.Module, optimizer: Any, x: Tensor, y: Tensor, measured: Callable[[], None] | None, parts: int = 1
+) -> None:
     """One update, with what is to be measured before its step."""
     optimizer.zero_grad()
-    output = net(x)
-    F.cross_entropy(output.flatten(0, -2), y.flatten()).backward()
+    for inputs, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        output = net(inputs)
+        (F.cross_entropy(output.flatten(0, -2), labels.flatten()) / parts).backward()
     if measured is not None:
         measured()
     optimizer.step()
 
 
-def beside(name: str, turns: int, max_examples: int | None) -> Row:
-    """Return the times of updates with and without, of pairs."""
+def by_examples(name: str, turns: int, max_examples: int | None) -> Row:
+    """Return the times of updates with and without norms of examples, of pairs."""
     title, make = MODELS[name]
     torch.manual_seed(0)
     net, x, y, groups = make()
-    nets = [net, copy.deepcopy(net)]
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, momentum=0.9) for each in nets]
     gradients, estimate = ExampleGradients(), NoiseScaleEstimate(decay=0.95)
+
+    def listen(heard: nn.Module, _: Any, turn: int) -> None:
+        gradients.listen(heard, examples=len(x), groups=groups, max_examples=max_examples, seed=turn)
+
+    times = beside(title, turns, (net, x, y), listen, lambda: estimate.update(*gradients.moments()))
+    assert not gradients.unmeasured, gradients.unmeasured
+    examples = "all" if max_examples is None else f"{max_examples}"
+    return {"table": f"One update measured in {EVERY}", "model": title, "examples": examples, **times}
+
+
+def by_norm(name: str, turns: int, norm: DualNorm) -> Row:
+    """Return the times of updates of several micro-batches with and without their dual norms, of pairs."""
+    title, make = MODELS[name]
+    torch.manual_seed(0)
+    net, x, y, _ = make()
+    gradients, estimate = DualNormGradients(), DualNoiseScaleEstimate(decay=0.95, norm=norm)
+    times = beside(
+        title,
+        turns,
+        (net, x, y),
+        lambda _, optimizer, turn: gradients.listen(optimizer.all, "auto"),
+        lambda: estimate.update(*gradients.moments(len(x) // PARTS)),
+        PARTS,
+        Muon if norm == "nuclear" else AdamW,
+    )
+    assert estimate.measurements, "nothing was measured"
+    table = f"Dual norms, {PARTS} micro-batches an update, one update measured in {EVERY}"
+    return {"table": table, "model": title, "norms": "l1" if norm == "l1" else "nuclear and l1", **times}
+
+
+def beside(
+    title: str,
+    turns: int,
+    made: tuple[nn.Module, Tensor, Tensor],
+    listen: Callable[[nn.Module, Any, int], None],
+    measured: Callable[[], None],
+    parts: int = 1,
+    make_optimizer: Callable[[nn.Module], Any] = lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9),
+) -> Row:
+    """Return the times of updates with and without what is measured, of pairs, once both are the same bit for bit."""
+    net, x, y = made
+    nets = [net, copy.deepcopy(net)]
+    optimizers = [make_optimizer(each) for each in nets]
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns + 2):
         for with_, each in enumerate(seconds):
             start = time.thread_time()
             if with_:
-                gradients.listen(nets[1], examples=len(x), groups=groups, max_examples=max_examples, seed=turn)
-            update(nets[with_], optimizers[with_], x, y, _measure(gradients, estimate) if with_ else None)
+                listen(nets[1], optimizers[1], turn)
+            update(nets[with_], optimizers[with_], x, y, measured if with_ else None, parts)
             if turn >= 2:  # what is compared and allocated once
                 each.append(time.thread_time() - start)
     for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(one, other), f"{title}: training is not the same bit for bit"
-    assert not gradients.unmeasured, gradients.unmeasured
     pairs = list(zip(*seconds, strict=True))
     return {
-        "table": f"One update measured in {EVERY}",
-        "model": title,
-        "examples": "all" if max_examples is None else f"{max_examples}",
         "update, ms": spread(seconds[0], 1e3),
         "measured update, ms": spread(seconds[1], 1e3),
         "share of a run, %": spread([100 * (b - a) / a / EVERY for a, b in pairs]),
     }
 
 
-def _measure(gradients: ExampleGradients, estimate: NoiseScaleEstimate) -> Callable[[], None]:
-    return lambda: estimate.update(*gradients.moments())
-
-
-def measure(names: Sequence[str], turns: int) -> list[Row]:
-    """Print and return a row for each model."""
-    rows: list[Row] = []
+def measure(names: Sequence[str], turns: int, norms: Sequence[DualNorm] = NORMS) -> list[Row]:
+    """Print and return rows for each model."""
     print(f"{'':44}{'examples':>10}{'update, ms':>12}{'measured':>12}{f'1 in {EVERY}, %':>12}")
+    rows: list[Row] = []
     for name in names:
         for max_examples in (MAX_EXAMPLES, None):
-            row = beside(name, turns, max_examples)
-            medians = [row[column]["median"] for column in ("update, ms", "measured update, ms", "share of a run, %")]
-            numbers = "".join(f"{median:12.2f}" for median in medians)
-            print(f"{row['model']:44}{row['examples']:>10}{numbers}", flush=True)
-            rows.append(row)
+            rows.append(by_examples(name, turns, max_examples))
+            _print(rows[-1], rows[-1]["examples"])
+    for name in names:
+        for norm in norms:
+            rows.append(by_norm(name, turns, norm))
+            _print(rows[-1], norm)
     return rows
+
+
+def _print(row: Row, what: str) -> None:
+    medians = [row[column]["median"] for column in ("update, ms", "measured update, ms", "share of a run, %")]
+    print(f"{row['model']:44}{what:>10}{''.join(f'{median:12.2f}' for median in medians)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--norms", nargs="*", choices=NORMS, default=list(NORMS))
     add_json(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the time of others is not seen
-    write_rows(options.json, measure(options.models, options.turns))
+    write_rows(options.json, measure(options.models, options.turns, options.norms))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from lightning_gap.regime.critical_batch import samples_to_target as samples_to_target
     from lightning_gap.regime.critical_batch import trade_off_at as trade_off_at
     from lightning_gap.regime.critical_batch import updates_to_target as updates_to_target
+    from lightning_gap.regime.dual_norms import DualNoiseScaleEstimate as DualNoiseScaleEstimate
     from lightning_gap.regime.loader import effective_batch_size as effective_batch_size
     from lightning_gap.regime.micro_batches import MicroBatchGradients as MicroBatchGradients
     from lightning_gap.regime.noise_scale import NoiseScaleEstimate as NoiseScaleEstimate
     from lightning_gap.regime.noise_scale import gradient_moments as gradient_moments
     from lightning_gap.regime.noise_scale_callback import GradientNoiseScale as GradientNoiseScale
+    from lightning_gap.regime.noise_sources.dual_gradients import DualNormGradients as DualNormGradients
     from lightning_gap.regime.noise_sources.example_gradients import ExampleGradients as ExampleGradients
     from lightning_gap.regime.plan import RegimePlan as RegimePlan
     from lightning_gap.regime.planned import plan_regime as plan_regime

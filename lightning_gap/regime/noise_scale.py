@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -70,6 +71,8 @@ class NoiseScaleEstimate:
         >>> round(estimate.noise_scale, 4)  # the latest weighs twice as much
         10.6667
     """
+
+    norm: ClassVar[str] = "euclidean"
 
     decay: float
     measurements: int = 0

@@ -2,7 +2,6 @@
 
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -12,19 +11,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.ranks.group import mean_over_ranks
 from lightning_gap.regime.callback import PREFIX, LargeBatchRegime
+from lightning_gap.regime.dual_norms import DualNoiseScaleEstimate, dual_verdict
 from lightning_gap.regime.group_changes import choice_verdict
 from lightning_gap.regime.loader import effective_batch_size, pass_over_data, training_loader
 from lightning_gap.regime.noise_scale import (
     NoiseScaleEstimate,
     batch_verdict,
-    gradient_moments,
     normalization_note,
     plan_verdict,
     unmeasured_note,
 )
-from lightning_gap.regime.noise_sources.sources import NoiseSource, Source, source_of
+from lightning_gap.regime.noise_sources.optimizer_norms import NoiseNorm
+from lightning_gap.regime.noise_sources.sources import Estimate, NoiseSource, Source, Window, source_of
 from lightning_gap.regime.sample_noise import mixing_layers
 from lightning_gap.regime.scheduled_loader import ScheduledLoader
 from lightning_gap.trainer.internals.of_lightning import is_compiled_by_lightning
@@ -75,6 +74,17 @@ class GradientNoiseScale(Callback):
     noise scale is then that of batches made of more groups of the size that is normalized over (the micro-batch, or the
     ghost), another number for each size, and that is warned of. With ghosts it does not depend on the micro-batch.
 
+    ``norm`` says in which norm noise and gradient are compared. ``"euclidean"`` is that of SGD. Signs (Lion, nearly
+    Adam) and orthogonal matrices (Muon) are steepest descent in others, whose duals measure gradients:
+
+    .. math:: B_{l1} = \frac{(\sum_i \sigma_i)^2}{\|G\|_1^2}, \qquad
+        B_{nuclear} = \frac{(\sum_W \operatorname{tr} (E[n_W n_W^T])^{1/2})^2}{(\sum_W \|G_W\|_{nuc})^2},
+
+    by a coordinate's standard deviation over samples, and by each matrix's noise n, its smaller side first, a vector as
+    one row. ``"auto"`` takes each parameter in its optimizer's norm by :data:`OPTIMIZERS`, weighted by its learning
+    rate. They take micro-batches, of accumulation or replicas, and the verdict has bounds
+    (:class:`~lightning_gap.regime.DualNoiseScaleEstimate`).
+
     It only observes: training is bit for bit the same without it.
 
     Args:
@@ -83,9 +93,11 @@ class GradientNoiseScale(Callback):
         max_examples: Of examples and ghosts, take the norms of about so many examples of each micro-batch, drawn
             anew at each update by numbers of its own; ``None`` for all. The mean is that over all, on average.
         decay: The weight that the averages of ``noise_scale`` keep from one measurement to the next, in [0, 1).
+        norm: ``"euclidean"``, ``"l1"`` or ``"nuclear"`` for all parameters, or ``"auto"``, as above.
 
     Attributes:
-        estimate: The :class:`~lightning_gap.regime.noise_scale.NoiseScaleEstimate` of the latest fit.
+        estimate: The :class:`~lightning_gap.regime.NoiseScaleEstimate` of the latest fit; in another norm than the
+            Euclidean one a :class:`~lightning_gap.regime.DualNoiseScaleEstimate`.
 
     Raises:
         TypeError: If ``every_n_updates`` is not an int.
@@ -93,13 +105,15 @@ class GradientNoiseScale(Callback):
         MisconfigurationException: When ``fit`` starts, if there are no two batch sizes, as of BatchNorm over the one
             micro-batch of an update, or one is unknown; for examples and ghosts under ``torch.compile``, and with
             layers of ``batch_first=False``; under strategies that shard weights; with manual optimization; with a
-            fused optimizer in 16-bit mixed precision; after a ``LargeBatchRegime`` that clips gradients; beside one
+            fused optimizer in 16-bit mixed precision; with ``"auto"`` if an optimizer's norm is not known, or a
+            Euclidean one stands beside others; after a ``LargeBatchRegime`` that clips gradients; beside one
             with ``gradient_noise``. Before the first update, if no weight's examples can be told.
 
     References:
         McCandlish, Kaplan, Amodei 2018, "An empirical model of large-batch training", section 2 and appendix A.1.
         Gray et al. 2024, "Normalization layer per-example gradients are sufficient to predict gradient noise scale in
-        transformers" (single examples).
+        transformers" (single examples). Naganuma et al. 2026, "Adaptive batch sizes using non-Euclidean gradient noise
+        scales for stochastic sign and spectral descent", arXiv:2602.03001 (the l1 and the nuclear norm).
 
     Example:
         >>> import torch
@@ -124,17 +138,20 @@ class GradientNoiseScale(Callback):
         source: NoiseSource = "auto",
         max_examples: int | None = 16,
         decay: float = 0.95,
+        norm: NoiseNorm = "euclidean",
     ) -> None:
         check_integer("every_n_updates", every_n_updates)
         if max_examples is not None:
             check_integer("max_examples", max_examples, what="the examples of a micro-batch that are measured, or None")
         check_choice("source", source, get_args(NoiseSource))
+        check_choice("norm", norm, get_args(NoiseNorm))
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be in [0, 1): 0 forgets at once.")
         self.every_n_updates, self.decay = every_n_updates, decay
         self.source: NoiseSource = source
         self.max_examples = max_examples
-        self.estimate = NoiseScaleEstimate(decay)
+        self.norm: NoiseNorm = norm
+        self.estimate: Estimate = NoiseScaleEstimate(decay)
         self._heard: Source | None = None
         self._fitting = self._measuring = self._told = False
         self._notes: list[str] = []  # for which model the numbers do not hold
@@ -197,23 +214,38 @@ class GradientNoiseScale(Callback):
                 "DataLoader with a batch_size, or a batch sampler that has one."
             ) from error
         try:
-            self._heard = source_of(
+            self._heard = source = source_of(
                 self.source,
                 mixing_layers(pl_module),
                 micro_batch,
                 accumulated=accumulated,
                 replicas=replicas,
                 max_examples=self.max_examples,
+                norm=self.norm,
+                optimizers=trainer.optimizers,
             )
-            self._heard.check(pl_module, compiled=is_compiled_by_lightning(pl_module))
+            source.check(pl_module, compiled=is_compiled_by_lightning(pl_module))
         except ValueError as error:
             raise MisconfigurationException(f"GradientNoiseScale: {error}.") from error
+        self._begin(source)
         try:
             epoch = pass_over_data(trainer)
         except MisconfigurationException:
             self._full = True  # a stream has no last batch
         else:
             self._full = epoch.drop_last or epoch.samples % epoch.batch_size == 0
+
+    def _begin(self, source: Source) -> None:
+        """Go on with a checkpoint's averages if they are of this norm."""
+        kept = self.estimate
+        if kept.norm == source.norm:
+            return
+        if kept.measurements:
+            rank_zero_warn(
+                f"GradientNoiseScale: the checkpoint's averages are in the {kept.norm} norm, and this run measures in "
+                f"the {source.norm} one: they begin anew. Resume with the norm= of the run before to go on with them."
+            )
+        self.estimate = source.new_estimate(self.decay)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -270,29 +302,17 @@ class GradientNoiseScale(Callback):
         if trainer.is_last_batch and not self._full:
             source.pause()
             return
-        heard = source.squares()
-        if heard is None and source.unmeasured and not self.estimate.measurements:
+        division = trainer.accumulate_grad_batches  # of every loss, in an incomplete last window too
+        measured = source.measure(Window(micro_batches, division, loss_scale(trainer), replicas))
+        if measured is None and source.unmeasured and not self.estimate.measurements:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(source.unmeasured.items())[:3])
             raise MisconfigurationException(
                 f"GradientNoiseScale: no weight's gradient can be told for single examples ({why}). Use "
                 "accumulate_grad_batches of 2 or more with as much smaller batches, or several replicas."
             )
-        whole = source.micro_batch * micro_batches * replicas
-        if heard is None or whole <= source.small_batch:
+        if measured is None:
             return
-        # Lightning divides every loss by the accumulation, in an incomplete last window too.
-        division = trainer.accumulate_grad_batches
-        small, big, parts = heard
-        small = mean_over_ranks(small) * division**2 / parts
-        numbers = torch.stack((small, big.to(small), loss_scale(trainer).to(small)))
-        small_square, big_square, scale = numbers.tolist()  # the only wait for the device
-        moments = gradient_moments(
-            small_square / scale**2,
-            big_square * (division / micro_batches) ** 2,
-            source.small_batch,
-            whole,
-        )
-        self.estimate.update(*moments)
+        self.estimate.update(*measured)
         if not self._notes:
             self._say_once(normalization_note(mixing_layers(pl_module), source.micro_batch, replicas))
         self._say_once(unmeasured_note(source.unmeasured, pl_module))
@@ -330,6 +350,10 @@ class GradientNoiseScale(Callback):
         return effective_batch_size(trainer) if regime is None or regime.plan is None else regime.plan.batch_size
 
     def _say(self, trainer: Trainer, when: str) -> None:
+        if isinstance(self.estimate, DualNoiseScaleEstimate):
+            verdict = dual_verdict(self._batch(trainer), self.estimate)
+            say(f"{when}: {' '.join([verdict, *self._notes])}")
+            return
         sentences = [batch_verdict(self._batch(trainer), self.estimate)]
         regime = self._regime(trainer)
         if regime is not None and (plan := regime.plan) is not None:
@@ -351,7 +375,8 @@ class GradientNoiseScale(Callback):
             state_dict: What :meth:`state_dict` returned when the checkpoint was written.
         """
         if self._fitting:
-            self.estimate = NoiseScaleEstimate(**{**state_dict, "decay": self.decay})
+            kind = DualNoiseScaleEstimate if "norm" in state_dict else NoiseScaleEstimate
+            self.estimate = kind(**{**state_dict, "decay": self.decay})
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -178,6 +178,34 @@ def test_replicas_measure_the_noise_scale_of_accumulation(tmp_path):
     assert both[0]["measurements"] == 23
 
 
+@pytest.mark.parametrize("norm", ["l1", "nuclear"])
+def test_replicas_measure_dual_norms_of_one_process(tmp_path, norm):
+    """Two processes' micro-batches hold the samples of one process's two: the same noise, and the same norms."""
+
+    def measured(name, batch_size, **options):
+        class Save(Callback):
+            def on_train_end(self, trainer, pl_module):
+                (tmp_path / f"{name}{trainer.global_rank}.json").write_text(json.dumps(scale.state_dict()))
+
+        scale = GradientNoiseScale(every_n_updates=2, norm=norm)
+        records(tmp_path / name, batch_size, callbacks=[scale, Save()], own_sampler="processes" in options, **options)
+        return [json.loads((tmp_path / f"{name}{r}.json").read_text()) for r in range(options.get("processes", 1))]
+
+    def interleaved(ranks, size):
+        places = torch.arange(60).view(-1, size, ranks).transpose(1, 2)
+        return lambda data: places.flatten().tolist()
+
+    (alone,) = measured("alone", 6, accumulate_grad_batches=2, sampler=interleaved(2, 6))
+    two = measured("two", 6, processes=2)
+    assert two[0] == two[1]
+    assert two[0]["measurements"] == alone["measurements"] == 23
+    both = measured("both", 3, processes=2, accumulate_grad_batches=2)
+    (four,) = measured("four", 3, accumulate_grad_batches=4, sampler=interleaved(2, 3))
+    for found, expected in ((two[0], alone), (both[0], four)):
+        for name in ("total_noise", "total_gradient", "total_floor"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4)
+
+
 @pytest.mark.parametrize("source", ["examples", "replicas"])
 def test_replicas_measure_the_noise_scale_of_examples(tmp_path, source):
     """Two processes, unshuffled, see in an update the 12 samples that one sees: the same examples."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["OPTIMIZERS", "OptimizerKind", "kind_of", "names_of"]
+__all__ = ["OPTIMIZERS", "GradientNorm", "OptimizerKind", "kind_of", "names_of"]
+
+GradientNorm = Literal["euclidean", "l1", "nuclear"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class OptimizerKind:
         second_moments: Where a group keeps how long squared gradients are remembered: a key, or a key and an index.
         moments: The same for gradients, where these are averages (1 - beta is the weight of the newest).
         heavy_ball: Whether ``momentum`` sums gradients instead, so that the update grows as 1 / (1 - momentum).
+        norm: The norm of gradients whose steepest descent its update is, or nearly: ``"l1"`` of signs, and of what is
+            divided by the size of each coordinate's gradients; ``"nuclear"`` of orthogonal matrices. For
+            ``GradientNoiseScale(norm="auto")``; ``None`` where it is not known.
 
     Example:
         >>> OPTIMIZERS["MyAdamW"] = OptimizerKind(
@@ -36,6 +41,7 @@ class OptimizerKind:
     second_moments: tuple[tuple[str, int | None], ...] = ()
     moments: tuple[tuple[str, int | None], ...] = ()
     heavy_ball: bool = False
+    norm: GradientNorm | None = None
 
     def decouples(self, group: Mapping[str, Any]) -> bool:
         """Return whether a group's weight decay is no part of the gradient.
@@ -50,15 +56,17 @@ _FIRST, _SECOND = ("betas", 0), ("betas", 1)
 
 
 def _adam(*, decoupled: bool | str, lr_rules: tuple[str, ...] = ()) -> OptimizerKind:
-    return OptimizerKind(lr_rules, adaptive=True, decoupled=decoupled, second_moments=(_SECOND,), moments=(_FIRST,))
+    return OptimizerKind(
+        lr_rules, adaptive=True, decoupled=decoupled, second_moments=(_SECOND,), moments=(_FIRST,), norm="l1"
+    )
 
 
 # By class name, since most are other libraries': add a line for one of your own. A subclass is what its nearest named
 # ancestor is.
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "SGD": OptimizerKind(("sqrt", "linear"), heavy_ball=True),
-    "SGDW": OptimizerKind(("sqrt", "linear"), decoupled=True, heavy_ball=True),
-    "SGDP": OptimizerKind(("sqrt", "linear"), decoupled=True, heavy_ball=True),
+    "SGD": OptimizerKind(("sqrt", "linear"), heavy_ball=True, norm="euclidean"),
+    "SGDW": OptimizerKind(("sqrt", "linear"), decoupled=True, heavy_ball=True, norm="euclidean"),
+    "SGDP": OptimizerKind(("sqrt", "linear"), decoupled=True, heavy_ball=True, norm="euclidean"),
     # Their step is a share of the weight's norm, whatever the gradient's; decay turns it by as much as in AdamW, while
     # the norm of LAMB's update stays what it is.
     "Lamb": OptimizerKind(("sqrt",), decoupled=True, second_moments=(_SECOND,), moments=(_FIRST,)),
@@ -67,7 +75,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "LARS": OptimizerKind(("linear",), heavy_ball=True),
     "Adam": _adam(lr_rules=("adam",), decoupled="decoupled_weight_decay"),
     "AdamW": _adam(lr_rules=("adam",), decoupled=True),
-    "RMSprop": OptimizerKind(("adam",), adaptive=True, second_moments=(("alpha", None),), heavy_ball=True),
+    "RMSprop": OptimizerKind(("adam",), adaptive=True, second_moments=(("alpha", None),), heavy_ball=True, norm="l1"),
     "NAdam": _adam(decoupled="decoupled_weight_decay"),
     "NAdamW": _adam(decoupled=True),
     "RAdam": _adam(decoupled="decoupled_weight_decay"),
@@ -76,8 +84,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "Adopt": _adam(decoupled="decoupled"),
     # A sign, and a matrix of orthogonal directions, have one size: only the share of them that is no noise grows as
     # the square root of the batch, as in Adam.
-    "Lion": OptimizerKind(adaptive=True, decoupled=True, moments=(_FIRST, _SECOND)),
-    "Muon": OptimizerKind(adaptive=True, decoupled=True, moments=(("momentum", None),)),
+    "Lion": OptimizerKind(adaptive=True, decoupled=True, moments=(_FIRST, _SECOND), norm="l1"),
+    "Muon": OptimizerKind(adaptive=True, decoupled=True, moments=(("momentum", None),), norm="nuclear"),
 }
 
 
