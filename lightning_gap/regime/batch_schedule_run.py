@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +22,7 @@ from lightning_gap.regime.reference_schedulers import RolledOut, rates_by_sample
 from lightning_gap.regime.rules.factor import rule_name
 from lightning_gap.regime.scheduled_loader import ScheduledLoader, ScheduledSource, draws_of, worker_seeds
 from lightning_gap.regime.takeover import stepping_of
+from lightning_gap.regime.weight_averages import FollowingAverages
 from lightning_gap.trainer.internals.of_lightning import count_batches, replace_training_source, take_accumulation
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
 
@@ -37,15 +38,14 @@ class ScheduledRun:
     def __init__(self, owner: "BatchSizeSchedule", trainer: Trainer, pl_module: LightningModule) -> None:
         self.owner, self.trainer, self.module, self.schedule = owner, trainer, pl_module, owner.schedule
         self.plan = SchedulePlan(owner, trainer)
-        self.epoch, self.position = (
-            trainer.current_epoch,
-            0,
-        )  # passes that are over, and samples of the next, up to the last update
+        # Passes that are over, and samples of the next, up to the last update.
+        self.epoch, self.position = trainer.current_epoch, 0
         self.part: Part | None = None  # of the present batch
         self.closed = True  # whether an update was made after the latest batch
         self.ratio = 1.0
         self.seed = 0
         self.held: HeldScaling | None = None
+        self.averages: FollowingAverages | None = None
         self.over = False
         self._clocks: list[ReferenceClock] = []
         self._fresh = True  # whether the next batch is the first of those of a pass that are still to come
@@ -153,6 +153,7 @@ class ScheduledRun:
         if self._saved is not None:
             self.schedule.load_state_dict(self._saved["learnt"])
         plan.check_maximum()
+        self.averages = self._averages()
         # All is known to go: now the trainer's things are taken.
         for config, *_ in rolled:
             config.interval, config.frequency = "step", NEVER
@@ -165,6 +166,12 @@ class ScheduledRun:
         if loop.min_steps:
             loop.min_steps = NEVER  # until the reference run has made them
         return rolled
+
+    def _averages(self) -> FollowingAverages:
+        try:
+            return FollowingAverages(cast(Any, self.trainer).callbacks, self.owner.ema_rule, self.owner)
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchSizeSchedule: {error}") from None
 
     def _opens(self) -> bool:
         return self.part is None or self.part.opens
@@ -212,6 +219,8 @@ class ScheduledRun:
             if self.trainer.fit_loop.epoch_loop.max_steps == -1:  # and the run is not over
                 self._step_schedulers(before, after)
         self._fresh = True
+        if self.averages is not None:
+            self.averages.give_back()
 
     def start_batch(self) -> Part:
         """Say what the present batch is, and make the optimizer that of its update."""
@@ -227,6 +236,8 @@ class ScheduledRun:
             self.ratio = min(part.batch_size, max(part.ends - part.begins, self.clock.batch_size))
             self.ratio /= self.clock.batch_size
             self.held.put(self.ratio)
+        assert self.averages is not None
+        self.averages.put(self.ratio)
         return part
 
     def _accumulated(self) -> Part:
@@ -251,6 +262,8 @@ class ScheduledRun:
         last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not (part.closes or last):
             return False
+        if self.averages is not None:
+            self.averages.end_batch()
         before = self.clock.update(self.epoch, self.position)
         ends = part.ends
         if last and not self.plan.by_loader:  # the loader has ended within the update
@@ -316,6 +329,7 @@ class ScheduledRun:
             "samples": self.clock.samples,
             "max_batch_size": owner.max_batch_size,
             "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)],
+            "ema_rule": (self.averages or self._averages()).name,
         }
 
     def _drawn(self) -> list[int]:
@@ -329,7 +343,7 @@ class ScheduledRun:
     def load(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.plan.make()
-        here = self._facts()
+        here, state = self._facts(), {"ema_rule": "none", **state}
         other = [f"{key}={state[key]!r} and not {value!r}" for key, value in here.items() if state[key] != value]
         if other:
             raise MisconfigurationException(
@@ -364,6 +378,8 @@ class ScheduledRun:
         self.trainer.fit_loop.epoch_loop.min_steps = self.plan.min_steps
         if self.held is not None:
             self.held.give_back()
+        if self.averages is not None:
+            self.averages.give_back()
 
 
 _warnings = WarningCache()
