@@ -154,6 +154,11 @@ class ScheduledLoader:
             raise AttributeError(name)
         return getattr(self._users, name)  # its sampler, its workers, as other callbacks ask
 
+    @property
+    def stands_for(self) -> DataLoader[Any]:
+        """The user's loader, of one process and one size of batches, for those who need batches of their own."""
+        return self._users
+
     def take(self) -> Part:
         """Return what the present batch is, once it is trained on."""
         part = self.coming.popleft()
