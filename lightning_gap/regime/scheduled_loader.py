@@ -209,6 +209,8 @@ class ScheduledSource:
         self._source, self._made_of = source, made_of
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_source":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._source, name)
 
     def dataloader(self) -> Any:

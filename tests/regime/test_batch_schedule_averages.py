@@ -204,3 +204,17 @@ def test_half_lives_in_samples():
     ours = Callback()
     (decay,) = FollowingAverages([average, ours], None, ours).at(7.5)
     assert math.log(0.5, decay) * 7.5 == pytest.approx(math.log(0.5, DECAY))
+
+
+def test_a_module_that_holds_the_trainer_is_averaged():
+    """As one does that a command line makes with an optimizer of its own: the average is a deep copy of it."""
+
+    class Holds(Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.made = partial(print, trainer)
+
+    average = averaging()
+    notes, trained = Notes(average), module()
+    run(trained, loader(BASE), BatchSizeSchedule(STEPS), Holds(), average, notes)
+    expected = twin(notes, lambda decay, ratio: decay**ratio)
+    torch.testing.assert_close(trained.layer.weight.detach().double(), expected[-1], rtol=1e-5, atol=1e-6)
