@@ -23,7 +23,7 @@ from lightning_gap.ghost.functional import Grouping, RunningStats, check_rows_pe
 from lightning_gap.ghost.joined_statistics import RunningStatisticsSync
 from lightning_gap.ghost.layers import GhostNorm
 from lightning_gap.ghost.ranks import GhostsOverRanks
-from lightning_gap.ghost.recalibrate import recalibrate_in_training
+from lightning_gap.ghost.recalibration import Recalibration
 from lightning_gap.ghost.report import other_reference, rows_in_words, table_of, unfit_in_words
 from lightning_gap.ghost.samples import BatchRows, samples_in
 from lightning_gap.ghost.training_step import own_loader
@@ -94,7 +94,8 @@ class GhostBatchNorm(Callback):
             over so many training batches at the present weights (:func:`~lightning_gap.ghost.recalibrate_batchnorm`);
             in a run without validation at the end of each epoch. None for running averages. Validation, and
             checkpoints after it, have them. Training is the same to the last bit: the batches come from a copy of the
-            loader with random numbers of its own, and what the training step does to the module beside is undone.
+            loader with random numbers of its own, and what the training step does to the module beside is undone. Under
+            ``EMAWeightAveraging``, or another ``WeightAveraging``, they are those of the average, which is validated.
         missing: What to do with a model that has no BatchNorm layer to convert: ``"error"``, or ``"warn"`` and train it
             as it is, for one configuration of many models.
 
@@ -170,7 +171,7 @@ class GhostBatchNorm(Callback):
         self._told: set[nn.Module] = set()  # layers that have been warned of
         self._batches = 0
         self._known: list[GhostNorm] = []
-        self._trained: list[GhostNorm] = []  # those whose statistics the last batch has changed
+        self._statistics = Recalibration(self, self.recalibrate)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -297,29 +298,22 @@ class GhostBatchNorm(Callback):
         if not self._batches:
             self._report(trainer, pl_module, self._plan)
         self._batches += 1
-        if self.recalibrate is not None:  # frozen ones are in evaluation mode
-            self._trained = [layer for layer in self._known if layer.training and layer.track_running_stats]
+        self._statistics.note(self._known)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._recalibrate(trainer, pl_module)
+        self._statistics.take(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked and no validation ever does so."""
         if not trainer.enable_validation:
-            self._recalibrate(trainer, pl_module)
+            self._statistics.take(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the running statistics anew, where asked and no validation has done so since the last update."""
-        self._recalibrate(trainer, pl_module)
-
-    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = [layer for layer in self._trained if layer.running_mean is not None]
-        self._trained = []
-        if self.recalibrate is not None and layers:
-            recalibrate_in_training(trainer, layers, self.recalibrate)
+        self._statistics.take(trainer, ends=True)
 
     def _lay_out(self, trainer: Trainer, pl_module: LightningModule, micro_batch: int | None) -> None:
         ranks, sizes = data_parallel_group(trainer), [micro_batch or 0]

@@ -29,7 +29,7 @@ def other_reference(callbacks: Iterable[Any], ghost_batch_size: int) -> str | No
     """Say of a regime's reference run, if one trains by another's batch, that it is not the ghosts'; else None."""
     for callback in callbacks:
         reference = getattr(callback, "reference_batch_size", ghost_batch_size)
-        if reference != ghost_batch_size:
+        if reference not in (None, ghost_batch_size):  # None: what the loader has
             name = type(callback).__name__
             return f"the reference run of {name} has {reference} samples a batch, a ghost {ghost_batch_size}"
     return None

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gap.trainer.internals.of_lightning import prepared_batch, training_loaders
 from lightning_gap.trainer.internals.of_torch import MODULE_TABLES, tree_map, version_of
+from lightning_gap.trainer.strategy import data_parallel_rank, data_parallel_size
 
 __all__ = ["leaving_no_trace", "own_batches", "own_loader", "own_randomness", "step_of"]
 
@@ -95,9 +96,16 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 def own_loader(trainer: Trainer) -> CombinedLoader:
-    """Return a copy of the training loader that shares data sets, and no position or random state, with it."""
+    """Return a copy of the training loader that shares data sets, and no position or random state, with it.
+
+    Of a loader that stands for another, whose batches follow the run, it is a copy of that one.
+    """
     loaders, mode = training_loaders(trainer)
-    return CombinedLoader(tree_map(_own, loaders), mode)  # type: ignore[arg-type]
+    return CombinedLoader(tree_map(lambda loader: _own(_stood_for(loader) or loader), loaders), mode)  # type: ignore[arg-type]
+
+
+def _stood_for(loader: Any) -> Any:
+    return None if isinstance(loader, DataLoader) else getattr(loader, "stands_for", None)
 
 
 def _own(loader: Any) -> Any:
@@ -113,7 +121,16 @@ def _own(loader: Any) -> Any:
 
 def own_batches(trainer: Trainer, count: int) -> Iterator[Any]:
     """Yield batches of a copy of the training loader, as the training step gets them."""
-    module = trainer.lightning_module
-    for batch, _, _ in islice(iter(own_loader(trainer)), count):
+    module, (first, every, count) = trainer.lightning_module, _share(trainer, count)
+    for batch, _, _ in islice(iter(own_loader(trainer)), first, first + every * count, every):
         batch = prepared_batch(module, trainer.precision_plugin.convert_input(batch))
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _share(trainer: Trainer, count: int) -> tuple[int, int, int]:
+    """Return which is this rank's first batch of a loader, every how many it has one, and how many it takes."""
+    other = _stood_for(training_loaders(trainer)[0])
+    ranks = 1 if other is None else data_parallel_size(trainer)
+    if ranks == 1 or len(other) < ranks:
+        return 0, 1, count
+    return data_parallel_rank(trainer), ranks, min(count, len(other) // ranks)  # as many on each rank

@@ -32,6 +32,7 @@ from lightning_gap.regime.rules.hyperparameters import (
 from lightning_gap.regime.rules.optimizers import kind_of
 from lightning_gap.regime.scaling import check_rule
 from lightning_gap.regime.trainer_refusals import check_schedule_trainer, is_tuning
+from lightning_gap.regime.weight_averages import EMARule, check_ema_rule
 from lightning_gap.trainer.internals.of_lightning import updates_logs
 from lightning_gap.trainer.loggers import log_now
 from lightning_gap.trainer.strategy import require_lightning
@@ -78,6 +79,9 @@ class BatchSizeSchedule(Callback):
             a callable.
         betas_rule: How betas follow it: ``"none"``, ``"half_life"``, or a callable.
         momentum_rule: How momentum follows it: ``"none"``, or ``"half_life"``: μ^κ, and the rate of SGD with it.
+        ema_rule: How the decay ρ of ``EMAWeightAveraging`` follows it: ``"half_life"`` remembers as many samples
+            throughout, ρ^κ (Busbridge et al. 2023), ``"none"``, or a callable from decay and ratio to the decay. None:
+            ``"half_life"`` where there is an average. Given back after ``fit``.
         multiple_of: Batches that are real numbers are rounded to multiples of this. Default: an eighth of :math:`B_0`.
         by: ``"loader"``, ``"accumulation"``, or ``"auto"``: the loader where it can be.
 
@@ -119,6 +123,7 @@ class BatchSizeSchedule(Callback):
         weight_decay_rule: WeightDecayRule = "none",
         betas_rule: BetasRule = "none",
         momentum_rule: MomentumRule = "none",
+        ema_rule: EMARule | None = None,
         multiple_of: int | None = None,
         by: Literal["auto", "loader", "accumulation"] = "auto",
     ) -> None:
@@ -145,10 +150,13 @@ class BatchSizeSchedule(Callback):
         self._rules = OptimizerRules(
             "none" if lr_rule == AUTO else lr_rule, weight_decay_rule, betas_rule, momentum_rule
         )
+        if ema_rule is not None:
+            check_ema_rule(ema_rule, auto=True)
         check_choice("by", by, ("auto", "loader", "accumulation"))
         self.reference_batch_size, self.max_batch_size = reference_batch_size, max_batch_size
         self.max_device_batch_size, self.lr_rule = max_device_batch_size, lr_rule
         self.weight_decay_rule, self.betas_rule, self.momentum_rule = weight_decay_rule, betas_rule, momentum_rule
+        self.ema_rule = ema_rule
         self.multiple_of, self.by = multiple_of, by
         self._run: ScheduledRun | None = None
         self._noise: GradientNoiseScale | None = None

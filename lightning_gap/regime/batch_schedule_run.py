@@ -2,26 +2,26 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import WarningCache
 
 from lightning_gap.regime.answers import ReferenceAnswers, length_holder
 from lightning_gap.regime.batch_schedule_plan import SchedulePlan
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.counters import NEVER
 from lightning_gap.regime.fit import Fit
-from lightning_gap.regime.held_scaling import HeldScaling, ScaledAt
+from lightning_gap.regime.held_scaling import HeldScaling, ScaledAt, warn_of_others
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.parts import Part, PassClock, parts_of_update
 from lightning_gap.regime.reference_schedulers import RolledOut, rates_by_samples, reference_schedulers
 from lightning_gap.regime.rules.factor import rule_name
 from lightning_gap.regime.scheduled_loader import ScheduledLoader, ScheduledSource, draws_of, worker_seeds
 from lightning_gap.regime.takeover import stepping_of
+from lightning_gap.regime.weight_averages import FollowingAverages
 from lightning_gap.trainer.internals.of_lightning import count_batches, replace_training_source, take_accumulation
 from lightning_gap.trainer.strategy import data_parallel_rank, from_rank_zero
 
@@ -37,15 +37,14 @@ class ScheduledRun:
     def __init__(self, owner: "BatchSizeSchedule", trainer: Trainer, pl_module: LightningModule) -> None:
         self.owner, self.trainer, self.module, self.schedule = owner, trainer, pl_module, owner.schedule
         self.plan = SchedulePlan(owner, trainer)
-        self.epoch, self.position = (
-            trainer.current_epoch,
-            0,
-        )  # passes that are over, and samples of the next, up to the last update
+        # Passes that are over, and samples of the next, up to the last update.
+        self.epoch, self.position = trainer.current_epoch, 0
         self.part: Part | None = None  # of the present batch
         self.closed = True  # whether an update was made after the latest batch
         self.ratio = 1.0
         self.seed = 0
         self.held: HeldScaling | None = None
+        self.averages: FollowingAverages | None = None
         self.over = False
         self._clocks: list[ReferenceClock] = []
         self._fresh = True  # whether the next batch is the first of those of a pass that are still to come
@@ -157,18 +156,25 @@ class ScheduledRun:
         if self._saved is not None:
             self.schedule.load_state_dict(self._saved["learnt"])
         plan.check_maximum()
+        self.averages = self._averages()
         # All is known to go: now the trainer's things are taken.
         for config, *_ in rolled:
             config.interval, config.frequency = "step", NEVER
         self._clocks = sorted((clock for _, clock, _ in rolled), key=lambda clock: clock.interval == "epoch")
         plateau = any(config.reduce_on_plateau for config in fit.configs)
-        self.held = HeldScaling(fit.optimizers, scaled_at, lambda key: None if plateau else _warn_of_others(key))
+        self.held = HeldScaling(fit.optimizers, scaled_at, lambda key: None if plateau else warn_of_others(key))
         self._give_back = take_accumulation(self.trainer, self._opens, self._closes)
         loop = self.trainer.fit_loop.epoch_loop
         loop.max_steps = -1
         if loop.min_steps:
             loop.min_steps = NEVER  # until the reference run has made them
         return rolled
+
+    def _averages(self) -> FollowingAverages:
+        try:
+            return FollowingAverages(cast(Any, self.trainer).callbacks, self.owner.ema_rule, self.owner)
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchSizeSchedule: {error}") from None
 
     def _opens(self) -> bool:
         return self.part is None or self.part.opens
@@ -216,6 +222,8 @@ class ScheduledRun:
             if self.trainer.fit_loop.epoch_loop.max_steps == -1:  # and the run is not over
                 self._step_schedulers(before, after)
         self._fresh = True
+        if self.averages is not None:
+            self.averages.give_back()
 
     def start_batch(self) -> Part:
         """Say what the present batch is, and make the optimizer that of its update."""
@@ -231,6 +239,8 @@ class ScheduledRun:
             self.ratio = min(part.batch_size, max(part.ends - part.begins, self.clock.batch_size))
             self.ratio /= self.clock.batch_size
             self.held.put(self.ratio)
+        assert self.averages is not None
+        self.averages.put(self.ratio)
         return part
 
     def _accumulated(self) -> Part:
@@ -255,6 +265,8 @@ class ScheduledRun:
         last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not (part.closes or last):
             return False
+        if self.averages is not None:
+            self.averages.end_batch()
         before = self.clock.update(self.epoch, self.position)
         ends = part.ends
         if last and not self.plan.by_loader:  # the loader has ended within the update
@@ -321,6 +333,7 @@ class ScheduledRun:
             "max_batch_size": owner.max_batch_size,
             "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)]
             + ([] if owner.momentum_rule == "none" else [f"momentum by {owner.momentum_rule}"]),
+            "ema_rule": (self.averages or self._averages()).name,
         }
 
     def _drawn(self) -> list[int]:
@@ -334,7 +347,7 @@ class ScheduledRun:
     def load(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.plan.make()
-        here = self._facts()
+        here, state = self._facts(), {"ema_rule": "none", **state}
         other = [f"{key}={state[key]!r} and not {value!r}" for key, value in here.items() if state[key] != value]
         if other:
             raise MisconfigurationException(
@@ -369,20 +382,5 @@ class ScheduledRun:
         self.trainer.fit_loop.epoch_loop.min_steps = self.plan.min_steps
         if self.held is not None:
             self.held.give_back()
-
-
-_warnings = WarningCache()
-
-
-def _warn_of_others(key: str) -> None:
-    """Warn, once, of what somebody else does to the groups of an optimizer."""
-    if key == "params":
-        _warnings.warn(
-            "BatchSizeSchedule: a parameter group was added. Its rate is taken for the reference run's, and scaled by "
-            "the batch that runs."
-        )
-    else:
-        _warnings.warn(
-            f"BatchSizeSchedule: somebody else than a scheduler changes {key!r} of the optimizer. What is put there is "
-            "taken for the value of the batch that runs. Use a scheduler, which is stepped by samples."
-        )
+        if self.averages is not None:
+            self.averages.give_back()

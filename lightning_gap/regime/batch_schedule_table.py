@@ -1,7 +1,7 @@
 """The table that says what a batch schedule will do."""
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -42,6 +42,8 @@ def report(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) ->
         table.add_row(*row)
     say(table)
     log_facts(run.trainer.loggers, PREFIX, facts)
+    if run.averages is not None:
+        run.averages.warn_of_starts(lambda update: _update_after(run, update))
     log_table(run.trainer.loggers, f"{PREFIX}batch_schedule", COLUMNS, rows)
 
 
@@ -56,7 +58,10 @@ def _rows(run: ScheduledRun, rolled: list[RolledOut], rules: OptimizerRules) -> 
         "batch_schedule": run.schedule.name, "reference_batch_size": base, "lr_rule": rule,
         "max_batch_size": run.owner.max_batch_size, "max_device_batch_size": run.owner.max_device_batch_size,
     }  # fmt: skip
-    updates = forecast(run)
+    updates, averages = forecast(run), run.averages
+    if averages is not None:
+        rows += averages.rows(None if updates is None else max(batch for _, batch in updates) / base)
+        facts["ema_rule"] = averages.name
     if updates is None:
         most = run.owner.max_batch_size
         rows.append(("largest batch", str(base), "" if most is None else f"{most} at most"))
@@ -101,3 +106,11 @@ def _rate(run: ScheduledRun, rolled: list[RolledOut], samples: int) -> float | N
         return None
     update = run.plan.clock.update(*divmod(samples, run.plan.clock.samples))
     return seen.rates[min(clock.steps_until(update), len(seen.rates) - 1)]
+
+
+def _update_after(run: ScheduledRun, update: int) -> int | None:
+    """Return after how many updates of this run the samples of so many of the reference run are seen, if known."""
+    updates = forecast(run)
+    if updates is None:
+        return None
+    return bisect_left(updates, (run.clock.seen(*run.clock.place(update)), 0))

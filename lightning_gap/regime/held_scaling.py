@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gap.trainer.internals.of_torch import times_written
 
-__all__ = ["HeldScaling", "ScaledAt"]
+__all__ = ["HeldScaling", "ScaledAt", "warn_of_others"]
 
 # From an optimizer, a group of its reference run and the ratio: the hyperparameters that change, with their values.
 ScaledAt = Callable[[Optimizer, Mapping[str, Any], float], Mapping[str, Any]]
@@ -182,3 +183,20 @@ def _write(group: dict[str, Any], key: str, value: Any) -> None:
             old.fill_(float(new)) if isinstance(old, Tensor) else None
     else:
         group[key] = value
+
+
+_warnings = WarningCache()
+
+
+def warn_of_others(key: str) -> None:
+    """Warn, once, of what somebody else does to the groups of an optimizer."""
+    if key == "params":
+        _warnings.warn(
+            "BatchSizeSchedule: a parameter group was added. Its rate is taken for the reference run's, and scaled by "
+            "the batch that runs."
+        )
+    else:
+        _warnings.warn(
+            f"BatchSizeSchedule: somebody else than a scheduler changes {key!r} of the optimizer. What is put there is "
+            "taken for the value of the batch that runs. Use a scheduler, which is stepped by samples."
+        )

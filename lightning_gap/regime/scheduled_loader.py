@@ -164,6 +164,11 @@ class ScheduledLoader:
             raise AttributeError(name)
         return getattr(self._users, name)  # its sampler, its workers, as other callbacks ask
 
+    @property
+    def stands_for(self) -> DataLoader[Any]:
+        """The user's loader, of one process and one size of batches, for those who need batches of their own."""
+        return self._users
+
     def take(self) -> Part:
         """Return what the present batch is, once it is trained on."""
         part = self.coming.popleft()
@@ -214,6 +219,8 @@ class ScheduledSource:
         self._source, self._made_of = source, made_of
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_source":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._source, name)
 
     def dataloader(self) -> Any:

@@ -6,7 +6,7 @@ import yaml
 from ghost_runs import Net, data, net, trainer
 from torch.utils.data import DataLoader
 
-from lightning_gap import LargeBatchRegime
+from lightning_gap import BatchSizeSchedule, LargeBatchRegime
 from lightning_gap.ghost import GhostBatchNorm
 
 
@@ -73,3 +73,6 @@ def test_a_reference_run_of_another_batch_is_said(reference, said, capsys):
     trainer(LargeBatchRegime(reference, train_longer=False), GhostBatchNorm(4)).fit(net(Decaying), data())
     printed = " ".join(capsys.readouterr().out.split())
     assert ("reference run of LargeBatchRegime has 8 samples a batch, a ghost 4" in printed) == said
+    growing = BatchSizeSchedule(lambda samples: 16, reference_batch_size=reference if said else None)
+    trainer(growing, GhostBatchNorm(4)).fit(net(Decaying), data())
+    assert ("the reference run of BatchSizeSchedule has" in capsys.readouterr().out) == said

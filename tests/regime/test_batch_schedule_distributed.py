@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -129,3 +130,14 @@ def test_ranks_that_measure_differently_grow_alike(tmp_path):
     assert first["steps"] == second["steps"]
     assert first["weights"] == second["weights"]
     assert max(first["sizes"]) == 8
+
+
+def test_the_average_of_the_weights_is_that_of_one_process(tmp_path):
+    folders, found = iter(("alone", "parts", "two")), []
+    for processes, options in ((1, {}), (1, {"max_device_batch_size": 3}), (2, {})):
+        average = EMAWeightAveraging(decay=0.9)
+        found += records(tmp_path / next(folders), processes, callbacks=[average], options=options)
+    (plain,) = records(tmp_path / "plain")
+    for record in found:
+        torch.testing.assert_close(torch.tensor(record["weights"]), torch.tensor(found[0]["weights"]))
+        assert record["weights"] != plain["weights"]

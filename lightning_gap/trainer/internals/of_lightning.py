@@ -1,12 +1,14 @@
 """Private names of Lightning and of torchmetrics, a function each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gap.trainer.internals.guard import private, set_private
 
 __all__ = [
     "INSTANTIATOR",
+    "average_in_place",
     "averaged_model",
     "batches_that_stepped",
     "checkpoint_epochs",
@@ -96,6 +98,17 @@ def trainer_if_any(module: Any) -> Any:
 def averaged_model(callback: Any) -> Any:
     """Return the average that a ``WeightAveraging`` keeps while it fits; ``None`` of any other callback."""
     return getattr(callback, "_average_model", None)
+
+
+@contextmanager
+def average_in_place(callback: Any, module: Any) -> Iterator[None]:
+    """Have the average of a ``WeightAveraging`` in the place of the weights meanwhile, as in validation."""
+    swap = private(callback, "_swap_models", _LIGHTNING)
+    swap(module)
+    try:
+        yield
+    finally:
+        swap(module)
 
 
 def checkpoint_epochs(callback: Any) -> tuple[int, bool]:
