@@ -8,6 +8,9 @@ import torch
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.ot.solve import optimal_transport
 
+# Compiles C++ on first use.
+FUSED = pytest.param("fused", marks=pytest.mark.compiler)
+
 N, D = 80, 3
 TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}
 
@@ -121,7 +124,7 @@ def test_gap_is_convex_in_the_map():
     assert max(middles) > 1e-4
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("epsilon", [2.0, 0.5, 0.1, 0.02])
 def test_two_points_have_a_logistic_plan(epsilon, solver):
     # Two points a side: the plan is [[p, q], [q, p]] / 2 with p / q = exp(Δ / ε), 2Δ = c01 + c10 - c00 - c11.

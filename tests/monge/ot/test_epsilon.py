@@ -8,13 +8,16 @@ from lightning_gap.monge import optimal_transport
 from lightning_gap.monge.ot.epsilon import Epsilon, Weighted, cost_scale, mean_scale
 from lightning_gap.monge.ot.options import SolverOptions
 
+# Compiles C++ on first use.
+FUSED = pytest.param("fused", marks=pytest.mark.compiler)
+
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X.flip(0) * 0.5 + 1
 COST = costs.SqEuclidean()
 
 
 @pytest.mark.parametrize("of", ["mean", "std", "typical"])
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_solvers_take_the_epsilon_that_it_resolves_to(weighted, solver, of):
     a = torch.arange(40.0, dtype=torch.float64) if weighted else None

@@ -14,8 +14,11 @@ from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.ot.solve import optimal_transport
 from lightning_gap.monge.ot.solvers import geomloss, memory
 
+# Compiles C++ on first use.
+FUSED = pytest.param("fused", marks=pytest.mark.compiler)
+
 TIGHT = {"tolerance": 1e-11, "max_iterations": 20_000}
-ours = pytest.mark.parametrize("solver", ["dense", "blocked"])
+ours = pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 
 
 def draw(n, d=2, seed=0, dtype=torch.float64):
@@ -114,7 +117,7 @@ def test_threads_do_not_share_buffers():
     assert found == {i: [pytest.approx(expected[i], rel=1e-12)] * 5 for i in range(4)}
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED, "exact"])
 def test_the_plan_and_what_is_made_of_it(solver):
     x, y = draw(30), draw(30, seed=1)
     options = {} if solver == "exact" else TIGHT
@@ -223,7 +226,7 @@ def test_half_precision_samples_give_a_float32_result(dtype):
     assert optimal_transport(x, x).value.dtype == torch.float32
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED, "exact"])
 def test_without_gradients_there_is_no_graph(solver):
     x, y = draw(20).requires_grad_(), draw(20, seed=1)
     with torch.no_grad():

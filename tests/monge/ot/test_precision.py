@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import energy_distance, optimal_transport
 
+# Compiles C++ on first use.
+FUSED = pytest.param("fused", marks=pytest.mark.compiler)
+
 COSTS = [
     "sqeuclidean",
     "euclidean",
@@ -134,7 +137,7 @@ def test_float32_gradients_are_those_of_float64_at_any_size(cost, quantity, plac
     assert float((gradient - right).norm()) < max(1e-3 * float(right.norm()), 5e-5)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "pnorm(p=1.5)", "elastic"])
 @pytest.mark.parametrize("d", [2, 10, 50])
@@ -154,7 +157,7 @@ def test_the_gaps_gradient_is_known_to_a_small_part_of_what_is_paid(noise, d, co
     assert float((found - right).norm() / paid.norm()) < 5e-5
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("rho", [1.0, 100.0, 1000.0, 1e5])
 def test_unequal_masses_with_any_rho(rho, solver):
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +210,7 @@ def test_any_scale_is_right_or_refused(function, cost, scale):
         assert right == pytest.approx(float(function(x.double(), y.double(), cost=cost)) * scale**degree, rel=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("rho", [1.0, 10.0, 30.0, 100.0, 1e4])
 @pytest.mark.parametrize("masses", [(1.5, 1.0), (1.0, 1.5), (3.0, 1.0), (0.2, 1.0)])
 def test_masses_that_differ_whichever_is_larger(masses, rho, solver):
@@ -242,7 +245,7 @@ def test_a_constant_in_the_cost_is_one_in_the_value(shift, solver):
 
 
 @pytest.mark.parametrize("far", [1e2, 1e8, 1e20])
-@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED, "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_samples_of_weight_zero_do_not_count(dtype, solver, far):
     x, y, _, _ = (t.to(dtype) for t in draw("plain", "sqeuclidean", n=30))
@@ -268,7 +271,7 @@ def test_samples_of_weight_zero_do_not_count(dtype, solver, far):
 
 
 @pytest.mark.parametrize("rho", [None, 0.5])
-@pytest.mark.parametrize("solver", ["dense", "blocked", "exact"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED, "exact"])
 def test_gradients_in_weights_of_which_some_are_zero(solver, rho):
     if solver == "exact":
         pytest.importorskip("ot")

@@ -16,6 +16,9 @@ from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.ot.solve import optimal_transport, solve_all
 
+# Compiles C++ on first use.
+FUSED = pytest.param("fused", marks=pytest.mark.compiler)
+
 MAHALANOBIS = "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))"
 COSTS = [
     "sqeuclidean",
@@ -70,7 +73,7 @@ def check(cost, dtype, solver, *, n=40, m=33, weighted=True, rho=None, share=0.1
     C = costs.resolve(cost).pairwise(x.double(), y.double())
     epsilon = share * float(C.mean())
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    options = {"tolerance": tolerance, "max_iterations": 20_000} if solver in ("dense", "blocked") else {}
+    options = {"tolerance": tolerance, "max_iterations": 20_000} if solver in ("dense", "blocked", "fused") else {}
     result = optimal_transport(x, y, cost=cost, epsilon=epsilon, weights=(a, b), rho=rho, solver=solver, **options)
     # Masses that differ by a rounding would let the potentials drift for ever.
     a, b = (w.double() / w.double().sum() for w in (a, b))
@@ -84,26 +87,26 @@ def check(cost, dtype, solver, *, n=40, m=33, weighted=True, rho=None, share=0.1
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("cost", COSTS)
 def test_our_solvers_are_sinkhorn(cost, solver, dtype, weighted):
     assert check(cost, dtype, solver, weighted=weighted).converged
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("rho", [0.1, 3.0])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
 def test_soft_marginals(cost, rho, solver):
     check(cost, torch.float64, solver, rho=rho)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize(("n", "m"), [(270, 260), (300, 261), (100, 400)])
 def test_coarse_starts(n, m, solver):
     assert check("sqeuclidean", torch.float64, solver, n=n, m=m).converged
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (7, 1), (2, 3)])
 def test_few_points(n, m, solver):
     check("sqeuclidean", torch.float64, solver, n=n, m=m, weighted=False, share=0.1)
@@ -137,7 +140,7 @@ def test_more_than_one_block(rho, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("share", [1e-2, 1e-3])
 def test_clusters_far_apart(share, solver, dtype):
     # Columns that no row rhoes within the format's range at first.
@@ -152,7 +155,7 @@ def test_clusters_far_apart(share, solver, dtype):
     assert exact - slack <= float(result.value) <= exact + result.epsilon * math.log(40) + slack
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("rho", [None, 0.5])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
 def test_a_measure_against_itself_is_the_general_problem(cost, rho, solver):
@@ -303,7 +306,7 @@ def test_both_terms_together_are_each_alone():
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("rho", [None, 1.0])
 @pytest.mark.parametrize("n", [60, 300])
 def test_tensors_and_arrays_take_the_same_arithmetic(n, rho, solver, monkeypatch):
@@ -320,7 +323,7 @@ def test_tensors_and_arrays_take_the_same_arithmetic(n, rho, solver, monkeypatch
         torch.testing.assert_close(found, awaited, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked"])
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
 def test_epsilon_relative_to_the_standard_deviation(cost, solver):
     x, y, _, _ = problem(40, 33)

@@ -28,6 +28,8 @@ _FEW_DIMENSIONS = 3
 _TILE_BYTES, _WIDTHS, _GROUP, _STRIP = 1 << 14, (64, 512), 64, 1 << 20
 # What the last tile is filled up with: nothing, in any format.
 _NOTHING = -1e30
+# Samples that tell where most are, and the size of costs.
+_FEW_SAMPLES = 256
 # Pairs below which a second thread costs more than it does.
 _FEW_PAIRS = 1 << 17
 
@@ -56,23 +58,27 @@ class Passes:
         self.x, self.y, self.cost, self.epsilon, self.size = x, y, cost, epsilon, size
         self._library, self.formula, self.scale = library, formula, formula.scale / epsilon
         rows, columns = self._images(x), self._images(y)
-        # Around the columns' middle a float32 has more digits for what is left.
-        middle = columns.mean(0)
+        # A float32 has digits for what is near the origin; a mean would go where one point is far.
+        middle = _few(columns).median(0).values
         rows, columns = rows - middle, columns - middle
+        own, squares = rows.square().sum(1), columns.square().sum(1)
+        i, j = int(own.argmax()), int(squares.argmax())
+        with torch.no_grad():
+            farthest = cost.pairwise(x[i : i + 1], _few(y)), cost.pairwise(_few(x), y[j : j + 1])
+        size = max(size, *(float(costs.max()) for costs in farthest))
         rounding = torch.finfo(torch.float32).eps
         fine = _FLOAT_RANGE[0] < size / formula.scale < _FLOAT_RANGE[1] and rounding * size <= _EXPONENT_ERROR * epsilon
         exponential = "float" if x.dtype == torch.float32 else "double"
         exponent = "float" if exponential == "float" and fine else "double"
         self._name = f"{exponent}_{exponential}"
         self.dtype = torch.float32 if exponent == "float" else torch.float64
-        squares = columns.square().sum(1)
         # The product of far points cancels, as their difference does not.
-        spread = rounding * self.scale * float(torch.maximum(squares.amax(), rows.square().sum(1).amax()))
+        spread = rounding * self.scale * float(torch.maximum(own[i], squares[j]))
         self.by_products = (
             formula.is_square and exponent == "float" and rows.shape[1] > _FEW_DIMENSIONS and spread <= _EXPONENT_ERROR
         )
         if self.by_products:
-            self._name, self._own, self._squares = "products", -self.scale * rows.square().sum(1), self.scale * squares
+            self._name, self._own, self._squares = "products", -self.scale * own, self.scale * squares
             rows = 2 * self.scale * rows
         self._rows = rows.to(self.dtype).contiguous()
         self._tiles = _tiled(columns.to(self.dtype))
@@ -175,6 +181,10 @@ class Passes:
             return [work(parts[0])]
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(work, parts))
+
+
+def _few(points: Tensor) -> Tensor:
+    return points[:: max(1, len(points) // _FEW_SAMPLES)]
 
 
 def _tiled(columns: Tensor) -> Tensor:

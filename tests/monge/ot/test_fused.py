@@ -1,0 +1,287 @@
+"""Compiled passes over all pairs against the same sums in double, and where they are taken."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gap import native
+from lightning_gap.monge.ot.costs import CallableCost, PNorm, SqEuclidean, resolve
+from lightning_gap.monge.ot.limits import LIMITS, Size
+from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
+from lightning_gap.monge.ot.solvers.fused import passes as fused
+from lightning_gap.monge.ot.solvers.fused.passes import Passes
+
+compiler = pytest.mark.compiler
+COSTS = [
+    "sqeuclidean",
+    "euclidean",
+    "pnorm(p=1)",
+    "pnorm(p=1.5)",
+    "pnorm(p=2)",
+    "pnorm(p=3.7)",
+    "sqpnorm(p=1.3)",
+    "elastic(lam=0.5)",
+    "cosine",
+    "geodesic",
+    "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))",
+]
+# What potentials, sums and gradients may differ by; a gradient in float32 also by the rounding of its samples.
+CLOSE = {torch.float32: 3e-5, torch.float64: 1e-11}
+
+
+def samples(n, m, d, dtype, *, sphere=False, shift=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    y = 0.8 * torch.randn(m, d, dtype=torch.float64, generator=generator) + 0.3
+    if sphere:
+        x, y = (points / points.norm(dim=1, keepdim=True) for points in (x, y))
+    a, b = (torch.rand(k, dtype=torch.float64, generator=generator) + 0.1 for k in (n, m))
+    G = torch.randn(m, dtype=torch.float64, generator=generator)
+    return (x + shift).to(dtype), (y + shift).to(dtype), a / a.sum(), b / b.sum(), G
+
+
+def twin(x, y, a, b, G, cost, epsilon):
+    """Soft minima, columns' sums, gradients and masses, from the matrix in double."""
+    x, y = x.double().requires_grad_(), y.double()
+    C = cost.pairwise(x, y)
+    F = -torch.logsumexp(b.log() + G - C.detach() / epsilon, 1)
+    shares = torch.exp(F[:, None] + G - C.detach() / epsilon)
+    P = a[:, None] * shares * b
+    (gradients,) = torch.autograd.grad((P * C).sum(), x)
+    return F, (a[:, None] * shares).sum(0), gradients, P.sum(1)
+
+
+def check(x, y, a, b, G, cost, share=0.05, close=None):
+    epsilon = share * cost.mean(x, y)
+    size = float(cost.pairwise(x.double(), y.double()).max())
+    passes = Passes(x, y, cost, epsilon, size)
+    F, columns = passes.soft_minimum(G, b, weights=a)
+    alone, none = passes.soft_minimum(G, b)
+    gradients, masses = passes.pulls(F, a, G, b)
+    expected = twin(x, y, a, b, G, cost, epsilon)
+    close = close or CLOSE[x.dtype]
+    assert none is None
+    assert torch.equal(F, alone)  # a group's height changes no sum of a row
+    torch.testing.assert_close(F, expected[0], rtol=close, atol=10 * close)
+    torch.testing.assert_close(columns, expected[1], rtol=10 * close, atol=1e-30)
+    off = (gradients.double() - expected[2]).norm() / expected[2].norm().clamp_min(1e-30)
+    assert float(off) <= 10 * close
+    torch.testing.assert_close(masses, expected[3], rtol=10 * close, atol=1e-30)
+    return passes
+
+
+@compiler
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("share", [0.3, 0.01])
+def test_a_pass_is_the_sums_over_the_matrix(cost, dtype, share):
+    check(*samples(130, 1111, 3, dtype, sphere=cost == "geodesic"), resolve(cost), share)
+
+
+@compiler
+@given(
+    n=st.integers(1, 70),
+    m=st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 1025])),
+    d=st.sampled_from([1, 2, 3, 4, 5, 17, 40, 300]),
+    dtype=st.sampled_from(list(CLOSE)),
+    cost=st.sampled_from(["sqeuclidean", "euclidean", "pnorm(p=1.5)"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_shape(n, m, d, dtype, cost, seed):
+    check(*samples(n, m, d, dtype, seed=seed), resolve(cost), 0.2)
+
+
+@compiler
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", "pnorm(p=1.5)"])
+@pytest.mark.parametrize("shift", [1e2, 1e4])
+def test_far_from_the_origin_differences_keep_their_digits(cost, shift):
+    # The rounded samples are the samples.
+    x, y, a, b, G = samples(60, 700, 5, torch.float32, shift=shift)
+    check(x, y, a, b, G, resolve(cost), close=2e-4 if cost == "cosine" else None)
+
+
+@compiler
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "elastic(lam=0.5)", "pnorm(p=3)"])
+def test_any_unit(cost, scale):
+    x, y, a, b, G = samples(40, 90, 3, torch.float64)
+    check(x * scale, y * scale, a, b, G, resolve(cost), close=1e-9)
+
+
+@compiler
+def test_small_epsilons_take_exponents_in_double():
+    x, y, a, b, G = samples(64, 300, 3, torch.float32)
+    assert check(x, y, a, b, G, SqEuclidean(), 0.1).dtype == torch.float32
+    assert check(x, y, a, b, G, SqEuclidean(), 1e-4, close=1e-4).dtype == torch.float64
+
+
+@compiler
+def test_points_that_coincide_pull_nowhere():
+    for name in ("euclidean", "pnorm(p=1)", "pnorm(p=1.5)", "geodesic", "elastic(lam=1.0)"):
+        x = samples(50, 50, 3, torch.float64, sphere=True)[0]
+        a = torch.full((50,), 1 / 50, dtype=torch.float64)
+        passes = Passes(x, x.clone(), resolve(name), 1e-7, 2.0)
+        gradients, masses = passes.pulls(0 * a - a.log(), a, 0 * a, a)
+        torch.testing.assert_close(masses, a)
+        assert float(gradients.abs().max()) < 1e-12, name
+
+
+@compiler
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "pnorm(p=1.5)"])
+def test_one_far_sample_costs_the_others_no_digits(cost):
+    x, y, a, b, G = samples(50, 4000, 4, torch.float32)
+    for side in (x, y):
+        points = side.clone()
+        points[17] = 1e5
+        check(
+            *((points, y) if side is x else (x, points)), a, b, G, resolve(cost), 1e-3 if cost == "euclidean" else 1e-6
+        )
+
+
+@compiler
+def test_samples_of_weight_zero_count_for_nothing():
+    x, y, a, b, G = samples(50, 600, 4, torch.float32)
+    a, b = a.clone(), b.clone()
+    a[::3], b[1::4] = 0, 0
+    y[1::4] = 1e6
+    cost, kept = SqEuclidean(), b > 0
+    passes, few = (Passes(x, points, cost, 0.5, 40.0) for points in (y, y[kept].contiguous()))
+    F, _ = passes.soft_minimum(G, b, weights=a)
+    expected, _ = few.soft_minimum(G[kept], b[kept], weights=a)
+    torch.testing.assert_close(F, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiler
+def test_threads_share_the_rows(monkeypatch):
+    monkeypatch.setattr(fused, "_FEW_PAIRS", 1)
+    before = torch.get_num_threads()
+    x, y, a, b, G = samples(203, 640, 4, torch.float32)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        passes = Passes(x, y, SqEuclidean(), 0.3, 40.0)
+        F, columns = passes.soft_minimum(G, b, weights=a)
+        found.append((F, columns, *passes.pulls(F, a, G, b)))
+    torch.set_num_threads(before)
+    one, three = found
+    for k in (0, 2, 3):
+        assert torch.equal(one[k], three[k])
+    torch.testing.assert_close(one[1], three[1], rtol=1e-6, atol=0)
+
+
+@compiler
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_a_solve_is_that_of_blocks(dtype):
+    x, y, a, b, _ = samples(700, 650, 5, dtype)
+    found = []
+    for solver in ("fused", "blocked"):
+        points = x.clone().requires_grad_(), y.clone().requires_grad_(), a.to(dtype).requires_grad_()
+        weights = points[2], b.to(dtype)
+        result = optimal_transport(*points[:2], cost="pnorm(p=1.5)", weights=weights, solver=solver)
+        found.append((result.value.detach(), *torch.autograd.grad(result.value, points)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture
+def no_matrix(monkeypatch):
+    monkeypatch.setattr(LIMITS, "dense", Size(100, 100), raising=False)
+
+
+@compiler
+def test_auto_takes_it_beyond_what_a_matrix_holds(no_matrix):
+    x, y = torch.rand(30, 2), torch.rand(20, 2)
+    assert choose_solver("auto", PNorm(1.5), x, y) == "fused"
+    assert choose_solver("auto", SqEuclidean(), x[:4], y[:4]) == "dense"
+    assert choose_solver("auto", CallableCost(lambda p, q: (p - q).abs().sum(-1)), x, y) == "blocked"
+    assert optimal_transport(x, y).solver == "fused"
+
+
+@compiler
+def test_a_larger_solve_starts_from_fewer_samples(no_matrix):
+    x, y, *_ = samples(1500, 1400, 3, torch.float64)
+    result, expected = (optimal_transport(x, y, solver=solver, tolerance=1e-8) for solver in ("auto", "blocked"))
+    assert result.solver == "fused"
+    torch.testing.assert_close(result.value, expected.value)
+
+
+def test_without_a_compiler_it_is_blocks(no_matrix, monkeypatch):
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    x, y = torch.rand(30, 2), torch.rand(20, 2)
+    assert choose_solver("auto", SqEuclidean(), x, y) == "blocked"
+    with pytest.raises(RuntimeError, match=r"compiles C\+\+: install g\+\+ or clang\+\+, or use solver='blocked'"):
+        optimal_transport(x, y, solver="fused")
+
+
+def test_what_has_no_formula_is_refused():
+    x, y = torch.rand(30, 2), torch.rand(20, 2)
+    with pytest.raises(ValueError, match=r"needs a formula, which the cost callable.* has not: use 'blocked'"):
+        optimal_transport(x, y, cost=lambda p, q: (p - q).abs().sum(-1), solver="fused")
+
+
+def test_every_cost_by_name_has_a_formula():
+    assert all(resolve(cost).formula is not None for cost in COSTS)
+
+
+@pytest.fixture
+def compiled_anew(tmp_path, monkeypatch):
+    """A folder of its own, and no memory of libraries."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native._folder.cache_clear()
+    native._native_library.cache_clear()
+    yield tmp_path
+    native._folder.cache_clear()
+    native._native_library.cache_clear()
+
+
+SOURCE = 'extern "C" double answer() { return ANSWER; }\n'
+
+
+@compiler
+def test_a_library_is_compiled_once_for_each_set_of_macros(compiled_anew, monkeypatch):
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    ran, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: ran.append(command) or run(command, **more))
+    for text in ("1.5", "2.5", "1.5"):
+        library = native.native_library(source, {"ANSWER": text})
+        library.answer.restype = native.ctypes.c_double
+        assert library.answer() == float(text)
+    kept = sorted((compiled_anew / "cache" / "lightning_gap").iterdir())
+    assert [path.suffix for path in kept] == [".so", ".so"]
+    native._native_library.cache_clear()  # as another process
+    ran.clear()
+    assert native.native_library(source, {"ANSWER": "1.5"}) is not None
+    assert [command[1:] for command in ran] == [["--version"]]
+
+
+@compiler
+def test_what_does_not_compile_is_warned_of_once(compiled_anew):
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    with pytest.warns(RuntimeWarning, match="does not compile answer.cpp, so slower code is taken: .*answer.cpp"):
+        assert native.native_library(source, {"ANSWER": "("}) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.native_library(source, {"ANSWER": "("}) is None
+    assert list((compiled_anew / "cache" / "lightning_gap").iterdir()) == []
+
+
+@compiler
+def test_a_folder_that_cannot_be_written_to_is_replaced(compiled_anew, monkeypatch):
+    (compiled_anew / "cache").write_text("a file")
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    assert native.native_library(source, {"ANSWER": "1.5"}) is not None
+
+
+def test_a_compiler_may_be_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.compiler() is None
+    monkeypatch.setenv("CXX", sys.executable)
+    assert native.compiler() == sys.executable
