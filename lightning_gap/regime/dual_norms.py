@@ -204,7 +204,7 @@ class DualNoiseScaleEstimate:
 
     @property
     def critical_batch_bounds(self) -> tuple[float, float]:
-        """The bounds of :attr:`critical_batch_size` that hold whatever the signal is like."""
+        """The bounds of :attr:`critical_batch_size` that hold whatever the signal is like, as far as N is right."""
         if not self.total_gradient > 0:
             return 0.0, math.inf
         above = self.total_gradient - self.total_floor
