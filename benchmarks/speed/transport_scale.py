@@ -9,11 +9,11 @@ fits into the memory that the imports once used shows as 0. The marginal error i
 marginals from the weights; where the solver does not tell, two more passes over all pairs find out, outside of the
 times, on a part of the rows where there are many. A solver that meets ``--limit``, or refuses a size, is left out at
 larger ones. The solver "online" is GeomLoss on KeOps, and "multiscale" its coarse-to-fine solver for up to three
-dimensions. Both need a C++ compiler: leave them out of ``--solvers`` where there is none.
+dimensions. These and "fused" need a C++ compiler: leave them out of ``--solvers`` where there is none.
 
 ``--pass-rows`` times what an exact solver does again and again where a whole solve would take hours: one soft minimum
-over all pairs, of which it does so many rows, by our blocks and by KeOps in turns. The seconds of a whole pass are
-those of the rows times n / rows. The plot needs matplotlib
+over all pairs, of which it does so many rows, by our compiled passes, by our blocks, and by KeOps for squared
+distances, in turns: billions of pairs a second. The plot needs matplotlib
 (``pip install lightning_gap[plots]``).
 """
 
@@ -25,6 +25,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,8 +44,9 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solve import optimal_transport
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
+from lightning_gap.monge.ot.solvers.fused.passes import Passes
 
-SOLVERS = ("dense", "blocked", "online", "multiscale")
+SOLVERS = ("dense", "fused", "blocked", "online", "multiscale")
 SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 # Short measurements are repeated for this many seconds, and as often at most.
 ENOUGH_SECONDS, ENOUGH_TIMES = 1.0, 7
@@ -127,32 +129,42 @@ def measure_apart(n: int, d: int, solver: str, share: float, limit: int) -> Meas
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def passes(n: int, d: int, rows: int, share: float, repeats: int = 5) -> Row:
-    """Return seconds of one soft minimum of n rows against n columns, from some of the rows, by us and by KeOps."""
+def passes(n: int, d: int, rows: int, share: float, name: str, repeats: int = 5) -> Row:
+    """Return speeds of one soft minimum of n rows against n columns, from some of the rows, by both of us and by KeOps."""
     from pykeops.torch import LazyTensor
 
     x, y = (torch.from_numpy(points) for points in samples(n, d))
-    cost = resolve("sqeuclidean")
-    epsilon = share * float(cost.pairwise(x[:2000], y[:2000]).mean())
+    cost = resolve(name)
+    if name == "geodesic":
+        x, y = (points / points.norm(dim=1, keepdim=True) for points in (x, y))
+    epsilon = share * cost.mean(x[:2000], y[:2000])
+    size = float(cost.pairwise(x[:2000], y[:2000]).max())
     G, weights, some = torch.zeros(n), torch.full((n,), 1 / n), x[:rows]
     logs = LazyTensor((G + weights.log())[None, :, None])
-
-    def ours() -> Tensor:
-        return soft_minimum(some, y, weights, G, cost, epsilon)
+    fused = Passes(some, y, cost, epsilon, size)
 
     def keops() -> Tensor:
         pairs = (LazyTensor(some[:, None]) - LazyTensor(y[None])).square().sum(-1)
         return -(logs - pairs / epsilon).logsumexp(dim=1).flatten()
 
-    torch.testing.assert_close(ours(), keops(), rtol=1e-3, atol=1e-3, check_dtype=False)  # and both are warm
-    times: dict[str, list[float]] = {"ours": [], "KeOps": []}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fused": lambda: fused.soft_minimum(G.double(), weights.double())[0],
+        "blocked": lambda: soft_minimum(some, y, weights, G, cost, epsilon),
+    }
+    if name == "sqeuclidean":
+        calls["KeOps"] = keops
+    for call in calls.values():  # and all are warm
+        torch.testing.assert_close(calls["fused"](), call(), rtol=1e-3, atol=1e-3, check_dtype=False)
+    times: dict[str, list[float]] = {by: [] for by in calls}
     for _ in range(repeats):
-        for name, call in (("ours", ours), ("KeOps", keops)):
+        for by, call in calls.items():
             start = time.perf_counter()
             call()
-            times[name].append((time.perf_counter() - start) * n / rows)
-    found = {f"a pass, {name}, s": spread(seconds) for name, seconds in times.items()}
-    return {"n": n, "d": d, "rows timed": rows, **found, "KeOps / ours": ratios(times["KeOps"], times["ours"])}
+            times[by].append(time.perf_counter() - start)
+    pairs = rows * n / 1e9
+    found = {f"{by}, G pairs/s": spread([pairs / seconds for seconds in taken]) for by, taken in times.items()}
+    others = {f"{by} / fused": ratios(taken, times["fused"]) for by, taken in times.items() if by != "fused"}
+    return {"cost": name, "n": n, "d": d, "rows timed": rows, **found, **others}
 
 
 def exponent(found: list[Measurement]) -> tuple[float, float]:
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument(
         "--pass-rows", type=int, metavar="ROWS", help="time passes over all pairs instead, by so many rows"
     )
+    parser.add_argument("--costs", nargs="+", default=["sqeuclidean"], help="costs of these passes")
     add_json(parser)
     parser.add_argument("--output", type=Path, default=Path("transport_scale.svg"), help="the plot, .svg or .png")
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
@@ -210,9 +223,11 @@ def main() -> None:
     if args.pass_rows:
         for n in args.sizes:
             for d in args.dims:
-                rows.append(passes(n, d, min(n, args.pass_rows), args.relative_epsilon))
-                ours, keops = (rows[-1][f"a pass, {name}, s"]["median"] for name in ("ours", "KeOps"))
-                print(f"n = {n}, d = {d}: a pass takes {ours:.3g} s by us, {keops:.3g} s by KeOps", flush=True)
+                for name in args.costs:
+                    row = passes(n, d, min(n, args.pass_rows), args.relative_epsilon, name)
+                    speeds = (f"{key} {value['median']:.3g}" for key, value in row.items() if "pairs/s" in key)
+                    print(f"{name}, n = {n}, d = {d}: {', '.join(speeds)}", flush=True)
+                    rows.append(row)
         write_rows(args.json, rows)
         return
     title = f"Value and gradient, relative ε {args.relative_epsilon} ({torch.get_num_threads()} threads)"

@@ -11,6 +11,7 @@ from lightning_gap.regime.batches.steps import BatchSteps
 from lightning_gap.regime.loader import Pass, loader_batch_size, pass_over_data, training_loader
 from lightning_gap.regime.parts import PassClock, updates_of_pass
 from lightning_gap.regime.scheduled_loader import is_schedulable
+from lightning_gap.regime.weight_averages import FollowingAverages
 from lightning_gap.trainer.strategy import data_parallel_size
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ class SchedulePlan:
     def replicas(self) -> int:
         """Devices that see different samples."""
         return data_parallel_size(self.trainer)
+
+    def averages(self) -> FollowingAverages:
+        """Return the moving averages whose decays follow the batch."""
+        try:
+            return FollowingAverages(self.trainer.callbacks, self.owner.ema_rule, self.owner)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchSizeSchedule: {error}") from None
 
     def make(self) -> None:
         """Measure the data, once; :class:`DataNotReady` if the module's are not there yet."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -156,7 +156,7 @@ class ScheduledRun:
         if self._saved is not None:
             self.schedule.load_state_dict(self._saved["learnt"])
         plan.check_maximum()
-        self.averages = self._averages()
+        self.averages = self.plan.averages()
         # All is known to go: now the trainer's things are taken.
         for config, *_ in rolled:
             config.interval, config.frequency = "step", NEVER
@@ -169,12 +169,6 @@ class ScheduledRun:
         if loop.min_steps:
             loop.min_steps = NEVER  # until the reference run has made them
         return rolled
-
-    def _averages(self) -> FollowingAverages:
-        try:
-            return FollowingAverages(cast(Any, self.trainer).callbacks, self.owner.ema_rule, self.owner)
-        except ValueError as error:
-            raise MisconfigurationException(f"BatchSizeSchedule: {error}") from None
 
     def _opens(self) -> bool:
         return self.part is None or self.part.opens
@@ -333,7 +327,7 @@ class ScheduledRun:
             "max_batch_size": owner.max_batch_size,
             "rules": [rule_name(rule) for rule in (owner.lr_rule, owner.weight_decay_rule, owner.betas_rule)]
             + ([] if owner.momentum_rule == "none" else [f"momentum by {owner.momentum_rule}"]),
-            "ema_rule": (self.averages or self._averages()).name,
+            "ema_rule": (self.averages or self.plan.averages()).name,
         }
 
     def _drawn(self) -> list[int]:
