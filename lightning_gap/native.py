@@ -47,10 +47,11 @@ def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], prog
     macros = [f"-D{name}={text}" for name, text in expressions]
     try:
         version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
-        known = "\n".join([source.read_text(), *macros, *_FAST, *_FLAGS, version.stdout, _processor()])
+        flags = [*_FLAGS, *_fast_flags(program)]
+        known = "\n".join([source.read_text(), *macros, *flags, version.stdout, _processor()])
         path = _folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
         if not path.exists():
-            _compile(program, source, macros, path)
+            _compile([program, *flags, *macros, str(source)], path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         told = str(getattr(error, "stderr", None) or error).strip().splitlines()
@@ -62,22 +63,26 @@ def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], prog
         return None
 
 
-def _compile(program: str, source: Path, macros: list[str], path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
     # Under a name of its own first: several processes may come at once.
     handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        for fast in (_FAST, _FAST[:1], ()):  # other processors' compilers do not know them all
-            try:
-                command = [program, *_FLAGS, *fast, *macros, str(source), "-o", made]
-                subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
-                break
-            except subprocess.CalledProcessError:
-                if not fast:
-                    raise
+        subprocess.run([*command, "-o", made], capture_output=True, text=True, timeout=_SECONDS, check=True)
         Path(made).replace(path)
     finally:
         Path(made).unlink(missing_ok=True)
+
+
+@cache
+def _fast_flags(program: str) -> tuple[str, ...]:
+    """Return the flags that make use of the processor, as far as a compiler knows them."""
+    for flags in (_FAST, _FAST[:1], ("-mcpu=native",)):
+        command = [program, *flags, "-x", "c++", "-", "-fsyntax-only"]
+        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=_SECONDS, check=False)
+        if done.returncode == 0:
+            return flags
+    return ()
 
 
 @cache

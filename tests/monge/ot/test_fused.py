@@ -261,6 +261,14 @@ def test_a_library_is_compiled_once_for_each_set_of_macros(compiled_anew, monkey
 
 
 @compiler
+def test_flags_that_a_compiler_does_not_know_are_left_out(compiled_anew, monkeypatch):
+    monkeypatch.setattr(native, "_FAST", ("-march=native", "-no-such-flag"))
+    native._fast_flags.cache_clear()
+    assert native._fast_flags(native.compiler()) == ("-march=native",)
+    native._fast_flags.cache_clear()
+
+
+@compiler
 def test_what_does_not_compile_is_warned_of_once(compiled_anew):
     source = compiled_anew / "answer.cpp"
     source.write_text(SOURCE)
