@@ -34,6 +34,7 @@ class Images(LightningDataModule):
         std: By which each channel is divided.
         seed: Of the order and of the augmentation. An epoch's are named by seed and epoch, so a resumed run goes on
             with those of an uninterrupted one.
+        held_out: The share of the training images that is validated on in the place of the test images, to choose by.
     """
 
     def __init__(
@@ -45,18 +46,23 @@ class Images(LightningDataModule):
         mean: tuple[float, ...] = (0.5,),
         std: tuple[float, ...] = (0.5,),
         seed: int = 0,
+        held_out: float = 0.0,
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.padding, self.fill = Path(path), batch_size, padding, fill
-        self.mean, self.std, self.seed = mean, std, seed
+        self.mean, self.std, self.seed, self.held_out = mean, std, seed, held_out
         self.train: _Augmented | None = None
         self.test: _Plain | None = None
 
     def setup(self, stage: str) -> None:
         """Read the images once."""
         if self.train is None:
-            self.train = _Augmented(*read(self.path, "train"), self)
-            self.test = _Plain(*read(self.path, "test"), self)
+            images, labels = read(self.path, "train")
+            order = np.random.default_rng(0).permutation(len(labels)) if self.held_out else np.arange(len(labels))
+            out, kept = np.split(order, [round(self.held_out * len(labels))])
+            self.train = _Augmented(images[kept], labels[kept], self)
+            test = (images[out], labels[out]) if self.held_out else read(self.path, "test")
+            self.test = _Plain(*test, self)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the training images; the last batch of an epoch may be smaller, as the authors' is."""

@@ -42,9 +42,8 @@ TABLE: dict[str, dict[str, list[str]]] = {
     | {f"layer_{name}": LAYER for name in ("sb", "lb", "lr", "noise")}
     | {f"fresh_{name}": FRESH for name in ("sb", "lb", "lr", "gbn")}
     | {f"float32_{name}": ["--trainer.precision", "32-true"] for name in ("sb", "gbn")},
-    "c1_cifar10_short": {
-        name: [] if name in ("sb", "ramp", "ramp_gbn") else BATCH for name in (*PAPER, "ramp", "ramp_gbn")
-    },
+    "c1_cifar10_short": {name: [] if name == "sb" else BATCH for name in PAPER}
+    | {name: [] for name in ("ramp", "ramp_gbn", "ramp_gbn_ema", "sb_ema")},
     "c1_cifar10": {name: [] for name in PAPER},
     "resnet44_cifar10": {name: [] for name in PAPER},
 }

@@ -97,6 +97,8 @@ GROWING = {
     "seesaw_sqrt": "the same without ghosts, by the √ rule",
     "ramp": "128 for two epochs, 512 and 1024 for one each",
     "ramp_gbn": "the same, ghosts of 128",
+    "ramp_gbn_ema": "the same, the rate held, averaged",
+    "sb_ema": "128 throughout, the rate held, averaged",
     "lb": "the large batch throughout",
 }
 

@@ -103,6 +103,16 @@ def test_augmentation_moves_and_mirrors(tmp_path, size, channels, padding):
         assert y[place] == labels[row]
 
 
+def test_images_are_held_out_of_training_to_choose_by(pictures):
+    every, data = images.Images(str(pictures)), images.Images(str(pictures), held_out=0.25)
+    every.setup("fit")
+    data.setup("fit")
+    assert (len(data.train), len(data.test)) == (384, 128)
+    both = torch.cat((data.train.images, data.test.images)).flatten(1).tolist()
+    assert sorted(both) == sorted(every.train.images.flatten(1).tolist())
+    assert len(every.test) == len(images.read(pictures, "test")[1])
+
+
 def test_an_epochs_order_has_a_name(pictures):
     def first(seed, epoch):
         data = images.Images(str(pictures), 64, seed=seed)
