@@ -130,7 +130,7 @@ def measure_apart(n: int, d: int, solver: str, share: float, limit: int) -> Meas
 
 
 def passes(n: int, d: int, rows: int, share: float, name: str, repeats: int = 5) -> Row:
-    """Return speeds of one soft minimum of n rows against n columns, from some of the rows, by both of us and by KeOps."""
+    """Return speeds of one soft minimum of n rows against n columns, from some of the rows, by each."""
     from pykeops.torch import LazyTensor
 
     x, y = (torch.from_numpy(points) for points in samples(n, d))

@@ -2,9 +2,11 @@
 
     PEER/bin/python -m benchmarks.science.peers.maps w2 --data FOLDER [--solvers NAME ...] [--dims 2 8] [--seeds 0 1 2]
     PEER/bin/python -m benchmarks.science.peers.maps rays --data FOLDER
+    PEER/bin/python -m benchmarks.science.peers.maps powers --data FOLDER
 
 PEER is an environment of ``benchmarks/requirements.txt``. ``w2``: the Wasserstein-2 benchmark's ``w2_mix3to10_D*.npz``
-(see ``transport_maps.py``). ``rays``: the Euclidean cost, ``rays_D*.npz``, which ``pairs.py`` writes.
+(see ``transport_maps.py``). ``rays``: the Euclidean cost, ``rays_D*.npz``, and ``powers``: the cost
+|x - y|^1.5, ``powers_D*.npz``, which ``pairs.py`` writes.
 
 A row is appended to ``--out`` for each solver, dimension, setting and, where it has randomness, seed; what is there
 already is not run again. Everything has one thread.
@@ -33,11 +35,22 @@ from ott.solvers.linear import sinkhorn
 from ott.tools import progot
 
 from benchmarks.logs import RESULTS, append, read
-from benchmarks.science.peers.training import Array, Map, Pair, enot, gap_estimator, trained_dual, w2_icnn, w2_mlp
+from benchmarks.science.peers.training import (
+    COSTS,
+    Array,
+    Map,
+    Pair,
+    enot,
+    gap_estimator,
+    trained_dual,
+    w2_icnn,
+    w2_mlp,
+)
 
 __all__ = ["main"]
 
-FILES = {"w2": "w2_mix3to10_D{}.npz", "rays": "rays_D{}.npz"}
+FILES = {"w2": "w2_mix3to10_D{}.npz", "rays": "rays_D{}.npz", "powers": "powers_D{}.npz"}
+COSTS_OF = {"w2": "sqeuclidean", "rays": "euclidean", "powers": "pnorm(p=1.5)"}
 
 
 def timed(pair: Pair, n: int, fit: Callable[[Array, Array], tuple[Map, dict[str, Any]]]) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def progressive(pair: Pair, n: int, moved: bool) -> dict[str, Any]:
 
 def cloud(pair: Pair, x: Array, y: Array, epsilon: float | None) -> pointcloud.PointCloud:
     """Return the samples with the pair's cost."""
-    cost = costs.Euclidean() if pair.euclidean else costs.SqEuclidean()
+    cost = COSTS[pair.cost]
     # Refuses at once, and not behind the solver, a cost without a map from potentials.
     cost.twist_operator(jnp.ones(2), jnp.ones(2), False)
     return pointcloud.PointCloud(jnp.asarray(x), jnp.asarray(y), cost_fn=cost, epsilon=epsilon)
@@ -132,7 +145,7 @@ def pot(pair: Pair, n: int, estimator: Any, median_sigma: bool = False) -> dict[
 
 def runs(kind: str, budget: float) -> dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]], bool]]:
     """Return the solvers: configuration, what runs them on a pair and a seed, and whether they have seeds."""
-    metric = "euclidean" if kind == "rays" else "sqeuclidean"
+    metric = "euclidean" if kind == "rays" else "sqeuclidean"  # POT's estimators have no powers
     made: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Any]], bool]] = {
         "identity": ({}, lambda p, s: timed(p, 0, lambda x, y: (lambda x: x, {})), False),
         "mean shift": ({}, lambda p, s: pot(p, len(p.x), Shift()), False),
@@ -159,7 +172,7 @@ def runs(kind: str, budget: float) -> dict[str, tuple[dict[str, Any], Callable[.
                 return trained_dual(p, s, budget, make, lr, batch)
 
             add(title, config | {"lr": lr, "batch": batch}, dual, seeds=True)
-    for weight, batch in ((2.0, 256),) if kind == "rays" else ((1.0, 256), (10.0, 512)):
+    for weight, batch in ((2.0, 256),) if kind != "w2" else ((1.0, 256), (10.0, 512)):
         config = {"weight": weight, "hidden": [128] * 3, "batch": batch, "lr": 5e-3, "epsilons": "the tutorial's"}
 
         def gap(p: Pair, s: int, weight: float = weight, batch: int = batch) -> dict[str, Any]:
@@ -227,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 names = {"solver": solver, "pairs": args.pairs, "dim": dim, "seed": seed if seeded else None}
                 if any(all(row.get(k) == v for k, v in names.items()) for row in read(args.out)):
                     continue
-                pair = pair or Pair.load(args.data / FILES[args.pairs].format(dim), args.pairs == "rays")
+                pair = pair or Pair.load(args.data / FILES[args.pairs].format(dim), COSTS_OF[args.pairs])
                 found = attempt(run, pair, seed)
                 append(args.out, names | {"budget": args.budget if seeded else None} | found | {"config": config})
                 print(solver, dim, seed, {k: v for k, v in found.items() if k != "curve"}, flush=True)

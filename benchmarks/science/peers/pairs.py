@@ -1,4 +1,4 @@
-"""Write the pairs for the Euclidean cost in the Wasserstein-2 benchmark's format, for ``maps.py`` to read.
+"""Write the pairs for other costs than the squared one in the Wasserstein-2 benchmark's format, for ``maps.py`` to read.
 
 python -m benchmarks.science.peers.pairs FOLDER
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.science.known_pairs import KnownPair, rays
+from benchmarks.science.known_pairs import KnownPair, displaced, rays
 
 __all__ = ["DIMS", "main", "write"]
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for dim in DIMS:
         write(folder / f"rays_D{dim}.npz", rays(dim))
+        write(folder / f"powers_D{dim}.npz", displaced(dim, "pnorm(p=1.5)"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python -m benchmarks.science.peers.table --check   # only say which tables the l
 It reads ``peer_maps.jsonl``, which ``maps.py`` writes, all ``known_maps*.jsonl``, this package's own rows, and
 ``known_costs.jsonl``, of ``known_costs.py``. In the first two a row is a run:
 
-    {"solver": ..., "pairs": "w2" or "rays", "dim": ..., "seed": ..., "uvp": L2-UVP in %, "cosine": ...,
+    {"solver": ..., "pairs": "w2", "rays" or "powers", "dim": ..., "seed": ..., "uvp": L2-UVP in %, "cosine": ...,
      "cpu_seconds": of everything, compilation too, "budget": CPU seconds of training, if it is what ends it,
      "config": {...}}
 
@@ -28,13 +28,15 @@ from benchmarks.measurements import PUBLISHED
 __all__ = ["PAGE", "blocks", "main", "read", "seconds_to"]
 
 PAGE = DOCS / "results" / "maps_against_peers.md"
-DIMS = {"w2": (2, 4, 8, 16, 32), "rays": (2, 8, 32)}
+DIMS = {"w2": (2, 4, 8, 16, 32), "rays": (2, 8, 32), "powers": (2, 8, 32)}
 FLOORS = ("identity", "mean shift", "POT LinearTransport")
 # How the table's groups begin, in their order; this package's own are what is in none.
 PEERS = (
     "OTT W2NeuralDual", "OTT ExpectileNeuralDual", "OTT MongeGapEstimator", "OTT entropic map", "OTT ProgOT",
     "POT SinkhornTransport", "POT EMDTransport", "POT MappingTransport",
 )  # fmt: skip
+# Pairs by the cost of the log of known_costs.py.
+KINDS = {"euclidean": "rays", "pnorm(p=1.5)": "powers"}
 ALIASES = {"mix3to10": "w2"}
 # This package's maps in the log of known_costs.py.
 MAPS = {
@@ -86,6 +88,7 @@ def blocks(rows: Rows) -> dict[str, str]:
     return {
         "w2": _errors(w2, "w2", _published()),
         "rays": _errors(where(rows, pairs="rays"), "rays", []),
+        "powers": _errors(where(rows, pairs="powers"), "powers", []),
         "cosines": _cosines(w2),
         "time": _times(where(w2, dim=TARGET_DIM)),
         "configurations": _configurations(rows),
@@ -99,11 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _same_samples(row: dict[str, Any]) -> bool:
     # There each seed has a pair of its own, and the peers have the first one.
-    return row.get("cost") == "euclidean" and row.get("seed") == 0 and row.get("map") in MAPS
+    return row.get("cost") in KINDS and row.get("seed") == 0 and row.get("map") in MAPS
 
 
 def _of_other_costs(row: dict[str, Any]) -> dict[str, Any]:
-    named = {"solver": MAPS[row["map"]], "pairs": "rays", "dim": row["D"], "cpu_seconds": row.get("seconds")}
+    named = {
+        "solver": MAPS[row["map"]],
+        "pairs": KINDS[row["cost"]],
+        "dim": row["D"],
+        "cpu_seconds": row.get("seconds"),
+    }
     return named | {name: row[name] for name in ("seed", "uvp", "cosine")} | {"budget": row.get("budget"), "config": {}}
 
 

@@ -31,7 +31,7 @@ from ott.neural.methods import expectile_neural_dual, monge_gap, neuraldual
 from ott.neural.networks import icnn, potentials
 from ott.tools import sinkhorn_divergence
 
-__all__ = ["Map", "Pair", "enot", "gap_estimator", "trained_dual", "w2_icnn", "w2_mlp"]
+__all__ = ["COSTS", "Map", "Pair", "enot", "gap_estimator", "trained_dual", "w2_icnn", "w2_mlp"]
 
 Array = np.ndarray
 Map = Callable[[Array], Array]
@@ -47,14 +47,14 @@ class Pair:
     test: Array
     true: Array
     variance: float
-    euclidean: bool
+    cost: str
 
     @classmethod
-    def load(cls, path: Path, euclidean: bool) -> "Pair":
+    def load(cls, path: Path, cost: str) -> "Pair":
         """Read a pair."""
         with np.load(path) as z:
             arrays = [z[name].astype(np.float32) for name in ("train_x", "train_y", "test_x", "test_map")]
-            return cls(*arrays, float(z["var_out"]), euclidean)
+            return cls(*arrays, float(z["var_out"]), cost)
 
     def score(self, mapped: Array) -> dict[str, float]:
         """Return L2-UVP in %, and the cosine of displacements."""
@@ -64,6 +64,10 @@ class Pair:
         norms = np.sqrt((own**2).sum(1).mean() * (best**2).sum(1).mean())
         cosine = float((own * best).sum(1).mean() / norms) if norms > 0 else 0.0
         return {"uvp": float(f"{100 * error / self.variance:.5g}"), "cosine": float(f"{cosine:.5g}")}
+
+
+# OTT-JAX's costs by our names.
+COSTS = {"sqeuclidean": costs.SqEuclidean(), "euclidean": costs.Euclidean(), "pnorm(p=1.5)": costs.PNormP(1.5)}
 
 
 class SpentError(Exception):
@@ -243,7 +247,7 @@ def gap_estimator(
 ) -> dict[str, Any]:
     """Train MongeGapEstimator by its own loop, with its tutorial's epsilons, and return its row without names."""
     clock = Clock(pair, batch, seed, budget, compiled=1)
-    cost = costs.Euclidean() if pair.euclidean else costs.SqEuclidean()
+    cost = COSTS[pair.cost]
     x, y = jnp.asarray(pair.x[:1024]), jnp.asarray(pair.y[:1024])
     fitting_epsilon = 0.1 * float(pointcloud.PointCloud(y).mean_cost_matrix)
     # As in the tutorial, which takes the squared cost's scale for both costs' regularizers.
