@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 import lightning_gap
@@ -21,8 +22,17 @@ _SPEAKERS = {"rank_zero_warn", "rank_zero_info", "warn", "say"}
 # `name=` anywhere, and the arguments that a remedy asks for.
 _NAMED = re.compile(r"(?:\b([A-Z]\w+)\((?:[^()]*, )?)?\b([a-z]\w*)=")
 _ASKED = re.compile(r"\b(?:pass|set|lower|raise|give|increase|use) ([a-z]+_[a-z_]+)\b(?![.(])", re.IGNORECASE)
-# Arguments of others that messages may name without their owner: a trainer's, a loader's, an optimizer's.
-_OTHERS = (Trainer, DataLoader, torch.optim.Adam, LightningModule.log, ModelCheckpoint, torch.load)
+# Arguments of others that messages may name without their owner: a trainer's, a loader's, an optimizer's, a callback's.
+_OTHERS = (
+    Trainer,
+    DataLoader,
+    torch.optim.Adam,
+    LightningModule.log,
+    ModelCheckpoint,
+    EMAWeightAveraging,
+    torch.load,
+    OneCycleLR,
+)
 # A scheduler's configuration, attributes of tensors and models, and of what made a layer.
 _WORDS = {
     "skip",

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ot
-from ott.geometry import costs, pointcloud
+from ott.geometry import pointcloud
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 from ott.tools import progot

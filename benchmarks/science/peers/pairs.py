@@ -1,4 +1,4 @@
-"""Write the pairs for other costs than the squared one in the Wasserstein-2 benchmark's format, for ``maps.py`` to read.
+"""Write the pairs for other costs than the squared in the Wasserstein-2 benchmark's format, for ``maps.py`` to read.
 
 python -m benchmarks.science.peers.pairs FOLDER
 """
