@@ -11,7 +11,7 @@ from lightning_gap.monge.maps.affine import affine_of_labels, affinely, for_each
 from lightning_gap.monge.maps.conditioning import ConditionalPerceptron, Conditioning, check_condition
 from lightning_gap.monge.maps.energy_fit import fit_energy, held_out_images, keep_if_nearer
 from lightning_gap.monge.maps.fitting import fit_images
-from lightning_gap.monge.maps.hold_out import hold_out
+from lightning_gap.monge.maps.hold_out import MOST_BY_ENERGY, hold_out
 from lightning_gap.monge.maps.perceptron import Activation, activation_factory, check_widths, perceptron
 from lightning_gap.monge.maps.potential import PotentialGradient
 from lightning_gap.monge.maps.starts import (
@@ -214,7 +214,7 @@ class StartedMap(TransportMap):
 
     def _fit_plan(self, parts: Sequence[StartPair], cost: Cost) -> None:
         """Fit the network to plans and then to the target, where held-out samples tell this from the affine term."""
-        split = [hold_out(part) for part in parts]
+        split = [hold_out(part, MOST_BY_ENERGY) for part in parts]
         # A point mass tells no more than the affine term, which sends all to it.
         told = [(held, rest) for held, rest in split if held and bool((rest.target != rest.target[:1]).any())]
         if not told:

@@ -9,11 +9,13 @@ from lightning_gap.monge.maps.energy_fit import energy_gain
 from lightning_gap.monge.maps.semidual import ConvexMap, HeldOutSamples, difference, mean_semidual, semidual_values
 from lightning_gap.monge.maps.starts import StartPair
 
-__all__ = ["SharedMap", "choose_share", "held_samples", "hold_out"]
+__all__ = ["MOST_BY_ENERGY", "SharedMap", "choose_share", "held_samples", "hold_out"]
 
 # Of the samples one in so many is held out, but no more than these, or one in so many more of very many; below so many
 # samples, or so many a dimension, none is.
 _ONE_IN, _MOST, _ONE_IN_MANY, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 16, 100, 4
+# Energy distances tell less apart than semi-duals, in many dimensions by far.
+MOST_BY_ENERGY = 4096
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -28,8 +30,13 @@ def held_samples(pair: StartPair) -> HeldOutSamples:
     return HeldOutSamples(pair.source, pair.target, (pair.source_weights, pair.target_weights))
 
 
-def hold_out(pair: StartPair) -> tuple[StartPair | None, StartPair]:
-    """Return some samples of both sides, and the others; ``None`` and all where there are too few to hold any out."""
+def hold_out(pair: StartPair, most: int = _MOST) -> tuple[StartPair | None, StartPair]:
+    """Return some samples of both sides, and the others; ``None`` and all where there are too few to hold any out.
+
+    Args:
+        pair: The samples.
+        most: No more of a side are held out, unless there are very many.
+    """
     sides = []
     for points, weights in ((pair.source, pair.source_weights), (pair.target, pair.target_weights)):
         kept = slice(None) if weights is None else weights > 0
@@ -40,7 +47,7 @@ def hold_out(pair: StartPair) -> tuple[StartPair | None, StartPair]:
     parts: list[tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]] = []
     for seed, (points, weights) in enumerate(sides):
         order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)).to(points.device)
-        count = min(len(points) // _ONE_IN, max(_MOST, len(points) // _ONE_IN_MANY))
+        count = min(len(points) // _ONE_IN, max(most, len(points) // _ONE_IN_MANY))
         held, rest = order[:count], order[count:]
         parts.append(
             ((points[held], None if weights is None else weights[held]),

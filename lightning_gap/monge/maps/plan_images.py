@@ -20,6 +20,7 @@ from lightning_gap.monge.ot.costs import (
     SqEuclidean,
     TranslationInvariantCost,
 )
+from lightning_gap.monge.ot.costs.formula import CostFormula
 from lightning_gap.monge.ot.costs.geometry import Fill, Geometry
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.result import OTResult
@@ -173,6 +174,21 @@ class StrictlyConvex(Cost):
     def geometry(self) -> Geometry:
         """The cost's own, and its square."""
         return _WithSquare(self)
+
+    @property
+    def formula(self) -> CostFormula | None:
+        """The cost's own, and its square."""
+        own = self.cost.formula
+        if own is None or own.scale != 1:
+            return None
+        if isinstance(self.cost, PNorm):
+            return own._replace(
+                term=f"{own.term} + q * z * z", term_slope=f"{own.term_slope} + 2 * q * z", number=self.slope
+            )
+        outer, slope = f"({own.outer})", f"({own.outer_slope})"
+        return own._replace(
+            outer=f"{outer} + q * {outer} * {outer}", outer_slope=f"{slope} * (1 + 2 * q * {outer})", number=self.slope
+        )
 
 
 class _WithSquare(Geometry):

@@ -12,7 +12,7 @@ from lightning_gap.checks import check_choice, renamed
 from lightning_gap.monge.maps.base import TransportMap
 from lightning_gap.monge.maps.energy_fit import keep_if_nearer
 from lightning_gap.monge.maps.fitting import fit_images
-from lightning_gap.monge.maps.hold_out import hold_out
+from lightning_gap.monge.maps.hold_out import MOST_BY_ENERGY, hold_out
 from lightning_gap.monge.maps.perceptron import Activation
 from lightning_gap.monge.maps.starts import PlanStart, StartPair, check_start, fit_steps
 from lightning_gap.monge.ot.costs import Cost, Geodesic
@@ -121,7 +121,7 @@ class SphereMap(TransportMap):
         for part in parts:
             Geodesic().check_domain("source", part.source)
             Geodesic().check_domain("target", part.target)
-        split = [hold_out(part) for part in parts]
+        split = [hold_out(part, MOST_BY_ENERGY) for part in parts]
         told = [(held, rest) for held, rest in split if held is not None]
         if told:
             held = [held for held, _ in told]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gap import native
+from lightning_gap.monge.maps.plan_images import strictly_convex
 from lightning_gap.monge.ot.costs import CallableCost, PNorm, SqEuclidean, resolve
 from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
@@ -81,6 +82,13 @@ def check(x, y, a, b, G, cost, share=0.05, close=None):
 @pytest.mark.parametrize("share", [0.3, 0.01])
 def test_a_pass_is_the_sums_over_the_matrix(cost, dtype, share):
     check(*samples(130, 1111, 3, dtype, sphere=cost == "geodesic"), resolve(cost), share)
+
+
+@compiler
+@pytest.mark.parametrize("cost", ["euclidean", "pnorm(p=1)", "geodesic"])
+def test_a_distance_and_its_square(cost):
+    convex = strictly_convex(resolve(cost), 0.3)
+    check(*samples(130, 600, 3, torch.float64, sphere=cost == "geodesic"), convex)
 
 
 @compiler
@@ -177,8 +185,9 @@ def test_threads_share_the_rows(monkeypatch):
 
 @compiler
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-def test_a_solve_is_that_of_blocks(dtype):
-    x, y, a, b, _ = samples(700, 650, 5, dtype)
+@pytest.mark.parametrize("d", [5, 30])
+def test_a_solve_is_that_of_blocks(dtype, d):
+    x, y, a, b, _ = samples(700, 650, d, dtype)
     found = []
     for solver in ("fused", "blocked"):
         points = x.clone().requires_grad_(), y.clone().requires_grad_(), a.to(dtype).requires_grad_()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
 __all__ = ["FusedKernel"]
 
+# Dimensions beyond which the coordinates of the columns, read again for each group of rows, take longer than exponentials.
+_MANY_DIMENSIONS = 24
+
 
 class FusedKernel(BlockedKernel):
     """A kernel of one problem, on a CPU, for a cost that has a formula; in ``O(n + m)`` memory."""
@@ -23,6 +27,11 @@ class FusedKernel(BlockedKernel):
     def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
         super().__init__(problems, epsilons, largest)
         self.passes = Passes(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+
+    @cached_property
+    def transposed(self) -> Passes:
+        """The passes for the columns' answers."""
+        return self.passes.transposed()
 
     def coarsened(self, problems: Sequence[Problem]) -> AbstractContextManager[Kernel]:
         """Lend a kernel of fewer points, in memory where it fits."""
@@ -36,15 +45,16 @@ class FusedKernel(BlockedKernel):
         return Passes(x, y, cost, self.epsilon, self.largest[0]).soft_minimum(G, b.to(G.dtype))[0]
 
     def _answers(self) -> tuple[Tensor, Tensor]:
-        """One pass for both updates."""
-        weights = None if self.symmetric else self.a[0]
+        """One pass for both updates; in many dimensions one for each, whose groups of rows can be higher."""
+        alone = self.symmetric or self.x.shape[1] > _MANY_DIMENSIONS
+        weights = None if alone else self.a[0]
         F, columns = self.passes.soft_minimum(self.G, self.b[0], share=self.share, weights=weights)
-        if columns is None:
+        if self.symmetric:
             return F, F
-        if float(columns.min()) > 0:
+        if columns is not None and float(columns.min()) > 0:
             return F, (self.G - columns.log()).mul_(self.share)
-        # A column that no row reaches within the format's range: answer it through its own soft minimum.
-        return F, self.passes.transposed().soft_minimum(F, self.a[0], share=self.share)[0]
+        # Also where no row reaches a column within the format's range.
+        return F, self.transposed.soft_minimum(F, self.a[0], share=self.share)[0]
 
     def gradients(self, i: int, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of what the last sweep's plan pays, by a pass for each side."""
@@ -53,6 +63,6 @@ class FusedKernel(BlockedKernel):
         if need[0] or not any(need):
             gx, masses = self.passes.pulls(F, a, G, b)
         if need[1]:
-            gy, masses = self.passes.transposed().pulls(G, b, F, a)
+            gy, masses = self.transposed.pulls(G, b, F, a)
         self._mass = masses.sum()
         return gx if need[0] else None, gy
