@@ -161,8 +161,8 @@ SPEED = {
         "speed.transport_command --rows 2000 --repeats 1 --threads 1",
     ),
     "scale": Benchmark(
-        "speed.transport_scale --solvers dense blocked --sizes 1000 3000 10000 30000 --dims 2 --limit 100",
-        "Time and memory against n: our dense and blocked solvers", 1.7,
+        "speed.transport_scale --solvers dense fused blocked --sizes 1000 3000 10000 30000 --dims 2 --limit 100",
+        "Time and memory against n: our dense, fused and blocked solvers", 2,
         "speed.transport_scale --solvers dense --sizes 100 --dims 2",
     ),
     "scale_keops": Benchmark(
@@ -176,8 +176,9 @@ SPEED = {
         "speed.transport_scale --solvers multiscale --sizes 400 --dims 2", ("compiler",),
     ),
     "scale_passes": Benchmark(
-        "speed.transport_scale --pass-rows 500 --sizes 10000 100000 1000000",
-        "One pass over n² pairs, to n = 10⁶: our blocks against KeOps", 1,
+        "speed.transport_scale --pass-rows 1000 --sizes 100000 --dims 2 10 32 "
+        "--costs sqeuclidean euclidean cosine 'pnorm(p=1.5)'",
+        "One pass over n² pairs: our compiled passes, our blocks, and KeOps", 2,
         "speed.transport_scale --pass-rows 20 --sizes 1000 --dims 2", ("compiler",),
     ),
 }  # fmt: skip
@@ -247,6 +248,10 @@ SCIENCE = {
     "noisy_quadratic": Benchmark(
         "science.large_batch.noisy_quadratic", "Which rules keep the stationary covariance of weights and average", 30,
         "science.large_batch.noisy_quadratic --only SGD", page="../regime.md",
+    ),
+    "dual_norms": Benchmark(
+        "science.large_batch.dual_norms", "The noise scale in dual norms, against every sample's gradient", 0.5,
+        "science.large_batch.dual_norms --measurements 2", page="../regime.md", rows=False,
     ),
     "large_batches": Benchmark(
         "science.large_batch.reproduce --data f1_mnist=DATA/mnist_full.npz --only f1_mnist --runs OUTPUT --logs OUTPUT",

@@ -42,6 +42,7 @@ from benchmarks.science.real_pairs import COSTS, ON_THE_SPHERE, Pair, pairs
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap
 from lightning_gap.monge import SphereMap, gaussian_map
 from lightning_gap.monge.costs import resolve
+from lightning_gap.trainer.terminal import quiet
 
 __all__ = ["LOG", "PAGE", "blocks", "costs_of", "measure", "rows_of_table", "simple_images", "summary", "verdict"]
 
@@ -231,12 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", action="store_true", help="only write the page from the log")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if args.page:
         write(PAGE, blocks(read(args.out)))
         return
-    rows = _run(args)
+    with quiet(logging.ERROR):
+        rows = _run(args)
     print(table(COLUMNS, rows_of_table(rows)))
     print(summary(rows))
 

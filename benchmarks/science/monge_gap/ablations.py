@@ -9,7 +9,6 @@ no setting was chosen by them. Rows are appended as they come, and those in the 
 """
 
 import argparse
-import logging
 import os
 import time
 import warnings
@@ -35,6 +34,7 @@ from benchmarks.science.monge_gap.settings import BASE, SEEDS
 from lightning_gap import MongeMap, SamplesDataModule, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import ResidualMLP
 from lightning_gap.monge.objective import MapObjective, ObjectiveTerms
+from lightning_gap.trainer.terminal import quiet
 
 HIDDEN, LR, UPDATES = (64, 64, 64), 2e-3, 400
 # What is changed, and to what; the base is a row of each.
@@ -136,13 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     log = args.logs / "monge_gap_ablations.jsonl"
     pairs = {dim: read_pairs(args.data / f"w2_mix3to10_D{dim}.npz") for dim in args.dims}
     for dim, settings, seed in wanted(args.only, args.dims):
         key = {"D": dim, "updates": args.updates, **settings, "seed": seed}
         if not any(key.items() <= known.items() for known in read(log)):
-            append(log, six_digits(key | row(pairs[dim], settings, seed, args.updates)))
+            with quiet():
+                append(log, six_digits(key | row(pairs[dim], settings, seed, args.updates)))
 
 
 def read_pairs(path: Path) -> dict[str, Tensor]:

@@ -40,11 +40,12 @@ def test_rows_of_other_benchmarks_are_taken_where_the_samples_are_the_same(tmp_p
     (tmp_path / "known_maps.jsonl").write_text(json.dumps(row("ours", 2, 1.0, pairs="mix3to10")) + "\n", "utf-8")
     rows = [
         {"cost": cost, "D": 8, "map": "default", "seed": seed, "uvp": 2.0, "cosine": 0.9, "seconds": 60.0}
-        for cost, seed in (("euclidean", 0), ("euclidean", 1), ("pnorm(p=1.5)", 0))
+        for cost, seed in (("euclidean", 0), ("euclidean", 1), ("pnorm(p=1.5)", 0), ("pnorm(p=3.0)", 0))
     ]
     (tmp_path / "known_costs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), "utf-8")
     found = {(one["solver"], one["pairs"], one["dim"], one["seed"]) for one in table.read(tmp_path)}
-    assert found == {("ours", "w2", 2, None), ("MongeMap, default", "rays", 8, 0)}
+    ours = "MongeMap, default"
+    assert found == {("ours", "w2", 2, None), (ours, "rays", 8, 0), (ours, "powers", 8, 0)}
 
 
 def test_floors_come_first_then_own_rows_then_peers():

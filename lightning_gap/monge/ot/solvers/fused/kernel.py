@@ -17,7 +17,7 @@ from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
 __all__ = ["FusedKernel"]
 
-# Dimensions beyond which the coordinates of the columns, read again for each group of rows, take longer than exponentials.
+# Dimensions beyond which to read the columns again for each group of rows takes longer than exponentials do.
 _MANY_DIMENSIONS = 24
 
 
