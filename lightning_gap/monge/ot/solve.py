@@ -38,7 +38,7 @@ from lightning_gap.monge.ot.problem import Problem, checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
-from lightning_gap.monge.ot.solvers.fused.passes import fused_library
+from lightning_gap.monge.ot.solvers.fused.passes import formula_of, fused_library
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
 from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping
@@ -208,7 +208,7 @@ def _check_fused(cost: Cost, x: Tensor) -> None:
     """Raise where no compiled pass can be made."""
     if x.device.type != "cpu":
         raise ValueError(f"solver='fused' is for a CPU, and the samples are on {x.device}: use 'blocked'")
-    if cost.formula is None:
+    if formula_of(cost) is None:
         raise ValueError(f"solver='fused' needs a formula, which the cost {cost} has not: use 'blocked'")
     if fused_library(cost) is None:
         raise RuntimeError("solver='fused' compiles C++: install g++ or clang++, or use solver='blocked'")

@@ -15,7 +15,7 @@ from lightning_gap.monge.ot.costs import CallableCost, PNorm, SqEuclidean, resol
 from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
 from lightning_gap.monge.ot.solvers.fused import passes as fused
-from lightning_gap.monge.ot.solvers.fused.passes import Passes
+from lightning_gap.monge.ot.solvers.fused.passes import Passes, formula_of
 
 compiler = pytest.mark.compiler
 COSTS = [
@@ -233,8 +233,21 @@ def test_what_has_no_formula_is_refused():
         optimal_transport(x, y, cost=lambda p, q: (p - q).abs().sum(-1), solver="fused")
 
 
+class Weighted(SqEuclidean):
+    def h(self, z):
+        return (z.square() * torch.arange(1, z.shape[-1] + 1)).sum(-1)
+
+
+def test_a_class_that_changes_a_cost_does_not_inherit_its_formula():
+    x, y = torch.rand(30, 2), torch.rand(20, 2)
+    assert formula_of(SqEuclidean()) is not None
+    assert formula_of(Weighted()) is None
+    with pytest.raises(ValueError, match="needs a formula"):
+        optimal_transport(x, y, cost=Weighted(), solver="fused")
+
+
 def test_every_cost_by_name_has_a_formula():
-    assert all(resolve(cost).formula is not None for cost in COSTS)
+    assert all(formula_of(resolve(cost)) is not None for cost in COSTS)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.costs import Cost, CostFormula
 from lightning_gap.monge.ot.costs.products import accurate
 from lightning_gap.native import native_library
 
-__all__ = ["Passes", "fused_library"]
+__all__ = ["Passes", "formula_of", "fused_library"]
 
 _SOURCE = Path(__file__).with_name("soft_minimum.cpp")
 # An exponent is to be right to this, which a sum over a row averages; beyond, exponents are formed in double.
@@ -34,9 +34,20 @@ _FEW_SAMPLES = 256
 _FEW_PAIRS = 1 << 17
 
 
+def formula_of(cost: Cost) -> CostFormula | None:
+    """Return a cost's formula; ``None`` where a class has changed the cost and inherits the formula of another."""
+    classes = type(cost).__mro__
+
+    def place(name: str) -> int:
+        return next((i for i, each in enumerate(classes) if name in vars(each)), len(classes))
+
+    changed = min(place(name) for name in ("h", "elementwise", "paired", "pairwise"))
+    return cost.formula if place("formula") <= changed else None
+
+
 def fused_library(cost: Cost) -> ctypes.CDLL | None:
     """Return the passes of a cost; ``None`` where it has no formula, or nothing compiles it."""
-    formula = cost.formula
+    formula = formula_of(cost)
     return None if formula is None else native_library(_SOURCE, formula.expressions())
 
 
@@ -52,7 +63,7 @@ class Passes:
     """
 
     def __init__(self, x: Tensor, y: Tensor, cost: Cost, epsilon: float, size: float) -> None:
-        library, formula = fused_library(cost), cost.formula
+        library, formula = fused_library(cost), formula_of(cost)
         assert library is not None
         assert formula is not None
         self.x, self.y, self.cost, self.epsilon, self.size = x, y, cost, epsilon, size
