@@ -196,6 +196,11 @@ class BatchSizeSchedule(Callback):
                 "BatchSizeSchedule: the schedule follows the gradient noise scale, and nothing measures it. Add "
                 "GradientNoiseScale() to the trainer's callbacks."
             )
+        if isinstance(self.schedule, NoiseBatches) and self._noise is not None and self._noise.norm != "euclidean":
+            raise MisconfigurationException(
+                f"BatchSizeSchedule: the schedule follows the gradient noise scale, and that of norm={self._noise.norm!r} "
+                'is another number. Pass norm="euclidean" to GradientNoiseScale.'
+            )
         if self._noise is not None and callbacks.index(self._noise) < callbacks.index(self):
             raise MisconfigurationException(
                 "BatchSizeSchedule: GradientNoiseScale measures the batch that this callback makes. Put it after "

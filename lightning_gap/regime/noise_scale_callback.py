@@ -64,11 +64,12 @@ class GradientNoiseScale(Callback):
       the batch.
 
     Logged under ``lightning_gap/regime/``: ``noise_scale``, of averages that forget, ``critical_batch_size``, of
-    averages over the whole run, and ``batch_over_critical``, the batch that runs over the latter. Numerator and
-    denominator are averaged separately. NaN means that the noise has not been averaged out yet. After ten measurements,
-    and at the end of training, a line says which side of the critical batch this run is on, and beside a
-    ``LargeBatchRegime`` how many updates its batch needs, by this measure, and how many are planned; beside one with
-    ``lr_rule="auto"`` also what that would choose knowing it, with ``noise_scale=``.
+    averages over the whole run, and ``batch_over_critical``, the batch that runs over the latter; in another norm than
+    the Euclidean one with its name behind, as in ``noise_scale_l1``. Numerator and denominator are averaged separately.
+    NaN means that the noise has not been averaged out yet. After ten measurements, and at the end of training, a line
+    says which side of the critical batch this run is on, and beside a ``LargeBatchRegime`` how many updates its batch
+    needs, by this measure, and how many are planned; beside one with ``lr_rule="auto"`` also what that would choose
+    knowing it, with ``noise_scale=``.
 
     Where layers normalize over the batch, as BatchNorm and ghost BatchNorm do, a sample has no gradient of its own. The
     noise scale is then that of batches made of more groups of the size that is normalized over (the micro-batch, or the
@@ -331,6 +332,8 @@ class GradientNoiseScale(Callback):
             "critical_batch_size": critical,
             "batch_over_critical": self._batch(trainer) / critical if critical > 0 else float("nan"),
         }
+        if isinstance(self.estimate, DualNoiseScaleEstimate):  # another number, which is not to be taken for the first
+            facts = {key if key == "updates" else f"{key}_{self.estimate.norm}": value for key, value in facts.items()}
         log_now(trainer, pl_module.device, PREFIX, facts)
         if not self._told and self.estimate.measurements >= FIRST_VERDICT and critical > 0:
             self._told = True

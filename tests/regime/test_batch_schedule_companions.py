@@ -210,3 +210,5 @@ def test_a_noise_scale_that_nothing_measures_is_refused():
         run(Noisy(), None, BatchSizeSchedule("noise", max_batch_size=64))
     with pytest.raises(MisconfigurationException, match="Put it after"):
         run(Noisy(), None, GradientNoiseScale(), BatchSizeSchedule("noise", max_batch_size=64))
+    with pytest.raises(MisconfigurationException, match=r"norm='l1' is another number. Pass norm=\"euclidean\""):
+        run(Noisy(), None, BatchSizeSchedule("noise", max_batch_size=64), GradientNoiseScale(norm="l1"))

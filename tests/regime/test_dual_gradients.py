@@ -1,9 +1,11 @@
 """Noise scales in dual norms of whole runs and of loops of one's own: slow twins, nothing but observed, resumed."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from noise_scale_models import Classifier, Complex, Mean, Thawed, samples, targets
@@ -131,6 +133,15 @@ def test_it_resumes(tmp_path, norm):
     with pytest.warns(UserWarning, match=rf"in the {norm} norm, and this run .* the euclidean one: they begin anew"):
         run(Ordered(lr=0.1), None, other := fresh("auto"), ckpt_path=tmp_path / f"{save.saved[0]}.ckpt", **options)
     assert 0 < other.estimate.measurements < whole.estimate.measurements
+
+
+def test_another_norm_s_numbers_have_its_name(tmp_path):
+    logger = CSVLogger(tmp_path)
+    options = {"accumulate_grad_batches": 4, "max_epochs": 1, "logger": logger, "log_every_n_steps": 1}
+    run(Mean(), None, GradientNoiseScale(every_n_updates=1, norm="l1"), **options)
+    header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0]
+    names = {name.removeprefix("lightning_gap/regime/") for name in header.split(",") if "lightning_gap" in name}
+    assert names == {"updates", "noise_scale_l1", "critical_batch_size_l1", "batch_over_critical_l1"}
 
 
 def test_the_verdict_names_the_norm(capsys):
