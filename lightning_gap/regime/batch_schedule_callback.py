@@ -198,7 +198,7 @@ class BatchSizeSchedule(Callback):
             )
         if isinstance(self.schedule, NoiseBatches) and self._noise is not None and self._noise.norm != "euclidean":
             raise MisconfigurationException(
-                f"BatchSizeSchedule: the schedule follows the gradient noise scale, and that of norm={self._noise.norm!r} "
+                f"BatchSizeSchedule: the schedule follows the noise scale, and that of norm={self._noise.norm!r} "
                 'is another number. Pass norm="euclidean" to GradientNoiseScale.'
             )
         if self._noise is not None and callbacks.index(self._noise) < callbacks.index(self):

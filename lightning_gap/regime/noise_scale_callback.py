@@ -84,9 +84,7 @@ class GradientNoiseScale(Callback):
     by a coordinate's standard deviation over samples, and by each matrix's noise n, its smaller side first, a vector as
     one row. ``"auto"`` takes each parameter in its optimizer's norm by :data:`OPTIMIZERS`, weighted by its learning
     rate. They take micro-batches, of accumulation or replicas, and the verdict has bounds
-    (:class:`~lightning_gap.regime.DualNoiseScaleEstimate`).
-
-    It only observes: training is bit for bit the same without it.
+    (:class:`~lightning_gap.regime.DualNoiseScaleEstimate`). Training is bit for bit the same without this observer.
 
     Args:
         every_n_updates: Measure at every n-th update; not at one before a lazy module's first batch.
