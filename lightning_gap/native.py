@@ -1,10 +1,13 @@
 """C++ of this package, compiled for the processor on first use and kept."""
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,9 +25,11 @@ _SECONDS = 300
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler of this machine: ``CXX``, ``g++`` or ``clang++``; ``None`` where there is none."""
-    named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+    """Return the C++ compiler: ``CXX``, with its arguments, else ``g++`` or ``clang++``; ``None`` where none is."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]):
+        return shlex.join(named)
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def native_library(source: Path, expressions: Mapping[str, str]) -> ctypes.CDLL | None:
@@ -45,22 +50,33 @@ def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], prog
     if program is None or sys.platform == "win32":
         return None
     macros = [f"-D{name}={text}" for name, text in expressions]
+    words, name = shlex.split(program), source.name
     try:
-        version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
         flags = [*_FLAGS, *_fast_flags(program)]
-        known = "\n".join([source.read_text(), *macros, *flags, version.stdout, _processor()])
+        known = "\n".join([source.read_text(), *macros, *flags, _run([*words, "--version"]), program, _processor()])
         path = _folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
+        command = [*words, *flags, *macros, str(source)]
         if not path.exists():
-            _compile([program, *flags, *macros, str(source)], path)
-        return ctypes.CDLL(str(path))
+            _compile(command, path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut short, as by a full disk; or of a folder from which nothing may be run
+            path = _own_folder() / path.name
+            _compile(command, path)
+            return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         told = str(getattr(error, "stderr", None) or error).strip().splitlines()
         warnings.warn(
-            f"{Path(program).name} does not compile {source.name}, so slower code is taken: {' '.join(told[:1])}",
+            f"{words[0]} does not make {name} run here, so slower code is taken: {' '.join(told[:1])}",
             RuntimeWarning,
             stacklevel=3,
         )
         return None
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=True)
+    return done.stdout
 
 
 def _compile(command: list[str], path: Path) -> None:
@@ -68,7 +84,7 @@ def _compile(command: list[str], path: Path) -> None:
     handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        subprocess.run([*command, "-o", made], capture_output=True, text=True, timeout=_SECONDS, check=True)
+        _run([*command, "-o", made])
         Path(made).replace(path)
     finally:
         Path(made).unlink(missing_ok=True)
@@ -78,23 +94,34 @@ def _compile(command: list[str], path: Path) -> None:
 def _fast_flags(program: str) -> tuple[str, ...]:
     """Return the flags that make use of the processor, as far as a compiler knows them."""
     for flags in (_FAST, _FAST[:1], ("-mcpu=native",)):
-        command = [program, *flags, "-x", "c++", "-", "-fsyntax-only"]
-        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=_SECONDS, check=False)
-        if done.returncode == 0:
-            return flags
+        try:
+            _run([*shlex.split(program), *flags, "-x", "c++", os.devnull, "-fsyntax-only"])
+        except subprocess.CalledProcessError:
+            continue
+        return flags
     return ()
 
 
 @cache
 def _folder() -> Path:
     """Return where libraries are kept: of this user alone, or they could be another's code."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_gap"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_gap"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            kept = folder.stat()
     except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="lightning_gap-"))
+        return _own_folder()
+    ours = kept.st_uid == os.getuid() and not kept.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if ours else _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    """Return a folder that lasts as long as this process."""
+    folder = tempfile.mkdtemp(prefix="lightning_gap-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @cache

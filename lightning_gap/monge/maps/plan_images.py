@@ -20,7 +20,7 @@ from lightning_gap.monge.ot.costs import (
     SqEuclidean,
     TranslationInvariantCost,
 )
-from lightning_gap.monge.ot.costs.formula import CostFormula
+from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
 from lightning_gap.monge.ot.costs.geometry import Fill, Geometry
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.result import OTResult
@@ -178,7 +178,7 @@ class StrictlyConvex(Cost):
     @property
     def formula(self) -> CostFormula | None:
         """The cost's own, and its square."""
-        own = self.cost.formula
+        own = formula_of(self.cost)
         if own is None or own.scale != 1:
             return None
         if isinstance(self.cost, PNorm):

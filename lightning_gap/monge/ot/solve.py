@@ -31,6 +31,7 @@ from lightning_gap.checks import renamed
 from lightning_gap.monge.ot.checks import check_epsilon
 from lightning_gap.monge.ot.compiling import eager
 from lightning_gap.monge.ot.costs import Cost, CostLike, SqEuclidean
+from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.epsilon import FITTING_SHARE, Epsilon, Scale
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.options import Solver, SolverOptions
@@ -38,7 +39,7 @@ from lightning_gap.monge.ot.problem import Problem, checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
-from lightning_gap.monge.ot.solvers.fused.passes import formula_of, fused_library
+from lightning_gap.monge.ot.solvers.fused.passes import fused_library
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
 from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping

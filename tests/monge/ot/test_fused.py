@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from lightning_gap import native
 from lightning_gap.monge.maps.plan_images import strictly_convex
-from lightning_gap.monge.ot.costs import CallableCost, PNorm, SqEuclidean, resolve
+from lightning_gap.monge.ot.costs import CallableCost, CostFormula, PNorm, SqEuclidean, resolve
+from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
 from lightning_gap.monge.ot.solvers.fused import passes as fused
-from lightning_gap.monge.ot.solvers.fused.passes import Passes, formula_of
+from lightning_gap.monge.ot.solvers.fused.passes import Passes
 
 compiler = pytest.mark.compiler
 COSTS = [
@@ -294,7 +295,7 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(compiled_anew, monkeyp
 def test_what_does_not_compile_is_warned_of_once(compiled_anew):
     source = compiled_anew / "answer.cpp"
     source.write_text(SOURCE)
-    with pytest.warns(RuntimeWarning, match="does not compile answer.cpp, so slower code is taken: .*answer.cpp"):
+    with pytest.warns(RuntimeWarning, match="does not make answer.cpp run here, so slower code is taken: .*answer.cpp"):
         assert native.native_library(source, {"ANSWER": "("}) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -311,7 +312,93 @@ def test_a_folder_that_cannot_be_written_to_is_replaced(compiled_anew, monkeypat
 
 
 def test_a_compiler_may_be_named(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert native.compiler() is None
-    monkeypatch.setenv("CXX", sys.executable)
-    assert native.compiler() == sys.executable
+    usual = native.compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    assert native.compiler() == usual
+    monkeypatch.setenv("CXX", f"{sys.executable} -m64")
+    assert native.compiler() == f"{sys.executable} -m64"
+
+
+@compiler
+def test_arguments_of_a_compiler_are_its_own(compiled_anew, monkeypatch):
+    monkeypatch.setenv("CXX", f"{native.compiler()} -DANSWER=3.5")
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    library = native.native_library(source, {})
+    library.answer.restype = native.ctypes.c_double
+    assert library.answer() == 3.5
+
+
+@compiler
+def test_a_library_that_was_cut_short_is_made_again(compiled_anew):
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    assert native.native_library(source, {"ANSWER": "1.5"}) is not None
+    (kept,) = (compiled_anew / "cache" / "lightning_gap").iterdir()
+    kept.unlink()
+    kept.write_bytes(b"")
+    native._native_library.cache_clear()
+    assert native.native_library(source, {"ANSWER": "1.5"}) is not None
+
+
+@compiler
+def test_another_s_folder_is_not_taken(compiled_anew):
+    folder = compiled_anew / "cache" / "lightning_gap"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    source = compiled_anew / "answer.cpp"
+    source.write_text(SOURCE)
+    assert native.native_library(source, {"ANSWER": "1.5"}) is not None
+    assert list(folder.iterdir()) == []
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("cost", "scale", "dtype"),
+    [("sqpnorm(p=10)", 1e-4, torch.float32), ("sqpnorm(p=16)", 300.0, torch.float32),
+     ("sqpnorm(p=400)", 10.0, torch.float64), ("euclidean", 1e-20, torch.float32), ("euclidean", 5e18, torch.float32)],
+)  # fmt: skip
+def test_powers_beyond_the_format_are_left_to_blocks(cost, scale, dtype):
+    x, y, *_ = (points * scale for points in samples(150, 130, 3, dtype))
+    points = x.requires_grad_()
+    with pytest.warns(RuntimeWarning, match="solver='blocked' is run instead"):
+        found = optimal_transport(points, y, cost=cost, solver="fused")
+    expected = optimal_transport(points, y, cost=cost, solver="blocked")
+    assert torch.equal(found.value, expected.value)
+    assert torch.equal(*(torch.autograd.grad(each.value, points)[0] for each in (found, expected)))
+
+
+@compiler
+def test_a_formula_that_lies_is_found_out():
+    class Lying(SqEuclidean):
+        formula = CostFormula("z * z", "3 * z")
+
+        def h(self, z):
+            return z.square().sum(-1)
+
+    with pytest.warns(RuntimeWarning, match="does not give its values"):
+        optimal_transport(torch.rand(30, 2), torch.rand(20, 2), cost=Lying(), solver="fused")
+
+
+@compiler
+def test_another_default_device_is_not_that_of_the_samples():
+    x, y = torch.rand(30, 2), torch.rand(20, 2)
+    expected = optimal_transport(x, y, solver="fused").value
+    with torch.device("meta"):
+        assert torch.equal(optimal_transport(x, y, solver="fused").value, expected)
+
+
+@compiler
+def test_antipodes_keep_their_digits():
+    torch.manual_seed(0)
+    x, y = (
+        torch.nn.functional.normalize(torch.cat([1e-3 * torch.randn(60, 2), torch.full((60, 1), z)], 1))
+        for z in (1, -1)
+    )
+    gradients = []
+    for solver in ("fused", "blocked"):
+        points = x.double().float().requires_grad_()
+        gradients.append(
+            torch.autograd.grad(optimal_transport(points, y, cost="geodesic", solver=solver).value, points)[0]
+        )
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4

@@ -85,7 +85,7 @@ class Geodesic(Cost):
     def formula(self) -> CostFormula:
         """Angles by the chords of unit vectors: two arcsines of half of them."""
         slope = "inverse(root(s * absolute(4 - s)))"
-        return SQUARES._replace(outer="2 * arcsine(root(s) / 2)", outer_slope=slope, image=_unit)
+        return SQUARES._replace(outer="2 * arcsine(root(s) / 2)", outer_slope=slope, image=_unit, double=True)
 
     def elementwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the angle."""

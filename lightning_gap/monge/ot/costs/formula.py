@@ -1,11 +1,14 @@
 """Costs as expressions that a compiler takes."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["SQUARES", "CostFormula"]
+if TYPE_CHECKING:
+    from lightning_gap.monge.ot.costs.base import Cost
+
+__all__ = ["SQUARES", "CostFormula", "formula_of"]
 
 
 class CostFormula(NamedTuple):
@@ -23,6 +26,7 @@ class CostFormula(NamedTuple):
         scale: :math:`w`.
         number: ``q``, which does not need another compilation when it changes.
         image: :math:`T`, ``(n, d)`` points to ``(n, k)`` points in the widest format; ``None`` for the identity.
+        double: Whether it is taken in double for samples in float32, too, of whose digits the expressions lose many.
 
     Example:
         >>> CostFormula("absolute(z)", "with_sign(z * 0 + 1, z)").outer  # a city block
@@ -36,6 +40,7 @@ class CostFormula(NamedTuple):
     scale: float = 1.0
     number: float = 0.0
     image: Callable[[Tensor], Tensor] | None = None
+    double: bool = False
 
     @property
     def is_square(self) -> bool:
@@ -54,3 +59,14 @@ class CostFormula(NamedTuple):
 
 # Squared distances.
 SQUARES = CostFormula("z * z", "2 * z")
+
+
+def formula_of(cost: "Cost") -> CostFormula | None:
+    """Return a cost's formula; ``None`` where a class has changed the cost and inherits the formula of another."""
+    classes = type(cost).__mro__
+
+    def place(name: str) -> int:
+        return next((i for i, each in enumerate(classes) if name in vars(each)), len(classes))
+
+    changed = min(place(name) for name in ("h", "elementwise", "paired", "pairwise", "geometry"))
+    return cost.formula if place("formula") <= changed else None

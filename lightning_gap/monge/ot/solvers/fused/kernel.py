@@ -1,7 +1,8 @@
 """Sinkhorn updates whose costs, exponentials and sums are one compiled pass, without a matrix."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 from torch import Tensor
@@ -27,6 +28,23 @@ class FusedKernel(BlockedKernel):
     def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
         super().__init__(problems, epsilons, largest)
         self.passes = Passes(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+
+    @classmethod
+    @contextmanager
+    def of(cls, problems: Sequence[Problem]) -> Iterator[BlockedKernel]:
+        """Lend the kernel of a problem; blocks where the formula does not give its costs."""
+        with super().of(problems) as kernel:
+            assert isinstance(kernel, FusedKernel)
+            if kernel.passes.are_right():
+                yield kernel
+                return
+            warnings.warn(
+                f"the formula of the cost {kernel.cost} does not give its values for these samples, whose powers may "
+                "leave the floating-point format: solver='blocked' is run instead. Divide the samples by their scale",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            yield BlockedKernel(problems, kernel.epsilons, kernel.largest)
 
     @cached_property
     def transposed(self) -> Passes:

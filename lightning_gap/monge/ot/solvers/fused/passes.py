@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.costs import Cost, CostFormula
+from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.costs.products import accurate
 from lightning_gap.native import native_library
 
-__all__ = ["Passes", "formula_of", "fused_library"]
+__all__ = ["Passes", "fused_library"]
 
 _SOURCE = Path(__file__).with_name("soft_minimum.cpp")
 # An exponent is to be right to this, which a sum over a row averages; beyond, exponents are formed in double.
@@ -30,19 +31,10 @@ _TILE_BYTES, _WIDTHS, _GROUP, _STRIP = 1 << 14, (64, 512), 64, 1 << 20
 _NOTHING = -1e30
 # Samples that tell where most are, and the size of costs.
 _FEW_SAMPLES = 256
+# Samples of each side whose costs are compared with the cost's own, and how close they have to be.
+_FEW_CHECKED, _CHECKED = 8, 1e-3
 # Pairs below which a second thread costs more than it does.
 _FEW_PAIRS = 1 << 17
-
-
-def formula_of(cost: Cost) -> CostFormula | None:
-    """Return a cost's formula; ``None`` where a class has changed the cost and inherits the formula of another."""
-    classes = type(cost).__mro__
-
-    def place(name: str) -> int:
-        return next((i for i, each in enumerate(classes) if name in vars(each)), len(classes))
-
-    changed = min(place(name) for name in ("h", "elementwise", "paired", "pairwise"))
-    return cost.formula if place("formula") <= changed else None
 
 
 def fused_library(cost: Cost) -> ctypes.CDLL | None:
@@ -80,7 +72,7 @@ class Passes:
         rounding = torch.finfo(torch.float32).eps
         fine = _FLOAT_RANGE[0] < size / formula.scale < _FLOAT_RANGE[1] and rounding * size <= _EXPONENT_ERROR * epsilon
         exponential = "float" if x.dtype == torch.float32 else "double"
-        exponent = "float" if exponential == "float" and fine else "double"
+        exponent = "float" if exponential == "float" and fine and not formula.double else "double"
         self._name = f"{exponent}_{exponential}"
         self.dtype = torch.float32 if exponent == "float" else torch.float64
         # The product of far points cancels, as their difference does not.
@@ -93,6 +85,30 @@ class Passes:
             rows = 2 * self.scale * rows
         self._rows = rows.to(self.dtype).contiguous()
         self._tiles = _tiled(columns.to(self.dtype))
+
+    def are_right(self) -> bool:
+        """Return whether costs and gradients of some pairs are those of the cost itself.
+
+        They are not where terms leave the range of their format on the way, as a high power of a coordinate may, and
+        where a formula is wrong.
+        """
+        x, y = (points[:: max(1, len(points) // _FEW_CHECKED)].contiguous().detach() for points in (self.x, self.y))
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        F, pulled = [], []
+        for column in y.split(1):
+            passes = Passes(x, column, self.cost, self.epsilon, self.size)
+            F.append(passes.soft_minimum(0 * one, one)[0])
+            pulled.append(passes.pulls(F[-1], torch.ones_like(F[-1]), 0 * one, one)[0])
+        with torch.enable_grad():
+            points = accurate(x).requires_grad_()
+            costs = self.cost.pairwise(points, accurate(y))
+            slopes = [torch.autograd.grad(part.sum(), points, retain_graph=True)[0] for part in costs.unbind(1)]
+        costs, found = costs.detach(), self.epsilon * torch.stack(F, 1)
+        apart = costs > _CHECKED * costs.amax()  # slopes at points that coincide are nobody's
+        wrong = torch.stack(pulled, 1) - torch.stack(slopes, 1)
+        off = (wrong.double().norm(dim=2) * apart).norm() / (torch.stack(slopes, 1).norm(dim=2) * apart).norm()
+        close = ((found - costs).abs() <= _CHECKED * (costs.abs() + self.epsilon)).all()
+        return bool(close) and not bool(off > 10 * _CHECKED) and bool(wrong.isfinite().all())
 
     def transposed(self) -> "Passes":
         """Return the passes with rows and columns exchanged."""
@@ -116,10 +132,10 @@ class Passes:
         offsets, own = self._offsets(G, b)
         tiles, _, width = self._tiles.shape
         group = _GROUP if weights is None else max(4, min(_GROUP, _STRIP // (tiles * width) // 4 * 4))
-        F = torch.empty(n, dtype=torch.float64)
+        F = torch.empty(n, dtype=torch.float64, device="cpu")
 
         def work(rows: slice) -> Tensor | None:
-            columns = None if weights is None else torch.zeros(tiles * width, dtype=torch.float64)
+            columns = None if weights is None else torch.zeros(tiles * width, dtype=torch.float64, device="cpu")
             a = None if weights is None else weights[rows]
             self._call("pass", rows, offsets, group, own[rows], share, F[rows], a, columns)
             return columns
@@ -145,7 +161,8 @@ class Passes:
         """
         n, d = self._rows.shape
         offsets, own = self._offsets(G, b)
-        gradients, masses = torch.empty(n, d, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+        gradients = torch.empty(n, d, dtype=torch.float64, device="cpu")
+        masses = torch.empty(n, dtype=torch.float64, device="cpu")
         potentials = F + own
 
         def work(rows: slice) -> None:
@@ -174,7 +191,7 @@ class Passes:
             own += self._own
             offsets -= self._squares
         tiles, _, width = self._tiles.shape
-        filled = torch.full((tiles * width,), _NOTHING, dtype=self.dtype)
+        filled = torch.full((tiles * width,), _NOTHING, dtype=self.dtype, device="cpu")
         filled[: len(offsets)] = offsets.clamp_min(_NOTHING)
         return filled, own
 

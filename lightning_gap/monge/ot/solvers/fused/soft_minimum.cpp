@@ -97,6 +97,7 @@ template <class T, long L> INLINE Vec<T, L> root_of(Vec<T, L> v) {
 
 // e^z = 2^n e^r with |r| <= ln 2 / 2, by the series of e^r; n is read from the last bits of a sum with a large number.
 template <class T, long L> INLINE Vec<T, L> exponential_of(Vec<T, L> z) {
+    const Vec<T, L> given = z;
     z = z > Format<T>::least ? z : all<T, L>(Format<T>::least);
     z = z < Format<T>::most ? z : all<T, L>(Format<T>::most);
     Vec<T, L> shifted = z * T(1.44269504088896340736) + Format<T>::shift, n = shifted - Format<T>::shift;
@@ -107,7 +108,8 @@ template <class T, long L> INLINE Vec<T, L> exponential_of(Vec<T, L> z) {
     Vec<T, L> p = all<T, L>(inverse[Format<T>::exp_terms - 1]);
 #pragma GCC unroll 16
     for (int k = Format<T>::exp_terms - 2; k >= 0; --k) p = p * r + inverse[k];
-    return (Vec<T, L>)((Ints<T, L>)p + ((Ints<T, L>)shifted << Format<T>::mantissa));
+    p = (Vec<T, L>)((Ints<T, L>)p + ((Ints<T, L>)shifted << Format<T>::mantissa));
+    return given < Format<T>::least ? Vec<T, L>{} : p;
 }
 
 // v^q for v >= 0, by log v = e log 2 + 2 atanh((m - 1) / (m + 1)) with a mantissa m within a root of 2 of 1.
