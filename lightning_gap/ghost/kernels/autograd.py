@@ -49,11 +49,12 @@ def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, sli
     for run in runs:
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
-        if one_visit:
+        large = ghost >= limits.large_ghost and not run.strided
+        if one_visit and not (large and flat.dim() == 2):
             kernel = ONE_VISIT
         elif run.strided and per_sample == 1:
             kernel = AS_CHANNELS
-        elif run.ghosts == 1 or (ghost >= limits.large_ghost and not run.strided):
+        elif run.ghosts == 1 or large:
             kernel = ONE_BY_ONE
         else:
             kernel = SIDE_BY_SIDE
@@ -90,7 +91,7 @@ def forward_over_ghosts(
 class _GhostNorm(torch.autograd.Function):
     """The eager kernels; a second derivative goes through the formula."""
 
-    # Here: where a function has a setup_context, torch reads its signature at each call, for longer than all else takes.
+    # With a setup_context of its own, torch would read the signature at each call, for longer than all else takes.
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.autograd import forward_over_ghosts, gradients_over_ghosts, over_ghosts, where_wanted
 from lightning_gap.ghost.kernels.formula import formula, looks_into_operations
-from lightning_gap.ghost.kernels.one_visit import takes_one_visit
 from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized, Run, Tables
+from lightning_gap.ghost.kernels.one_visit import takes_one_visit
 
 __all__ = ["normalize"]
 
@@ -22,7 +22,10 @@ def normalize(
 
     Returns the output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
-    opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
+    opaque = x.device.type == "cpu" and torch.compiler.is_dynamo_compiling()
+    if opaque and x.dim() == 2:
+        # The compiler's code for contiguous ghosts is as fast as the compiled passes, and fuses what is around.
+        opaque = runs[0].strided and not torch.compiler.is_exporting() and takes_one_visit(x, limits)
     traced = torch.compiler.is_compiling() and not opaque
     if x.device.type not in ("cpu", "cuda") or traced or looks_into_operations():
         return formula(x, weight, bias, eps, runs)

@@ -33,7 +33,7 @@ class Limits(NamedTuple):
     Attributes:
         large_ghost: Elements of a ghost from which a native call for each pays.
         block: Elements that a core's cache can hold; the gradient of a large ghost takes twice as many at a time.
-        one_visit: Elements of a CPU's batch from which compiled passes are taken, and compiled where there is a compiler.
+        one_visit: Elements of a CPU's batch from which this package's own C++ is taken, and compiled if need be.
     """
 
     large_ghost: int = 1 << 17

@@ -225,10 +225,16 @@ INLINE void deviations(const Channels<T, PART> channels, const Rows start, long 
     });
     for (long l = 0; l < channels.size; ++l) center[l] *= T(1) / T(some);
     deviations_from_center<KEEP>(channels, start, n, x, room);
-    long far = 0;
-    for (long l = 0; l < channels.size; ++l) far += room.sum[l] * room.sum[l] * 2 > room.squares[l] * n;
-    if (far == 0) return;
-    for (long l = 0; l < channels.size; ++l) center[l] = T(center[l] + room.sum[l] / n);
+    long again = 0;
+    const double inverse = 1.0 / n;
+    for (long l = 0; l < channels.size; ++l) {
+        const double off = room.sum[l] * inverse;
+        const bool far = off * room.sum[l] * 2 > room.squares[l];
+        // The others keep their centers, and get the same sums: what a channel gives depends on no other.
+        center[l] = far ? T(center[l] + off) : center[l];
+        again += far;
+    }
+    if (again == 0) return;
     deviations_from_center<false>(channels, start, n, x, room);
 }
 
@@ -303,7 +309,7 @@ INLINE void write(const Channels<T, PART> channels, Rows rows, long n, const For
 // A ghost of more rows than are taken at a time has the moments of some joined by Chan's way.
 template <class T, bool PART, bool KEEP> INLINE void forward_rows(const Layout& g, const Forward<T>& f) {
     const Channels<T, PART> channels(g);
-    const long n = g.values(), most = std::max(2 * GROUP, BLOCK / channels.size), block = std::min(n, most);
+    const long n = g.values(), most = std::max(2 * GROUP, BLOCK / g.channels), block = std::min(n, most);
     Room<T> room(channels.size, KEEP ? block : 0);
     for (long ghost = g.first; ghost < g.last; ++ghost) {
         const Rows start(g, ghost);

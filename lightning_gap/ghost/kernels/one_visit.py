@@ -33,7 +33,12 @@ def one_visit_library() -> ctypes.CDLL | None:
 def takes_one_visit(x: Tensor, limits: Limits) -> bool:
     """Return whether a batch is of a kind and size for the compiled passes, and these are there."""
     kind = x.device.type == "cpu" and x.dtype in _NAMES
-    return kind and x.numel() >= limits.one_visit and one_visit_library() is not None
+    return kind and x.numel() >= limits.one_visit and _is_there()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_there() -> bool:
+    return one_visit_library() is not None
 
 
 def _forward(
