@@ -1,11 +1,13 @@
 """Kernels of ghost batch normalization: one partition of a batch, several ways to normalize over it.
 
-A partition is a list of *runs*: stretches of the batch that hold equal ghosts. In eager mode a run goes to one of three
-kernels, which all write into one output and give the same numbers: one by one, side by side, or as channels.
+A partition is a list of *runs*: stretches of the batch that hold equal ghosts. In eager mode a run goes to one of four
+kernels, which all write into one output and give the same numbers: in one visit, by C++ of this package, where a CPU's
+batch is worth it and something compiles it; else by torch's kernels, one by one, side by side, or as channels.
 
-``torch.compile`` takes these kernels as one operator for images on a CPU. For other inputs it gets the defining
-formula, which compilers fuse; so do ``torch.export``, other devices, transforms of ``torch.func`` and forward-mode
-differentiation. Ghosts that span ranks are kernels of their own, with one collective forward and one backward.
+``torch.compile`` takes these kernels as one operator for images on a CPU, and for strided ghosts of features. For other
+inputs it gets the defining formula, which compilers fuse; so do ``torch.export``, other devices, transforms of
+``torch.func`` and forward-mode differentiation. Ghosts that span ranks are kernels of their own, with one collective
+forward and one backward.
 """
 
 from lightning_gap.ghost.kernels.dispatch import normalize

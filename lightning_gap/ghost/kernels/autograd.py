@@ -12,6 +12,7 @@ from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula, l
 from lightning_gap.ghost.kernels.layout import LIMITS, Kernel, Limits, Maybe, Run, Tables
 from lightning_gap.ghost.kernels.native import positions_as_channels
 from lightning_gap.ghost.kernels.one_by_one import ONE_BY_ONE
+from lightning_gap.ghost.kernels.one_visit import ONE_VISIT, takes_one_visit
 from lightning_gap.ghost.kernels.side_by_side import SIDE_BY_SIDE
 
 __all__ = ["forward_over_ghosts", "gradients_over_ghosts", "over_ghosts", "where_wanted"]
@@ -30,6 +31,8 @@ def gradients_over_ghosts(
         return grad_x.view_as(x) if wanted else None, total  # the gradient is the whole: no copy
     own = torch.empty_like(x) if wanted else None
     out = None if own is None else layout.flat_view(own, inside)
+    if len(parts) == 1:
+        return own, parts[0][-1].backward(runs[0], flat, flat_grad, weight, tables, out, limits).to(tables.mean.dtype)
     total = tables.mean.new_zeros(2, x.shape[1])
     for run, rows, which, kernel in parts:
         target = None if out is None else out[rows]
@@ -42,12 +45,16 @@ def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, sli
     """Return each run, its rows of the flat view, its ghosts in tables of statistics, and the kernel for it."""
     parts, first = [], 0
     per_sample = len(flat) // runs[-1].stop
+    one_visit = takes_one_visit(flat, limits)
     for run in runs:
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
-        if run.strided and per_sample == 1:
+        large = ghost >= limits.large_ghost and not run.strided
+        if one_visit and not (large and flat.dim() == 2):
+            kernel = ONE_VISIT
+        elif run.strided and per_sample == 1:
             kernel = AS_CHANNELS
-        elif run.ghosts == 1 or (ghost >= limits.large_ghost and not run.strided):
+        elif run.ghosts == 1 or large:
             kernel = ONE_BY_ONE
         else:
             kernel = SIDE_BY_SIDE
@@ -71,7 +78,11 @@ def forward_over_ghosts(
     tables = [x.new_zeros(ghosts, x.shape[1], dtype=layout.statistics_dtype(x)) for _ in range(3)]
     flat = layout.flat_view(x, inside)
     flat_y = layout.flat_view(y, inside)
-    for run, rows, which, kernel in _parts(flat, runs, limits):
+    parts = _parts(flat, runs, limits)
+    if len(parts) == 1:
+        parts[0][-1].forward(runs[0], flat, flat_y, weight, bias, eps, Tables(*tables), limits)
+        return y, *tables
+    for run, rows, which, kernel in parts:
         part = Tables(*(t[which] for t in tables))
         kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, part, limits)
     return y, *tables
@@ -80,13 +91,16 @@ def forward_over_ghosts(
 class _GhostNorm(torch.autograd.Function):
     """The eager kernels; a second derivative goes through the formula."""
 
-    forward = staticmethod(forward_over_ghosts)
-
+    # With a setup_context of its own, torch would read the signature at each call, for longer than all else takes.
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, ctx.eps, ctx.runs, ctx.limits = inputs
+    def forward(
+        ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits
+    ) -> tuple[Tensor, ...]:
+        output = forward_over_ghosts(x, weight, bias, eps, runs, limits)
+        ctx.eps, ctx.runs, ctx.limits = eps, runs, limits
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, weight, bias, *output[1:])
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Maybe, ...]:

@@ -10,6 +10,7 @@ from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.autograd import forward_over_ghosts, gradients_over_ghosts, over_ghosts, where_wanted
 from lightning_gap.ghost.kernels.formula import formula, looks_into_operations
 from lightning_gap.ghost.kernels.layout import LIMITS, Limits, Maybe, Normalized, Run, Tables
+from lightning_gap.ghost.kernels.one_visit import takes_one_visit
 
 __all__ = ["normalize"]
 
@@ -21,21 +22,25 @@ def normalize(
 
     Returns the output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
-    opaque = x.device.type == "cpu" and x.dim() > 2 and torch.compiler.is_dynamo_compiling()
+    opaque = x.device.type == "cpu" and torch.compiler.is_dynamo_compiling()
+    if opaque and x.dim() == 2:
+        # The compiler's code for contiguous ghosts is as fast as the compiled passes, and fuses what is around.
+        opaque = runs[0].strided and not torch.compiler.is_exporting() and takes_one_visit(x, limits)
     traced = torch.compiler.is_compiling() and not opaque
     if x.device.type not in ("cpu", "cuda") or traced or looks_into_operations():
         return formula(x, weight, bias, eps, runs)
     first, positions = runs[0], math.prod(x.shape[2:])
     large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= limits.large_ghost
-    if first.strided and large and positions > 1 and layout.channels_inside(x):
+    inside = positions > 1 and layout.channels_inside(x)
+    if first.strided and large and inside and not takes_one_visit(x, limits):
         # No native call takes these ghosts where they lie, and they fill the cache: two copies are cheaper.
-        inside = x.movedim(1, -1)
-        inside = _with_rest(first.split(inside).transpose(0, 1), inside[first.stop :])
+        samples = x.movedim(1, -1)
+        samples = _with_rest(first.split(samples).transpose(0, 1), samples[first.stop :])
         runs = [first._replace(strided=False), *runs[1:]]
-        y, mean, var = normalize(inside.movedim(-1, 1), weight, bias, eps, runs, limits)
-        inside = y.movedim(1, -1)
-        dealt = first._replace(strided=False).split(inside).transpose(0, 1)
-        return _with_rest(dealt, inside[first.stop :]).movedim(-1, 1), mean, var
+        y, mean, var = normalize(samples.movedim(-1, 1), weight, bias, eps, runs, limits)
+        samples = y.movedim(1, -1)
+        dealt = first._replace(strided=False).split(samples).transpose(0, 1)
+        return _with_rest(dealt, samples[first.stop :]).movedim(-1, 1), mean, var
     weight, bias = layout.in_statistics_dtype(x, weight, bias)
     if opaque:
         numbers = [number for run in runs for number in (run.start, run.stop, run.ghosts, int(run.strided))]

@@ -33,10 +33,12 @@ class Limits(NamedTuple):
     Attributes:
         large_ghost: Elements of a ghost from which a native call for each pays.
         block: Elements that a core's cache can hold; the gradient of a large ghost takes twice as many at a time.
+        one_visit: Elements of a CPU's batch from which this package's own C++ is taken, and compiled if need be.
     """
 
     large_ghost: int = 1 << 17
     block: int = 1 << 18
+    one_visit: int = 1 << 15
 
 
 LIMITS = Limits()
@@ -90,7 +92,7 @@ def in_statistics_dtype(x: Tensor, *parameters: Maybe) -> list[Maybe]:
 
 def channels_inside(x: Tensor) -> bool:
     """Return whether a position's channels lie side by side: (N, C), channels_last, a transposed sequence."""
-    return x.movedim(1, -1).is_contiguous()
+    return x.is_contiguous() if x.dim() == 2 else x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -100,12 +102,15 @@ def dense(x: Tensor) -> Tensor:
 
 def flat_view(t: Tensor, channels_inside: bool) -> Tensor:
     """Return a dense view (rows, C), or (samples, C, positions)."""
+    if t.dim() == 2 and channels_inside:
+        return t
     return t.movedim(1, -1).reshape(-1, t.shape[1]) if channels_inside else t.flatten(2)
 
 
 def dense_like(t: Tensor, channels_inside: bool) -> Tensor:
     """Return ``t``, such as a gradient, dense and in the wanted order of dimensions."""
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_inside else t.contiguous()
+    inside = channels_inside and t.dim() > 2
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if inside else t.contiguous()
 
 
 def block(x: Tensor, limits: Limits) -> int:

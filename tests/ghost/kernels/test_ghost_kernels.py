@@ -17,6 +17,7 @@ WAYS = {
     "one by one": partial(normalize, limits=Limits(large_ghost=1)),
     "blocks of one ghost": partial(normalize, limits=Limits(block=1)),
     "blocks of a few, the last of fewer": partial(normalize, limits=Limits(block=300)),
+    "one visit": partial(normalize, limits=Limits(one_visit=1)),
     "formula": formula,  # of torch.compile and of devices without native kernels
 }
 
