@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from map_kinds import KINDS, started
 from torch import nn
 
 from lightning_gap import MongeMap
-from lightning_gap.monge import ResidualMLP
+from lightning_gap.monge import EntropicMap, ResidualMLP
 
 
 @pytest.fixture(params=["chosen", "residual"])
@@ -26,6 +27,24 @@ def test_torch_export_takes_any_number_of_samples(model, tmp_path):
         x = torch.randn(rows, 2)
         assert not torch.equal(model.transport(x), x)
         torch.testing.assert_close(loaded(x), model.transport(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("entropic")])
+def test_every_network_exports_for_any_number_of_samples(kind, tmp_path):
+    made, n = started(kind), torch.export.Dim("n")
+    few = tuple(given[:7] for given in made.inputs)
+    program = torch.export.export(made.net, few, dynamic_shapes=tuple({0: n} for _ in few))
+    torch.export.save(program, tmp_path / "map.pt2")
+    loaded = torch.export.load(tmp_path / "map.pt2").module()
+    for rows in (1, 5, 64):
+        given = [samples[:rows] for samples in made.inputs]
+        torch.testing.assert_close(loaded(*given), made.net(*given))
+    assert not torch.equal(made.net(*made.inputs), made.x)
+
+
+def test_a_plan_does_not_export_and_says_what_does():
+    with pytest.raises(NotImplementedError, match=r"export a network that starts at the plan"):
+        torch.export.export(EntropicMap(2), (torch.zeros(2, 2),))
 
 
 def test_onnx_takes_any_number_of_samples(model, tmp_path):
