@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from torch import nn
 
 import lightning_gap
 from lightning_gap import MongeMap, SamplesDataModule
+from lightning_gap.cli import main
 from lightning_gap.monge import (
     AffineRepresentation,
     BrenierMap,
@@ -194,6 +196,20 @@ def test_another_process_needs_nothing_else(folder, tmp_path):
     )
     there = {**os.environ, "PYTHONPATH": str(Path(lightning_gap.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=there)
+
+
+def test_the_command_that_maps_files_takes_a_folder(folder, tmp_path, capsys):
+    x = gaussians(9)[0]
+    np.save(tmp_path / "in.npy", x.numpy())
+    words = ["transport", str(folder), str(tmp_path / "in.npy"), str(tmp_path / "out.npy"), "--device", "cpu"]
+    main(words)
+    images = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    assert torch.equal(images, MongeMap.from_pretrained(folder).transport(x))
+    change(folder, format=2)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, "--overwrite"])
+    assert "is of format 2" in capsys.readouterr().err
 
 
 # --- a network, a cost of one's own ---
