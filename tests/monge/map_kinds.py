@@ -7,6 +7,7 @@ from monge_runs import gaussians
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lightning_gap import MongeMap
 from lightning_gap.monge import (
     MLP,
     BrenierMap,
@@ -84,3 +85,11 @@ def started(kind: str, dtype: torch.dtype = torch.float32) -> Started:
     gaussian = getattr(net, "starts_at", None) == "gaussian"
     cost = "geodesic" if sphere else str(net.made_for or ("sqeuclidean" if gaussian else "euclidean"))
     return Started(net, cost, x.to(dtype), condition)
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[MongeMap, dict[str, Tensor]]:
+    """Return a module with such a map, and the arguments of its ``transport``."""
+    made = started(kind, dtype)
+    arguments = {"x": made.x} if made.condition is None else {"x": made.x, "condition": made.condition}
+    fitting_cost = "geodesic" if made.cost == "geodesic" else "sqeuclidean"
+    return MongeMap(cost=made.cost, fitting_cost=fitting_cost, map=made.net).to(dtype), arguments

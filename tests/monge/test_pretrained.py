@@ -10,23 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from map_kinds import KINDS, started
+from map_kinds import KINDS, model_of, started
 from monge_runs import gaussians, samples, small, trainer
 from torch import nn
 
 import lightning_gap
-from lightning_gap import MongeMap, SamplesDataModule
+from lightning_gap import MongeMap
 from lightning_gap.cli import main
 from lightning_gap.monge import (
     AffineRepresentation,
     BrenierMap,
     ConditionalMap,
     ConditionEncoding,
-    EntropicMap,
     ResidualMLP,
     maps,
 )
@@ -49,13 +47,6 @@ class Own(nn.Module):
 
     def forward(self, x):
         return x + self.shift + self.outside(self.again(x).relu())
-
-
-def model_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[MongeMap, dict]:
-    made = started(kind, dtype)
-    arguments = {"x": made.x} if made.condition is None else {"x": made.x, "condition": made.condition}
-    fitting_cost = "geodesic" if made.cost == "geodesic" else "sqeuclidean"
-    return MongeMap(cost=made.cost, fitting_cost=fitting_cost, map=made.net).to(dtype), arguments
 
 
 @pytest.fixture
@@ -434,60 +425,3 @@ def test_an_odd_configuration_is_refused_or_loads(folder, table, monkeypatch):
     with pytest.raises(ValueError, match=r"other arguments than those of format 1, \['more'\]"):
         MongeMap.from_pretrained(folder)
     assert sorted(os.listdir(folder)) == FILES
-
-
-# --- the card ---
-
-
-@pytest.mark.filterwarnings("ignore:EntropicMap has no plan yet")
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_code_of_a_card_runs(kind, tmp_path, monkeypatch):
-    model, _ = model_of(kind)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    _, front, text = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "lightning_gap"
-    assert "optimal-transport" in yaml.safe_load(front)["tags"]
-    assert f"`{type(model.map).__name__}`" in text
-    assert f"`{model.cost}`" in text
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(code.splitlines()) <= 10
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    assert names["images"].shape == names["x"].shape
-    assert ("training samples of the target" in text) == isinstance(model.map, EntropicMap)
-
-
-def test_names_do_not_break_a_card(tmp_path):
-    names = ["<script>", "a|b", "``` \n# title", *(f"gene {i}" for i in range(20))]
-    MongeMap(map=ResidualMLP(23, (4,)), feature_names=names).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "<script" not in card
-    assert "\n# title" not in card
-    assert "(23 in all)" in card
-
-
-def test_scores_may_be_given_and_a_card_is_not_written_over(tmp_path, caplog):
-    small().save_pretrained(tmp_path, scores={"lightning_gap/monge/test_l2_uvp_bound": 4.712, "other": float("nan")})
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "at 95 %: L2-UVP ≤ 4.71 %" in card
-    assert json.loads((tmp_path / "config.json").read_text())["scores"] == {"test_l2_uvp_bound": 4.712}
-    (tmp_path / "README.md").write_text("mine")
-    small().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
-    assert json.loads((tmp_path / "config.json").read_text())["scores"] == {}
-
-
-def test_labels_by_name_are_in_the_card(tmp_path, monkeypatch):
-    x, y = gaussians(40)
-    labels = ["CD4 T", "CD8 'T"] * 20
-    data = SamplesDataModule(x, y, conditions=(labels, labels), batch_size=8, standardize=True)
-    model = MongeMap(map=ConditionalMap(2, (8,), num_conditions=2))
-    trainer(max_steps=2).fit(model, data)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "centred and scaled as the training samples were" in card
-    assert "model.transport(x, 'CD4 T')" in card
-    loaded = MongeMap.from_pretrained(tmp_path)
-    assert torch.equal(loaded.transport(x, "CD8 'T"), model.transport(x, "CD8 'T"))
