@@ -23,7 +23,10 @@ def add(commands: Any) -> None:
         "written block by block, in constant memory. OUT gets its name only when it is complete; in tables and AnnData "
         "all but the samples is kept as it is.",
     )
-    transport.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint of a map that `fit` trained")
+    transport.add_argument(
+        "checkpoint", type=Path, metavar="CKPT",
+        help="checkpoint of a map that `fit` trained, or a folder of `MongeMap.save_pretrained`",
+    )  # fmt: skip
     transport.add_argument(
         "source", type=Path, metavar="IN",
         help=".npy, .npz, .csv, .tsv, .parquet, .feather or .h5ad file of samples in rows; FILE::NAME names an array "

@@ -85,6 +85,8 @@ class HeldOut:
             self._losses.clear()
         values["loss"] = values[name] + now(model.gap_weight, model.global_step) * values["monge_gap"]
         log_scores(model, stage, values)
+        if not model.trainer.sanity_checking:
+            model.record.note(stage, values)
         if "l2_uvp_bound" in values:
             say(f"L2-UVP ≤ {float(values['l2_uvp_bound']):.3g} %, 95 %")
         elif "suboptimality_upper" in values:

@@ -34,6 +34,7 @@ from lightning_gap.monge.signs import Remarks
 from lightning_gap.monge.suitability import check_costs, check_run, modules_of_cost
 from lightning_gap.monge.training_log import TrainingLog
 from lightning_gap.monge.training_loss import training_loss
+from lightning_gap.monge.training_record import RECORD, TrainingRecord
 from lightning_gap.monge.transporting import Transporting
 from lightning_gap.monge.untrained import Untrained
 from lightning_gap.trainer.internals.of_torch import apply_to_module
@@ -230,6 +231,7 @@ class MongeMap(Transporting):
         self.scores = nn.ModuleDict()
         self.held_out = HeldOut(self)
         self.training_log = TrainingLog()
+        self.record = TrainingRecord()
         self.remarks = Remarks()
         self.untrained = Untrained()
         self._began = False
@@ -274,6 +276,7 @@ class MongeMap(Transporting):
             check_costs(self)
             check_convex(self)
             from_data.note_conditions(self)
+            self.record.of_a_fit(getattr(self.trainer, "datamodule", None))
 
     @override
     def configure_callbacks(self) -> list[Any]:
@@ -286,11 +289,13 @@ class MongeMap(Transporting):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ask for the network where it was one of the user's own, which a checkpoint does not hold."""
         from_data.take_from_checkpoint(self, checkpoint)
+        self.record.load(checkpoint.get(RECORD))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this module's epsilons where a callback put averaged weights in the place of its state."""
         self.epsilons.write_to(checkpoint.get("state_dict", {}))
+        checkpoint[RECORD] = self.record.state()
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MongeMap":
@@ -339,6 +344,7 @@ class MongeMap(Transporting):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.record.updates = self.global_step
         self.training_log.write(self.trainer)
         self.untrained.end(self.trainer)
 

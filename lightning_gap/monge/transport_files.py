@@ -29,10 +29,10 @@ _NUMBERS = 2**22
 
 
 def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMap:
-    """Return the map of a checkpoint, on a device.
+    """Return the map of a checkpoint, or of a folder that :meth:`MongeMap.save_pretrained` wrote, on a device.
 
     Args:
-        path: The file.
+        path: The file or the folder.
         device: Where to put it.
 
     Raises:
@@ -41,6 +41,8 @@ def load_map(path: str | Path, *, device: str | torch.device = "cpu") -> MongeMa
         ValueError: It is damaged, no checkpoint of a :class:`MongeMap`, or asks for more than this package's own
             classes.
     """
+    if (Path(path).expanduser() / "config.json").is_file():
+        return MongeMap.from_pretrained(path).to(torch.device(device))
     read_checkpoint(path)
     return MongeMap.load_from_checkpoint(Path(path).expanduser(), map_location=torch.device(device))
 

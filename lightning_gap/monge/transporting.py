@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from lightning_gap.monge.border import transport
-from lightning_gap.monge.checkpoint_files import SafelyLoaded
 from lightning_gap.monge.dynamics import interpolate, inverse
+from lightning_gap.monge.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from lightning_gap.monge.module import MongeMap
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Transporting"]
 
 
-class Transporting(SafelyLoaded):
+class Transporting(Pretrained):
     """A module with a map between encoded samples, and what may be asked of it in raw ones."""
 
     def transport(

@@ -185,6 +185,11 @@ class EntropicMap(TransportMap):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Map ``(..., d)`` samples, under their labels if the map is conditional, to ``(..., d)`` samples."""
         self.inputs(x, condition)
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "EntropicMap reads the sizes of its plans from its buffers, which torch.export does not see: export a "
+                "network that starts at the plan, as ResidualMLP(dim, start='plan')"
+            )
         if not bool(self.started):
             warnings.warn(
                 "EntropicMap has no plan yet and is the identity: call start(source, target), or fit it", stacklevel=2
@@ -215,7 +220,28 @@ class EntropicMap(TransportMap):
 
 def _make_room(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
     """Give the buffers the sizes of a state that is loaded: that of a plan is known after its start only."""
+    _check_plans(module, state, prefix)
     for name in _OF_SAMPLES + _OF_PLANS:
         held, own = state.get(prefix + name), cast(Tensor, getattr(module, name))
         if isinstance(held, Tensor) and held.shape != own.shape:
             setattr(module, name, own.new_zeros(held.shape))
+
+
+def _check_plans(module: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a state whose tensors are not of the same plans."""
+    names = _OF_SAMPLES + _OF_PLANS
+    held = {name: value for name in names if isinstance(value := state.get(prefix + name), Tensor)}
+    if len(held) < len(names):
+        return  # which loading says
+    shapes = {name: tuple(value.shape) for name, value in held.items()}
+    sizes = held["sizes"]
+    rows, plans = int(sizes.sum()), int((sizes > 0).sum())
+    dim, conditions = module.dim, module.num_conditions or 1
+    expected = {"points": (rows, dim), "weights": (rows,), "potential": (rows,)}
+    expected |= {"epsilons": (plans,), "ties": (plans,), "shifts": (plans, dim)}
+    wrong = [name for name, shape in expected.items() if shapes[name] != shape]
+    if wrong or bool((sizes < 0).any()) or (rows and (sizes.dim() != 2 or len(sizes) != conditions)):
+        raise ValueError(
+            f"the state is of no plan in {dim} dimensions with {conditions} condition(s): its tensors have the shapes "
+            f"{shapes}, with sizes {sizes.tolist()}"
+        )
