@@ -18,9 +18,17 @@ CORE := tests/test_versions.py tests/test_package.py tests/test_cli.py tests/com
   tests/monge/samples/files/test_samples_files.py \
   tests/monge/test_transport_files.py tests/regime/test_regime_schedules.py
 QUICK := not compiler and not slow and not gpu and not distributed
+# Mathematics and its checks, on any system: no trainer, no second process, no compiler.
+PORTABLE := tests/test_versions.py tests/test_package.py tests/test_checks.py tests/ghost/test_ghost_functional.py \
+  tests/diffusion/test_diffusion_fit.py tests/diffusion/test_diffusion_reference.py \
+  tests/monge/scores/test_metrics.py tests/monge/ot/test_closed_forms.py tests/monge/ot/costs/test_costs.py
+# Versions for test-lowest. Of some there are wheels for Python 3.11 alone: LOWEST=.venv-lowest/lowest.txt takes the
+# lowest that have wheels for the Python at hand, and tools as they come.
+LOWEST ?= constraints-lowest.txt
+COMPILED := torch numpy scipy pyyaml pandas pyarrow h5py matplotlib pillow pot scikit-learn wandb
 
-.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-variants lowest lint types \
-  doctest readme docs format ci clean
+.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-portable test-variants \
+  lowest lint types doctest readme docs dist format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
@@ -30,7 +38,9 @@ help:
 	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
 	@echo "make test-lowest test-latest      a core of tests at the lowest and at the latest versions"
+	@echo "make test-portable                 the part of the tests that runs on any system, by the Python at hand"
 	@echo "make test-variants                tests of numbers, as other processors compute them"
+	@echo "make dist      build the sdist and the wheel in dist/, and check them"
 	@echo "make format    let ruff rewrite the code"
 
 setup: $(STAMP)
@@ -66,10 +76,16 @@ test-slow: setup
 test-gpu: setup
 	$(PY) -m pytest -q -m gpu
 
-.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+.venv-lowest/.installed: pyproject.toml $(LOWEST)
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e '.[dev]'
 	@touch $@
+
+.venv-lowest/lowest.txt: pyproject.toml
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+	  $(COMPILED:%=--only-binary %) --extra all --no-annotate --no-header -o $@ pyproject.toml
 
 test-lowest: .venv-lowest/.installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
@@ -81,6 +97,9 @@ test-latest:
 	  "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
 	.venv-latest/bin/python -m pip list --disable-pip-version-check
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
+
+test-portable:
+	$(PYTHON) -m pytest -q -m "$(QUICK)" $(PORTABLE)
 
 # constraints-lowest.txt anew, after a change of a floor.
 lowest: setup
@@ -116,6 +135,13 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 	$(PY) docs/hooks/links.py site
 
+dist:
+	@test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check --upgrade build twine
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -123,4 +149,4 @@ format: setup
 ci: test test-lowest lint types doctest readme docs
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-latest site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-dist dist site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
