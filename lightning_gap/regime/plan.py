@@ -143,7 +143,11 @@ class RegimePlan:
     @property
     def passed(self) -> float:
         """How many updates of the reference run pass in one of this run: the ratio itself at equal samples."""
-        return {0.0: self.ratio, 1.0: 1.0}.get(self.train_longer, float(self.pace))
+        if self.train_longer in (0.0, 1.0):
+            return self.ratio if self.train_longer == 0 else 1.0
+        if self.stretched_epoch is None or self.reference_updates_per_epoch is None:  # of a run that updates limit
+            return self.ratio / (1 + self.train_longer * (self.ratio - 1))
+        return float(self.pace)
 
     @property
     def moment_ratio(self) -> float:

@@ -29,7 +29,7 @@ def check_ema_rule(rule: EMARule | None, *, auto: bool) -> EMARule:
 def _decay(rule: EMARule, decay: float, ratio: float, passed: float) -> float:
     """Return what a decay becomes at a ratio of batches, where so many updates of the reference run pass in one."""
     found = rule(decay, ratio) if callable(rule) else float(ema_momentum(decay, passed))
-    if not 0 <= found <= 1:
+    if not isinstance(found, int | float) or not 0 <= found <= 1:
         raise ValueError(f"ema_rule={rule_name(rule)} gave {found!r} for the decay {decay:g}; from 0 to 1.")
     return found
 
@@ -109,7 +109,8 @@ class FollowingAverages:
         self.found = [] if self.rule == "none" else _found(callbacks)
         if rule not in (None, "none") and not self.found:
             raise ValueError(_no_average(self.rule))
-        self.at(2.0)  # raises before training
+        for ratio in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
+            self.at(ratio)  # raises before training
         self._put = [decay for *_, decay in self.found]
         before = list(callbacks[: callbacks.index(ours)])
         self._before = [any(callback is each for each in before) for callback, *_ in self.found]

@@ -184,6 +184,9 @@ def test_what_cannot_be_done_is_refused():
         run(module(), loader(BASE), BatchSizeSchedule(STEPS), *callbacks, max_epochs=1)  # nothing to follow
     with pytest.raises(MisconfigurationException, match=r"gave 1.5 for the decay 0.9"):
         run(module(), loader(BASE), BatchSizeSchedule(STEPS, ema_rule=lambda decay, ratio: 1.5), averaging())
+    for late in (lambda decay, ratio: decay if ratio < 3 else 1.5, lambda decay, ratio: None):
+        with pytest.raises(MisconfigurationException, match=r"for the decay 0.9; from 0 to 1"):
+            run(module(), loader(BASE), BatchSizeSchedule(STEPS, ema_rule=late), averaging())
 
 
 def test_an_average_that_starts_at_an_update_is_warned_of():

@@ -1,5 +1,6 @@
 """A run under rules for weight decay and betas: what the groups hold, what is told, and what a checkpoint takes up."""
 
+import dataclasses
 import warnings
 from functools import partial
 
@@ -175,3 +176,12 @@ def test_a_loop_of_ones_own_applies_the_same_rules():
 def test_rules_that_are_not_known_are_refused_early(name):
     with pytest.raises(ValueError, match=name.removesuffix("_rule")):
         LargeBatchRegime(4, **{name: "cube"})
+
+
+@pytest.mark.parametrize("train_longer", [0.0, 0.25, 0.5, 1.0])
+def test_a_run_that_updates_limit_passes_as_one_that_epochs_do(train_longer):
+    batches = {"reference_batch_size": 32, "batch_size": 256, "train_longer": train_longer}
+    epochs = plan_regime(**batches, samples=5120, max_epochs=10)
+    steps = dataclasses.replace(epochs, reference_updates_per_epoch=None, updates_per_epoch=None)
+    assert steps.passed == pytest.approx(epochs.passed)
+    assert steps.passed == pytest.approx(8 / (1 + 7 * train_longer))
