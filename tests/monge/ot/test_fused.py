@@ -389,6 +389,16 @@ def test_another_default_device_is_not_that_of_the_samples():
 
 
 @compiler
+@pytest.mark.parametrize("cost", ["sqeuclidean", "cosine", "euclidean"])
+def test_inference_mode_is_none_of_its_business(cost):
+    x, y, *_ = samples(60, 50, 3, torch.float32)
+    expected = optimal_transport(x, y, cost=cost, rho=1.0, solver="fused").value
+    with torch.inference_mode():
+        inner = x.clone(), y.clone()
+        assert torch.equal(optimal_transport(*inner, cost=cost, rho=1.0, solver="fused").value, expected)
+
+
+@compiler
 def test_antipodes_keep_their_digits():
     torch.manual_seed(0)
     x, y = (

@@ -18,9 +18,6 @@ from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
 __all__ = ["FusedKernel"]
 
-# Dimensions beyond which to read the columns again for each group of rows takes longer than exponentials do.
-_MANY_DIMENSIONS = 24
-
 
 class FusedKernel(BlockedKernel):
     """A kernel of one problem, on a CPU, for a cost that has a formula; in ``O(n + m)`` memory."""
@@ -63,15 +60,14 @@ class FusedKernel(BlockedKernel):
         return Passes(x, y, cost, self.epsilon, self.largest[0]).soft_minimum(G, b.to(G.dtype))[0]
 
     def _answers(self) -> tuple[Tensor, Tensor]:
-        """One pass for both updates; in many dimensions one for each, whose groups of rows can be higher."""
-        alone = self.symmetric or self.x.shape[1] > _MANY_DIMENSIONS
-        weights = None if alone else self.a[0]
+        """One pass for both updates, so that rounding is the same for both."""
+        weights = None if self.symmetric else self.a[0]
         F, columns = self.passes.soft_minimum(self.G, self.b[0], share=self.share, weights=weights)
-        if self.symmetric:
+        if columns is None:
             return F, F
-        if columns is not None and float(columns.min()) > 0:
+        if float(columns.min()) > 0:
             return F, (self.G - columns.log()).mul_(self.share)
-        # Also where no row reaches a column within the format's range.
+        # A column that no row reaches within the format's range: answer it through its own soft minimum.
         return F, self.transposed.soft_minimum(F, self.a[0], share=self.share)[0]
 
     def gradients(self, i: int, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:

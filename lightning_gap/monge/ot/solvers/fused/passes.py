@@ -99,9 +99,9 @@ class Passes:
             passes = Passes(x, column, self.cost, self.epsilon, self.size)
             F.append(passes.soft_minimum(0 * one, one)[0])
             pulled.append(passes.pulls(F[-1], torch.ones_like(F[-1]), 0 * one, one)[0])
-        with torch.enable_grad():
-            points = accurate(x).requires_grad_()
-            costs = self.cost.pairwise(points, accurate(y))
+        with torch.inference_mode(False), torch.enable_grad():
+            points = accurate(x).clone().requires_grad_()
+            costs = self.cost.pairwise(points, accurate(y).clone())
             slopes = [torch.autograd.grad(part.sum(), points, retain_graph=True)[0] for part in costs.unbind(1)]
         costs, found = costs.detach(), self.epsilon * torch.stack(F, 1)
         apart = costs > _CHECKED * costs.amax()  # slopes at points that coincide are nobody's
@@ -173,9 +173,9 @@ class Passes:
         # The passes' cost is in units of epsilon.
         gradients *= self.epsilon * a[:, None]
         if self.formula.image is not None:
-            with torch.enable_grad():
-                points = accurate(self.x.detach()).requires_grad_()
-                (gradients,) = torch.autograd.grad(self.formula.image(points), points, gradients)
+            with torch.inference_mode(False), torch.enable_grad():
+                points = accurate(self.x.detach()).clone().requires_grad_()
+                (gradients,) = torch.autograd.grad(self.formula.image(points), points, gradients.clone())
         return gradients.to(self.x.dtype), masses * a
 
     def _images(self, points: Tensor) -> Tensor:
