@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-__all__ = ["compiler", "native_library"]
+from torch import Tensor
+
+__all__ = ["compiler", "native_argument", "native_library"]
 
 # GCC takes half as wide vectors as the processor has, unless told.
 _FAST = ("-march=native", "-mprefer-vector-width=512")
@@ -43,6 +45,15 @@ def native_library(source: Path, expressions: Mapping[str, str]) -> ctypes.CDLL 
         expressions: Macros, and what they stand for.
     """
     return _native_library(source, tuple(expressions.items()), compiler())
+
+
+def native_argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_double:
+    """Return a tensor's memory, a null pointer for ``None``, an int as a ``long`` and a float as a ``double``."""
+    if value is None:
+        return ctypes.c_void_p()
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_double(value)
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.ghost.kernels.layout import Kernel, Limits, Maybe, Run, Tables
-from lightning_gap.native import native_library
+from lightning_gap.native import native_argument, native_library
 
 __all__ = ["ONE_VISIT", "one_visit_library", "takes_one_visit"]
 
@@ -44,7 +44,7 @@ def _is_there() -> bool:
 def _forward(
     run: Run, x: Tensor, y: Tensor, weight: Maybe, bias: Maybe, eps: float, tables: Tables, limits: Limits
 ) -> None:
-    _over_parts("forward", run, 1, x, x, y, weight, bias, ctypes.c_double(eps), *tables)
+    _over_parts("forward", run, 1, x, x, y, weight, bias, eps, *tables)
 
 
 def _backward(run: Run, x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, out: Maybe, limits: Limits) -> Tensor:
@@ -57,7 +57,7 @@ def _backward(run: Run, x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables
 ONE_VISIT = Kernel(_forward, _backward)
 
 
-def _over_parts(name: str, run: Run, together: int, x: Tensor, *arguments: Tensor | ctypes.c_double | None) -> None:
+def _over_parts(name: str, run: Run, together: int, x: Tensor, *arguments: Tensor | float | None) -> None:
     """Call a pass by as many threads as torch takes: numbers do not depend on how the ghosts are dealt out."""
     inside, samples, channels = x.dim() == 2, run.stop - run.start, x.shape[1]
     sample = x.numel() // samples
@@ -67,7 +67,7 @@ def _over_parts(name: str, run: Run, together: int, x: Tensor, *arguments: Tenso
         pieces, length, step, apart = 1, len(x) // run.ghosts, 0, x.numel() // run.ghosts
     else:
         pieces, length, step, apart = samples // run.ghosts, x.shape[2], sample, x.numel() // run.ghosts
-    call, pointers = _function(name, inside, x.dtype), [_pointer(argument) for argument in arguments]
+    call, pointers = _function(name, inside, x.dtype), [native_argument(argument) for argument in arguments]
 
     def work(part: tuple[int, int, int, int]) -> None:
         call((ctypes.c_long * 10)(pieces, length, step, apart, channels, *part, together), *pointers)
@@ -107,9 +107,3 @@ def _function(name: str, inside: bool, dtype: torch.dtype) -> Callable[..., None
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     # Of this process: a fork has none of its threads.
     return ThreadPoolExecutor(threads - 1, f"ghosts of {process}")
-
-
-def _pointer(argument: Tensor | ctypes.c_double | None) -> ctypes.c_void_p | ctypes.c_double:
-    if isinstance(argument, ctypes.c_double):
-        return argument
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())

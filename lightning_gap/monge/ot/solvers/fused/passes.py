@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.costs.products import accurate
-from lightning_gap.native import native_library
+from lightning_gap.native import native_argument, native_library
 
 __all__ = ["Passes", "fused_library"]
 
@@ -92,7 +92,7 @@ class Passes:
         They are not where terms leave the range of their format on the way, as a high power of a coordinate may, and
         where a formula is wrong.
         """
-        x, y = (points[:: max(1, len(points) // _FEW_CHECKED)].contiguous().detach() for points in (self.x, self.y))
+        x, y = (_few(points, _FEW_CHECKED).contiguous().detach() for points in (self.x, self.y))
         one = torch.ones(1, dtype=torch.float64, device="cpu")
         F, pulled = [], []
         for column in y.split(1):
@@ -102,11 +102,11 @@ class Passes:
         with torch.inference_mode(False), torch.enable_grad():
             points = accurate(x).clone().requires_grad_()
             costs = self.cost.pairwise(points, accurate(y).clone())
-            slopes = [torch.autograd.grad(part.sum(), points, retain_graph=True)[0] for part in costs.unbind(1)]
-        costs, found = costs.detach(), self.epsilon * torch.stack(F, 1)
+            parts = [torch.autograd.grad(part.sum(), points, retain_graph=True)[0] for part in costs.unbind(1)]
+        costs, slopes, found = costs.detach(), torch.stack(parts, 1), self.epsilon * torch.stack(F, 1)
         apart = costs > _CHECKED * costs.amax()  # slopes at points that coincide are nobody's
-        wrong = torch.stack(pulled, 1) - torch.stack(slopes, 1)
-        off = (wrong.double().norm(dim=2) * apart).norm() / (torch.stack(slopes, 1).norm(dim=2) * apart).norm()
+        wrong = torch.stack(pulled, 1) - slopes
+        off = (wrong.norm(dim=2) * apart).norm() / (slopes.norm(dim=2) * apart).norm()
         close = ((found - costs).abs() <= _CHECKED * (costs.abs() + self.epsilon)).all()
         return bool(close) and not bool(off > 10 * _CHECKED) and bool(wrong.isfinite().all())
 
@@ -198,7 +198,7 @@ class Passes:
     def _call(self, function: str, rows: slice, offsets: Tensor, group: int, *rest: Tensor | float | None) -> None:
         (tiles, d, width), x = self._tiles.shape, self._rows[rows]
         before = x, len(x), d, self._tiles, tiles, width, offsets, self.scale, float(self.formula.number), group
-        getattr(self._library, f"{function}_{self._name}")(*map(_argument, (*before, *rest)))
+        getattr(self._library, f"{function}_{self._name}")(*map(native_argument, (*before, *rest)))
 
     def _in_parts(self, work: Callable[[slice], Tensor | None]) -> list[Tensor | None]:
         """Work on the rows, by as many threads as torch takes; the library lets others run meanwhile."""
@@ -211,8 +211,8 @@ class Passes:
             return list(pool.map(work, parts))
 
 
-def _few(points: Tensor) -> Tensor:
-    return points[:: max(1, len(points) // _FEW_SAMPLES)]
+def _few(points: Tensor, count: int = _FEW_SAMPLES) -> Tensor:
+    return points[:: max(1, len(points) // count)]
 
 
 def _tiled(columns: Tensor) -> Tensor:
@@ -224,11 +224,3 @@ def _tiled(columns: Tensor) -> Tensor:
     filled = columns.new_zeros(tiles * width, d)
     filled[:m] = columns
     return filled.view(tiles, width, d).mT.contiguous()
-
-
-def _argument(value: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_long | ctypes.c_double:
-    if value is None:
-        return ctypes.c_void_p()
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_double(value)
