@@ -54,8 +54,11 @@ def sources(module: str) -> str:
     while left:
         path = left.pop()
         found.add(path)
-        names = re.findall(r"^\s*from (benchmarks[.\w]*) import", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        left |= set(map(_file, names)) - found
+        code = path.read_text(encoding="utf-8")
+        for module, names in re.findall(r"^\s*from (benchmarks[.\w]*) import \(?([\w, ]*)", code, flags=re.MULTILINE):
+            folder = _file(module).with_suffix("")
+            modules = {f"{module}.{name.split()[0]}" for name in names.split(",")} if folder.is_dir() else {module}
+            left |= set(map(_file, modules)) - found
     digest = hashlib.sha256()
     for path in sorted(found | set((ROOT / "lightning_gap").rglob("*.py"))):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

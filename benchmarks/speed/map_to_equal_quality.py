@@ -83,8 +83,7 @@ def train(
 
 def moons_side(side: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train on moons until a map is good."""
-    import transport_training as tt
-
+    from benchmarks.speed import transport_training as tt
     from lightning_gap import monge_gap, sinkhorn_divergence
 
     level = level_of("moons", args)
@@ -122,9 +121,9 @@ def our_w2(arrays: dict[str, np.ndarray], level: Quality, seed: int, args: argpa
     import logging
     import warnings
 
-    import transport_maps as tm
     from lightning.pytorch import Callback, Trainer, seed_everything
 
+    from benchmarks.science import transport_maps as tm
     from lightning_gap import MongeMap, SamplesDataModule
 
     warnings.simplefilter("ignore")

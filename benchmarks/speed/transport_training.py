@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,12 +31,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
 from benchmarks.science.monge_gap.tasks import moon, s_curve
 from lightning_gap import MongeMap, monge_gap, sinkhorn_divergence
-from lightning_gap.monge import divergence_and_gap
+from lightning_gap.monge import ResidualMLP, divergence_and_gap
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.ot.epsilon import Epsilon, Weighted
 
@@ -89,8 +91,8 @@ class Ours:
         seed_everything(task.seed, verbose=False)
         self.task = task
         self.model = MongeMap(
-            2, cost=task.cost, hidden=HIDDEN, fitting_epsilon=task.fitting_epsilon, gap_epsilon=task.gap_epsilon,
-            gap_weight=task.weight,
+            map=ResidualMLP(2, HIDDEN), cost=task.cost, fitting_loss="sinkhorn", fitting_epsilon=task.fitting_epsilon,
+            gap_epsilon=task.gap_epsilon, gap_weight=task.weight, optimizer=partial(Adam, lr=1e-3),
         )  # fmt: skip
         # The peer's network does not start at the identity: the same initialization for both.
         last = self.model.map.displacement[-1]
