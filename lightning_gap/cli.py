@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan_from(words[1:])
             return
         options = parser().parse_args(words)
+        options.words = words
         options.run(options)
     except CommandError as error:
         print(f"lightning-gap: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -133,6 +133,11 @@ MAPS = [
     ("an unknown condition", DRUGS + "{}/a.npy out.npy --condition z", "its conditions are 'a', 'b'"),
     ("a column of unknown conditions", DRUGS + "{}/t.csv out.npy --columns u,v --condition cell", "no condition 'c0'"),
     ("no rows at a time", MAP + "{}/a.npy out.npy --batch-size 0", "--batch-size: 0 is too small"),
+    ("one file by many", MAP + "{}/a.npy out.npy --devices 2", "one file is mapped by one process, and there are 2"),
+    ("a folder to a file", MAP + "{}/empty {}/a.npy", "is a file, and IN is a folder: name a folder"),
+    ("a folder without files", MAP + "{}/empty out", "has no file whose name ends in one of .npy"),
+    ("a folder over another", MAP + "{}/empty out --overwrite", "--overwrite is for one file: delete the folder OUT"),
+    ("no patience at all", MAP + "{}/empty out --stale-after 0", "0 is too small"),
     ("a device of transport", MAP + "{}/a.npy out.npy --device abacus", "there is no such device here"),
 ]  # fmt: skip
 

@@ -116,8 +116,14 @@ def transport_blocks(
     block_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
+    part: Path | None = None,
+    finished: Callable[[Path], None] | None = None,
 ) -> int:
-    """Do what :func:`transport_file` does, ``block_size`` rows at once: by default what takes 16 MiB in float32."""
+    """Do what :func:`transport_file` does, ``block_size`` rows at once: by default what takes 16 MiB in float32.
+
+    ``part`` is the file's name until it is complete; ``finished`` is called with it before it gets its own, and may
+    raise.
+    """
     labels = [] if condition is None or place_of(condition, _known(model)) is not None else _words(model, condition)
     reading = Reading(columns, labels=labels, wanted=model.feature_names, texts_pass=columns is None)
     table = open_file("IN", str(source), reading)
@@ -129,10 +135,10 @@ def transport_blocks(
         table = replace(table, features=tuple(model.feature_names))
     if block_size is None:
         block_size = max(1, _NUMBERS // max(table.dim, len(table.label_names)) // batch_size) * batch_size
-    written = Output("OUT", str(output), table, overwrite=overwrite)
+    written = Output("OUT", str(output), table, overwrite=overwrite, part=part)
     try:
         done = _transport(model, table, block_size, conditions, written, batch_size, progress)
-        written.keep()
+        written.keep(finished)
     except BaseException:
         written.discard()
         raise

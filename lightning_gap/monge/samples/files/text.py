@@ -2,8 +2,9 @@
 
 import gzip
 from collections.abc import Collection, Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from numpy.typing import NDArray
 
@@ -58,8 +59,10 @@ def _separator(name: str) -> str:
 
 class _Writer:
     def __init__(self, path: Path, suffix: str, table: Table, images: NDArray[Any]) -> None:
-        opened = gzip.open if suffix.endswith(".gz") else open
-        self._file: Any = opened(path, "wt", encoding="utf-8", newline="")
+        self._stored = path.open("wb")
+        # Neither the time nor a name is in it: equal tables are equal files.
+        zipped = gzip.GzipFile("", "wb", fileobj=self._stored, mtime=0) if suffix.endswith(".gz") else self._stored
+        self._file = TextIOWrapper(cast(BinaryIO, zipped), encoding="utf-8", newline="")
         self._separator = _separator(suffix)
         self._names = list(table.features or [f"x{i}" for i in range(table.dim)])
         self._header: Any = list(table.origin.header) if isinstance(table.origin, FrameFile) else True
@@ -71,6 +74,7 @@ class _Writer:
 
     def close(self) -> None:
         self._file.close()
+        self._stored.close()
 
 
 TEXT = frame_format(_open, _Writer, ("pandas",))

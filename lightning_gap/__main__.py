@@ -1,0 +1,6 @@
+"""``python -m lightning_gap``, which launchers such as torchrun take: ``torchrun -m lightning_gap fit ...``."""
+
+from lightning_gap.cli import main
+
+if __name__ == "__main__":
+    main()
