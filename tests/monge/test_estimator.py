@@ -8,11 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn", minversion="1.6")
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_checks, get_tags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from lightning_gap.monge.estimator import MongeMapTransformer
@@ -22,21 +23,41 @@ X, Y = RNG.normal(size=(80, 3)), 0.5 * RNG.normal(size=(60, 3)) + [3, 0, -1]
 QUICK = {"hidden": (4,), "max_steps": 2, "random_state": 0}
 
 
-class GivenLabels(MongeMapTransformer):
-    """scikit-learn's checks give labels as y; the target is then the source in another order."""
-
-    def fit(self, X, y=None):
-        if y is not None:
-            y = X[::-1] if isinstance(X, np.ndarray) and X.ndim == 2 else X
-        return super().fit(X, y)
-
-    def score(self, X, y):
-        return super().score(X, X)
+# None fails. A check that cannot hold would stand here, by its name and with the reason.
+EXPECTED_FAILED_CHECKS = {}
 
 
-@parametrize_with_checks([GivenLabels(**QUICK)])
+@parametrize_with_checks(
+    [MongeMapTransformer(**QUICK)], expected_failed_checks=lambda estimator: EXPECTED_FAILED_CHECKS
+)
 def test_checks_of_scikit_learn(estimator, check):
     check(estimator)
+
+
+@pytest.mark.filterwarnings("ignore:X .*feature names")
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_dataframe_column_names_consistency",
+        "check_global_output_transform_pandas",
+        "check_set_output_transform",
+        "check_set_output_transform_pandas",
+        "check_transformer_get_feature_names_out",
+        "check_transformer_get_feature_names_out_pandas",
+    ],
+)
+def test_checks_that_scikit_learn_keeps_for_its_own_estimators(check):
+    pytest.importorskip("pandas")
+    if not hasattr(estimator_checks, check):
+        pytest.skip(f"this release of scikit-learn has no {check}")
+    getattr(estimator_checks, check)("MongeMapTransformer", MongeMapTransformer(**QUICK))
+
+
+def test_its_tags():
+    tags = get_tags(MongeMapTransformer())
+    assert tags.target_tags.required
+    assert tags.transformer_tags.preserves_dtype == ["float64", "float32"]
+    assert not is_classifier(MongeMapTransformer())
 
 
 def test_it_learns_a_map_between_samples_of_any_sizes():
@@ -79,8 +100,9 @@ def test_pickled_it_maps_the_same_without_its_samples():
     text = pickle.dumps(transformer)
     assert np.array_equal(pickle.loads(text).transform(X), transformer.transform(X))
     assert len(text) < 40_000
-    many = RNG.normal(size=(20_000, 3))
-    assert len(pickle.dumps(MongeMapTransformer(**QUICK).fit(many, many))) < 40_000
+    encoded = transformer.representation_.transform(X)
+    for kept in (X, X.astype(np.float32), encoded, encoded.astype(np.float32)):
+        assert not any(row.tobytes() in text for row in kept)
 
 
 def test_names_of_features():
@@ -131,6 +153,87 @@ def test_in_pipelines_and_model_selection():
     assert search.best_params_ == {"n_components": 3}
 
 
+CELLS, SIDES = np.concatenate([X, Y]), np.array(["control"] * len(X) + ["stim"] * len(Y))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        (SIDES, {}),
+        (list(SIDES), {"source": "control"}),
+        (SIDES.astype(object), {"target": "stim"}),
+        (np.where(SIDES == "stim", 0, 1), {"source": 1, "target": 0}),
+        (SIDES == "stim", {}),
+    ],
+)
+def test_labels_tell_source_from_target(labels, options):
+    expected = MongeMapTransformer(**QUICK).fit(X, Y)
+    fitted = MongeMapTransformer(**QUICK, **options).fit(CELLS, labels)
+    assert np.array_equal(fitted.transform(X), expected.transform(X))
+    assert fitted.score(CELLS, labels) == expected.score(X, Y)
+
+
+def test_rows_of_a_third_label_are_left_out_or_on_the_side_that_has_no_name():
+    third = RNG.normal(size=(30, 3)).astype(float)
+    cells, labels = np.concatenate([CELLS, third]), np.append(SIDES, ["other"] * 30)
+    expected = MongeMapTransformer(**QUICK).fit(X, Y).transform(X)
+    fitted = MongeMapTransformer(**QUICK, source="control", target="stim").fit(cells, labels)
+    assert np.array_equal(fitted.transform(X), expected)
+    fitted = MongeMapTransformer(**QUICK, source="control").fit(cells, labels)
+    assert np.array_equal(fitted.transform(X), MongeMapTransformer(**QUICK).fit(X, cells[80:]).transform(X))
+
+
+def test_labels_go_through_pipelines_and_model_selection():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(CELLS * 10 + 5, columns=["CD3", "CD4", "CD8"])
+    series = pandas.Series(SIDES, index=frame.index)
+    pipeline = make_pipeline(StandardScaler(), MongeMapTransformer(**QUICK, standardize=False))
+    pipeline.set_output(transform="pandas").fit(frame, series)
+    moved = pipeline.transform(frame)
+    assert list(moved.columns) == list(pipeline.get_feature_names_out()) == list(frame.columns)
+    # What pipelines hand back is an array in between, which is by place and no cause of a warning.
+    np.testing.assert_allclose(pipeline.inverse_transform(moved), frame, atol=2e-2)
+    scaled = StandardScaler().fit_transform(frame)
+    expected = MongeMapTransformer(**QUICK, standardize=False).fit(scaled[:80], scaled[80:])
+    np.testing.assert_allclose(moved, expected.transform(scaled), rtol=1e-12)
+    folds = StratifiedKFold(2, shuffle=True, random_state=0)
+    scores = cross_val_score(pipeline, frame, series, cv=folds, error_score="raise")
+    assert np.isfinite(scores).all()
+    search = GridSearchCV(pipeline, {"mongemaptransformer__gap_weight": [0.0, 1.0]}, cv=folds, error_score="raise")
+    assert search.fit(frame, series).transform(frame).shape == frame.shape
+
+
+def test_the_inverse_goes_by_place_where_images_have_no_names():
+    pandas = pytest.importorskip("pandas")
+    names = ["CD3", "CD4", "CD8"]
+    fitted = MongeMapTransformer(**QUICK).fit(pandas.DataFrame(X, columns=names), Y)
+    back = fitted.inverse_transform(fitted.transform(pandas.DataFrame(X, columns=names)))
+    np.testing.assert_allclose(back, X, atol=1e-3)
+    with pytest.raises(ValueError, match="Feature names must be in the same order"):
+        fitted.inverse_transform(pandas.DataFrame(X, columns=names[::-1]))
+    with pytest.raises(ValueError, match="X has 2 features, but MongeMapTransformer is expecting 3"):
+        fitted.inverse_transform(X[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (["a"] * 140, {}, "must have two values, of source and target, got 1 class"),
+        (np.arange(140), {}, "got 140 classes: name source and target"),
+        (SIDES, {"source": "ctrl"}, "source='ctrl' is no label of y, which has"),
+        (SIDES, {"source": "stim", "target": "stim"}, "leave no row to one side"),
+        (["a"] * 140, {"source": "a"}, "leave no row to one side"),
+        ([None, *SIDES[1:]], {}, "labels that are None or NaN"),
+        ([1, *SIDES[1:].tolist()], {}, "must have two values|several types"),
+        (SIDES[:-1], {}, "inconsistent numbers of samples"),
+    ],
+)
+def test_labels_that_tell_no_sides_are_refused(labels, options, message):
+    labels = np.array(labels, dtype=object) if isinstance(labels, list) else labels
+    with pytest.raises(ValueError, match=message):
+        MongeMapTransformer(**QUICK, **options).fit(CELLS, labels)
+
+
 def test_options_reach_the_map():
     transformer = MongeMapTransformer(
         "euclidean", fitting_cost="pnorm(p=1.5)", gap_weight=0.5, fitting_epsilon=0.7, gap_epsilon=0.2, **QUICK
@@ -144,7 +247,8 @@ def test_options_reach_the_map():
     ("options", "y", "message"),
     [
         ({}, None, "requires y to be passed, but the target y is None"),
-        ({}, np.zeros(80), "Expected 2D array, got 1D array"),
+        ({"source": 1}, Y, "source=1 is a label, but y has samples and no labels"),
+        ({}, np.zeros(80), "got 1 class"),
         ({}, Y[:, :2], "y has 2 features, but X has 3"),
         ({"max_steps": 0}, Y, "max_steps must be a positive integer, got 0"),
         ({"batch_size": 1.5}, Y, "batch_size must be a positive integer, got 1.5"),
