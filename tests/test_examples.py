@@ -4,6 +4,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -37,8 +38,10 @@ def _blocks(path):
 
 def _is_of_maps(line):
     words = line.split()
-    return words[:2] == ["python", "examples/make_data.py"] or (
-        words[:1] == ["lightning-gap"] and words[1] in (*TRAINER, "transport")
+    return (
+        words[:2] == ["python", "examples/make_data.py"]
+        or words[:1] == ["mkdir"]
+        or (words[:1] == ["lightning-gap"] and words[1] in (*TRAINER, "transport") and "--devices" not in words)
     )
 
 
@@ -57,6 +60,8 @@ def _run(line, monkeypatch):
         assert not code, line
         if output:
             Path(output).write_text(said.getvalue(), encoding="utf-8")
+    elif program == "mkdir":
+        subprocess.run(line, shell=True, check=True)
     else:
         assert program == "python"
         script, *arguments = words
@@ -72,7 +77,7 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
 
 
-@pytest.mark.usefixtures("_folder")
+@pytest.mark.usefixtures("_folder", "brief_starts")
 @pytest.mark.parametrize(
     ("name", "left"),
     [
@@ -100,7 +105,7 @@ def test_every_configuration_is_in_the_table():
         assert f"({path.name})" in text or path.name in ("README.md", "__pycache__")
 
 
-@pytest.mark.usefixtures("_folder")
+@pytest.mark.usefixtures("_folder", "brief_starts")
 def test_the_readme_of_the_examples_runs_as_written(monkeypatch):
     pytest.importorskip("pandas")
     pytest.importorskip("jsonargparse")
@@ -109,12 +114,12 @@ def test_the_readme_of_the_examples_runs_as_written(monkeypatch):
     assert np.load("data/mapped.npy").shape == (2000, 10)
 
 
-@pytest.mark.usefixtures("_folder")
+@pytest.mark.usefixtures("_folder", "brief_starts")
 def test_the_page_s_commands_of_maps_run_in_turn(monkeypatch):
     pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     pytest.importorskip("jsonargparse")
     lines = [line for line in _blocks("docs/command_line.md") if _is_of_maps(line)]
-    assert {line.split()[1] for line in lines} >= {*TRAINER, "transport"}
+    assert {line.split()[1] for line in lines} >= {*TRAINER, "transport"}  # processes have tests of their own
     for line in lines:
         _run(line, monkeypatch)

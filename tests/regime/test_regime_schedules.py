@@ -34,12 +34,22 @@ def reference_run(name, interval):
     return trainer.global_step, trace.tensor
 
 
-@pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_at_every_ratio(name, interval):
+def cases_of_ratios():
+    """Yield each scheduler with two ratios, with others by epochs than by updates; with all of them takes a minute."""
+    for at, name in enumerate(SCHEDULES):
+        for of, interval in enumerate(("epoch", "step")):
+            first = (2 * at + of) % len(RATIOS)
+            yield pytest.param(
+                name, interval, (RATIOS[first], RATIOS[(first + 2) % len(RATIOS)]), id=f"{name}-{interval}"
+            )
+            yield pytest.param(name, interval, RATIOS, id=f"{name}-{interval}-all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "interval", "ratios"), cases_of_ratios())
+def test_every_schedule_at_every_ratio(name, interval, ratios):
     updates, rates = reference_run(name, interval)
     assert updates == EPOCHS * UNIT
-    for ratio in RATIOS:
+    for ratio in ratios:
         batch = int(REFERENCE * ratio)
         trainer, trace = run(
             module(name, interval), loader(batch, SAMPLES), LargeBatchRegime(REFERENCE), max_epochs=EPOCHS
