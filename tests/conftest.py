@@ -52,7 +52,7 @@ def brief_starts(monkeypatch):
 
     targets = PlanStart.targets
 
-    def briefly(*args: Any, steps: int, **options: Any) -> None:
+    def briefly(*args: Any, steps: int, looks: int = 1, **options: Any) -> None:
         minimize(*args, steps=max(1, steps // 20), **options)
 
     def of_few(start: PlanStart, *args: Any) -> Any:
