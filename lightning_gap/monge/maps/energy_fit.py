@@ -15,6 +15,7 @@ __all__ = ["energy_gain", "fit_energy", "held_out_images", "keep_if_nearer"]
 
 _STEPS, _LR, _WARM_UP, _BATCH, _SHARE = 150, 3e-4, 20, 1024, 0.05
 _ROUNDS = 5  # looks at the held-out samples
+_BLOCK = 1024  # rows of distances to all points
 
 
 def _images(net: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -27,6 +28,16 @@ def held_out_images(net: nn.Module, held: Sequence[StartPair]) -> list[Tensor]:
     """Return the images of the held-out source of each condition."""
     like = next(net.parameters())
     return [_images(net, pair.source.to(like), pair.condition).double() for pair in held]
+
+
+def _mean_distances(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance of each point to the other measure, for both measures, in blocks of rows."""
+    out, back = [], torch.zeros_like(b)
+    for start in range(0, len(x), _BLOCK):
+        distances = torch.cdist(x[start : start + _BLOCK], y)
+        out.append(distances @ b)
+        back += a[start : start + _BLOCK] @ distances
+    return torch.cat(out), back
 
 
 @torch.no_grad()
@@ -46,10 +57,10 @@ def energy_gain(before: Sequence[Tensor], after: Sequence[Tensor], held: Sequenc
         )
         rows, columns, selves = [], [], []
         for images in both:
-            across = torch.cdist(images, y)
-            own = torch.cdist(images, images) @ a / (1 - a)
-            rows.append(2 * across @ b - 2 * own)
-            columns.append(2 * a @ across)
+            across, back = _mean_distances(images, y, a, b)
+            own = _mean_distances(images, images, a, a)[0] / (1 - a)
+            rows.append(2 * across - 2 * own)
+            columns.append(2 * back)
             selves.append(a @ own)
         x_part, y_part = rows[0] - rows[1], columns[0] - columns[1]
         gain += float(b @ y_part - (selves[0] - selves[1])) / len(held)

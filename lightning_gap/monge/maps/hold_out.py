@@ -11,9 +11,9 @@ from lightning_gap.monge.maps.starts import StartPair
 
 __all__ = ["MOST_BY_ENERGY", "SharedMap", "choose_share", "held_samples", "hold_out"]
 
-# Of the samples one in so many is held out, but no more than these, or one in so many more of very many; below so many
-# samples, or so many a dimension, none is.
-_ONE_IN, _MOST, _ONE_IN_MANY, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 16, 100, 4
+# Of the samples one in so many is held out, but no more than these, or one in so many more of very many; never more
+# than the last, whose pairs are all looked at; below so many samples, or so many a dimension, none is.
+_ONE_IN, _MOST, _ONE_IN_MANY, _EVER, _LEAST, _LEAST_A_DIMENSION = 5, 1024, 16, 8192, 100, 4
 # Energy distances tell less apart than semi-duals, in many dimensions by far.
 MOST_BY_ENERGY = 4096
 _SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -35,7 +35,7 @@ def hold_out(pair: StartPair, most: int = _MOST) -> tuple[StartPair | None, Star
 
     Args:
         pair: The samples.
-        most: No more of a side are held out, unless there are very many.
+        most: No more of a side are held out, unless there are very many: then up to 8192.
     """
     sides = []
     for points, weights in ((pair.source, pair.source_weights), (pair.target, pair.target_weights)):
@@ -47,7 +47,7 @@ def hold_out(pair: StartPair, most: int = _MOST) -> tuple[StartPair | None, Star
     parts: list[tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]] = []
     for seed, (points, weights) in enumerate(sides):
         order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)).to(points.device)
-        count = min(len(points) // _ONE_IN, max(most, len(points) // _ONE_IN_MANY))
+        count = min(len(points) // _ONE_IN, max(most, min(len(points) // _ONE_IN_MANY, _EVER)))
         held, rest = order[:count], order[count:]
         parts.append(
             ((points[held], None if weights is None else weights[held]),

@@ -22,6 +22,7 @@ _LR, _MOST_LR, _BATCH, _LEAST_BATCH = 2e-3, 1e-2, 2048, 64
 # Of the target's scale: residuals of conjugate points in training, where what is left is a second-order error.
 _TRAINED, _EXACT = 1e-3, 1e-4
 _BLOCK = 4096  # rows of products with all points
+_MOST_KEPT = 131_072  # target samples whose conjugate points are found and kept
 
 
 class ConvexMap(Protocol):
@@ -166,7 +167,7 @@ def fit_semidual(
     """Minimize the semi-dual of all samples by Adam with a cosine decay, and keep what held-out ones favour.
 
     The points where conjugates are attained are kept for each target sample, and moved by a Newton step or two when it
-    is drawn again. Random rows come from a generator of its own.
+    is drawn again; beyond 131,072 of them, for as many random ones. Random rows come from a generator of its own.
     """
     like, dim = next(p for p in net.parameters() if p.requires_grad), x.shape[1]
     lr = min(_LR * dim**0.5, _MOST_LR) if lr is None else lr
@@ -174,6 +175,9 @@ def fit_semidual(
     x, y = x.detach().to(like), y.detach().to(like)
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
+    if len(y) > _MOST_KEPT:
+        kept = drawn_rows(y, weights[1], _MOST_KEPT, generator)
+        y, weights = y[kept], (weights[0], None)  # which the draw has heeded
     unit = max(float(convex.target_scale), 1e-30) * max(float((x - x.mean(0)).square().mean().sqrt()), 1e-30)
     points = convex.inverse(y, tolerance=_TRAINED)
 

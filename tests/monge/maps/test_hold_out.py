@@ -1,12 +1,17 @@
 """What is held out, and how much of a network a map takes beside the Gaussian map."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from lightning_gap.monge import BrenierMap
+from lightning_gap.monge.maps.energy_fit import energy_gain
 from lightning_gap.monge.maps.hold_out import choose_share, held_samples, hold_out
 from lightning_gap.monge.maps.starts import StartPair
 from lightning_gap.monge.ot.gaussian import gaussian_map
+
+energy_fit, semidual = (import_module(f"lightning_gap.monge.maps.{name}") for name in ("energy_fit", "semidual"))
 
 
 def draws(n: int, dim: int = 2, seed: int = 0) -> torch.Tensor:
@@ -34,6 +39,46 @@ def test_each_sample_is_on_one_side_and_a_fifth_is_held_out():
         assert sorted(map(tuple, whole.tolist())) == sorted(map(tuple, torch.cat(parts).tolist()))
     again = hold_out(StartPair(x, y))[0]
     assert torch.equal(held.source, again.source)
+
+
+@pytest.mark.parametrize(("n", "most", "count"), [(3000, 1024, 600), (20_000, 1024, 1250), (20_000, 4096, 4000)])
+def test_a_part_of_many_is_held_out(n, most, count):
+    assert len(hold_out(StartPair(draws(n), draws(n)), most)[0].source) == count
+
+
+def test_no_more_are_held_out_than_whose_pairs_can_be_looked_at():
+    n = 1_000_000
+    held, rest = hold_out(StartPair(draws(n, 1), draws(300, 1)))
+    assert (len(held.source), len(held.target)) == (8192, 60)
+    assert len(rest.source) == n - 8192
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_energy_distances_in_blocks_are_those_of_all_pairs(weighted, monkeypatch):
+    x, y = draws(90).double(), draws(70, seed=1).double() + 1
+    weights = [torch.rand(len(z), dtype=torch.float64) + 0.1 for z in (x, y)]
+    pair = StartPair(x, y, None, *([w / w.sum() for w in weights] if weighted else []))
+    whole = energy_gain([x + 1], [1.1 * x], [pair])
+    monkeypatch.setattr(energy_fit, "_BLOCK", 16)
+    assert energy_gain([x + 1], [1.1 * x], [pair]) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_semidual_of_very_many_samples_is_fitted_on_some(weighted, monkeypatch):
+    x, y = draws(300), 2 * draws(400, seed=1)
+    y[:200] += 50
+    weights = torch.ones(400)
+    weights[:200] = 0
+    looked_at = []
+    net = BrenierMap(2, (8,), start="gaussian")
+    net.start(x, y[200:])
+    inverse = net.inverse
+    monkeypatch.setattr(net, "inverse", lambda y, **options: looked_at.append(y) or inverse(y, **options))
+    monkeypatch.setattr(semidual, "_MOST_KEPT", 100)
+    semidual.fit_semidual(net, x, y, weights=(None, weights if weighted else None), steps=3)
+    (found,) = looked_at
+    assert len(found) == 100
+    assert bool((found > 25).any()) != weighted
 
 
 def test_samples_without_weight_are_in_neither_part():
