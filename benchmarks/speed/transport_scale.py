@@ -1,20 +1,29 @@
 """Value and gradient of one optimal transport against the number of samples: seconds, memory, accuracy.
 
     python -m benchmarks.speed.transport_scale [--sizes 1000 ... 100000] [--solvers dense blocked] [--limit 600]
+        [--tolerance 1e-5] [--reference 1e-3]
     python -m benchmarks.speed.transport_scale --pass-rows 500 [--sizes 100000 1000000]
+    python -m benchmarks.speed.transport_scale --roofline [--dims 2 10 32]
 
 Each measurement has a process of its own, which solves a tiny problem first (what is compiled is compiled then) and
 then the one that is timed, repeatedly where it is short. Its memory is how far the process's peak rises meanwhile; what
 fits into the memory that the imports once used shows as 0. The marginal error is the L1 distance of the plan's two
 marginals from the weights; where the solver does not tell, two more passes over all pairs find out, outside of the
 times, on a part of the rows where there are many. A solver that meets ``--limit``, or refuses a size, is left out at
-larger ones. The solver "online" is GeomLoss on KeOps, and "multiscale" its coarse-to-fine solver for up to three
-dimensions. These and "fused" need a C++ compiler: leave them out of ``--solvers`` where there is none.
+larger ones. ``--reference`` solves the largest size again to that tolerance, and tells the relative errors of value and
+gradient against it.
+
+The solver "online" is GeomLoss on KeOps, and "multiscale" its coarse-to-fine solver for up to three dimensions. These
+and "fused" need a C++ compiler: leave them out of ``--solvers`` where there is none. "ott" is OTT-JAX, run by
+``--peers`` and compiled before: costs in memory up to 5000 samples, and formed anew in each sweep beyond; its default
+updates, to the same marginal error.
 
 ``--pass-rows`` times what an exact solver does again and again where a whole solve would take hours: one soft minimum
 over all pairs, of which it does so many rows, by our compiled passes, by our blocks, and by KeOps for squared
-distances, in turns: billions of pairs a second. The plot needs matplotlib
-(``pip install lightning_gap[plots]``).
+distances, in turns: billions of pairs a second. ``--roofline`` sets these passes beside what the machine can do: pairs
+a second if a pass did no more than one exponential a pair (torch's, in cache), or d multiply-adds a pair (at the rate
+of large products of matrices), or read a matrix of costs (the memory's bandwidth over four bytes). The plot needs
+matplotlib (``pip install lightning_gap[plots]``).
 """
 
 import argparse
@@ -37,6 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine_limits import exponentials_a_second, gigabytes_a_second, multiply_adds_a_second
 from benchmarks.measurements import Row, add_json, ratios, spread, write_rows
 from benchmarks.processes import run_module
 from benchmarks.speed.transport_engine import samples
@@ -46,7 +56,8 @@ from lightning_gap.monge.ot.solve import optimal_transport
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.fused.passes import Passes
 
-SOLVERS = ("dense", "fused", "blocked", "online", "multiscale")
+SOLVERS = ("dense", "fused", "blocked", "online", "multiscale", "ott")
+OTT_IN_MEMORY = 5000
 SIZES = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 # Short measurements are repeated for this many seconds, and as often at most.
 ENOUGH_SECONDS, ENOUGH_TIMES = 1.0, 7
@@ -65,6 +76,8 @@ class Measurement:
     peak_mb: float
     marginal_error: float
     sweeps: int
+    value_error: float = math.nan
+    gradient_error: float = math.nan
 
     @property
     def seconds(self) -> float:
@@ -72,12 +85,13 @@ class Measurement:
         return float(np.median(self.times))
 
 
-def solve(x: Tensor, y: Tensor, solver: str, share: float) -> OTResult:
+def solve(x: Tensor, y: Tensor, solver: str, share: float, tolerance: float) -> tuple[OTResult, Tensor]:
     """Find value and gradient."""
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-    result = optimal_transport(x, y, solver=solver, relative_epsilon=share)
+    result = optimal_transport(x, y, solver=solver, relative_epsilon=share, tolerance=tolerance)
     result.value.backward()
-    return result
+    assert x.grad is not None
+    return result, x.grad
 
 
 def peak_mb() -> float:
@@ -102,27 +116,69 @@ def marginal_error(x: Tensor, y: Tensor, result: OTResult) -> float:
     return sum(errors)
 
 
-def measure(n: int, d: int, solver: str, share: float, limit: int) -> Measurement:
-    """Measure in this process, which a signal ends at the limit."""
-    x, y = (torch.from_numpy(points) for points in samples(n, d))
-    solve(x[:300], y[:300], solver, share)
-    before, times = peak_mb(), []
+def timed(call: Callable[[], object], limit: int) -> tuple[list[float], float]:
+    """Return the seconds of some calls, and how far they raise the peak of memory; a signal ends them at the limit."""
+    before, times = peak_mb(), list[float]()
     signal.alarm(limit)
     while not times or (sum(times) < ENOUGH_SECONDS and len(times) < ENOUGH_TIMES):
         start = time.perf_counter()
-        result = solve(x, y, solver, share)
+        call()
         times.append(time.perf_counter() - start)
     signal.alarm(0)
-    peak = peak_mb() - before
-    return Measurement(n, d, solver, times, peak, marginal_error(x, y, result), result.iterations)
+    return times, peak_mb() - before
 
 
-def measure_apart(n: int, d: int, solver: str, share: float, limit: int) -> Measurement | str:
+def measure(args: argparse.Namespace, n: int, d: int, solver: str, reference: float) -> Measurement:
+    """Measure in this process."""
+    x, y = (torch.from_numpy(points) for points in samples(n, d))
+    share, found = args.relative_epsilon, []
+    if solver == "ott":
+        return measure_ott(args, x, y)
+    solve(x[:300], y[:300], solver, share, args.tolerance)
+    times, peak = timed(lambda: found.append(solve(x, y, solver, share, args.tolerance)), args.limit)
+    result, gradient = found[-1]
+    errors = [math.nan, math.nan]
+    if reference:
+        exact, right = solve(x, y, solver, share, reference)
+        errors = [abs(float(result.value / exact.value) - 1), float((gradient - right).norm() / right.norm())]
+    return Measurement(n, d, solver, times, peak, marginal_error(x, y, result), result.iterations, *errors)
+
+
+def measure_ott(args: argparse.Namespace, x: Tensor, y: Tensor) -> Measurement:
+    """Measure OTT-JAX, compiled before, on the same problem to the same marginal error."""
+    import jax
+    import jax.numpy as jnp
+    from ott.geometry.pointcloud import PointCloud
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    # Ours are halves of squared distances: twice epsilon for theirs.
+    epsilon = 2 * args.relative_epsilon * resolve("sqeuclidean").mean(x, y)
+    batch = None if len(x) <= OTT_IN_MEMORY else 1024
+    solver = Sinkhorn(threshold=args.tolerance, max_iterations=10_000, lse_mode=True)
+
+    def value(x: object, y: object) -> tuple[object, tuple[object, object]]:
+        out = solver(LinearProblem(PointCloud(x, y, epsilon=epsilon, batch_size=batch)))
+        return out.reg_ot_cost, (out.n_iters, out.errors)
+
+    step = jax.jit(jax.value_and_grad(value, has_aux=True))
+    points = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
+    signal.alarm(args.limit)
+    (_, (sweeps, errors)), _ = jax.block_until_ready(step(*points))
+    times, peak = timed(lambda: jax.block_until_ready(step(*points)), args.limit)
+    last = np.asarray(errors)
+    return Measurement(len(x), x.shape[1], "ott", times, peak, float(last[last >= 0][-1]), int(sweeps))
+
+
+def measure_apart(args: argparse.Namespace, n: int, d: int, solver: str) -> Measurement | str:
     """Measure in a process of its own; return why not where it was not to be."""
-    arguments = [str(part) for part in (n, d, solver, share, limit)]
-    done = run_module("benchmarks.speed.transport_scale", "--measure", *arguments, capture_output=True)
+    reference = args.reference if n == max(args.sizes) else 0.0
+    words = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("relative-epsilon", "tolerance", "limit")]
+    words += ["--measure", str(n), str(d), solver, str(reference)]
+    python = args.peers if solver == "ott" and args.peers else sys.executable
+    done = run_module("benchmarks.speed.transport_scale", *words, python=python, capture_output=True)
     if done.returncode == -signal.SIGALRM:
-        return f"not done within {limit} s"
+        return f"not done within {args.limit} s"
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
         return last[0]
@@ -165,6 +221,22 @@ def passes(n: int, d: int, rows: int, share: float, name: str, repeats: int = 5)
     found = {f"{by}, G pairs/s": spread([pairs / seconds for seconds in taken]) for by, taken in times.items()}
     others = {f"{by} / fused": ratios(taken, times["fused"]) for by, taken in times.items() if by != "fused"}
     return {"cost": name, "n": n, "d": d, "rows timed": rows, **found, **others}
+
+
+def roofline(args: argparse.Namespace) -> list[Row]:
+    """Return passes of each cost beside what bounds a pass on this machine, in billions of pairs a second."""
+    exponentials, products = exponentials_a_second(), multiply_adds_a_second()
+    read = gigabytes_a_second() / 4
+    rows: list[Row] = []
+    for d in args.dims:
+        bound = 1 / (1 / exponentials + d / products)
+        for name in args.costs:
+            ours = passes(max(args.sizes), d, 1000, args.relative_epsilon, name)["fused, G pairs/s"]
+            rows.append({
+                "cost": name, "d": d, "fused, G pairs/s": ours, "of both bounds, %": 100 * ours["median"] / bound,
+                "exponentials alone": exponentials, "multiply-adds alone": products / d, "a matrix read": read,
+            })  # fmt: skip
+    return rows
 
 
 def exponent(found: list[Measurement]) -> tuple[float, float]:
@@ -211,15 +283,26 @@ def main() -> None:
         "--pass-rows", type=int, metavar="ROWS", help="time passes over all pairs instead, by so many rows"
     )
     parser.add_argument("--costs", nargs="+", default=["sqeuclidean"], help="costs of these passes")
+    parser.add_argument("--roofline", action="store_true", help="passes beside what bounds them on this machine")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="marginal error to stop at")
+    parser.add_argument("--reference", type=float, default=0.0, help="tolerance of a solve to compare the largest with")
+    parser.add_argument("--peers", type=Path, help="a Python with OTT-JAX and this package, for the solver ott")
     add_json(parser)
     parser.add_argument("--output", type=Path, default=Path("transport_scale.svg"), help="the plot, .svg or .png")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        n, d, solver, share, limit = args.measure
-        print(json.dumps(asdict(measure(int(n), int(d), solver, float(share), int(limit)))))
+        n, d, solver, reference = args.measure
+        print(json.dumps(asdict(measure(args, int(n), int(d), solver, float(reference)))))
         return
     rows: list[Row] = []
+    if args.roofline:
+        rows = roofline(args)
+        for row in rows:
+            speed, share = row["fused, G pairs/s"]["median"], row["of both bounds, %"]
+            print(f"{row['cost']}, d = {row['d']}: {speed:.3g} G pairs/s, {share:.0f} % of both bounds", flush=True)
+        write_rows(args.json, rows)
+        return
     if args.pass_rows:
         for n in args.sizes:
             for d in args.dims:
@@ -238,7 +321,7 @@ def main() -> None:
     for d in args.dims:
         for solver in args.solvers:
             for n in sorted(set(args.sizes)):
-                result = measure_apart(n, d, solver, args.relative_epsilon, args.limit)
+                result = measure_apart(args, n, d, solver)
                 if isinstance(result, str):
                     console.print(f"{solver}, d = {d}: n = {n} and beyond left out: {result}", style="yellow")
                     rows.append({"n": n, "d": d, "solver": solver, "seconds": f"left out: {result}"})
@@ -246,6 +329,9 @@ def main() -> None:
                 found.setdefault((d, solver), []).append(result)
                 where = {"n": n, "d": d, "solver": solver, "seconds": spread(result.times)}
                 measured = {"peak memory, MB": result.peak_mb, "marginal error": result.marginal_error}
+                if not math.isnan(result.value_error):
+                    measured |= {"value, error": result.value_error, "gradient, error": result.gradient_error}
+                    console.print(f"errors of value {result.value_error:.1e}, gradient {result.gradient_error:.1e}")
                 rows.append({**where, **measured, "sweeps": result.sweeps or "not counted"})
                 cells = (f"{result.seconds:.3g}", f"{result.peak_mb:.0f}", f"{result.marginal_error:.1e}")
                 # GeomLoss follows a schedule and does not count.
@@ -257,6 +343,8 @@ def main() -> None:
         if len(row) > 1:
             slope, begin = exponent(row)
             console.print(f"{solver}, d = {d}: seconds grow as n^{slope:.2f} from n = {begin:.0f} on")
+            of_these = [one for one in rows if (one["d"], one["solver"]) == (d, solver) and "marginal error" in one]
+            of_these[-1]["exponent"] = slope
     write_rows(args.json, rows)
     if found:
         plot(found, args.relative_epsilon, args.output)
