@@ -88,6 +88,21 @@ def test_a_missing_extra_is_named_with_its_remedy(capsys, monkeypatch, tmp_path,
     assert "pip install 'lightning_gap[data,plots]'" in err
 
 
+PLAN = "plan --batch-size 64 --reference-batch-size 16 --samples 999 --epochs 9 --lr 0.1 --milestones 3,6"
+
+
+@pytest.mark.parametrize("words", [PLAN, PLAN.replace("--milestones 3,6", "--scheduler cosine")])
+def test_a_plan_is_arithmetic_without_torch(words):
+    code = (
+        "import sys\nfrom lightning_gap.cli import main\nmain(sys.argv[1:])\n"
+        "print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", code, *words.split()]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "learning rate, 100 % of the way" in out
+    assert out.endswith("[]\n")
+
+
 @pytest.fixture
 def _few_images(monkeypatch, request):
     """Four training images, or as many as are asked for, in place of the digits, which take seconds to read."""

@@ -113,7 +113,12 @@ class MapCLI(LightningCLI):
     """
 
     def __init__(self, words: Sequence[str], **options: Any) -> None:
-        commands = {name: {"description": f"{what[0].upper()}{what[1:]}."} for name, what in TRAINER_COMMANDS.items()}
+        # Each parser takes a second to make, and one is wanted; all of them where no command is named.
+        asked = [name for name in TRAINER_COMMANDS if not words or name == words[0]]
+        skipped = {name: LightningCLI.subcommands()[name] for name in asked}
+        self.subcommands = lambda: skipped  # type: ignore[method-assign]
+        texts = {name: TRAINER_COMMANDS[name] for name in asked}
+        commands = {name: {"description": f"{text[0].upper()}{text[1:]}."} for name, text in texts.items()}
         self.parsers: dict[str, LightningArgumentParser] = {}
         super().__init__(
             seed_everything_default=0,

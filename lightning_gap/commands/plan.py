@@ -198,23 +198,18 @@ def _curve(plan: Any, options: argparse.Namespace) -> Any:
     """Return five points of the learning rate, by the scheduler that the options mean."""
     if options.lr is None or (options.samples is None and plan.updates != plan.reference_updates):
         return ()  # of another length, and nothing tells where an epoch ends
-    import torch
-    from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
-
     from lightning_gap.regime.clock import ReferenceClock
-    from lightning_gap.regime.lengths import check_lengths, curve
+    from lightning_gap.regime.rates import cosine_rates, curve, milestone_rates
 
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
-    scheduler: LRScheduler
     if options.scheduler == "constant" or plan.updates is None:
         return curve(plan, options.lr, [])
+    clock = ReferenceClock.of(plan, None, "step" if options.scheduler == "cosine" else "epoch")
+    if clock.last is None:
+        return curve(plan, options.lr, [])
+    steps = clock.steps_until(clock.last)
     if options.scheduler == "cosine":
-        scheduler = CosineAnnealingLR(optimizer, plan.reference_updates)
-    else:
-        scheduler = MultiStepLR(optimizer, list(options.milestones), options.gamma)
-    clock = ReferenceClock.of(plan, scheduler, "step" if options.scheduler == "cosine" else "epoch", 1)
-    rollout = check_lengths(clock, plan, trust=True)
-    return curve(plan, options.lr, [] if rollout is None else [(clock, rollout)])
+        return curve(plan, options.lr, [(clock, cosine_rates(options.lr, plan.reference_updates, steps))])
+    return curve(plan, options.lr, [(clock, milestone_rates(options.lr, options.milestones, options.gamma, steps))])
 
 
 def _schedule(plan: Any, options: argparse.Namespace) -> list[tuple[str, str, str]]:

@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_gap.commands import TRAINER_COMMANDS
 from lightning_gap.commands.parsing import CommandError
+from lightning_gap.commands.saved_help import print_help
 
 __all__ = ["add", "parsers", "require_jsonargparse", "run"]
 
@@ -18,6 +20,13 @@ def add(commands: Any) -> None:
 
 def run(words: Sequence[str]) -> None:
     """Run one of the commands."""
+    if find_spec("jsonargparse") is not None and list(words[1:]) in (["-h"], ["--help"]):
+        print_help(words[0], lambda: _run(words))
+    else:
+        _run(words)
+
+
+def _run(words: Sequence[str]) -> None:
     require_jsonargparse(words[0])
     from lightning_gap.commands.map_cli import run_trainer
 

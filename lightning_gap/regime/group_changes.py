@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.rules.auto import AUTO, choose
@@ -13,13 +11,16 @@ from lightning_gap.regime.scaling import Rate
 
 __all__ = ["change_of_groups", "choice_verdict", "decided", "groups_of"]
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
 # Parameter groups as they were, each with its optimizer.
-Groups = Sequence[tuple[Optimizer, dict[str, Any]]]
+Groups = Sequence[tuple["Optimizer", dict[str, Any]]]
 # What the table calls them.
 _WORDS = {"weight_decay": "weight decay", "max_momentum": "largest momentum", "base_momentum": "least momentum"}
 
 
-def decided(plan: RegimePlan, optimizers: Iterable[Optimizer | str], noise_scale: float | None = None) -> RegimePlan:
+def decided(plan: RegimePlan, optimizers: "Iterable[Optimizer | str]", noise_scale: float | None = None) -> RegimePlan:
     """Return a plan with what ``lr_rule="auto"`` chooses for the optimizers; another plan as it is.
 
     Args:
@@ -41,7 +42,7 @@ def decided(plan: RegimePlan, optimizers: Iterable[Optimizer | str], noise_scale
     return replace(plan, lr_factor=choice.factor, warmup_updates=warmup, why=choice.why)
 
 
-def choice_verdict(plan: RegimePlan, optimizers: Iterable[Optimizer], noise_scale: float) -> str:
+def choice_verdict(plan: RegimePlan, optimizers: "Iterable[Optimizer]", noise_scale: float) -> str:
     """Say what ``lr_rule="auto"`` would have chosen by a noise scale, where that is another factor by 5 % or more.
 
     Args:
@@ -60,7 +61,7 @@ def choice_verdict(plan: RegimePlan, optimizers: Iterable[Optimizer], noise_scal
     )
 
 
-def groups_of(optimizers: Iterable[Optimizer]) -> Groups:
+def groups_of(optimizers: "Iterable[Optimizer]") -> Groups:
     """Return all parameter groups as they are now, each with its optimizer."""
     return [(optimizer, dict(group)) for optimizer in optimizers for group in optimizer.param_groups]
 

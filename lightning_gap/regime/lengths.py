@@ -1,13 +1,14 @@
 """Lengths of this run in a schedule of the reference run: told by their numbers, and refused."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from lightning_gap.regime.clock import ReferenceClock
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out, turns
+from lightning_gap.regime.rates import Rollout
+from lightning_gap.regime.rollout import hidden_lengths, roll_out, turns
 
-__all__ = ["check_frequency", "check_lengths", "curve"]
+__all__ = ["check_frequency", "check_lengths"]
 
 # The parts of a run at which schedules are wont to turn.
 _SHARES = (0.01, 0.02, 0.03, 0.05, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9)
@@ -177,23 +178,3 @@ def _remedy(clock: ReferenceClock, plan: RegimePlan) -> str:
         "write the reference run's number. If all lengths are the reference run's as they are, pass "
         "stretch_schedulers=True; if they are this run's, stretch_schedulers=False."
     )
-
-
-def curve(
-    plan: RegimePlan, rate: float, rollouts: Sequence[tuple[ReferenceClock, Rollout]], factor: float | None = None
-) -> tuple[tuple[int, float, int, float], ...]:
-    """Return five points of the first group's learning rate: updates and rates of the reference run and of this run.
-
-    ``factor`` is what the rates are multiplied by, where that is not the rule's factor alone.
-    """
-    points, factor = [], plan.lr_factor if factor is None else factor
-    for quarter in range(5 if plan.updates else 0):
-        before = quarter * ((plan.updates or 1) - 1) // 4
-        reference_update, now = plan.reference_update(before), rate
-        for clock, seen in rollouts:
-            steps = clock.steps_until(reference_update)
-            if len(rollouts) > 1 or steps >= len(seen.rates):
-                return ()  # not told by one schedule, or not looked at so far
-            now = seen.rates[steps]
-        points.append((reference_update + 1, now, before + 1, now * factor))
-    return tuple(points)

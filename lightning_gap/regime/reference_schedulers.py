@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_gap.regime.clock import Interval, ReferenceClock, Stepping
 from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.parts import PassClock
-from lightning_gap.regime.rollout import Rollout, roll_out
+from lightning_gap.regime.rates import Rollout
+from lightning_gap.regime.rollout import roll_out
 
 __all__ = ["RolledOut", "rates_by_samples", "reference_schedulers"]
 

@@ -18,7 +18,8 @@ from lightning_gap.regime.clock import Interval, ReferenceClock, Stepping
 from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.lengths import check_frequency, check_lengths
 from lightning_gap.regime.plan import RegimePlan
-from lightning_gap.regime.rollout import Rollout, hidden_lengths, roll_out
+from lightning_gap.regime.rates import Rollout
+from lightning_gap.regime.rollout import hidden_lengths, roll_out
 from lightning_gap.regime.scaling import Rate, check_rule
 from lightning_gap.regime.schedules import check_momentum, check_unscaled, horizons
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_gap.regime.clock import ReferenceClock
+from lightning_gap.regime.rates import Rollout
 from lightning_gap.regime.rules.hyperparameters import Rescaling
 from lightning_gap.regime.scaling import scale_optimizer
 from lightning_gap.regime.schedules import flattened, horizons, scale_scheduler
 
 __all__ = [
-    "Rollout",
     "follows_its_factor",
     "hidden_lengths",
     "optimizer_of",
@@ -36,14 +36,6 @@ _NO_LENGTHS = re.compile(
 )
 # Two rates are the same to this share of the highest.
 _SAME = 1e-9
-
-
-class Rollout(NamedTuple):
-    """The rates of the first group after each step, what was raised instead of a further one, and if all was seen."""
-
-    rates: list[float]
-    error: Exception | None
-    whole: bool
 
 
 def roll_out(clock: ReferenceClock) -> Rollout:

@@ -14,11 +14,11 @@ from lightning_gap.regime.clock import RegimeClock
 from lightning_gap.regime.counters import ValidationClock
 from lightning_gap.regime.fit import Fit
 from lightning_gap.regime.group_changes import change_of_groups, decided, groups_of
-from lightning_gap.regime.lengths import curve
 from lightning_gap.regime.limits import RunLimits
 from lightning_gap.regime.loader import DataNotReady, same_data
 from lightning_gap.regime.plan import RegimePlan
 from lightning_gap.regime.planning import RunPlanner
+from lightning_gap.regime.rates import curve
 from lightning_gap.regime.refusals import check_fit, refused_as
 from lightning_gap.regime.resume import disagreements, take_up
 from lightning_gap.regime.sample_noise import output_module

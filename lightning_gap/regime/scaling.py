@@ -1,13 +1,15 @@
 """How the learning rate follows the batch size, and the arithmetic that applies a factor."""
 
 from enum import Enum, auto
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING
 
 from lightning_gap.regime.rules.factor import LR_RULES, RULES, LRRule, lr_factor, rule_name
 from lightning_gap.regime.rules.hyperparameters import OptimizerRules, Rescaling
 from lightning_gap.regime.rules.hyperparameters import times as scaled
 from lightning_gap.regime.rules.optimizers import names_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = [
     "EQUAL_SAMPLES",
@@ -40,7 +42,7 @@ def default_train_longer(rule: LRRule) -> float:
 
 
 def check_rule(
-    optimizer: Optimizer, rule: str, ratio: float, train_longer: float, rules: OptimizerRules | None = None
+    optimizer: "Optimizer", rule: str, ratio: float, train_longer: float, rules: OptimizerRules | None = None
 ) -> str | None:
     """Refuse an optimizer that a rule is not for, and return what is doubtful about one that it takes."""
     known = RULES.get(rule)
@@ -65,7 +67,7 @@ def _told(rules: OptimizerRules | None) -> tuple[bool, bool]:
     return (False, False) if rules is None else (rules.weight_decay != "none", rules.betas_rule != "none")
 
 
-def scale_optimizer(optimizer: Optimizer, rescaling: Rescaling, *, defaults: bool = True) -> None:
+def scale_optimizer(optimizer: "Optimizer", rescaling: Rescaling, *, defaults: bool = True) -> None:
     r"""Change every hyperparameter of an optimizer by rules, in place: those of its groups and its defaults.
 
     Tensor learning rates are replaced by new tensors, for a scheduler may hold the old ones too.

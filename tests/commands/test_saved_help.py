@@ -1,0 +1,140 @@
+"""Help that is kept: as it would be made, until something that it was made from changes."""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lightning_gap.cli import main
+from lightning_gap.commands import TRAINER_COMMANDS, saved_help
+from lightning_gap.commands.saved_help import print_help
+
+
+@pytest.fixture(autouse=True)
+def _kept_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Help of a file, which counts how often it is made."""
+    source = tmp_path / "source.py"
+    source.write_text("1")
+    monkeypatch.setitem(sys.modules, "source", type(sys)("source"))
+    sys.modules["source"].__file__ = str(source)
+    monkeypatch.setattr(saved_help, "_loaded", lambda: [each for each in REAL() if each[0] == str(source)])
+    count = []
+
+    def make():
+        count.append(1)
+        print(f"{source.read_text()} at {os.environ['COLUMNS']}")
+        raise SystemExit(0)
+
+    return source, make, count
+
+
+REAL = saved_help._loaded
+
+
+def shown(make, capsys):
+    with suppress(SystemExit):
+        print_help("fit", make)
+    return capsys.readouterr().out
+
+
+def test_help_is_made_once(made, capsys):
+    _, make, count = made
+    assert [shown(make, capsys) for _ in range(3)] == ["1 at 100\n"] * 3
+    assert len(count) == 1
+
+
+def test_a_changed_source_is_read_again(made, capsys):
+    source, make, count = made
+    shown(make, capsys)
+    source.write_text("2")
+    os.utime(source, ns=(5, 5))
+    assert shown(make, capsys) == shown(make, capsys) == "2 at 100\n"
+    source.write_text("22")  # within the same tick
+    os.utime(source, ns=(5, 5))
+    assert shown(make, capsys) == "22 at 100\n"
+    assert len(count) == 3
+
+
+def test_another_width_or_terminal_is_another_help(made, capsys, monkeypatch):
+    _, make, count = made
+    shown(make, capsys)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert shown(make, capsys) == "1 at 60\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown(make, capsys)
+    assert len(count) == 3
+
+
+def test_what_is_installed_counts(made, capsys, monkeypatch):
+    _, make, count = made
+    shown(make, capsys)
+    monkeypatch.setattr(saved_help, "_installed", lambda: [["torch-9.dist-info", 1]])
+    shown(make, capsys)
+    shown(make, capsys)
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"help": 1}', b'{"installed": 0, "files": 0, "help": ""}'])
+def test_a_damaged_file_is_made_anew(made, capsys, content):
+    _, make, count = made
+    shown(make, capsys)
+    (path,) = Path(os.environ["XDG_CACHE_HOME"], "lightning_gap").iterdir()
+    path.write_bytes(content)
+    assert shown(make, capsys) == shown(make, capsys) == "1 at 100\n"
+    assert len(count) == 2
+
+
+def test_where_nothing_can_be_kept_it_is_made(made, capsys, monkeypatch, tmp_path):
+    _, make, count = made
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert shown(make, capsys) == shown(make, capsys) == "1 at 100\n"
+    assert len(count) == 2
+
+
+def test_what_fails_is_not_kept(capsys):
+    def fail():
+        print("half")
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        print_help("fit", fail)
+    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
+
+
+def test_the_second_help_is_the_first_and_imports_nothing_heavy(capsys):
+    pytest.importorskip("jsonargparse")
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    first = capsys.readouterr().out
+    assert "--data.source" in first
+    assert "--model.gap_weight" in first
+    code = (
+        "import sys\nfrom lightning_gap.cli import main\nmain(['fit', '--help'])\n"
+        "print([m for m in ('torch', 'lightning', 'numpy', 'jsonargparse') if m in sys.modules])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == f"{first}[]\n"
+
+
+@pytest.mark.parametrize("command", list(TRAINER_COMMANDS))
+def test_one_command_s_parser_is_as_among_all(command, capsys):
+    pytest.importorskip("jsonargparse")
+    from lightning_gap.commands.map_cli import run_trainer, trainer_parsers
+
+    with pytest.raises(SystemExit):
+        run_trainer([command, "--help"])
+    alone = capsys.readouterr().out
+    every = trainer_parsers()
+    assert list(every) == list(TRAINER_COMMANDS)
+    # The usage of a parser that is on its own names no command before it.
+    assert every[command].format_help().partition("options:")[2] == alone.partition("options:")[2]
