@@ -186,7 +186,7 @@ def _mmd(x: Array, y: Array, *, kernel: str = "linear", gamma: float = 1.0, degr
     check_number("gamma", gamma, above=0)
     check_integer("degree", degree, 1)
     if kernel == "linear":  # all pairs' inner products average to that of the means
-        return _mse(x, y) * x.shape[1]
+        return _mse(x, y) * int(x.shape[1])
     if kernel not in ("rbf", "poly"):
         raise ValueError(f"kernel must be 'linear', 'rbf' or 'poly', got {kernel!r}")
 
