@@ -78,13 +78,21 @@ def push(
     cell_map = as_cell_map(model)
     read = _read(cell_map, "cells", cells, layer, obsm)
     asked, written = _conditions(read, condition, condition_key)
-    step = max(1, _NUMBERS // read.table.dim // batch_size) * batch_size
-    parts = []
+    step = max(1, _NUMBERS // max(1, read.table.dim) // batch_size) * batch_size
+    images: Tensor | None = None
     for start in range(0, len(read), step):
         rows = np.arange(start, min(start + step, len(read)))
         samples = read.samples(None if len(rows) == len(read) else rows)
-        parts.append(cell_map.forward(samples, _of_rows(asked, rows, len(read)), batch_size))
-    return _as_anndata(torch.cat(parts), read, layer, obsm, written, {"made_by": "push", "model": cell_map.title})
+        moved = read.in_own_order(cell_map.forward(samples, _of_rows(asked, rows, len(read)), batch_size))
+        if len(moved) == len(read):
+            images = moved
+            break
+        images = moved.new_empty(len(read), moved.shape[1]) if images is None else images
+        images[start : start + len(moved)] = moved
+    if images is None:
+        read.samples()  # says what is wrong
+    assert images is not None
+    return _as_anndata(images, read, layer, obsm, written, {"made_by": "push", "model": cell_map.title})
 
 
 def pull(
@@ -138,7 +146,9 @@ def pull(
     if near is not None:
         options["near"] = _read(cell_map, "near", near, layer, obsm).samples()
     points = cell_map.backward(read.samples(), asked, **options)
-    return _as_anndata(points, read, layer, obsm, written, {"made_by": "pull", "model": cell_map.title})
+    return _as_anndata(
+        read.in_own_order(points), read, layer, obsm, written, {"made_by": "pull", "model": cell_map.title}
+    )
 
 
 def to_anndata(
@@ -188,7 +198,7 @@ def to_anndata(
         )
     if obsm is None and found.shape[1] != len(read.var):
         raise ValueError(f"images have {found.shape[1]} columns for {len(read.var)} genes: name them by genes=")
-    return _as_anndata(found, read, layer, obsm, {}, {"made_by": "to_anndata"})
+    return _as_anndata(read.in_own_order(found), read, layer, obsm, {}, {"made_by": "to_anndata"})
 
 
 def _read(cell_map: CellMap, argument: str, cells: Any, layer: str | None, obsm: str | None) -> Cells:
@@ -237,10 +247,6 @@ def _as_anndata(
         # Without genes, but with X: anndata joins no objects of which some have one.
         nothing = np.zeros((len(array), 0), dtype=array.dtype)
         return anndata.AnnData(nothing, obs=obs, obsm={obsm: array}, uns={"lightning_gap": made | {"obsm": obsm}})
-    if cells.places is not None:
-        own = np.empty_like(array)
-        own[:, cells.places] = array
-        array = own
     layers = {} if layer in (None, "X") else {layer: array.copy()}
     made = made if layer is None else made | {"layer": layer}
     return anndata.AnnData(array, obs=obs, var=cells.var.copy(), layers=layers, uns={"lightning_gap": made})

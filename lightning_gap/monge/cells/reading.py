@@ -34,6 +34,10 @@ class Cells:
         samples = self.table.samples(rows)
         return samples if self.places is None else samples[:, self.places]
 
+    def in_own_order(self, images: Tensor) -> Tensor:
+        """Return ``(n, d)`` images, whose genes are in the order that is wanted, with them in the cells' order."""
+        return images if self.places is None else images[:, np.argsort(self.places)]
+
     def labels(self, argument: str, column: str) -> NDArray[Any]:
         """Return the labels in a column of ``obs`` as texts; none may be missing."""
         labels = as_texts(self.table.labels(argument, str(column)))

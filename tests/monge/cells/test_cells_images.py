@@ -234,6 +234,8 @@ def test_what_cannot_be_pushed_is_refused(given, options, error, message, tmp_pa
 def test_what_is_no_map_is_refused():
     with pytest.raises(TypeError, match="model must be a MongeMap, a MapEnsemble or a fitted transformer"):
         push(ResidualMLP(4), cells())
+    with pytest.raises(ValueError, match="cells is empty"):
+        push(by_name(), cells()[:0])
     adata = cells()
     adata.X[3, 1] = np.nan
     with pytest.raises(ValueError, match="cells holds NaN or infinity in 1 of 12 rows"):
