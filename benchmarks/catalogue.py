@@ -216,6 +216,10 @@ SCIENCE = {
         "science.map_real_data --data DATA",
         "Maps of real cells", 60, needs=("data",), page="../real_cells.md", rows=False,
     ),
+    "pertpy": Benchmark(
+        "science.pertpy_distances --data DATA", "Distances between populations of cells, against pertpy's", 1,
+        "science.pertpy_distances", ("peers", "data"), page="../scores.md", rows=False,
+    ),
     "default_maps": Benchmark(
         "science.default_maps --data DATA",
         "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",

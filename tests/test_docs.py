@@ -74,7 +74,13 @@ ELSEWHERE = {"real_cells.md"}
 # Pages whose code takes longer than some ten seconds on one core.
 SLOW = {"howto_diffusion.md"}
 # What a block needs beyond the tests' own packages.
-EXTRAS = {"import anndata": "anndata", "sklearn": "sklearn", "torch.onnx": "onnxscript", "Wandb": "wandb"}
+EXTRAS = {
+    "import anndata": "anndata",
+    "import scanpy": "scanpy",
+    "sklearn": "sklearn",
+    "torch.onnx": "onnxscript",
+    "Wandb": "wandb",
+}
 
 
 class OnACPU(Trainer):

@@ -33,6 +33,7 @@ BELOW = {
     "monge.ot": {"checks", "precision", "ranks", "trainer.internals", "extras", "faces", "native"},
     "monge.maps": {"monge.ot", "checks", "precision", "trainer.internals"},
     "monge.scores": {"faces", "monge.ot", "monge.maps", "checks", "precision", "extras", "ranks", "trainer"},
+    "monge.cells": {"faces", "monge.samples", "monge.scores", "checks", "extras"},
     "monge.samples": {"faces", "monge.ot", "checks", "precision", "extras", "ranks", "trainer"},
 }
 

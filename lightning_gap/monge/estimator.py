@@ -53,6 +53,7 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
       scikit-learn.
     - ``fit(X, labels)``: ``X`` holds both, and ``y`` tells for each row which one it is of. Pipelines then treat both
       alike, and model selection splits them together (by ``StratifiedKFold`` or another splitter that shuffles).
+      ``transform`` moves each row that it is given, also one of the target.
 
     It trains a :class:`~lightning_gap.MongeMap` by Adam with a cosine decay, and leaves no trace: no files, no output,
     and torch's, NumPy's and Python's global random numbers as they were (unless ``random_state`` is ``None``, which

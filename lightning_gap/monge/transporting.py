@@ -1,10 +1,12 @@
 """What a trained map does with raw samples: forwards, backwards, and part of the way."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from lightning_gap.monge.border import transport
+from lightning_gap.monge.cells.images import pull, push
 from lightning_gap.monge.dynamics import interpolate, inverse
 from lightning_gap.monge.pretrained import Pretrained
 
@@ -103,6 +105,60 @@ class Transporting(Pretrained):
             cast("MongeMap", self), y, condition, near=near, tolerance=tolerance, max_iterations=max_iterations,
             layer=layer, obsm=obsm,
         )  # fmt: skip
+
+    def push(
+        self,
+        cells: Any,
+        condition: Any = None,
+        *,
+        condition_key: str | Sequence[str] | None = None,
+        layer: str | None = None,
+        obsm: str | None = None,
+        batch_size: int = 65_536,
+    ) -> Any:
+        """Return the images of cells as ``AnnData``: see :func:`lightning_gap.monge.cells.push`.
+
+        Args:
+            cells: ``AnnData``, in memory or backed, or the path to an ``.h5ad`` file. Genes go by name.
+            condition: As in :meth:`transport`.
+            condition_key: Column or columns of ``obs`` with each cell's condition; with ``condition``, those that get
+                it.
+            layer: Layer of the cells, as in :meth:`transport`.
+            obsm: Embedding in place of a layer.
+            batch_size: Rows that go through the network at once.
+
+        Returns:
+            ``AnnData`` with the ``obs`` of the cells, and the images where the samples were: their genes in the order
+            of the cells'.
+        """
+        return push(
+            self, cells, condition, condition_key=condition_key, layer=layer, obsm=obsm, batch_size=batch_size
+        )  # fmt: skip
+
+    def pull(
+        self,
+        cells: Any,
+        condition: Any = None,
+        *,
+        condition_key: str | Sequence[str] | None = None,
+        layer: str | None = None,
+        obsm: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the cells whose images are given, as ``AnnData``: see :func:`lightning_gap.monge.cells.pull`.
+
+        Args:
+            cells: The images, as ``cells`` of :meth:`push`.
+            condition: As in :meth:`push`.
+            condition_key: As in :meth:`push`.
+            layer: As in :meth:`push`.
+            obsm: As in :meth:`push`.
+            **options: ``near``, ``tolerance`` and ``max_iterations`` of :meth:`inverse`.
+
+        Returns:
+            ``AnnData``, as of :meth:`push`.
+        """
+        return pull(self, cells, condition, condition_key=condition_key, layer=layer, obsm=obsm, **options)
 
     def interpolate(
         self,

@@ -14,12 +14,19 @@ Array = NDArray[Any]
 
 
 def feature_places(
-    title: str, given: Sequence[str] | None, wanted: Sequence[str] | None, whose: str, *, remedy: str = ""
+    title: str,
+    given: Sequence[str] | None,
+    wanted: Sequence[str] | None,
+    whose: str,
+    *,
+    remedy: str = "",
+    warns: bool = True,
 ) -> Array | None:
     """Return the ``(d,)`` places of wanted features among given ones; ``None`` where they stand so already.
 
-    Sets of which one has no names go together by place. What is given and not wanted is warned of; what is missing
-    raises, with the ``remedy``. ``title`` and ``whose`` are how messages call what has the given and the wanted ones.
+    Sets of which one has no names go together by place. What is given and not wanted is warned of, unless ``warns`` is
+    false; what is missing raises, with the ``remedy``. ``title`` and ``whose`` are how messages call what has the given
+    and the wanted ones.
     """
     if given is None or wanted is None or tuple(given) == tuple(wanted):
         return None
@@ -38,7 +45,7 @@ def feature_places(
             "give each a name of its own, as by adata.var_names_make_unique()"
         )
     extra = [name for name in given if name not in known]
-    if extra:
+    if extra and warns:
         rank_zero_warn(f"{title} has {listed(extra)}, which {whose} does not know: ignored")
     return np.array([place[name] for name in wanted])
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_gap.monge.scores.mmd import MaximumMeanDiscrepancy as MaximumMeanDiscrepancy
     from lightning_gap.monge.scores.mmd import maximum_mean_discrepancy as maximum_mean_discrepancy
     from lightning_gap.monge.scores.perturbation import PerturbationScores as PerturbationScores
+    from lightning_gap.monge.scores.population_distances import DISTANCES as DISTANCES
+    from lightning_gap.monge.scores.population_distances import perturbation_distance as perturbation_distance
     from lightning_gap.monge.scores.suboptimality import Suboptimality as Suboptimality
     from lightning_gap.monge.scores.suboptimality import suboptimality as suboptimality
     from lightning_gap.monge.scores.truth import DisplacementCosine as DisplacementCosine

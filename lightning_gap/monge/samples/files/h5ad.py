@@ -21,6 +21,7 @@ class InMemory:
 
     def __init__(self, data: Any) -> None:
         self.obs: Any = data.obs
+        self.var: Any = data.var
         self.genes = [str(name) for name in data.var_names]
         self.layers = tuple(map(str, data.layers))
         self.obsm = tuple(map(str, data.obsm))
@@ -45,7 +46,8 @@ class InFile:
         with readable(path.name, path, " as AnnData"):
             self._file = library("h5py", path.name).File(path, "r")
             self.obs: Any = self._io.read_elem(self._file["obs"])
-            self.genes = [str(name) for name in self._io.read_elem(self._file["var"]).index]
+            self.var: Any = self._io.read_elem(self._file["var"])
+            self.genes = [str(name) for name in self.var.index]
             self.layers = tuple(self._file.get("layers", ()))
             self.obsm = tuple(self._file.get("obsm", ()))
 

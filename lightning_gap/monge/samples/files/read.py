@@ -13,11 +13,21 @@ from lightning_gap.monge.samples.features import feature_places, names_of
 from lightning_gap.monge.samples.files.arrays import NPY, NPZ, array_table, load_array
 from lightning_gap.monge.samples.files.arrow import FEATHER, PARQUET
 from lightning_gap.monge.samples.files.frames import frame_table
-from lightning_gap.monge.samples.files.h5ad import H5AD, InMemory, anndata_table
+from lightning_gap.monge.samples.files.h5ad import H5AD, InFile, InMemory, anndata_table
 from lightning_gap.monge.samples.files.table import Format, Reading, Table
 from lightning_gap.monge.samples.files.text import TEXT
 
-__all__ = ["FORMATS", "is_file", "open_file", "open_frame", "open_table", "read_matrix", "read_vector", "suffix_of"]
+__all__ = [
+    "FORMATS",
+    "is_file",
+    "open_anndata",
+    "open_file",
+    "open_frame",
+    "open_table",
+    "read_matrix",
+    "read_vector",
+    "suffix_of",
+]
 
 Array = NDArray[Any]
 
@@ -62,6 +72,20 @@ def open_file(argument: str, location: str, reading: Reading = _DEFAULT) -> Tabl
     if within is not None and not form.holds_named:
         raise ValueError(f"{argument}: only .npz and .h5ad files hold named arrays, got {location!r}")
     return form.open(title, path, within, reading)
+
+
+def open_anndata(argument: str, data: Any) -> tuple[str, InMemory | InFile]:
+    """Return how messages call an ``AnnData`` or the ``.h5ad`` file at a path, and what it holds."""
+    if is_file(data):
+        path, form, within = _resolved(argument, str(data))
+        if form is not H5AD:
+            raise ValueError(f"{argument}: {str(path)!r} is no .h5ad file: give AnnData, or the path to such a file")
+        if within is not None:
+            raise ValueError(f"{argument}: '::{within}' is not for here: give layer= or obsm=")
+        return f"{argument} ({path.name})", InFile(path)
+    if not _is_instance(data, "anndata", "AnnData"):
+        raise TypeError(f"{argument} must be AnnData or the path to an .h5ad file, got {type(data).__name__}")
+    return argument, InMemory(data)
 
 
 def open_frame(argument: str, location: str) -> Any:
