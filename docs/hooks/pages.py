@@ -13,6 +13,12 @@ _log = logging.getLogger("mkdocs.hooks.pages")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
+# Names of functions that take their argument without brackets, and are not the base of a script.
+_FUNCTION = re.compile(
+    r"(?<!<msub>)(?<!<msup>)(?<!<msubsup>)(?<!<munder>)(<m([io])>(?:arccos|cos|det|erf|exp|log|sin|tr)</m\2>)"
+    r'(?!<mo stretchy="false">&#x00028;)(?!</)'
+)
+_SPACE = '<mspace width="0.167em"></mspace>'
 # Characters of LaTeX beyond which a formula in a line may be wider than a telephone.
 _LONG = 30
 
@@ -36,6 +42,7 @@ def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         latex = html.unescape(match[3]).strip()
         made = convert(latex, display="inline" if match[2] == "(" else "block")
+        made = _FUNCTION.sub(rf"{_SPACE}\1{_SPACE}", made)
         if "\\" in made:
             _log.warning("%s: this formula is not understood: %s", page.file.src_path, latex)
         if match[2] == "[":
