@@ -130,8 +130,9 @@ doctest: setup
 readme: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_readme.py
 
-# Warnings are errors, and nothing is asked of the network.
+# Pictures whose code has changed are made anew; warnings are errors, and nothing is asked of the network.
 docs: setup
+	OMP_NUM_THREADS=1 $(PY) docs/hooks/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 	$(PY) docs/hooks/links.py site
 

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTA
 
 def test_both_halves_have_a_block():
     assert len(BLOCKS) == 2
-    assert "LargeBatchRegime" in BLOCKS[0]
+    assert "BatchSizeSchedule" in BLOCKS[0]
     assert "MongeMap" in BLOCKS[1]
 
 
@@ -23,10 +23,10 @@ def test_both_halves_have_a_block():
 def test_block_runs(block, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"256 updates, distance|Monge gap: tensor", done.stdout), done.stdout
+    assert re.search(r"^88 updates instead of 256|^test_energy_distance_floor 0\.\d+$", done.stdout, re.M), done.stdout
 
 
 def test_links_within_the_repository_lead_somewhere():

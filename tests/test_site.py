@@ -42,6 +42,19 @@ def test_formulas_become_mathml_and_unknown_ones_a_warning(caplog):
     assert "page.md: this formula is not understood" in caplog.text
 
 
+def test_functions_stand_apart_and_long_formulas_scroll():
+    page = SimpleNamespace(file=SimpleNamespace(src_path="page.md"))
+
+    def made(latex):
+        return pages.on_page_content(rf'<span class="arithmatex">\({latex}\)</span>', page)
+
+    assert made(r"b \log t").count("<mspace") == 2
+    assert "<mspace" not in made(r"\cos(t)")
+    assert "<mspace" not in made(r"\log_2 t")
+    assert made("a").startswith("<math")
+    assert made(" + ".join("abcdefghijk")).startswith('<span class="long-formula"><math')
+
+
 def test_what_is_wrong_with_a_site_is_listed(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h1 id="top">A</h1><a href="b.html#there">.</a><a href="#top">.</a><a href="https://example.org/x">.</a>'

@@ -13,6 +13,15 @@ _log = logging.getLogger("mkdocs.hooks.pages")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
+# Names of functions that take their argument without brackets, and are not the base of a script.
+_FUNCTION = re.compile(
+    r"(?<!<msub>)(?<!<msup>)(?<!<msubsup>)(?<!<munder>)(<m([io])>(?:arccos|cos|det|erf|exp|log|sin|tr)</m\2>)"
+    r'(?!<mo stretchy="false">&#x00028;)(?!</)'
+)
+_SPACE = '<mspace width="0.167em"></mspace>'
+# Characters of LaTeX beyond which a formula in a line may be wider than a telephone.
+_LONG = 30
+
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
     """Name the files of the repository that a page links to, and the site does not hold."""
@@ -33,9 +42,12 @@ def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         latex = html.unescape(match[3]).strip()
         made = convert(latex, display="inline" if match[2] == "(" else "block")
+        made = _FUNCTION.sub(rf"{_SPACE}\1{_SPACE}", made)
         if "\\" in made:
             _log.warning("%s: this formula is not understood: %s", page.file.src_path, latex)
-        return made if match[2] == "(" else f'<div class="formula">{made}</div>'
+        if match[2] == "[":
+            return f'<div class="formula">{made}</div>'
+        return f'<span class="long-formula">{made}</span>' if len(latex) > _LONG else made
 
     return _FORMULA.sub(mathml, content)
 

@@ -30,6 +30,11 @@ NAMES = {
 }
 PAPER = {"sb": "SB", "lb": "LB", "lr": "+LR", "gbn": "+GBN", "ra": "+RA"}
 COLOURS = dict(zip(PAPER, ("k", "C3", "C1", "C0", "C2"), strict=True))
+# What the start page shows of a network: samples of an epoch, and columns with their batches.
+SHOWN = {
+    "f1_fashion": (60_000, {"lb": "4096", "sb": "128", "seesaw_gbn": "128, growing to 4096"}),
+    "c1_cifar10_short": (50_000, {"lb": "1024", "sb": "128", "ramp_gbn": "128, growing to 1024"}),
+}
 # One of the updates at which distances are recorded, in the fifth epoch of the batch 4096.
 EARLY = 71
 DISTANCE, BELOW = f"distance after {EARLY} updates", "below batch 128"
@@ -250,7 +255,8 @@ def _growing(runs: Runs) -> str:
 
 
 def draw(runs: Runs, logs: Path, images: Path) -> None:
-    """Draw the paper's figures 1 to 3."""
+    """Draw the paper's figures 1 to 3, and the picture of the start page."""
+    _samples(runs, images / "large_batch_samples.png")
     _errors(runs, images / "large_batch_error.png")
     _walks(runs, images / "large_batch_distance.png")
     _potential(logs, images / "large_batch_potential.png")
@@ -277,6 +283,33 @@ def _errors(runs: Runs, path: Path) -> None:
             ax.set(xscale="log", xlabel=along, title=NAMES[network], ylim=(0.9 * least, 4 * least))
         row[0].set_ylabel("test error, %")
         row[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def _samples(runs: Runs, path: Path) -> None:
+    networks = [network for network in SHOWN if network in runs]
+    if not networks:
+        return
+    figure = _figure(9, 4.2)
+    colours = dict(
+        zip(("lb", "sb", "seesaw_gbn", "ramp_gbn"), ("#c8553d", "#5b6470", "#1f6fd0", "#1f6fd0"), strict=True)
+    )
+    for ax, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        epoch, columns = SHOWN[network]
+        last = [
+            100 - float(np.mean(accuracies(runs[network][column]))) for column in columns if column in runs[network]
+        ]
+        for column, batch in columns.items():
+            for index, run in enumerate(runs[network].get(column, [])):
+                error = 100 - float(np.mean(accuracies(runs[network][column])))
+                label = f"batch {batch}: {error:.1f} % after {run.updates[-1]:,} updates" if index == 0 else None
+                seen = np.asarray(run.epochs) * epoch / 1e6
+                ax.plot(seen, run.error, color=colours[column], label=label, linewidth=1.4, alpha=0.85)
+        span = max(last) - min(last)
+        ax.set(xlabel="samples, millions", ylim=(min(last) - 0.6 * span, max(last) + 1.6 * span), xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(title=NAMES[network], loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    figure.axes[0].set_ylabel("test error, %")
     figure.savefig(path, dpi=110)
 
 
