@@ -116,6 +116,11 @@ SPEED = {
         "Value and gradient of a Monge gap, against OTT-JAX", 2.2,
         "speed.transport_engine --sizes 64 --dims 2 --shares 0.1 --seconds 0.05", ("peers",),
     ),
+    "engine_small_epsilon": Benchmark(
+        "speed.transport_engine --sizes 1024 --dims 2 --shares 0.001 --seconds 1",
+        "The same at a relative ε of 0.001", 5,
+        "speed.transport_engine --sizes 64 --dims 2 --shares 0.01 --seconds 0.05", ("peers",),
+    ),
     "engine_geomloss": Benchmark(
         "speed.transport_engine --peer geomloss --sizes 512 --dims 2 --seconds 1",
         "Value and gradient of a Monge gap, against GeomLoss", 1.7,
@@ -174,6 +179,23 @@ SPEED = {
         "speed.transport_scale --solvers multiscale --sizes 10000 100000 1000000 --dims 2 --limit 300",
         "Time and memory to n = 10⁶: GeomLoss's multiscale solver on KeOps", 1.7,
         "speed.transport_scale --solvers multiscale --sizes 400 --dims 2", ("compiler",),
+    ),
+    "scale_ott": Benchmark(
+        "speed.transport_scale --solvers ott --sizes 1000 3000 10000 --dims 2 --limit 100",
+        "Time and memory against n: OTT-JAX", 3,
+        "speed.transport_scale --solvers ott --sizes 100 --dims 2", ("peers",),
+    ),
+    "scale_dims": Benchmark(
+        "speed.transport_scale --solvers fused --sizes 10000 30000 100000 --dims 2 10 32 --tolerance 0.03 "
+        "--reference 0.001 --limit 300",
+        "Time, memory and errors to n = 10⁵ in 2, 10 and 32 dimensions", 7,
+        "speed.transport_scale --solvers fused --sizes 300 --dims 2 --tolerance 0.03 --reference 0.001", ("compiler",),
+    ),
+    "scale_roofline": Benchmark(
+        "speed.transport_scale --roofline --sizes 100000 --dims 2 10 32 "
+        "--costs sqeuclidean euclidean cosine 'pnorm(p=1.5)'",
+        "Passes over n² pairs beside what bounds them on the machine", 2,
+        "speed.transport_scale --roofline --sizes 2000 --dims 2", ("compiler",),
     ),
     "scale_passes": Benchmark(
         "speed.transport_scale --pass-rows 1000 --sizes 100000 --dims 2 10 32 "

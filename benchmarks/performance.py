@@ -5,7 +5,7 @@
     python -m benchmarks.performance page
     python -m benchmarks.performance list
 
-``run`` runs the benchmarks of speed and memory, about 25 minutes on two cores. Each leaves a line
+``run`` runs the benchmarks of speed and memory, about 45 minutes on two cores. Each leaves a line
 in ``benchmarks/results/performance.jsonl``: its rows as data, all that it printed, the machine, its load before and
 after, and how many cores other processes took meanwhile. One that this code has logged already is not repeated unless
 ``--again``: a log knows the package's and the benchmark's sources by their hash. One that needs what is not there (a
@@ -43,9 +43,11 @@ from benchmarks.machine import busy, machine, versions
 from benchmarks.marked import differences, write
 from benchmarks.performance_page import blocks, command
 from benchmarks.processes import ROOT, run_module
+from benchmarks.scale_figure import draw
 
 LOG = "performance.jsonl"
 PAGE = ROOT / "docs" / "results" / "performance.md"
+SCALE = ROOT / "docs" / "images" / "transport_scale.png"
 
 
 def sources(module: str) -> str:
@@ -200,6 +202,8 @@ def main() -> None:
         made = blocks(read(options.logs))
         changed = differences(options.page, made)
         write(options.page, made)
+        if options.page == PAGE and find_spec("matplotlib") is not None:
+            draw(read(options.logs), SCALE)
         print(f"{options.page.name}: {', '.join(changed) or 'nothing'} changed")
     sys.exit(failed > 0)
 
