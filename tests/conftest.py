@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import pytest
+from brief import begin_briefly
 
 
 @pytest.fixture(autouse=True)
@@ -46,18 +45,5 @@ def what_is_said_can_be_heard_by_the_next():
 
 @pytest.fixture
 def brief_starts(monkeypatch):
-    """Starts of maps take few samples and a twentieth of their steps: for what is to run, whatever its maps are."""
-    from lightning_gap.monge.maps.descent import minimize
-    from lightning_gap.monge.maps.starts import PlanStart
-
-    targets = PlanStart.targets
-
-    def briefly(*args: Any, steps: int, looks: int = 1, **options: Any) -> None:
-        minimize(*args, steps=max(1, steps // 20), **options)
-
-    def of_few(start: PlanStart, *args: Any) -> Any:
-        return targets(replace(start, samples=min(start.samples, 512)), *args)
-
-    monkeypatch.setattr(PlanStart, "targets", of_few)
-    for module in ("energy_fit", "fitting", "semidual"):
-        monkeypatch.setattr(import_module(f"lightning_gap.monge.maps.{module}"), "minimize", briefly)
+    """What :func:`brief.begin_briefly` does, for one test."""
+    begin_briefly(monkeypatch)

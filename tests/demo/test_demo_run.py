@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from brief import begin_briefly
 from rich.console import Console
 
 from lightning_gap.demo import ColourSettings, DemoSettings, LargeBatchSettings, run_demo
@@ -16,7 +17,7 @@ from lightning_gap.demo.large_batch import RECIPES, Classifier
 for module in ("matplotlib", "mlxtend", "sklearn"):
     pytest.importorskip(module)
 Image = pytest.importorskip("PIL.Image")
-SETTINGS = LargeBatchSettings(epochs=5, large_batch=512, seeds=(0, 1), width=16)
+SETTINGS = LargeBatchSettings(epochs=4, large_batch=512, seeds=(0, 1), width=16)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def demo(tmp_path_factory):
         large_batch=SETTINGS,
         colours=ColourSettings(iterations=3, batch_size=16, pixels=200, held_out=50),
     )
-    report = run_demo(settings, Console(file=screen, width=100))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        begin_briefly(monkeypatch)
+        report = run_demo(settings, Console(file=screen, width=100))
     assert logging.getLogger("lightning.pytorch").level == level
     return report, screen.getvalue(), json.loads((output / "results.json").read_text(encoding="utf-8"))
 
@@ -57,7 +60,7 @@ def test_every_recipe_ran_with_every_seed(demo):
 def test_the_regime_gives_the_large_batch_the_updates_of_the_small_one(demo):
     updates = {name: several[0]["updates"] for name, several in demo[2]["large_batch"].items()}
     # 4,000 images: 32 updates an epoch at 128, 8 at 512.
-    assert list(updates.values()) == [160, 40, 160, 160]
+    assert list(updates.values()) == [128, 32, 128, 128]
     plan = demo[2]["large_batch"]["+ regime"][0]["plan"]
     assert plan["learning_rates"] == [[0.1, pytest.approx(0.2)]]
 
@@ -67,7 +70,7 @@ def test_each_run_learned(demo):
         for run in several:
             assert run["test_accuracy"] > 30
             assert run["train_loss"] < math.log(10)
-            assert len(run["curve"]) == 5
+            assert len(run["curve"]) == 4
             assert run["distances"][-1][1] > 0
             assert run["diffusion"]["log_slope"] > 0
 
@@ -98,6 +101,7 @@ def test_the_report_holds_every_number_of_the_tables(demo):
     assert page.count("<img") == 8
 
 
+@pytest.mark.usefixtures("brief_starts")
 def test_same_seed_same_numbers(tmp_path):
     from lightning_gap.demo.colour_transfer import transfer_colours
 
