@@ -17,8 +17,8 @@ def add(commands: Any) -> None:
         "report",
         help="compare runs on one self-contained HTML page",
         description="Read runs from the files of Lightning's CSVLogger, TensorBoardLogger, WandbLogger (offline) and "
-        "MLFlowLogger (local file store), and write one page that needs no network: results with the best marked, "
-        "curves, regimes, the distance from the initial weights against log t, and transport maps.",
+        "MLFlowLogger (local file store), and of Trackio, and write one page that needs no network: results with the "
+        "best marked, curves, regimes, the distance from the initial weights against log t, and transport maps.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     report.add_argument(

@@ -6,6 +6,7 @@ Numbers go through ``pl_module.log`` or ``logger.log_metrics``, with the same ke
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,12 +24,13 @@ __all__ = [
     "log_facts",
     "log_figure",
     "log_now",
+    "log_page",
     "log_table",
     "markdown",
     "takes_figures",
 ]
 
-_KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger")
+_KNOWN = ("WandbLogger", "TensorBoardLogger", "MLFlowLogger", "CSVLogger", "TrackioLogger")
 _defined: "WeakKeyDictionary[Any, set[tuple[str, str]]]" = WeakKeyDictionary()
 
 
@@ -125,7 +127,7 @@ def takes_figures(logger: Any) -> bool:
 
 @rank_zero_only
 def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: int) -> None:
-    """Log a figure: to W&B and TensorBoard as an image, to MLflow and CSV as the file ``figures/KEY/STEP.png``.
+    """Log a figure: to W&B, TensorBoard and Trackio as an image, to MLflow and CSV as ``figures/KEY/STEP.png``.
 
     It is drawn once, and only if a logger takes it. Without matplotlib there are no figures.
     """
@@ -147,13 +149,37 @@ def log_figure(loggers: Iterable[Any], key: str, draw: Callable[[], Any], step: 
         elif kind == "MLFlowLogger":
             logger.experiment.log_figure(logger.run_id, figure, f"figures/{key}/{step:08d}.png")
         else:
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=110)
-            _write(logger, f"figures/{key}/{step:08d}.png", picture.getvalue())
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", dpi=110)
+            if kind == "CSVLogger":
+                _write(logger, f"figures/{key}/{step:08d}.png", drawn.getvalue())
+            else:
+                logger.log_picture(key, drawn.getvalue(), step)
+
+
+@rank_zero_only
+def log_page(loggers: Iterable[Any], name: str, path: Path) -> None:
+    """Log a file as an artifact: to W&B and Trackio as one of their own, to MLflow and others' folders in ``pages``."""
+    for logger in loggers:
+        kind = _kind(logger)
+        if kind == "WandbLogger":
+            import wandb
+
+            artifact = wandb.Artifact(name, type="report")
+            artifact.add_file(str(path))
+            logger.experiment.log_artifact(artifact)
+        elif kind == "TrackioLogger":
+            logger.experiment.log_artifact(path, name=name, type="report")
+        elif kind == "MLFlowLogger":
+            logger.experiment.log_artifact(logger.run_id, str(path), "pages")
+        elif kind in ("CSVLogger", "TensorBoardLogger"):
+            _write(logger, f"pages/{path.name}", path.read_bytes())
+        else:
+            rank_zero_warn(f"{type(logger).__name__} takes no files: {path.name} is not logged to it")
 
 
 def _write(logger: Any, name: str, content: bytes) -> None:
-    """Write a file into a CSVLogger's folder, which may be a remote one."""
+    """Write a file into a logger's folder, which may be a remote one."""
     filesystem, path = fsspec.core.url_to_fs(f"{logger.log_dir}/{name}")
     filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
     with filesystem.open(path, "wb") as file:

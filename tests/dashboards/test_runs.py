@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import shutil
+import sqlite3
 import struct
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,49 @@ def _mlflow(folder):
                 file.write(f"{1000 + call} {value} {step}\n")
 
 
-@pytest.mark.parametrize("write", [_csv, _tensorboard, _wandb, _mlflow])
+def _trackio(folder, name="first", file="maps.db"):
+    """Write what Trackio leaves of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(folder / file)) as database, database:
+        for table, columns in {
+            "metrics": "id INTEGER PRIMARY KEY, timestamp, run_name, step, metrics",
+            "configs": "run_name, config", "project_metadata": "key, value",
+        }.items():  # fmt: skip
+            database.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+        config = {"lr": 0.5, "_Created": "2026-01-01"}
+        database.execute("INSERT INTO configs VALUES (?, ?)", (name, json.dumps(config).encode()))
+        for call, (step, values) in enumerate(METRICS):
+            row = (f"2026-01-01T00:00:0{call}+00:00", name, step, json.dumps(values).encode())
+            database.execute("INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?)", row)
+
+
+def test_all_runs_of_trackio_are_read(tmp_path):
+    for name, file in (("first", "a.db"), ("second", "a.db"), ("third", "b.db")):
+        _trackio(tmp_path, name, file)
+    picture = tmp_path / "media" / "a" / "first" / "1" / "x.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"png")
+    figure = {"lightning_gap/monge/map": {"_type": "trackio.image", "file_path": "a/first/1/x.png"}}
+    with closing(sqlite3.connect(tmp_path / "a.db")) as database, database:
+        row = ("2026-01-01T00:00:09+00:00", "first", 1, json.dumps(figure).encode())
+        database.execute("INSERT INTO metrics (timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?)", row)
+    with closing(sqlite3.connect(tmp_path / "other.db")) as database, database:  # another program's
+        database.execute("CREATE TABLE metrics (x)")
+    runs = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["first", "second", "third"]
+    assert runs[0].pictures == {"lightning_gap/monge/map": b"png"}
+    assert runs[0].seconds.tolist() == [[0, 0], [1, 1], [1, 2], [1, 9]]
+
+
+def test_a_broken_row_of_trackio_is_said(tmp_path):
+    _trackio(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "maps.db")) as database, database:
+        database.execute("UPDATE metrics SET metrics = '{' WHERE id = 1")
+    with pytest.raises(RunError, match="cannot be read as a project of Trackio"):
+        read_runs([tmp_path])
+
+
+@pytest.mark.parametrize("write", [_csv, _tensorboard, _wandb, _mlflow, _trackio])
 def test_the_same_numbers_from_any_files(write, tmp_path):
     write(tmp_path / "run")
     (run,) = read_runs([tmp_path])

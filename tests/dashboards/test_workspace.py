@@ -1,6 +1,8 @@
 """The W&B workspace: each of its panels finds its keys, over the right axis, in an offline run read back."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,7 @@ class Offline:
 
     def __init__(self, folder):
         (file,) = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
+        self.file = file
         self.rows, self.config, self.axes = [], {}, {}
         for record in _finished(file):
             kind = record.WhichOneof("record_type")
@@ -126,3 +129,29 @@ def test_the_axis_of_distance_is_logarithmic():
 def test_own_metrics_are_drawn():
     keys = {key for panel in panels(["large-batch"], train_metric="a", val_metric="b") for key in panel.y}
     assert {"a", "b"} <= keys
+
+
+def test_the_terminal_viewer_of_wandb_finds_axes_and_values(run):
+    _, offline = run
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline.file)]
+    records = [
+        json.loads(line) for line in subprocess.run(command, check=True, capture_output=True).stdout.splitlines()
+    ]
+    axes = {
+        record["metric"]["name"]: record["metric"].get("step_metric")
+        for record in records
+        if record["type"] == "metric" and "name" in record["metric"]
+    }
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    seen = set()
+    for key, axis in axes.items():
+        room = key.rpartition("/")[0]
+        if key.startswith("lightning_gap/") and axis is not None:
+            assert axis.startswith(f"{room.partition('/distance')[0]}/")
+            mine = [row for row in rows if key in row]
+            # A chart has a point where the row has a number on either axis.
+            assert all(isinstance(row[axis], int | float) for row in mine)
+            at = [row[axis] for row in mine if isinstance(row[key], int | float)]
+            assert at == sorted(at)
+            seen |= {key} if at else set()
+    assert len(seen) > 5

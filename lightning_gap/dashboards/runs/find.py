@@ -12,18 +12,19 @@ from lightning_gap.dashboards.runs.csv import CSV, TRACE
 from lightning_gap.dashboards.runs.mlflow import MLFLOW
 from lightning_gap.dashboards.runs.run import Format, Run, RunError
 from lightning_gap.dashboards.runs.tensorboard import TENSORBOARD
+from lightning_gap.dashboards.runs.trackio import TRACKIO
 from lightning_gap.dashboards.runs.wandb import WANDB
 
 __all__ = ["FORMATS", "find_runs", "read_runs"]
 
 # A folder with the files of several is a run of the first.
-FORMATS = (CSV, TENSORBOARD, WANDB, MLFLOW)
+FORMATS = (CSV, TENSORBOARD, WANDB, MLFLOW, TRACKIO)
 _BY_KIND = {each.kind: each for each in (*FORMATS, TRACE)}
 _SKIPPED = {"node_modules", "__pycache__", ".git", ".venv", ".trash"}
 _INSIDE_A_RUN = {"checkpoints", "figures", "tables"}
 # Folders whose names say nothing about a run.
 _PLAIN = {"lightning_logs", "csv_logs", "tb_logs", "mlruns", "wandb", "version_0"}
-_WANTED = "a metrics.csv, events.out.tfevents.*, run-*.wandb, an MLflow run, or a diffusion.csv"
+_WANTED = "a metrics.csv, events.out.tfevents.*, run-*.wandb, an MLflow run, a Trackio project, or a diffusion.csv"
 
 
 def find_runs(path: Path) -> list[tuple[str, Path]]:
@@ -87,7 +88,7 @@ def read_runs(paths: Sequence[Path], *, left_out: list[str] | None = None) -> li
     unread: list[RunError] = []
     for kind, folder in places.values():
         try:
-            runs.append(_read(_BY_KIND[kind], folder))
+            runs += _read(_BY_KIND[kind], folder)
         except RunError as error:
             if left_out is None:
                 raise
@@ -99,9 +100,9 @@ def read_runs(paths: Sequence[Path], *, left_out: list[str] | None = None) -> li
     return _named(runs)
 
 
-def _read(kind: Format, folder: Path) -> Run:
+def _read(kind: Format, folder: Path) -> list[Run]:
     try:
-        return kind.read(folder)
+        return [kind.read(folder)] if kind.read_all is None else kind.read_all(folder)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise RunError(f"{folder} cannot be read as a run of {kind.kind}: {error}") from error
 

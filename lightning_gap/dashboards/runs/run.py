@@ -83,6 +83,7 @@ class Format:
     read: Callable[[Path], Run]  # from such a folder to the run
     whole: bool = False  # a run has a name of its own, and all that lies below its folder
     known: Callable[[Path], bool] = lambda folder: True  # what else must be true of the folder
+    read_all: Callable[[Path], list[Run]] | None = None  # where a folder holds several
 
     def holds(self, folder: Path, names: Sequence[str]) -> bool:
         """Return whether a folder, of whose files the names are given, is a run of this kind."""
