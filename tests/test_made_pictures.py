@@ -57,7 +57,7 @@ def test_a_page_runs_from_a_reader_s_files_to_its_picture(name, tmp_path, monkey
         image_packages.install(monkeypatch)
     made = pictures.page(name)
     short = {file: _shortened(code) for file, code in made.files.items()}
-    pictures.Made(name, short, made.commands, made.pictures).write(tmp_path, share=0.1)
+    pictures.Made(name, short, made.commands, made.pictures).write(tmp_path, share=0.2)
     monkeypatch.chdir(tmp_path)
     for program, *words in made.commands:
         words = ["1" if before == "--epochs" else word for before, word in zip(["", *words], words, strict=False)]

@@ -55,6 +55,13 @@ def test_functions_stand_apart_and_long_formulas_scroll():
     assert made(" + ".join("abcdefghijk")).startswith('<span class="long-formula"><math')
 
 
+def test_tables_drawn_of_characters_are_marked():
+    page = SimpleNamespace(file=SimpleNamespace(src_path="page.md"))
+    block = '<div class="language-text highlight"><pre>{}</pre></div>'
+    made = pages.on_page_content(block.format("a") + block.format("│ b │"), page)
+    assert made == block.format("a") + block.format("│ b │").replace("text", "text drawn")
+
+
 def test_what_is_wrong_with_a_site_is_listed(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h1 id="top">A</h1><a href="b.html#there">.</a><a href="#top">.</a><a href="https://example.org/x">.</a>'

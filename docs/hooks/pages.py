@@ -13,6 +13,8 @@ _log = logging.getLogger("mkdocs.hooks.pages")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#]+)(?:#[^)]*)?\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 
+# Output with a table that is drawn of characters, whose lines must stay whole.
+_DRAWN = re.compile(r'<div class="language-text highlight">(?=(?:(?!</div>).)*[│┃])', re.S)
 # Names of functions that take their argument without brackets, and are not the base of a script.
 _FUNCTION = re.compile(
     r"(?<!<msub>)(?<!<msup>)(?<!<msubsup>)(?<!<munder>)(<m([io])>(?:arccos|cos|det|erf|exp|log|sin|tr)</m\2>)"
@@ -37,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> st
 
 
 def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
-    """Replace the page's formulas, and warn of those that are not understood."""
+    """Replace the page's formulas, warn of those that are not understood, and mark tables drawn of characters."""
 
     def mathml(match: re.Match[str]) -> str:
         latex = html.unescape(match[3]).strip()
@@ -49,7 +51,7 @@ def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
             return f'<div class="formula">{made}</div>'
         return f'<span class="long-formula">{made}</span>' if len(latex) > _LONG else made
 
-    return _FORMULA.sub(mathml, content)
+    return _DRAWN.sub('<div class="language-text drawn highlight">', _FORMULA.sub(mathml, content))
 
 
 def on_config(config: Any, **kwargs: Any) -> Any:
