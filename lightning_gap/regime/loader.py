@@ -126,7 +126,9 @@ def training_loader(trainer: Trainer) -> Any:
 
 
 def loader_batch_size(loader: Any) -> int:
-    """Return the batch size of a loader, or of its batch sampler."""
+    """Return the batch size of a loader, or of its batch sampler; or what a loader of whole batches says of them."""
+    if isinstance(told := getattr(loader, "samples_in_batch", None), int):
+        return told
     for holder in (loader, getattr(loader, "batch_sampler", None)):
         size = getattr(holder, "batch_size", None)
         if isinstance(size, int) and size > 0:
@@ -143,6 +145,10 @@ def pass_over_data(trainer: Trainer, loader: Any = None, samples: int | None = N
     batch_sampler = getattr(loader, "batch_sampler", None)
     if samples is not None:
         return _declared_pass(trainer, loader, samples)
+    if isinstance(told := getattr(loader, "samples_in_epoch", None), int):  # it has batches of all replicas alone
+        replicas = data_parallel_size(trainer)
+        batch_size = loader_batch_size(loader) * replicas
+        return Pass(samples=told, drop_last=True, batches=len(loader), batch_size=batch_size, replicas=replicas)
     if isinstance(getattr(loader, "dataset", None), IterableDataset) or not isinstance(batch_sampler, BatchSampler):
         raise MisconfigurationException(
             f"The training loader ({type(loader).__name__}, {type(batch_sampler).__name__}) does not tell how many "

@@ -101,7 +101,9 @@ class RunPlanner:
         regime, data = self._regime, self.data
         limits = Limits.of(trainer)
         if self.loader is not None and regime.batch_size is None:
-            self.expected = loader_batch_size(self.loader)
+            # Who makes whole batches knows what is in them.
+            own = hasattr(self.loader, "samples_in_batch")
+            self.expected = None if own else loader_batch_size(self.loader)
         if data is None:
             plan = RegimePlan(regime.reference_batch_size, batch_size, rule, factor)
             if self.keeps_lengths or not regime.train_longer:

@@ -18,3 +18,16 @@ def test_what_a_strategy_holds(kind, whole, sharded):
     assert strategy.shards_by_dtensor(trainer) is sharded
     assert strategy.leaves_updates_to_torch(trainer) is (whole or sharded)
     assert strategy.strategy_name(trainer) == kind.__name__
+
+
+def test_ray_s_strategy_is_known_by_its_class():
+    """Ray Train's strategies derive from Lightning's, whatever they are called."""
+    lightning = pytest.importorskip("ray.train.lightning", reason="needs Ray")
+    ddp, sharded = lightning.RayDDPStrategy, lightning.RayFSDPStrategy
+    renamed = type("Mine", (ddp,), {})
+    for kind in (ddp, renamed):
+        trainer = SimpleNamespace(strategy=kind())
+        assert strategy.holds_whole_weights(trainer)
+        assert strategy.leaves_updates_to_torch(trainer)
+        assert not strategy.shards_by_dtensor(trainer)
+    assert not strategy.leaves_updates_to_torch(SimpleNamespace(strategy=sharded()))

@@ -105,6 +105,23 @@ class UnpairedBatches(Dataset[UnpairedBatch]):
             raise TypeError("samplers and streams have no length")
         return min(sizes) // self.size * (self.size // self.num_replicas)
 
+    @property
+    def samples_in_batch(self) -> int:
+        """How many samples of a side this process has in a batch, over its conditions."""
+        return self.size // self.num_replicas * min(self.per_batch or len(self.pairs), len(self.pairs))
+
+    @property
+    def samples_in_epoch(self) -> int:
+        """How many samples an epoch goes through, over all processes: whole batches, of which the rest is dropped.
+
+        Those of the larger set where an epoch is one pass through it, so that it tells of other batches, too.
+        """
+        batch = self.samples_in_batch * self.num_replicas
+        sizes = [len(side) for pair in self.pairs for side in pair if isinstance(side, FiniteSamples)]
+        largest = max(sizes, default=0)
+        whole = len(self.pairs) == 1 and largest // self.size == self.steps
+        return largest if whole else self.steps * batch
+
     def __getitem__(self, number: tuple[int, int] | int) -> UnpairedBatch:
         """Return a batch of an epoch; a plain number is that of one of epoch 0, which comes again and again."""
         if not isinstance(number, tuple):
@@ -295,6 +312,16 @@ class BatchLoader(NumberedLoader):
 
     def __iter__(self) -> Iterator[UnpairedBatch]:  # type: ignore[override]
         yield from super().__iter__()
+
+    @property
+    def samples_in_batch(self) -> int:
+        """How many samples of a side this process has in a batch: what learning rates are scaled by."""
+        return cast(UnpairedBatches, self.dataset).samples_in_batch
+
+    @property
+    def samples_in_epoch(self) -> int:
+        """How many samples an epoch goes through, over all processes."""
+        return cast(UnpairedBatches, self.dataset).samples_in_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the trainer's count of batches and the seed are the state."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_gap.monge.ot.checks import check_samples
+from lightning_gap.monge.samples.litdata_stream import whole_stream
 
 __all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn", "generator"]
 
@@ -178,7 +179,7 @@ class StreamedSamples(_Endless):
     """Samples in the order in which something iterable yields them, again from its start when it ends.
 
     It yields ``(n, d)`` samples, ``(d,)`` single ones, or tuples that start with them; the first ``reserved`` are held
-    out. Every process reads the whole stream and takes its part of each batch.
+    out. Every process reads the whole stream, LitData's too, and takes its part of each batch.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class StreamedSamples(_Endless):
         true_map: Encode | None = None,
         encode: Encode | None = None,
     ) -> None:
+        stream = whole_stream(argument, stream)
         if isinstance(stream, Iterator):
             raise TypeError(
                 f"{argument} is an iterator, which can be read once only: give what makes it, such as an "
