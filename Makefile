@@ -27,13 +27,14 @@ PORTABLE := tests/test_versions.py tests/test_package.py tests/test_checks.py te
 LOWEST ?= constraints-lowest.txt
 COMPILED := torch numpy scipy pyyaml pandas pyarrow h5py matplotlib pillow pot scikit-learn wandb
 
-.PHONY: help setup demo test test-device test-slow test-gpu test-lowest test-latest test-portable test-variants \
+.PHONY: help setup demo test test-device test-triton test-slow test-gpu test-lowest test-latest test-portable test-variants \
   lowest lint types doctest readme docs dist format ci clean
 
 help:
 	@echo "make demo      set up, then run both halves on real data and write demo_output/report.html"
 	@echo "make test      set up, then run the tests"
 	@echo "make test-device                   the tests of GPUs on an emulated one (part of make test)"
+	@echo "make test-triton                   the tests of Triton's kernels, in its interpreter and its compiler"
 	@echo "make lint types doctest readme    the other checks of CI"
 	@echo "make docs      build the documentation in site/, and check its links"
 	@echo "make test-slow test-gpu           the tests that CI leaves out"
@@ -69,6 +70,15 @@ test: setup
 test-device: setup
 	EMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 tests/device \
 	  || { echo "make test: failed in the pass on the emulated device"; exit 1; }
+
+# On a CPU: kernels run in Triton's interpreter, and are compiled for a GPU that is not there.
+test-triton:
+	@test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q --durations=10 -m triton \
+	  tests/monge/ot/test_triton_passes.py
+	EMULATED_DEVICE=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q --durations=10 \
+	  tests/device/test_device_fused.py
 
 test-slow: setup
 	$(PY) -m pytest -q -m slow
@@ -150,4 +160,4 @@ format: setup
 ci: test test-lowest lint types doctest readme docs
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-latest .venv-dist dist site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-triton .venv-dist dist site demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

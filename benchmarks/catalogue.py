@@ -203,6 +203,12 @@ SPEED = {
         "One pass over n² pairs: our compiled passes, our blocks, and KeOps", 2,
         "speed.transport_scale --pass-rows 20 --sizes 1000 --dims 2", ("compiler",),
     ),
+    "scale_passes_gpu": Benchmark(
+        "speed.transport_scale --device cuda --pass-rows 20000 --sizes 100000 1000000 --dims 2 10 64 "
+        "--costs sqeuclidean euclidean cosine 'pnorm(p=1.5)' geodesic",
+        "One pass over n² pairs on a GPU: Triton's passes, and our blocks", 3,
+        "speed.transport_scale --device cuda --pass-rows 1000 --sizes 10000 --dims 2", ("cuda", "compiler"),
+    ),
 }  # fmt: skip
 SCIENCE = {
     "gap_gradient": Benchmark(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.transport_scale [--sizes 1000 ... 100000] [--solvers dense blocked] [--limit 600]
         [--tolerance 1e-5] [--reference 1e-3]
-    python -m benchmarks.speed.transport_scale --pass-rows 500 [--sizes 100000 1000000]
+    python -m benchmarks.speed.transport_scale --pass-rows 500 [--sizes 100000 1000000] [--device cuda]
     python -m benchmarks.speed.transport_scale --roofline [--dims 2 10 32]
 
 Each measurement has a process of its own, which solves a tiny problem first (what is compiled is compiled then) and
@@ -19,11 +19,11 @@ and "fused" need a C++ compiler: leave them out of ``--solvers`` where there is 
 updates, to the same marginal error.
 
 ``--pass-rows`` times what an exact solver does again and again where a whole solve would take hours: one soft minimum
-over all pairs, of which it does so many rows, by our compiled passes, by our blocks, and by KeOps for squared
-distances, in turns: billions of pairs a second. ``--roofline`` sets these passes beside what the machine can do: pairs
-a second if a pass did no more than one exponential a pair (torch's, in cache), or d multiply-adds a pair (at the rate
-of large products of matrices), or read a matrix of costs (the memory's bandwidth over four bytes). The plot needs
-matplotlib (``pip install lightning_gap[plots]``).
+over all pairs, of which it does so many rows, by our compiled passes, by our blocks, and on a CPU by KeOps for squared
+distances, in turns: billions of pairs a second. With ``--device cuda`` the compiled passes are Triton's. ``--roofline``
+sets the passes of a CPU beside what the machine can do: pairs a second if a pass did no more than one exponential a
+pair (torch's, in cache), or d multiply-adds a pair (at the rate of large products of matrices), or read a matrix of
+costs (the memory's bandwidth over four bytes). The plot needs matplotlib (``pip install lightning_gap[plots]``).
 """
 
 import argparse
@@ -54,7 +54,7 @@ from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solve import optimal_transport
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
-from lightning_gap.monge.ot.solvers.fused.passes import Passes
+from lightning_gap.monge.ot.solvers.fused.kernel import passes_on
 
 SOLVERS = ("dense", "fused", "blocked", "online", "multiscale", "ott")
 OTT_IN_MEMORY = 5000
@@ -185,42 +185,52 @@ def measure_apart(args: argparse.Namespace, n: int, d: int, solver: str) -> Meas
     return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def passes(n: int, d: int, rows: int, share: float, name: str, repeats: int = 5) -> Row:
+def passes(n: int, d: int, rows: int, share: float, name: str, device: str, repeats: int = 5) -> Row:
     """Return speeds of one soft minimum of n rows against n columns, from some of the rows, by each."""
-    from pykeops.torch import LazyTensor
-
-    x, y = (torch.from_numpy(points) for points in samples(n, d))
+    x, y = (torch.from_numpy(points).to(device) for points in samples(n, d))
     cost = resolve(name)
     if name == "geodesic":
         x, y = (points / points.norm(dim=1, keepdim=True) for points in (x, y))
     epsilon = share * cost.mean(x[:2000], y[:2000])
     size = float(cost.pairwise(x[:2000], y[:2000]).max())
-    G, weights, some = torch.zeros(n), torch.full((n,), 1 / n), x[:rows]
-    logs = LazyTensor((G + weights.log())[None, :, None])
-    fused = Passes(some, y, cost, epsilon, size)
-
-    def keops() -> Tensor:
-        pairs = (LazyTensor(some[:, None]) - LazyTensor(y[None])).square().sum(-1)
-        return -(logs - pairs / epsilon).logsumexp(dim=1).flatten()
+    some, G = x[:rows], torch.zeros(n, device=device)
+    weights = torch.full_like(G, 1 / n)
+    fused = passes_on(x.device)(some, y, cost, epsilon, size)
 
     calls: dict[str, Callable[[], Tensor]] = {
         "fused": lambda: fused.soft_minimum(G.double(), weights.double())[0],
         "blocked": lambda: soft_minimum(some, y, weights, G, cost, epsilon),
     }
-    if name == "sqeuclidean":
+    if name == "sqeuclidean" and device == "cpu":
+        from pykeops.torch import LazyTensor
+
+        logs = LazyTensor((G + weights.log())[None, :, None])
+
+        def keops() -> Tensor:
+            pairs = (LazyTensor(some[:, None]) - LazyTensor(y[None])).square().sum(-1)
+            return -(logs - pairs / epsilon).logsumexp(dim=1).flatten()
+
         calls["KeOps"] = keops
     for call in calls.values():  # and all are warm
         torch.testing.assert_close(calls["fused"](), call(), rtol=1e-3, atol=1e-3, check_dtype=False)
     times: dict[str, list[float]] = {by: [] for by in calls}
     for _ in range(repeats):
         for by, call in calls.items():
+            synchronize(device)
             start = time.perf_counter()
             call()
+            synchronize(device)
             times[by].append(time.perf_counter() - start)
     pairs = rows * n / 1e9
     found = {f"{by}, G pairs/s": spread([pairs / seconds for seconds in taken]) for by, taken in times.items()}
     others = {f"{by} / fused": ratios(taken, times["fused"]) for by, taken in times.items() if by != "fused"}
     return {"cost": name, "n": n, "d": d, "rows timed": rows, **found, **others}
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a device was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def roofline(args: argparse.Namespace) -> list[Row]:
@@ -231,7 +241,7 @@ def roofline(args: argparse.Namespace) -> list[Row]:
     for d in args.dims:
         bound = 1 / (1 / exponentials + d / products)
         for name in args.costs:
-            ours = passes(max(args.sizes), d, 1000, args.relative_epsilon, name)["fused, G pairs/s"]
+            ours = passes(max(args.sizes), d, 1000, args.relative_epsilon, name, "cpu")["fused, G pairs/s"]
             rows.append({
                 "cost": name, "d": d, "fused, G pairs/s": ours, "of both bounds, %": 100 * ours["median"] / bound,
                 "exponentials alone": exponentials, "multiply-adds alone": products / d, "a matrix read": read,
@@ -282,6 +292,7 @@ def main() -> None:
     parser.add_argument(
         "--pass-rows", type=int, metavar="ROWS", help="time passes over all pairs instead, by so many rows"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where these passes are")
     parser.add_argument("--costs", nargs="+", default=["sqeuclidean"], help="costs of these passes")
     parser.add_argument("--roofline", action="store_true", help="passes beside what bounds them on this machine")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="marginal error to stop at")
@@ -295,6 +306,8 @@ def main() -> None:
         n, d, solver, reference = args.measure
         print(json.dumps(asdict(measure(args, int(n), int(d), solver, float(reference)))))
         return
+    if args.device != "cpu" and not args.pass_rows:
+        parser.error("--device is for --pass-rows: whole solves are measured on the CPU")
     rows: list[Row] = []
     if args.roofline:
         rows = roofline(args)
@@ -307,7 +320,7 @@ def main() -> None:
         for n in args.sizes:
             for d in args.dims:
                 for name in args.costs:
-                    row = passes(n, d, min(n, args.pass_rows), args.relative_epsilon, name)
+                    row = passes(n, d, min(n, args.pass_rows), args.relative_epsilon, name, args.device)
                     speeds = (f"{key} {value['median']:.3g}" for key, value in row.items() if "pairs/s" in key)
                     print(f"{name}, n = {n}, d = {d}: {', '.join(speeds)}", flush=True)
                     rows.append(row)

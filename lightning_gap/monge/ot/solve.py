@@ -40,6 +40,7 @@ from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
 from lightning_gap.monge.ot.solvers.fused.passes import fused_library
+from lightning_gap.monge.ot.solvers.fused.triton_passes import has_triton, triton_expressions
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
 from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping
@@ -86,7 +87,7 @@ def optimal_transport(
         rho: Strength of soft marginals, in units of the cost (GeomLoss's ``reach`` is a distance); ``None`` for hard.
         solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
             CPU, 16384 x 16384 on a GPU); beyond that ``"fused"`` on a CPU, for costs with a formula where there is a
-            C++ compiler, else ``"blocked"``.
+            C++ compiler, else ``"blocked"``; also on a GPU, where ``"fused"`` has not been measured.
         tolerance: L1 marginal error at which ``"dense"``, ``"fused"`` and ``"blocked"`` stop; the gradient is then
             right to some twice as much of the gradient of what is paid.
         max_iterations: Most sweeps of these three.
@@ -207,12 +208,20 @@ def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
 
 def _check_fused(cost: Cost, x: Tensor) -> None:
     """Raise where no compiled pass can be made."""
-    if x.device.type != "cpu":
-        raise ValueError(f"solver='fused' is for a CPU, and the samples are on {x.device}: use 'blocked'")
-    if formula_of(cost) is None:
+    formula, kind = formula_of(cost), x.device.type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"solver='fused' is for a CPU or CUDA, and the samples are on {x.device}: use 'blocked'")
+    if formula is None:
         raise ValueError(f"solver='fused' needs a formula, which the cost {cost} has not: use 'blocked'")
-    if fused_library(cost) is None:
+    if kind == "cpu" and fused_library(cost) is None:
         raise RuntimeError("solver='fused' compiles C++: install g++ or clang++, or use solver='blocked'")
+    if kind == "cuda" and not has_triton():
+        raise RuntimeError("solver='fused' takes Triton on a GPU: pip install triton, or use solver='blocked'")
+    if kind == "cuda" and triton_expressions(formula) is None:
+        raise ValueError(
+            f"solver='fused' reads formulas as Python on a GPU, which that of the cost {cost} is not: write it in the "
+            "words of CostFormula alone, or use 'blocked'"
+        )
 
 
 def choose_solver(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:

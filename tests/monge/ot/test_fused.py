@@ -1,76 +1,25 @@
 """Compiled passes over all pairs against the same sums in double, and where they are taken."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sums_over_pairs import CLOSE, COSTS, check, samples
 
 from lightning_gap import native
 from lightning_gap.monge.maps.plan_images import strictly_convex
+from lightning_gap.monge.ot import solve
 from lightning_gap.monge.ot.costs import CallableCost, CostFormula, PNorm, SqEuclidean, resolve
 from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.limits import LIMITS, Size
 from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
 from lightning_gap.monge.ot.solvers.fused import passes as fused
+from lightning_gap.monge.ot.solvers.fused import triton_passes
 from lightning_gap.monge.ot.solvers.fused.passes import Passes
 
 compiler = pytest.mark.compiler
-COSTS = [
-    "sqeuclidean",
-    "euclidean",
-    "pnorm(p=1)",
-    "pnorm(p=1.5)",
-    "pnorm(p=2)",
-    "pnorm(p=3.7)",
-    "sqpnorm(p=1.3)",
-    "elastic(lam=0.5)",
-    "cosine",
-    "geodesic",
-    "mahalanobis(factor=((1.0, 0.5, 0.0), (0.0, 0.3, -0.7)))",
-]
-# What potentials, sums and gradients may differ by; a gradient in float32 also by the rounding of its samples.
-CLOSE = {torch.float32: 3e-5, torch.float64: 1e-11}
-
-
-def samples(n, m, d, dtype, *, sphere=False, shift=0.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, dtype=torch.float64, generator=generator)
-    y = 0.8 * torch.randn(m, d, dtype=torch.float64, generator=generator) + 0.3
-    if sphere:
-        x, y = (points / points.norm(dim=1, keepdim=True) for points in (x, y))
-    a, b = (torch.rand(k, dtype=torch.float64, generator=generator) + 0.1 for k in (n, m))
-    G = torch.randn(m, dtype=torch.float64, generator=generator)
-    return (x + shift).to(dtype), (y + shift).to(dtype), a / a.sum(), b / b.sum(), G
-
-
-def twin(x, y, a, b, G, cost, epsilon):
-    """Soft minima, columns' sums, gradients and masses, from the matrix in double."""
-    x, y = x.double().requires_grad_(), y.double()
-    C = cost.pairwise(x, y)
-    F = -torch.logsumexp(b.log() + G - C.detach() / epsilon, 1)
-    shares = torch.exp(F[:, None] + G - C.detach() / epsilon)
-    P = a[:, None] * shares * b
-    (gradients,) = torch.autograd.grad((P * C).sum(), x)
-    return F, (a[:, None] * shares).sum(0), gradients, P.sum(1)
-
-
-def check(x, y, a, b, G, cost, share=0.05, close=None):
-    epsilon = share * cost.mean(x, y)
-    size = float(cost.pairwise(x.double(), y.double()).max())
-    passes = Passes(x, y, cost, epsilon, size)
-    F, columns = passes.soft_minimum(G, b, weights=a)
-    alone, none = passes.soft_minimum(G, b)
-    gradients, masses = passes.pulls(F, a, G, b)
-    expected = twin(x, y, a, b, G, cost, epsilon)
-    close = close or CLOSE[x.dtype]
-    assert none is None
-    assert torch.equal(F, alone)  # a group's height changes no sum of a row
-    torch.testing.assert_close(F, expected[0], rtol=close, atol=10 * close)
-    torch.testing.assert_close(columns, expected[1], rtol=10 * close, atol=1e-30)
-    off = (gradients.double() - expected[2]).norm() / expected[2].norm().clamp_min(1e-30)
-    assert float(off) <= 10 * close
-    torch.testing.assert_close(masses, expected[3], rtol=10 * close, atol=1e-30)
-    return passes
 
 
 @compiler
@@ -307,3 +256,34 @@ def test_antipodes_keep_their_digits():
             torch.autograd.grad(optimal_transport(points, y, cost="geodesic", solver=solver).value, points)[0]
         )
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------- without a GPU here
+
+
+def samples_on(kind):
+    return SimpleNamespace(device=torch.device(kind))
+
+
+def test_a_gpu_takes_it_where_triton_is(monkeypatch):
+    x = samples_on("cuda:0")
+    monkeypatch.setattr(triton_passes, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"takes Triton on a GPU: pip install triton, or use solver='blocked'"):
+        choose_solver("fused", SqEuclidean(), x, x)
+    monkeypatch.setattr(solve, "has_triton", lambda: True)
+    monkeypatch.setattr(solve, "triton_expressions", lambda formula: {})
+    assert choose_solver("fused", SqEuclidean(), x, x) == "fused"
+
+
+def test_what_triton_does_not_read_is_refused(monkeypatch):
+    monkeypatch.setattr(solve, "has_triton", lambda: True)
+    monkeypatch.setattr(solve, "triton_expressions", lambda formula: None)
+    x = samples_on("cuda:0")
+    with pytest.raises(ValueError, match="reads formulas as Python on a GPU, which that of the cost sqeuclidean"):
+        choose_solver("fused", SqEuclidean(), x, x)
+
+
+def test_other_devices_are_refused():
+    x = samples_on("mps")
+    with pytest.raises(ValueError, match="is for a CPU or CUDA, and the samples are on mps: use 'blocked'"):
+        choose_solver("fused", SqEuclidean(), x, x)

@@ -91,7 +91,7 @@ class Cost(ABC):
 
     @property
     def formula(self) -> CostFormula | None:
-        """The cost as C++ expressions for the solver ``"fused"``, or ``None`` where these cannot express it."""
+        """The cost as expressions for the solver ``"fused"``, or ``None`` where these cannot express it."""
         return None
 
     def embedded(self, points: Tensor) -> "tuple[Cost, Tensor]":

@@ -16,7 +16,8 @@ class CostFormula(NamedTuple):
 
     Expressions are of vectors of numbers, in ``z``, the difference, ``s``, the sum, and ``q``, a number. They know
     ``absolute(z)``, ``root(s)``, ``power(s, q)`` of what is not negative, ``inverse(s)``, which is 0 at 0, and
-    ``with_sign(z, of)``, which is 0 where ``of`` is.
+    ``with_sign(z, of)``, which is 0 where ``of`` is; and ``arcsine(s)``. Those of these words, numbers and ``+ - * /``
+    alone are Python as well, which a GPU's Triton compiles.
 
     Attributes:
         term: :math:`h`, an even function of ``z``, as ``"z * z"``.

@@ -1,10 +1,11 @@
-"""Sinkhorn updates whose costs, exponentials and sums are one compiled pass, without a matrix."""
+"""Sinkhorn updates whose costs, exponentials and sums are compiled passes, without a matrix."""
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs import Cost
@@ -12,19 +13,26 @@ from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
+from lightning_gap.monge.ot.solvers.fused.pairs import PairPasses
 from lightning_gap.monge.ot.solvers.fused.passes import Passes
+from lightning_gap.monge.ot.solvers.fused.triton_passes import TritonPasses
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
-__all__ = ["FusedKernel"]
+__all__ = ["FusedKernel", "passes_on"]
+
+
+def passes_on(device: torch.device) -> type[PairPasses]:
+    """Return what takes the passes on a device."""
+    return Passes if device.type == "cpu" else TritonPasses
 
 
 class FusedKernel(BlockedKernel):
-    """A kernel of one problem, on a CPU, for a cost that has a formula; in ``O(n + m)`` memory."""
+    """A kernel of one problem, for a cost that has a formula; in ``O(n + m)`` memory."""
 
     def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
         super().__init__(problems, epsilons, largest)
-        self.passes = Passes(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+        self.passes = passes_on(self.x.device)(self.x, self.y, self.cost, self.epsilon, self.largest[0])
 
     @classmethod
     @contextmanager
@@ -44,7 +52,7 @@ class FusedKernel(BlockedKernel):
             yield BlockedKernel(problems, kernel.epsilons, kernel.largest)
 
     @cached_property
-    def transposed(self) -> Passes:
+    def transposed(self) -> PairPasses:
         """The passes for the columns' answers."""
         return self.passes.transposed()
 
@@ -57,18 +65,27 @@ class FusedKernel(BlockedKernel):
 
     def soft_minimum(self, x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost) -> Tensor:
         """Return the soft minima of other samples, at the same epsilon."""
-        return Passes(x, y, cost, self.epsilon, self.largest[0]).soft_minimum(G, b.to(G.dtype))[0]
+        return self.passes.of(x, y, cost).soft_minimum(G, b.to(G.dtype))[0]
 
     def _answers(self) -> tuple[Tensor, Tensor]:
-        """One pass for both updates, so that rounding is the same for both."""
-        weights = None if self.symmetric else self.a[0]
+        """One pass for both updates, so that rounding is the same for both; two where a pass answers one side."""
+        weights = self.a[0] if self.passes.sums_columns and not self.symmetric else None
         F, columns = self.passes.soft_minimum(self.G, self.b[0], share=self.share, weights=weights)
-        if columns is None:
+        if self.symmetric:
             return F, F
+        if columns is None:
+            return F, self._conserving(self.transposed.soft_minimum(F, self.a[0], share=self.share)[0])
         if float(columns.min()) > 0:
             return F, (self.G - columns.log()).mul_(self.share)
         # A column that no row reaches within the format's range: answer it through its own soft minimum.
         return F, self.transposed.soft_minimum(F, self.a[0], share=self.share)[0]
+
+    def _conserving(self, answer: Tensor) -> Tensor:
+        """Return the columns' answers, less what the two passes' rounding makes of the plan's mass."""
+        if self.damping is not None:
+            return answer
+        # The rows are exact, and so is the mass, by which hard marginals would let the potentials drift.
+        return answer + (self.b[0] * (self.G - answer).exp()).sum().log()
 
     def gradients(self, i: int, need: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of what the last sweep's plan pays, by a pass for each side."""
