@@ -74,7 +74,7 @@ test-device: setup
 # On a CPU: kernels run in Triton's interpreter, and are compiled for a GPU that is not there.
 test-triton:
 	@test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,flash]'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q --durations=10 -m triton \
 	  tests/monge/ot/test_triton_passes.py
 	EMULATED_DEVICE=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q --durations=10 \

@@ -333,8 +333,9 @@ Under `LargeBatchRegime`, stepped every epoch or every update. Each cell compare
 ## Cost × solver
 
 "Tested": each solver against alternating soft minima in float64, and `exact` against SciPy's assignment. "Yes": taken,
-by the same code, and not compared by a test of its own. `multiscale` is for up to three dimensions. The last column
-says whether [`StructuredMap`](maps.md) can take the cost.
+by the same code, and not compared by a test of its own. `multiscale` is for up to three dimensions. `flash` takes
+`sqeuclidean`, `mahalanobis`, `cosine` and `pnorm(p=2)`, on CUDA alone. The last column says whether
+[`StructuredMap`](maps.md) can take the cost.
 
 {solvers}
 """

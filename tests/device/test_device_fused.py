@@ -1,4 +1,7 @@
-"""The fused solver on a device is that of the CPU: Triton's passes, on the emulated device by Triton's interpreter."""
+"""The fused solver on a device is that of the CPU, by Triton's passes and by FlashSinkhorn's.
+
+On the emulated device kernels run in Triton's interpreter.
+"""
 
 import os
 from contextlib import nullcontext
@@ -29,7 +32,7 @@ class Unmasking:
     """A kernel that takes the memory behind an emulated device's tensors."""
 
     def __init__(self, kernel):
-        self.kernel, self.arg_names = kernel, kernel.arg_names
+        self.kernel, self.arg_names = kernel, getattr(kernel, "arg_names", None)
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
@@ -67,7 +70,7 @@ def test_costs(device, name):
 
 VARIANTS = {
     "divergence": lambda x, y, **o: sinkhorn_divergence(x, y, **o),
-    "gap": lambda x, y, **o: monge_gap(x, x + 0.5 * y[: len(x)], **o),
+    "gap": lambda x, y, **o: monge_gap(x, x + 0.5 * y[: len(x)], relative_epsilon=0.3, **o),
     "unbalanced": lambda x, y, **o: sinkhorn_divergence(x, y, rho=2.0, **o),
     "weights": lambda x, y, **o: optimal_transport(x, y, weights=(ramp(x), ramp(y)), **o).value,
 }
@@ -93,3 +96,31 @@ def test_a_sweep_does_not_wait_for_the_device(device):
             optimal_transport(x, y, relative_epsilon=1e-3, **options)
         waits.append(counts.syncs.total())
     assert waits[1] - waits[0] <= 6
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FlashSinkhorn, whose kernel takes the memory behind the emulated device's tensors."""
+    module = pytest.importorskip("flash_sinkhorn.kernels.sinkhorn_flashstyle_sqeuclid")
+    if EMULATED:
+        name = "_flashsinkhorn_lse_raw_kernel_impl"
+        monkeypatch.setattr(module, name, Unmasking(getattr(module, name)))
+
+
+FLASH = {
+    "sqeuclidean": lambda x, y, **o: optimal_transport(x, y, **o).value,
+    "cosine": lambda x, y, **o: optimal_transport(x, y, cost="cosine", **o).value,
+    "many coordinates": lambda x, y, **o: optimal_transport(x.repeat(1, 14), y.repeat(1, 14), **o).value,
+    "unbalanced": lambda x, y, **o: optimal_transport(x, y, rho=2.0, **o).value,
+    "weights": lambda x, y, **o: optimal_transport(x, y, weights=(ramp(x), ramp(y)), **o).value,
+    "divergence": lambda x, y, **o: sinkhorn_divergence(x, y, **o),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_sinkhorn_in_our_solver(device, name, flash):
+    def value(x, y):
+        solver = "flash" if x.device.type == "cuda" else "dense"
+        return FLASH[name](x, y, **(TIGHT | {"solver": solver}))
+
+    same_on_cpu(value, *samples(), device=device, share=2e-3)

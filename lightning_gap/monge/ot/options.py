@@ -8,7 +8,7 @@ from lightning_gap.checks import check_choice, check_integer
 
 __all__ = ["Solver", "SolverOptions"]
 
-Solver = Literal["auto", "dense", "fused", "blocked", "exact", "tensorized", "online", "multiscale"]
+Solver = Literal["auto", "dense", "fused", "flash", "blocked", "exact", "tensorized", "online", "multiscale"]
 
 
 @dataclass(frozen=True)

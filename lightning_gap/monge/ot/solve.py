@@ -12,6 +12,7 @@ solver         how                                                             m
 ============== =============================================================== ==========================
 ``dense``      our own, in the kernel domain, to a marginal error              two ``n x m`` matrices
 ``fused``      our own, compiled, all of a pass at once, to a marginal error   ``O(n + m)``
+``flash``      ``fused`` with FlashSinkhorn's kernel, for squares on CUDA      ``O(n + m)``
 ``blocked``    our own, by blocks of rows, to a marginal error                 ``O(n + m)`` and a block
 ``exact``      assignment or linear program, no regularization                 ``n x m`` in double
 ``online``     GeomLoss on KeOps, compiled formulas, a fixed schedule          ``O(n + m)``
@@ -39,6 +40,7 @@ from lightning_gap.monge.ot.problem import Problem, checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
+from lightning_gap.monge.ot.solvers.fused.flash_passes import FLASH_PLACES, require_flash
 from lightning_gap.monge.ot.solvers.fused.passes import fused_library
 from lightning_gap.monge.ot.solvers.fused.triton_passes import has_triton, triton_expressions
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
@@ -88,21 +90,22 @@ def optimal_transport(
         solver: ``"auto"`` or one of the table above. It takes ``"dense"`` while the matrices fit (4096 x 4096 on a
             CPU, 16384 x 16384 on a GPU); beyond that ``"fused"`` on a CPU, for costs with a formula where there is a
             C++ compiler, else ``"blocked"``; also on a GPU, where ``"fused"`` has not been measured.
-        tolerance: L1 marginal error at which ``"dense"``, ``"fused"`` and ``"blocked"`` stop; the gradient is then
-            right to some twice as much of the gradient of what is paid.
-        max_iterations: Most sweeps of these three.
+        tolerance: L1 marginal error at which ``"dense"``, ``"fused"``, ``"flash"`` and ``"blocked"`` stop; the gradient
+            is then right to some twice as much of the gradient of what is paid.
+        max_iterations: Most sweeps of these four.
         strict: Raise, rather than warn, where the tolerance was not reached.
         reach: Deprecated: ``rho``.
 
     Returns:
         The result; its ``value`` is differentiable in ``x``, ``y`` and the weights, twice with ``"dense"``,
-        ``"fused"`` and ``"blocked"``.
+        ``"fused"``, ``"flash"`` and ``"blocked"``.
 
     Raises:
         TypeError: An argument is no floating-point tensor, or ``max_iterations`` no integer.
         ValueError: Shapes do not fit, values are not finite, an option is unknown, or the solver cannot take the
             problem.
         RuntimeError: ``strict``, and the tolerance was not reached; or KeOps was named and cannot compile.
+        ModuleNotFoundError: ``"flash"`` was named, and FlashSinkhorn is not installed.
 
     Example:
         >>> import torch
@@ -188,7 +191,7 @@ def _solve_alike(problems: list[Problem], solver: str, options: SolverOptions) -
         return [solve_exact(p) for p in problems]
     device = problems[0].x.device
     with torch.autocast(device.type, enabled=False), full_precision(device):
-        if solver in ("dense", "fused", "blocked"):
+        if solver in ("dense", "fused", "flash", "blocked"):
             return solve_entropic(problems, solver, options)
         return [solve_geomloss(p, solver) for p in problems]
 
@@ -224,6 +227,22 @@ def _check_fused(cost: Cost, x: Tensor) -> None:
         )
 
 
+def _check_flash(cost: Cost, x: Tensor, y: Tensor) -> None:
+    """Raise where FlashSinkhorn does not take the samples, or is not installed."""
+    formula = formula_of(cost)
+    if formula is None or not formula.is_square:
+        raise ValueError(f"solver='flash' is for squared distances, got the cost {cost}: use 'fused' or 'blocked'")
+    if x.device.type != "cuda":
+        raise ValueError(f"solver='flash' is for CUDA, and the samples are on {x.device}: use 'fused' or 'blocked'")
+    if x.dtype != torch.float32:
+        raise ValueError(
+            f"solver='flash' computes in float32, and the samples are {x.dtype}: use x.float(), or 'fused'"
+        )
+    if max(x.numel(), y.numel()) >= FLASH_PLACES:
+        raise ValueError(f"solver='flash' takes fewer than {FLASH_PLACES} coordinates of a side: use 'fused'")
+    require_flash()
+
+
 def choose_solver(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
     """Return the solver to take, or raise ``ValueError`` where the one that is named cannot take the problem."""
     if solver == "auto":
@@ -232,6 +251,8 @@ def choose_solver(solver: str, cost: Cost, x: Tensor, y: Tensor) -> str:
         return "blocked" if x.device.type != "cpu" or fused_library(cost) is None else "fused"
     if solver == "fused":
         _check_fused(cost, x)
+    if solver == "flash":
+        _check_flash(cost, x, y)
     if solver in ("online", "multiscale") and cost.keops_formula is None:
         raise ValueError(f"solver={solver!r} needs a KeOps formula, which the cost {cost} has not: use 'blocked'")
     if solver == "multiscale" and not (isinstance(cost, SqEuclidean) and x.shape[1] <= 3):

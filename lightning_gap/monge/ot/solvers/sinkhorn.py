@@ -9,7 +9,7 @@ from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
-from lightning_gap.monge.ot.solvers.fused.kernel import FusedKernel
+from lightning_gap.monge.ot.solvers.fused.kernel import FlashKernel, FusedKernel
 from lightning_gap.monge.ot.solvers.gradients import Envelope, Solved, with_learned_cost
 from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
 from lightning_gap.monge.ot.solvers.kernel import Kernel
@@ -26,6 +26,7 @@ _KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {
     "dense": DenseKernel,
     "blocked": BlockedKernel,
     "fused": FusedKernel,
+    "flash": FlashKernel,
 }
 
 

@@ -13,13 +13,17 @@ from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
+from lightning_gap.monge.ot.solvers.fused.flash_passes import FlashPasses
 from lightning_gap.monge.ot.solvers.fused.pairs import PairPasses
 from lightning_gap.monge.ot.solvers.fused.passes import Passes
 from lightning_gap.monge.ot.solvers.fused.triton_passes import TritonPasses
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
-__all__ = ["FusedKernel", "passes_on"]
+__all__ = ["FlashKernel", "FusedKernel", "passes_on"]
+
+# An exponent is to be right to this in float32, which is all that FlashSinkhorn knows.
+_FLASH_ERROR = 1e-3
 
 
 def passes_on(device: torch.device) -> type[PairPasses]:
@@ -32,7 +36,10 @@ class FusedKernel(BlockedKernel):
 
     def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
         super().__init__(problems, epsilons, largest)
-        self.passes = passes_on(self.x.device)(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+        self.passes = self._passes()(self.x, self.y, self.cost, self.epsilon, self.largest[0])
+
+    def _passes(self) -> type[PairPasses]:
+        return passes_on(self.x.device)
 
     @classmethod
     @contextmanager
@@ -61,7 +68,7 @@ class FusedKernel(BlockedKernel):
         (p,) = problems
         if len(p.x) * len(p.y) <= LIMITS.dense.on(p.x.device):
             return DenseKernel.at(problems, self)
-        return nullcontext(FusedKernel(problems, self.epsilons, self.largest))
+        return nullcontext(type(self)(problems, self.epsilons, self.largest))
 
     def soft_minimum(self, x: Tensor, y: Tensor, b: Tensor, G: Tensor, cost: Cost) -> Tensor:
         """Return the soft minima of other samples, at the same epsilon."""
@@ -97,3 +104,19 @@ class FusedKernel(BlockedKernel):
             gy, masses = self.transposed.pulls(G, b, F, a)
         self._mass = masses.sum()
         return gx if need[0] else None, gy
+
+
+class FlashKernel(FusedKernel):
+    """A fused kernel on CUDA whose soft minima of squared distances are FlashSinkhorn's, in float32."""
+
+    def __init__(self, problems: Sequence[Problem], epsilons: Sequence[float], largest: Sequence[float]) -> None:
+        size, epsilon = largest[0], epsilons[0]
+        if torch.finfo(torch.float32).eps * size > _FLASH_ERROR * epsilon or problems[0].x.dtype != torch.float32:
+            raise ValueError(
+                f"solver='flash' computes in float32, which does not resolve costs of {size / epsilon:.2g} epsilons: "
+                "use another epsilon, or solver='fused'"
+            )
+        super().__init__(problems, epsilons, largest)
+
+    def _passes(self) -> type[PairPasses]:
+        return FlashPasses

@@ -45,12 +45,18 @@ class TritonPasses(PairPasses):
 
     def transposed(self) -> "TritonPasses":
         """Return the passes with rows and columns exchanged, whose costs are rounded as these are."""
-        return TritonPasses(self.y, self.x, self.cost.transposed(), self.epsilon, self.size, self.middle)
+        return type(self)(self.y, self.x, self.cost.transposed(), self.epsilon, self.size, self.middle)
 
     def soft_minimum(
         self, G: Tensor, b: Tensor, *, share: float = 1.0, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return soft minima, and the columns' sums by another pass, as a row's minimum is known at its end."""
+        F = self._soft_minimum(G, b, share)
+        if weights is None:
+            return F, None
+        return F, (G - self.transposed().soft_minimum(F, weights)[0]).exp()
+
+    def _soft_minimum(self, G: Tensor, b: Tensor, share: float) -> Tensor:
         n, (_, filled), m = len(self.x), self._X.shape, self._Y.shape[1]
         offsets, own = self._offsets(G, b)
         blocks, tiles = filled // _ROWS, m // self._width
@@ -63,10 +69,7 @@ class TritonPasses(PairPasses):
             "soft_minimum", (blocks, splits), self._X, self._Y, offsets, self._numbers, tops, sums, filled, m, self._d,
             part * self._width, ROWS=_ROWS, COLUMNS=self._width,
         )  # fmt: skip
-        F = torch.logsumexp(tops.to(sums.dtype) + sums.log(), 0)[:n].add_(own).mul_(-share)
-        if weights is None:
-            return F, None
-        return F, (G - self.transposed().soft_minimum(F, weights)[0]).exp()
+        return torch.logsumexp(tops.to(sums.dtype) + sums.log(), 0)[:n].add_(own).mul_(-share)
 
     def _pulls(self, potentials: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         (n, d), (places, filled), m = (len(self.x), self._d), self._X.shape, self._Y.shape[1]
