@@ -206,7 +206,7 @@ SPEED = {
     "scale_passes_gpu": Benchmark(
         "speed.transport_scale --device cuda --pass-rows 20000 --sizes 100000 1000000 --dims 2 10 64 "
         "--costs sqeuclidean euclidean cosine 'pnorm(p=1.5)' geodesic",
-        "One pass over n² pairs on a GPU: Triton's passes, and our blocks", 3,
+        "One pass over n² pairs on a GPU: Triton's passes, FlashSinkhorn's, and our blocks", 3,
         "speed.transport_scale --device cuda --pass-rows 1000 --sizes 10000 --dims 2", ("cuda", "compiler"),
     ),
 }  # fmt: skip

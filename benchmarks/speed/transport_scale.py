@@ -20,7 +20,8 @@ updates, to the same marginal error.
 
 ``--pass-rows`` times what an exact solver does again and again where a whole solve would take hours: one soft minimum
 over all pairs, of which it does so many rows, by our compiled passes, by our blocks, and on a CPU by KeOps for squared
-distances, in turns: billions of pairs a second. With ``--device cuda`` the compiled passes are Triton's. ``--roofline``
+distances, in turns: billions of pairs a second. With ``--device cuda`` the compiled passes are Triton's, beside them
+is FlashSinkhorn's for squared distances, where it is installed (``pip install lightning_gap[flash]``). ``--roofline``
 sets the passes of a CPU beside what the machine can do: pairs a second if a pass did no more than one exponential a
 pair (torch's, in cache), or d multiply-adds a pair (at the rate of large products of matrices), or read a matrix of
 costs (the memory's bandwidth over four bytes). The plot needs matplotlib (``pip install lightning_gap[plots]``).
@@ -52,8 +53,9 @@ from benchmarks.processes import run_module
 from benchmarks.speed.transport_engine import samples
 from lightning_gap.monge.costs import resolve
 from lightning_gap.monge.ot.result import OTResult
-from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.monge.ot.solve import choose_solver, optimal_transport
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
+from lightning_gap.monge.ot.solvers.fused.flash_passes import FlashPasses
 from lightning_gap.monge.ot.solvers.fused.kernel import passes_on
 
 SOLVERS = ("dense", "fused", "blocked", "online", "multiscale", "ott")
@@ -197,10 +199,13 @@ def passes(n: int, d: int, rows: int, share: float, name: str, device: str, repe
     weights = torch.full_like(G, 1 / n)
     fused = passes_on(x.device)(some, y, cost, epsilon, size)
 
+    flash = FlashPasses(some, y, cost, epsilon, size) if takes_flash(name, some, y) else None
     calls: dict[str, Callable[[], Tensor]] = {
         "fused": lambda: fused.soft_minimum(G.double(), weights.double())[0],
         "blocked": lambda: soft_minimum(some, y, weights, G, cost, epsilon),
     }
+    if flash is not None:
+        calls["flash"] = lambda: flash.soft_minimum(G.double(), weights.double())[0]
     if name == "sqeuclidean" and device == "cpu":
         from pykeops.torch import LazyTensor
 
@@ -225,6 +230,14 @@ def passes(n: int, d: int, rows: int, share: float, name: str, device: str, repe
     found = {f"{by}, G pairs/s": spread([pairs / seconds for seconds in taken]) for by, taken in times.items()}
     others = {f"{by} / fused": ratios(taken, times["fused"]) for by, taken in times.items() if by != "fused"}
     return {"cost": name, "n": n, "d": d, "rows timed": rows, **found, **others}
+
+
+def takes_flash(name: str, x: Tensor, y: Tensor) -> bool:
+    """Return whether FlashSinkhorn takes samples, and is installed."""
+    try:
+        return choose_solver("flash", resolve(name), x, y) == "flash"
+    except (ValueError, ModuleNotFoundError):
+        return False
 
 
 def synchronize(device: str) -> None:
