@@ -65,7 +65,8 @@ class BrenierMap(TransportMap):
         start: What :meth:`start` fits the map to before the first update: ``"gaussian"``, the Gaussian map between the
             samples; ``"plan"``, the barycentric projection of an entropic plan between all samples (Seguy et al. 2018,
             "Large-Scale Optimal Transport and Mapping Estimation", section 4); ``"identity"`` leaves it near there.
-        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost, or of less where most of that is
+            the same for all plans: see :class:`EntropicMap`.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.

@@ -28,7 +28,8 @@ class ConditionalMap(ResidualMLP):
         embedding_dim: Width of the condition's embedding.
         start: As in :class:`ResidualMLP`; each label has the affine term of its own samples, vectors share that of all,
             and ``"plan"`` solves a plan for each condition.
-        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost, or of less where most of that is
+            the same for all plans: see :class:`EntropicMap`.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.

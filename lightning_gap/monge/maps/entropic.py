@@ -43,7 +43,9 @@ class EntropicMap(TransportMap):
         dim: Dimension :math:`d` of the samples.
         cost: The cost of the plan: a name, an instance from :mod:`lightning_gap.costs`, or a function.
         relative_epsilon: Regularization of the plan, as a share of the mean cost; of squared costs of what it is
-            between samples that have been moved to one mean.
+            between samples that have been moved to one mean. Where the samples of one side are close together beside
+            the other's, or both beside the way between them, a share of :math:`4 \sqrt d` standard deviations of the
+            part of the cost that differs between plans, which is less.
         epsilon: Regularization in units of the cost; overrides the share.
         max_samples: Most samples of each set in a plan: its time grows with their square.
         draws: Number of plans, on fresh draws, whose images are averaged, where there are more samples than that.

@@ -26,7 +26,8 @@ class ResidualMLP(StartedMap):
             :math:`h(x - y)`; ``"gaussian"``, :func:`gaussian_map`, optimal for the squared Euclidean cost only; or
             ``"plan"``, a fit to the images of an entropic plan for the cost that :meth:`start` is given, as by
             :class:`EntropicMap`.
-        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost, or of less where most of that is
+            the same for all plans: see :class:`EntropicMap`.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.

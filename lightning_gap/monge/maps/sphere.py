@@ -1,10 +1,11 @@
 """Maps of the unit sphere to itself."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
@@ -14,14 +15,22 @@ from lightning_gap.monge.maps.energy_fit import keep_if_nearer
 from lightning_gap.monge.maps.fitting import fit_images
 from lightning_gap.monge.maps.hold_out import MOST_BY_ENERGY, hold_out
 from lightning_gap.monge.maps.perceptron import Activation
-from lightning_gap.monge.maps.starts import PlanStart, StartPair, check_start, fit_steps
+from lightning_gap.monge.maps.starts import (
+    PlanStart,
+    StartPair,
+    check_start,
+    fit_steps,
+    mean_and_spread,
+    pooled,
+    sides_of,
+)
 from lightning_gap.monge.ot.costs import Cost, Geodesic
 
 __all__ = ["SphereMap", "circle"]
 
 SphereStart = Literal["identity", "plan"]
 
-_PLAN_LR = 2e-3
+_PLAN_LR, _WARM_UP = 2e-3, 50
 
 # Below this square of an angle, its cosine and cardinal sine are those of their series, whose derivatives are finite.
 _SMALL = 0.01
@@ -43,7 +52,8 @@ class SphereMap(TransportMap):
         activation: Name of the activation between layers, a class of ``torch.nn``, or a function that makes a module.
         start: ``"identity"``; or ``"plan"``, a fit to the images of an entropic plan for the cost that :meth:`start` is
             given: the Karcher means of :class:`EntropicMap`.
-        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost, or of less where most of that is
+            the same for all plans: see :class:`EntropicMap`.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.
@@ -65,6 +75,8 @@ class SphereMap(TransportMap):
     """
 
     started: Tensor
+    center: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -93,6 +105,9 @@ class SphereMap(TransportMap):
         self.starts_at = start
         if start == "plan":
             self.register_buffer("started", torch.zeros(()))  # a number, for callbacks that average buffers
+            self.register_buffer("center", torch.zeros(dim))
+            self.register_buffer("scale", torch.ones(()))
+            nn.Module.register_load_state_dict_pre_hook(self, _raw_inputs)
         self.displacement = self.made_network(hidden, activation, embedding_dim)
 
     @torch.no_grad()
@@ -124,11 +139,15 @@ class SphereMap(TransportMap):
         split = [hold_out(part, MOST_BY_ENERGY) for part in parts]
         told = [(held, rest) for held, rest in split if held is not None]
         if told:
-            held = [held for held, _ in told]
-            targets = self.plan_start.targets([rest for _, rest in told], cost)
+            held, rests = [held for held, _ in told], [rest for _, rest in told]
+            center, scale = mean_and_spread(*sides_of(pooled(rests))[0])
+            self.center.copy_(center)
+            self.scale.copy_(scale)
+            targets = self.plan_start.targets(rests, cost)
             targets = targets._replace(images=normalize(targets.images, dim=-1))
             steps = fit_steps(self.plan_start.steps, len(targets.points))
-            keep_if_nearer(self, held, lambda: fit_images(self, targets, steps=steps, lr=_PLAN_LR))
+            fit = partial(fit_images, self, targets, steps=steps, lr=_PLAN_LR, warm_up=_WARM_UP)
+            keep_if_nearer(self, held, fit)
         self.started.fill_(1)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -146,12 +165,21 @@ class SphereMap(TransportMap):
                     "divide the samples by their norm"
                 )
         point = point / norm
+        if self.starts_at == "plan":  # samples that are close together differ in their units, too
+            arguments = (((arguments[0] - self.center) / self.scale).to(x.dtype), *arguments[1:])
         v: Tensor = self.displacement(*arguments).to(point.dtype)
         v = v - (v * point).sum(-1, keepdim=True) * point
         cosine, cardinal_sine = circle(v.square().sum(-1, keepdim=True))
         image = cosine * point + cardinal_sine * v
         length: Tensor = vector_norm(image, dim=-1, keepdim=True)
         return (image / length).to(x.dtype)
+
+
+def _raw_inputs(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Give a state of before there were units those in which its network was trained."""
+    if f"{prefix}started" in state:
+        state.setdefault(f"{prefix}center", torch.zeros_like(module.center))  # type: ignore[arg-type]
+        state.setdefault(f"{prefix}scale", torch.ones_like(module.scale))  # type: ignore[arg-type]
 
 
 def circle(square: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import Cost, Mahalanobis, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
 from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.precision import widest
 
 __all__ = [
     "BrenierStart",
@@ -37,6 +38,7 @@ BrenierStart = Literal["identity", "gaussian", "plan"]
 _PLAN_TOLERANCE = 1e-2
 # Of the square that is added to a distance, as a share of its value at the mean distance.
 TIE_BREAK = 0.5
+_FEW = 1024  # samples of each side that tell what part of the costs decides
 
 
 class StartPair(NamedTuple):
@@ -174,9 +176,36 @@ def solved_plans(
             if used is not cost:
                 mean = cost.mean(x, moved)
                 used = strictly_convex(cost, tie_break / mean if mean > 0 else 1.0)
-        options: dict[str, Any] = {"epsilon": epsilon, "relative_epsilon": relative_epsilon, "weights": (a, b)}
+        within = epsilon if epsilon is not None else sharp_epsilon(used, x, moved, relative_epsilon)
+        options: dict[str, Any] = {"epsilon": within, "relative_epsilon": relative_epsilon, "weights": (a, b)}
         result = optimal_transport(x, moved, cost=used, tolerance=_PLAN_TOLERANCE, **options)
         yield x, half_plan(result, shift)
+
+
+@torch.no_grad()
+def sharp_epsilon(cost: Cost, x: Tensor, y: Tensor, share: float) -> float | None:
+    r"""Return an :math:`\varepsilon` for a plan where a share of the mean cost would blur it away, or None.
+
+    What decides a plan is :math:`c(x, y) - \bar c(x, \cdot) - \bar c(\cdot, y) + \bar c`: the rest of a cost is the
+    same for all plans. Where samples of one side are close together beside those of the other, or both beside the way
+    between them, it is a small part of the mean cost, and :math:`\varepsilon` is to be a share of it.
+
+    Args:
+        cost: The cost.
+        x: ``(n, d)`` samples.
+        y: ``(m, d)`` samples.
+        share: The share of the mean cost that is usual.
+
+    Returns:
+        ``None`` where the standard deviation of that part is at least the mean cost over :math:`4 \sqrt d`: of Gaussian
+        samples with one spread it is 2 to 4 times as much.
+    """
+    some = [side[:_FEW].to(widest(side.device)) for side in (x, y)]
+    C = cost.pairwise(*some)
+    deciding = C - C.mean(1, keepdim=True) - C.mean(0) + C.mean()
+    usual, most = float(C.mean()), 4 * x.shape[1] ** 0.5 * float(deciding.square().mean().sqrt())
+    # What is beyond the digits of the costs themselves decides nothing.
+    return share * most if 1e-12 * usual < most < usual else None
 
 
 def _mean(points: Tensor, weights: Tensor | None) -> Tensor:

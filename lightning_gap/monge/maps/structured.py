@@ -41,7 +41,8 @@ class StructuredMap(StartedMap):
         start: ``"identity"``; ``"mean"``, the translation between the means, which is optimal for every such cost;
             ``"gaussian"``, :func:`gaussian_map`, for the squared Euclidean cost; or ``"plan"``, a fit to the images of
             an entropic plan for the cost, as by :class:`EntropicMap`.
-        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost.
+        plan_relative_epsilon: Regularization of the plan, as a share of the mean cost, or of less where most of that is
+            the same for all plans: see :class:`EntropicMap`.
         plan_samples: Most samples of each set in a plan: its time grows with their square.
         plan_steps: Most steps of the fit to the plan; fewer samples take fewer.
         plan_draws: Number of plans, on fresh draws, where there are more samples than one takes.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_gap import MongeMap, SamplesDataModule, costs
-from lightning_gap.monge import EntropicMap, StartPair
+from lightning_gap.monge import EntropicMap, StartPair, energy_distance
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -63,6 +63,29 @@ def test_the_way_between_means_does_not_blur_a_plan_for_squares(cost):
     near.start(x.double(), y.double())
     far.start(x.double(), y.double() + 1000)
     torch.testing.assert_close(far(x.double()), near(x.double()) + 1000, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "pnorm(p=1.5)", "sqpnorm(p=1.5)"])
+def test_samples_close_together_beside_the_others_have_a_sharp_plan(cost, ratio):
+    g = torch.Generator().manual_seed(0)
+    x, new = (ratio * torch.randn(500, 2, generator=g) for _ in range(2))
+    y = 0.3 * torch.randn(500, 2, generator=g) + 3 * torch.randint(0, 2, (500, 1), generator=g)
+    net = EntropicMap(2, cost)
+    net.start(x, y)
+    # The floor of as many samples is .01.
+    assert float(energy_distance(net(new), y)) < 0.05
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.002])
+def test_directions_close_together_have_a_sharp_plan(spread):
+    g = torch.Generator().manual_seed(0)
+    x, y = (normalize(s * torch.randn(500, 3, generator=g) + torch.tensor(to), dim=1) for s, to in (
+        (spread, [0.0, 0.0, 1.0]), (0.3, [0.0, 0.5, 1.0]),
+    ))  # fmt: skip
+    net = EntropicMap(3, "geodesic")
+    net.start(x, y)
+    assert float(energy_distance(net(x), y)) < 0.02
 
 
 def test_rays_are_followed_for_the_euclidean_cost():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_gap.monge import EntropicMap, SphereMap, StartPair
+from lightning_gap.monge import EntropicMap, SphereMap, StartPair, energy_distance
 
 
 def points(n: int, seed: int) -> Tensor:
@@ -75,3 +75,32 @@ def test_samples_off_the_sphere_are_refused_before_anything_changes():
         SphereMap(3, (16,), start="plan", num_conditions=2).start(points(5, 0), points(5, 1))
     with pytest.raises(ValueError, match="start must be one of identity, plan, got 'mean'"):
         SphereMap(3, (16,), start="mean")
+
+
+def cap(n, center, spread, seed):
+    z = torch.tensor(center) + spread * torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    return z / z.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.05, 0.002])
+def test_samples_are_told_apart_however_close_they_are(spread):
+    x, y = cap(800, [0.0, 0.0, 1.0], spread, 0), cap(800, [0.0, 0.5, 1.0], 0.3, 1)
+    torch.manual_seed(0)
+    net = SphereMap(3, (64, 64), start="plan", plan_steps=600)
+    net.start(x, y)
+    new, held_out = cap(800, [0.0, 0.0, 1.0], spread, 2), cap(800, [0.0, 0.5, 1.0], 0.3, 3)
+    with torch.no_grad():
+        assert float(energy_distance(net(new), held_out)) < 0.02
+
+
+def test_a_state_of_before_there_were_units_is_the_map_that_it_was():
+    torch.manual_seed(0)
+    old = SphereMap(3, (8,), start="plan")
+    torch.nn.init.normal_(old.displacement[-1].weight)
+    old.started.fill_(1)
+    state = {name: value for name, value in old.state_dict().items() if name not in ("center", "scale")}
+    net = SphereMap(3, (8,), start="plan")
+    net.start(cap(200, [0.0, 0.0, 1.0], 0.1, 0), cap(200, [1.0, 0.0, 0.0], 0.1, 1))
+    net.load_state_dict(state)
+    x = cap(10, [0.0, 0.0, 1.0], 0.5, 2)
+    assert torch.equal(net(x), old(x))
