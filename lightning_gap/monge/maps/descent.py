@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_gap.monge.ot.subsets import drawn_by_weight
+
 __all__ = ["drawn_rows", "minimize"]
 
 
@@ -54,5 +56,5 @@ def drawn_rows(points: Tensor, weights: Tensor | None, most: int, generator: tor
     if weights is None:
         rows = torch.randint(len(points), (size,), generator=generator)
     else:
-        rows = torch.multinomial(weights.double().cpu(), size, replacement=True, generator=generator)
+        rows = drawn_by_weight(weights.double(), size, generator)
     return rows.to(points.device)

@@ -176,7 +176,10 @@ def fit_semidual(
     convex: ConvexMap = net  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     if len(y) > _MOST_KEPT:
-        kept = drawn_rows(y, weights[1], _MOST_KEPT, generator)
+        if weights[1] is None:  # each at most once
+            kept = torch.randperm(len(y), generator=generator)[:_MOST_KEPT].to(y.device)
+        else:
+            kept = drawn_rows(y, weights[1], _MOST_KEPT, generator)
         y, weights = y[kept], (weights[0], None)  # which the draw has heeded
     unit = max(float(convex.target_scale), 1e-30) * max(float((x - x.mean(0)).square().mean().sqrt()), 1e-30)
     points = convex.inverse(y, tolerance=_TRAINED)

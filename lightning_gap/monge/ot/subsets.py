@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lightning_gap.monge.ot.compiling import eager
 
-__all__ = ["counted", "fixed_rows", "weighing"]
+__all__ = ["counted", "drawn_by_weight", "fixed_rows", "weighing"]
+
+_MOST_CATEGORIES = 2**24  # of torch.multinomial
 
 
 def fixed_rows(size: int, most: int) -> Tensor | None:
@@ -16,6 +18,16 @@ def fixed_rows(size: int, most: int) -> Tensor | None:
     if size <= most:
         return None
     return torch.randperm(size, generator=torch.Generator().manual_seed(0), device="cpu")[:most]
+
+
+def drawn_by_weight(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Return so many row numbers, drawn with replacement by weight, on the CPU; of any number of rows."""
+    weights = weights.cpu()
+    if len(weights) <= _MOST_CATEGORIES:
+        return torch.multinomial(weights, size, replacement=True, generator=generator)
+    shares = weights.double().cumsum(0)
+    drawn = torch.rand(size, generator=generator, dtype=torch.float64) * shares[-1]
+    return torch.searchsorted(shares, drawn, right=True).clamp_(max=len(weights) - 1)
 
 
 @eager

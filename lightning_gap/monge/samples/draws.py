@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_gap.monge.ot.checks import check_samples
+from lightning_gap.monge.ot.subsets import drawn_by_weight
 from lightning_gap.monge.samples.litdata_stream import whole_stream
 
 __all__ = ["Endless", "FiniteSamples", "Part", "Population", "SampledSamples", "StreamedSamples", "Turn", "generator"]
@@ -84,7 +85,7 @@ class FiniteSamples:
     def chosen(self, size: int, draws: torch.Generator) -> Tensor:
         """Return samples that count alike: drawn by their weights, or else all of them or so many in random order."""
         if self.weights is not None:
-            rows = torch.multinomial(self.weights.cpu(), size, replacement=True, generator=draws)
+            rows = drawn_by_weight(self.weights, size, draws)
         else:
             rows = torch.randperm(len(self), generator=draws, device="cpu")[:size]
         return self.samples[rows.to(self.samples.device)]

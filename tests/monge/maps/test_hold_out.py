@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lightning_gap.monge import BrenierMap
+from lightning_gap.monge.maps.descent import drawn_rows
 from lightning_gap.monge.maps.energy_fit import energy_gain
 from lightning_gap.monge.maps.hold_out import choose_share, held_samples, hold_out
 from lightning_gap.monge.maps.starts import StartPair
+from lightning_gap.monge.ot import subsets
 from lightning_gap.monge.ot.gaussian import gaussian_map
 
 energy_fit, semidual = (import_module(f"lightning_gap.monge.maps.{name}") for name in ("energy_fit", "semidual"))
@@ -79,6 +81,16 @@ def test_the_semidual_of_very_many_samples_is_fitted_on_some(weighted, monkeypat
     (found,) = looked_at
     assert len(found) == 100
     assert bool((found > 25).any()) != weighted
+    assert weighted or len(found.unique(dim=0)) == 100
+
+
+def test_rows_of_more_than_a_multinomial_takes_are_drawn_by_weight(monkeypatch):
+    monkeypatch.setattr(subsets, "_MOST_CATEGORIES", 3)
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 0.0])
+    rows = drawn_rows(draws(5).repeat(4000, 1), weights.repeat(4000), 20_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(rows % 5, minlength=5) / len(rows)
+    torch.testing.assert_close(counts, weights / 4, atol=0.02, rtol=0)
+    assert len(rows) == 20_000
 
 
 def test_samples_without_weight_are_in_neither_part():
