@@ -1,5 +1,6 @@
 """A trained map applied to a folder of files, by any number of processes, which may die and come back."""
 
+import errno
 import json
 import os
 import time
@@ -25,6 +26,11 @@ __all__ = ["MappedFolder", "transport_folder"]
 # Of the folder of images: what was asked for, claims, and parts of files. Readers of tables pass over such names.
 _STATE = ".lightning_gap"
 _ASKED = "asked.json"
+# What the system says of one file. Without a number: of its format. A full or a broken disk would befall all.
+_OF_ONE_FILE = (
+    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,9 @@ def transport_folder(
                 continue
             try:
                 done = folder.map(name, model, options)
-            except (TypeError, ValueError) as error:  # of this file; what the system cannot do would befall all
+            except (TypeError, ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _OF_ONE_FILE:
+                    raise
                 failed[name] = error
                 continue
             if done is not None:
@@ -168,7 +176,7 @@ class _Folder:
 
     def has(self, name: str) -> bool:
         """Return whether the images of a file are there, and not older than it."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # mapping it says what is wrong
             return (self.output / name).stat().st_mtime_ns >= (self.source / name).stat().st_mtime_ns
         return False
 

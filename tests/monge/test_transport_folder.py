@@ -1,5 +1,6 @@
 """Maps applied to folders of files: shares, claims, second runs, and what is refused."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -190,6 +191,33 @@ def test_bad_files_are_said_when_all_others_are_there(model):
     for name in ("b.npy", "e.npy"):
         np.save(Path("in", name), np.zeros((3, 2), np.float32))
     assert run(model, "in", "out").mapped == 2
+
+
+def test_what_the_system_says_of_one_file_leaves_the_others(model, monkeypatch):
+    Path("in/0.npy").symlink_to("nowhere.npy")
+    Path("out/deep").mkdir(parents=True)
+    Path("out/deep/er").touch()  # a file where a folder is to be
+    real = transport_folder.transport_blocks
+
+    def removes(*given, **options):
+        Path("in/e.npy").unlink(missing_ok=True)
+        return real(*given, **options)
+
+    monkeypatch.setattr(transport_folder, "transport_blocks", removes)
+    with pytest.raises(ValueError, match=r"3 of 6 files cannot be mapped: 0.npy: .*, and 2 more: deep/er/d.npy, e.npy"):
+        run(model, "in", "out")
+    assert sorted(set(images()) & set(NAMES)) == ["a.npy", "b.npy", "deep/c.npy"]
+    assert not Path("out/.lightning_gap/claims").exists()
+
+
+def test_what_would_befall_all_ends_the_run(model, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transport_folder, "transport_blocks", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(model, "in", "out")
+    assert not list(Path("out/.lightning_gap/claims").iterdir())
 
 
 def test_what_cannot_be_mapped_is_told(model):
