@@ -8,6 +8,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 __all__ = ["Place", "environments_of_siblings", "launched"]
 
+# SLURM's numbers from here on are those of batch scripts, interactive shells and what it adopts.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -35,15 +38,18 @@ def launched(devices: int | None = None, num_nodes: int | None = None) -> Place:
             ``NODE_RANK`` is to be set.
 
     Raises:
-        ValueError: The numbers are not the launcher's.
+        ValueError: The numbers are not the launcher's, or the launcher's are none that Lightning takes.
 
     Example:
         >>> launched(devices=2)
         Place(rank=0, ranks=2, local_rank=0, siblings=1)
     """
     for environment, name in ((TorchElasticEnvironment, "torchrun"), (SLURMEnvironment, "SLURM")):
-        if environment.detect():
-            made = environment()
+        if (environment is not SLURMEnvironment or _in_a_step()) and environment.detect():
+            try:
+                made = environment()
+            except RuntimeError as error:  # numbers that Lightning does not take
+                raise ValueError(f"{name}: {error}") from None
             ranks = made.world_size()
             nodes = num_nodes or max(1, ranks // (devices or ranks))
             if (devices or max(1, ranks // nodes)) * nodes != ranks:
@@ -61,6 +67,12 @@ def launched(devices: int | None = None, num_nodes: int | None = None) -> Place:
         raise ValueError(f"{given} is {value}, but {remedy} is {most}: give the whole number, or unset it")
     started = alone.creates_processes_externally
     return Place(node * devices + local, num_nodes * devices, local, 0 if started else devices - 1)
+
+
+def _in_a_step() -> bool:
+    """Return whether srun has started this process: a batch script has its job's numbers, and is one process."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
 
 
 def environments_of_siblings(place: Place) -> dict[int, dict[str, str]]:

@@ -6,7 +6,9 @@ import torch
 from lightning_gap.trainer.launch import Place, environments_of_siblings, launched
 
 ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
-SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+SLURM = {
+    "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,24 @@ def test_a_job_by_hand_on_slurm_is_one_process(monkeypatch):
     for name, value in {**SLURM, "SLURM_JOB_NAME": "interactive"}.items():
         monkeypatch.setenv(name, value)
     assert launched() == Place()
+
+
+@pytest.mark.parametrize("step", [None, "4294967290", "4294967291", "4294967292", "-5"])
+@pytest.mark.parametrize("per_node", [True, False])
+def test_a_batch_script_is_one_process(monkeypatch, step, per_node):
+    for name, value in {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": step}.items():
+        if value is not None and (per_node or "PER_NODE" not in name):
+            monkeypatch.setenv(name, value)
+    assert launched() == Place()
+    assert launched(devices=2) == Place(0, 2, 0, siblings=1)
+
+
+def test_numbers_that_lightning_does_not_take_are_refused(monkeypatch):
+    for name, value in SLURM.items():
+        if "PER_NODE" not in name:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="SLURM: You set `--ntasks=4`.*Use `--ntasks-per-node"):
+        launched()
 
 
 def test_without_a_launcher_the_first_starts_the_others(monkeypatch):
