@@ -1,11 +1,13 @@
 """``lightning-gap transport``: a trained map, applied to a file, or to a folder of files by many processes."""
 
 import argparse
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +160,36 @@ def _siblings(place: Any, words: Sequence[str]) -> Iterator[dict[int, int]]:
     from lightning_gap.trainer.launch import environments_of_siblings
 
     command = [sys.executable, "-m", "lightning_gap", *words]
-    environments = environments_of_siblings(place)
-    processes = {rank: subprocess.Popen(command, env=environment) for rank, environment in environments.items()}
+    processes: dict[int, subprocess.Popen[bytes]] = {}
     failed: dict[int, int] = {}
+    with _ended_by_sigterm() if place.siblings else nullcontext():
+        try:
+            for rank, environment in environments_of_siblings(place).items():
+                processes[rank] = subprocess.Popen(command, env=environment)
+            yield failed
+        except BaseException:
+            for process in processes.values():
+                process.terminate()
+            raise
+        finally:
+            failed.update({rank: status for rank, process in processes.items() if (status := process.wait())})
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raise SystemExit where the system would end this process, and what it has started would go on alone."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield failed
-    except BaseException:
-        for process in processes.values():
-            process.terminate()
-        raise
+        yield
     finally:
-        failed.update({rank: status for rank, process in processes.items() if (status := process.wait())})
+        signal.signal(signal.SIGTERM, before)
 
 
 def _device(name: str, local_rank: int = 0) -> Any:

@@ -20,8 +20,10 @@ pytest.importorskip("pyarrow")
 
 from lightning_gap import MongeMap
 from lightning_gap.cli import main
+from lightning_gap.commands import transport
 from lightning_gap.monge import ResidualMLP
 from lightning_gap.monge.transport_files import load_map
+from lightning_gap.trainer.launch import Place
 
 pytestmark = [
     pytest.mark.distributed,
@@ -139,7 +141,7 @@ LAUNCHERS = {
     },
     "slurm": lambda rank: {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-        "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "map", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "map", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
     },
 }  # fmt: skip
 
@@ -161,6 +163,28 @@ def test_every_image_is_right(capsys):
         expected = model.transport(given[["u", "v"]].to_numpy()).numpy()
         assert np.allclose(out[["u", "v"]].to_numpy(), expected, atol=1e-6)
         assert out["id"].tolist() == given["id"].tolist()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "an error", "no more processes"])
+def test_the_siblings_end_with_the_command(monkeypatch, how):
+    started, before, popen = [], signal.getsignal(signal.SIGTERM), subprocess.Popen
+
+    def start(command, env):
+        if how == "no more processes" and started:
+            raise BlockingIOError
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(transport.subprocess, "Popen", start)
+    expected = {"SIGTERM": SystemExit, "an error": KeyError, "no more processes": BlockingIOError}[how]
+    with pytest.raises(expected) as ended, transport._siblings(Place(0, 3, 0, siblings=2), ["transport"]):
+        if how == "an error":
+            raise KeyError
+        signal.raise_signal(signal.SIGTERM)
+    assert how != "SIGTERM" or ended.value.code == 143
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * (1 if "no" in how else 2)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
