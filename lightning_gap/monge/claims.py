@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,8 +80,9 @@ class Claims:
 
     folder: Path
     stale_after: float = 60.0
-    # Of a claim of an unknown process: when it was touched last, and since when this process has seen it so.
+    # When a claim was touched last, and since when this process has seen it so; and those that were warned of.
     _seen: dict[Path, tuple[int, float]] = field(default_factory=dict)
+    _warned: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         check_number("stale_after", self.stale_after, above=0)
@@ -92,7 +94,7 @@ class Claims:
         while True:
             path = _path(self.folder, key, number)
             try:
-                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             except FileExistsError:
                 if not self._is_dead(path):
                     return None
@@ -102,9 +104,13 @@ class Claims:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 continue
             try:
-                os.write(file, content)
-            finally:
-                os.close(file)
+                try:
+                    os.write(file, content)
+                finally:
+                    os.close(file)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
             return Claim(self.folder, key, number, token)
 
     @contextmanager
@@ -116,15 +122,16 @@ class Claims:
             return
         ended = threading.Event()
         beating = threading.Thread(target=self._touch, args=(claim, ended), daemon=True)
-        beating.start()
         try:
+            beating.start()
             yield claim
         except BaseException:
             claim.release(done=False)
             raise
         finally:
             ended.set()
-            beating.join()
+            if beating.is_alive():
+                beating.join()
 
     def forget(self, done: Iterable[str]) -> None:
         """Remove the claims of work that is done, of holders that died before they could."""
@@ -139,6 +146,8 @@ class Claims:
                 os.utime(claim.path)
             except FileNotFoundError:
                 return
+            except OSError:  # of a moment, as of a server of files that starts again
+                continue
 
     def _is_dead(self, path: Path) -> bool:
         try:
@@ -146,13 +155,21 @@ class Claims:
         except FileNotFoundError:
             return False  # just released: to be tried again
         alive = _is_alive(holder)
-        if alive is not None:
-            return not alive
+        if alive is False:
+            return True
         last, since = self._seen.get(path, (None, 0.0))
         if last != touched:
             self._seen[path] = touched, time.monotonic()
             return False
-        return time.monotonic() - since > self.stale_after
+        silent = time.monotonic() - since > self.stale_after
+        if alive and silent and path not in self._warned:  # stopped, or interrupted at a bad moment
+            self._warned.add(path)
+            warnings.warn(
+                f"{holder.get('what')} is waited for: process {holder['pid']} has it, which lives but was silent "
+                f"for {self.stale_after:g} seconds: let it go on, end it, or delete {str(path)!r}",
+                stacklevel=2,
+            )
+        return silent and not alive
 
 
 def _key(what: str) -> str:

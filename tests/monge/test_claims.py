@@ -1,5 +1,6 @@
 """Claims of work: one holder at a time, and the dead are followed."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 
@@ -120,6 +122,52 @@ def test_a_holder_is_heard(tmp_path):
         while claim.path.stat().st_mtime_ns == 1:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+
+
+def test_a_heart_goes_on_after_an_error_of_a_moment(tmp_path, monkeypatch):
+    claims, touch, beats = Claims(tmp_path, stale_after=0.06), os.utime, []
+
+    def stale_at_first(*given):
+        beats.append(given)
+        if len(beats) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touch(*given)
+
+    monkeypatch.setattr(os, "utime", stale_at_first)
+    with claims.held("a"):
+        deadline = time.monotonic() + 30
+        while len(beats) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize("where", ["write", "start"])
+def test_an_interrupt_before_the_first_beat_gives_it_back(claims, monkeypatch, where):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*{"write": (os, "write"), "start": (threading.Thread, "start")}[where], interrupted)
+    with pytest.raises(KeyboardInterrupt), claims.held("a"):
+        pass
+    assert list(claims.folder.iterdir()) == []
+
+
+@linux
+def test_who_lives_and_is_silent_is_waited_for_with_one_warning(claims, monkeypatch):
+    claim, now = claims.take("a"), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert claims.take("a") is None
+    now[0] = 61.0
+    with pytest.warns(UserWarning, match=f"a is waited for: process {os.getpid()} has it.*{claim.path.name}"):
+        assert claims.take("a") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert claims.take("a") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_a_claim_is_no_program(claims):
+    assert claims.take("a").path.stat().st_mode & 0o111 == 0
 
 
 def test_a_claim_that_was_not_written_whole_is_silent(claims, monkeypatch):
