@@ -26,6 +26,8 @@ __all__ = ["MappedFolder", "transport_folder"]
 # Of the folder of images: what was asked for, claims, and parts of files. Readers of tables pass over such names.
 _STATE = ".lightning_gap"
 _ASKED = "asked.json"
+# Nanoseconds between the times that the coarsest file systems, FAT's, can keep.
+_COARSEST = 2 * 10**9
 # What the system says of one file. Without a number: of its format. A full or a broken disk would befall all.
 _OF_ONE_FILE = (
     None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP,
@@ -41,7 +43,7 @@ class MappedFolder:
         files: Files in the folder.
         mapped: Those that this process mapped.
         rows: The rows in these.
-        others: Folders and files of the source that are no tables or arrays to map.
+        others: Files of the source that are no tables or arrays to map, and links to folders, which are not followed.
     """
 
     files: int
@@ -164,9 +166,10 @@ class _Folder:
         others: list[str] = []
         for path in sorted(source.rglob("*")):
             place = path.relative_to(source)
-            if any(part.startswith((".", "_")) for part in place.parts) or path.is_dir():
+            if any(part.startswith((".", "_")) for part in place.parts) or (path.is_dir() and not path.is_symlink()):
                 continue
-            form = FORMATS.get(suffix_of(path) or "")
+            # A link to a folder is not followed, which could lead in circles, but named.
+            form = None if path.is_dir() else FORMATS.get(suffix_of(path) or "")
             (names if form is not None and form.writer is not None else others).append(place.as_posix())
         if not names:
             written = ", ".join(suffix for suffix, form in FORMATS.items() if form.writer is not None)
@@ -241,6 +244,9 @@ class _Folder:
                 # Clocks of file systems and machines differ: images are never older than their samples.
                 at = max(time.time_ns(), now.st_mtime_ns)
                 os.utime(complete, ns=(at, at))
+                if complete.stat().st_mtime_ns < now.st_mtime_ns:  # kept in seconds, or in every other one
+                    at = -(-now.st_mtime_ns // _COARSEST) * _COARSEST
+                    os.utime(complete, ns=(at, at))
 
             part.parent.mkdir(parents=True, exist_ok=True)
             (self.output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +256,10 @@ class _Folder:
                 )
             except _LostError:
                 return None
+            except OSError:
+                if claim.holds():
+                    raise
+                return None  # who took over has removed the part
             claim.release(done=True)
             return rows
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,38 @@ def test_what_would_befall_all_ends_the_run(model, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         run(model, "in", "out")
     assert not list(Path("out/.lightning_gap/claims").iterdir())
+
+
+def test_links_to_folders_are_named(model):
+    Path("in/linked").symlink_to("deep")
+    Path("in/deep/round").symlink_to("..")
+    done = run(model, "in", "out")
+    assert (done.files, done.others) == (5, ("deep/round", "linked"))
+
+
+def test_times_in_whole_seconds_and_a_clock_that_is_ahead_end(model, monkeypatch):
+    touch = os.utime
+
+    def coarse(path, times=None, *, ns=None):
+        touch(path, times, **({} if ns is None else {"ns": tuple(t // (2 * 10**9) * 2 * 10**9 for t in ns)}))
+
+    ahead = time.time_ns() + 31 * 10**9 + 1
+    touch("in/b.npy", ns=(ahead, ahead))
+    monkeypatch.setattr(os, "utime", coarse)
+    assert run(model, "in", "out").mapped == 5
+    assert Path("out/b.npy").stat().st_mtime_ns >= ahead
+    assert run(model, "in", "out").mapped == 0
+
+
+def test_who_was_taken_for_dead_and_finds_its_part_removed_goes_on(model, monkeypatch):
+    def overtaken(*_, part, **__):
+        (claim,) = Path("out/.lightning_gap/claims").glob("*.0")
+        claim.with_suffix(".1").write_text("{}")
+        part.open()
+
+    monkeypatch.setattr(transport_folder, "transport_blocks", overtaken)
+    folder = transport_folder._Folder(Path("in"), Path("out"), 60.0)
+    assert folder.map("a.npy", model, {}) is None
 
 
 def test_what_cannot_be_mapped_is_told(model):
