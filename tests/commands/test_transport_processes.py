@@ -178,10 +178,9 @@ def test_the_siblings_end_with_the_command(monkeypatch, how):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(transport.subprocess, "Popen", start)
     expected = {"SIGTERM": SystemExit, "an error": KeyError, "no more processes": BlockingIOError}[how]
+    within = {}.pop if how == "an error" else signal.raise_signal
     with pytest.raises(expected) as ended, transport._siblings(Place(0, 3, 0, siblings=2), ["transport"]):
-        if how == "an error":
-            raise KeyError
-        signal.raise_signal(signal.SIGTERM)
+        within(signal.SIGTERM)
     assert how != "SIGTERM" or ended.value.code == 143
     assert [process.returncode for process in started] == [-signal.SIGTERM] * (1 if "no" in how else 2)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -56,7 +56,7 @@ def test_numbers_that_lightning_does_not_take_are_refused(monkeypatch):
     for name, value in SLURM.items():
         if "PER_NODE" not in name:
             monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="SLURM: You set `--ntasks=4`.*Use `--ntasks-per-node"):
+    with pytest.raises(ValueError, match=r"SLURM: You set `--ntasks=4`.*Use `--ntasks-per-node"):
         launched()
 
 
