@@ -205,16 +205,14 @@ def _system() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process of this system started; None where there is none that runs."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (OSError, ValueError):
-        return None
+    """Return when a process of this system started, or None where it has ended; raise OSError where none is shown."""
+    state, *rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return None if state in (b"Z", b"X") else rest[18].decode()
 
 
 def _this_process() -> dict[str, Any]:
-    return {"system": _system(), "pid": os.getpid(), "started": _started(os.getpid())}
+    system = _system()
+    return {"system": system, "pid": os.getpid(), "started": None if system is None else _started(os.getpid())}
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
@@ -222,5 +220,20 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
     system = _system()
     if system is None or holder.get("system") != system:
         return None
-    started = _started(int(holder["pid"]))
+    try:
+        started = _started(int(holder["pid"]))
+    except (OSError, ValueError):
+        # /proc may hide the processes of other users.
+        return None if _has_number(int(holder["pid"])) else False
     return started is not None and started == holder["started"]
+
+
+def _has_number(pid: int) -> bool:
+    """Return whether a process of this system, of whatever user, has a number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

@@ -95,6 +95,25 @@ def test_what_is_done_is_forgotten_but_for_the_living(claims):
     assert list(claims.folder.iterdir()) == [mine.path]
 
 
+@linux
+@pytest.mark.parametrize(("error", "taken"), [(ProcessLookupError, True), (PermissionError, False)])
+def test_of_a_process_that_is_not_shown_silence_tells(claims, monkeypatch, error, taken):
+    claims.take("a")
+
+    def hidden(*_):
+        raise error
+
+    read = module.Path.read_bytes
+    monkeypatch.setattr(module.Path, "read_bytes", lambda path: hidden() if path.name == "stat" else read(path))
+    monkeypatch.setattr(module, "_this_process", dict)
+    monkeypatch.setattr(os, "kill", hidden)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert (claims.take("a") is not None) is taken
+    now[0] = 61.0
+    assert (claims.take("a") is None) is taken
+
+
 def test_on_other_systems_silence_tells(claims, monkeypatch):
     claim = claims.take("a")
     monkeypatch.setattr(module, "_system", lambda: None)  # nor here can processes be asked for
