@@ -149,7 +149,7 @@ def _map_folder(options: argparse.Namespace, place: Any) -> None:
     )
     if done.others and place.rank == 0:
         more = f", and {len(done.others) - 3} more" if len(done.others) > 3 else ""
-        print(f"left out, as no file that can be mapped: {', '.join(done.others[:3])}{more}", file=sys.stderr)
+        print(f"left out, as nothing that can be mapped: {', '.join(done.others[:3])}{more}", file=sys.stderr)
     for local_rank, status in failed.items():
         print(f"process {local_rank} ended with status {status}; others did its work", file=sys.stderr)
 

@@ -18,6 +18,7 @@ from lightning_gap.checks import check_integer
 from lightning_gap.monge.claims import Claim, Claims
 from lightning_gap.monge.module import MongeMap
 from lightning_gap.monge.samples.files.read import FORMATS, suffix_of
+from lightning_gap.monge.samples.files.table import NoRowsError
 from lightning_gap.monge.samples.files.write import on_disk
 from lightning_gap.monge.transport_files import transport_blocks
 
@@ -40,10 +41,11 @@ class MappedFolder:
     """What one of perhaps many processes did in a folder, in which all files are now.
 
     Attributes:
-        files: Files in the folder.
+        files: Files in the folder that have images.
         mapped: Those that this process mapped.
         rows: The rows in these.
-        others: Files of the source that are no tables or arrays to map, and links to folders, which are not followed.
+        others: Files of the source that are no tables or arrays to map or have no rows, and links to folders, which are
+            not followed.
     """
 
     files: int
@@ -77,7 +79,8 @@ def transport_folder(
     what others have not claimed, and returns when all files are there. What a process that died had claimed is taken
     over, at once on the same system and otherwise after ``stale_after`` seconds of silence. A file appears under its
     name only when it is complete and on the disk. So it may all be ended at any moment and begun again: what is there
-    stays, and what is missing is done, with the same bits. A file that has changed since it was mapped is mapped again.
+    stays, and what is missing is done, with the same bits. A file that is newer than its images, by
+    the times of the two, is mapped again; one that was replaced by an older one is not.
 
     Args:
         model: The map, on its device.
@@ -141,13 +144,15 @@ def transport_folder(
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
     folder.tidy(failed)
+    empty = [name for name, error in failed.items() if isinstance(error, NoRowsError)]
+    failed = {name: error for name, error in failed.items() if name not in empty}
     if failed:
         name, reason = next(iter(failed.items()))
         more = f", and {len(failed) - 1} more: {', '.join(list(failed)[1:6])}" if len(failed) > 1 else ""
         raise ValueError(f"{len(failed)} of {len(folder.names)} files cannot be mapped: {name}: {reason}{more}")
     if progress is not None:
         progress(len(folder.names), len(folder.names))
-    return MappedFolder(len(folder.names), mapped, rows, folder.others)
+    return MappedFolder(len(folder.names) - len(empty), mapped, rows, tuple(sorted([*folder.others, *empty])))
 
 
 class _Folder:
@@ -188,7 +193,7 @@ class _Folder:
         noted = self.output / _STATE / _ASKED
         while True:
             if noted.is_file():
-                before = json.loads(noted.read_text(encoding="utf-8"))
+                before = self._noted(noted)
                 if changed := [key for key in asked if before.get(key) != asked[key]]:
                     raise FileExistsError(
                         f"OUT: {str(self.output)!r} has images of another {' and '.join(changed)}: choose another "
@@ -203,12 +208,26 @@ class _Folder:
             if there is None:
                 self._note(noted, asked)
 
+    def _noted(self, noted: Path) -> dict[str, Any]:
+        """Return what was asked for, which another process may be writing just now."""
+        for pause in (0.01, 0.1, 1.0, 2.0, None):
+            with suppress(ValueError):
+                before = json.loads(noted.read_bytes())
+                if isinstance(before, dict):
+                    return before
+            if pause is not None:
+                time.sleep(pause)
+        raise ValueError(
+            f"OUT: {str(noted)!r} is damaged, which says what {str(self.output)!r} has images of: delete that folder, "
+            "or choose another"
+        )
+
     def _note(self, noted: Path, asked: dict[str, Any]) -> None:
         """Write what is asked for as a whole, if nobody has."""
-        part = noted.with_name(f"asked.{uuid.uuid4().hex}")
+        part, content = noted.with_name(f"asked.{uuid.uuid4().hex}"), json.dumps(asked, indent=1) + "\n"
         try:
             noted.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+            part.write_text(content, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"OUT: cannot write {str(self.output)!r}: {error.strerror}; choose another") from error
         on_disk(part)
@@ -216,8 +235,10 @@ class _Folder:
             os.link(part, noted)
         except (FileExistsError, FileNotFoundError):  # another was first, and has tidied
             pass
-        except OSError:  # a file system without links
-            os.replace(part, noted)
+        except OSError:  # a file system without links: not whole at once, but by one process
+            with suppress(FileExistsError), noted.open("x", encoding="utf-8") as file:
+                file.write(content)
+            on_disk(noted)
         part.unlink(missing_ok=True)
 
     def map(self, name: str, model: MongeMap, options: dict[str, Any]) -> int | None:
@@ -267,11 +288,16 @@ class _Folder:
         return self.output / _STATE / "parts" / f"{claim.key}.{claim.number}.{claim.token}"
 
     def tidy(self, failed: dict[str, Exception]) -> None:
-        """Leave nothing of processes that died between a file and its claim's end."""
+        """Leave nothing of processes that died, nor parts of those that were taken for dead."""
         self._claims.forget(name for name in self.names if name not in failed)
         for left in (self.output / _STATE).glob("asked.*"):
             if left.name != _ASKED:
                 left.unlink(missing_ok=True)
+        for left in (self.output / _STATE / "parts").glob("*.*.*"):
+            key, number, token = left.name.split(".")[:3]
+            if not Claim(self._claims.folder, key, int(number), token).holds():
+                with suppress(OSError):  # gone, or open where open files stay
+                    left.unlink()
         for folder in ("claims", "parts"):
             with suppress(OSError):  # not there, or another process is in it
                 (self.output / _STATE / folder).rmdir()

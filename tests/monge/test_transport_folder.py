@@ -253,6 +253,55 @@ def test_who_was_taken_for_dead_and_finds_its_part_removed_goes_on(model, monkey
     assert folder.map("a.npy", model, {}) is None
 
 
+def test_files_without_rows_are_named(model):
+    np.save("in/a.npy", np.zeros((0, 2), np.float32))
+    Path("in/0.csv").write_text("u,v\n")
+    for mapped in (4, 0):
+        done = run(model, "in", "out")
+        assert (done.files, done.mapped, done.others) == (4, mapped, ("0.csv", "a.npy"))
+    assert sorted(images()) == sorted(set(NAMES) - {"a.npy"})
+
+
+def test_parts_of_who_died_are_removed_when_all_is_there(model):
+    folder = transport_folder._Folder(Path("in"), Path("out"), 60.0)
+    run(model, "in", "out")
+    claim, alive = folder._claims.take("a.npy"), folder._claims.take("b.npy")
+    for each in (claim, alive):
+        folder._part(each).parent.mkdir(exist_ok=True)
+        folder._part(each).touch()
+    claim.path.unlink()
+    run(model, "in", "out")
+    assert list(Path("out/.lightning_gap/parts").iterdir()) == [folder._part(alive)]
+
+
+def test_without_links_one_request_wins(model, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder, noted = transport_folder._Folder(Path("in"), Path("out"), 60.0), Path("out/.lightning_gap/asked.json")
+    for asked in ({"map": "one"}, {"map": "other"}):  # neither has seen the other
+        folder._note(noted, asked)
+    folder.agree({"map": "one"})
+    with pytest.raises(FileExistsError, match="images of another map"):
+        folder.agree({"map": "other"})
+    assert [path.name for path in noted.parent.iterdir()] == ["asked.json"]
+
+
+@pytest.mark.parametrize("content", ["", '{"map": ', "[]"])
+def test_what_was_asked_is_waited_for_and_then_refused(model, monkeypatch, content):
+    run(model, "in", "out")
+    noted, slept = Path("out/.lightning_gap/asked.json"), []
+    whole = noted.read_text()
+    noted.write_text(content)
+    monkeypatch.setattr(transport_folder.time, "sleep", slept.append)
+    with pytest.raises(ValueError, match=r"asked.json' is damaged.*: delete that folder, or choose another"):
+        run(model, "in", "out")
+    assert sum(slept) > 3
+    monkeypatch.setattr(transport_folder.time, "sleep", lambda _: noted.write_text(whole))
+    assert run(model, "in", "out").mapped == 0
+
+
 def test_what_cannot_be_mapped_is_told(model):
     Path("in/README.md").write_text("read me")
     Path("in/_SUCCESS").touch()

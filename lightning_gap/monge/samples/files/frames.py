@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_gap.monge.samples.files.table import (
     Format,
     FrameFile,
+    NoRowsError,
     Reading,
     RowWriter,
     Table,
@@ -48,7 +49,7 @@ def _open_checked(open_file: Callable[[str, Path], FrameFile], title: str, path:
     file = open_file(title, path)
     _refuse_repeated(title, [name for name in file.header if name])
     if file.length == 0 or (file.length is None and not len(file.first)):
-        raise ValueError(f"{title} has no rows")
+        raise NoRowsError(f"{title} has no rows")
     return file
 
 
@@ -75,7 +76,7 @@ def _file_table(title: str, file: FrameFile, reading: Reading) -> Table:
             yield frame_table(title, frame, Reading(features), start=None if rows is None else start)
             start += len(frame)
         if not start:
-            raise ValueError(f"{title} has no rows")
+            raise NoRowsError(f"{title} has no rows")
 
     def whole(_: object) -> Any:
         raise NotImplementedError("a file that is read in order has rows in its blocks: ask whole() for them")

@@ -18,6 +18,7 @@ from lightning_gap.monge.samples.features import feature_places, listed
 __all__ = [
     "Format",
     "FrameFile",
+    "NoRowsError",
     "Reading",
     "RowWriter",
     "Table",
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+
+class NoRowsError(ValueError):
+    """A table is whole, and has no rows."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class Table:
             remedy = "add the missing dimension, as in x[:, None]" if samples.dim() == 1 else "flatten each sample"
             raise ValueError(f"{self.title} must have shape (n, d), got {tuple(samples.shape)}: {remedy}")
         if samples.numel() == 0:
-            raise ValueError(f"{self.title} is empty, with shape {tuple(samples.shape)}: it needs at least one sample")
+            message = f"{self.title} is empty, with shape {tuple(samples.shape)}: it needs at least one sample"
+            raise ValueError(message) if len(samples) else NoRowsError(message)
         refuse_not_finite(self.title, samples, rows, self.features, start=self.start)
         return samples
 
