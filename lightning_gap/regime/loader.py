@@ -138,7 +138,7 @@ def loader_batch_size(loader: Any) -> int:
         return told
     for holder in (loader, getattr(loader, "batch_sampler", None)):
         size = getattr(holder, "batch_size", None)
-        if isinstance(size, Integral) and size > 0:
+        if isinstance(size, Integral) and int(size) > 0:
             return int(size)
     raise MisconfigurationException(
         f"The batch size of the training loader ({type(loader).__name__}) is unknown: neither it nor its batch_sampler "
