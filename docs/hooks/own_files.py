@@ -29,6 +29,7 @@ def cells(folder: Path, share: float) -> None:
     """Write counts of 60 genes of control and stimulated cells: three types that answer differently, four patients."""
     import anndata
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
     rng = np.random.default_rng(0)
     rows, genes = int(share * 6000), 60
@@ -54,7 +55,7 @@ def cells(folder: Path, share: float) -> None:
         )
         var = pd.DataFrame(index=[f"gene{number}" for number in range(genes)])
         file = anndata.AnnData(counts.astype(np.float32), obs=obs, var=var)
-        file.layers["lognorm"] = normalized.astype(np.float32)
+        file.layers["lognorm"] = csr_matrix(normalized.astype(np.float32))  # sparse, as in most files
         file.write_h5ad(folder / "cells.h5ad")
 
 

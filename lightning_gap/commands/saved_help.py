@@ -14,10 +14,12 @@ from pathlib import Path
 
 __all__ = ["print_help"]
 
-# What help is made from: where they are found decides which files are loaded.
-_PACKAGES = ("lightning_gap", "lightning", "jsonargparse", "torch")
+# What help is made from: where they are found decides which files are loaded. jsonargparse asks for the last ones.
+_PACKAGES = ("lightning_gap", "lightning", "jsonargparse", "torch", "docstring_parser", "ruyaml", "ruamel", "yaml")
 # What argparse asks of the environment for a text's look.
 _LOOK = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM")
+# How many texts of a command are kept, for windows of several widths: each lists thousands of files.
+_TEXTS = 6
 
 
 def print_help(command: str, make: Callable[[], None]) -> None:
@@ -25,14 +27,16 @@ def print_help(command: str, make: Callable[[], None]) -> None:
 
     It is kept in ``lightning_gap`` under ``XDG_CACHE_HOME`` (``~/.cache``), with the times and sizes of all source
     files that were loaded when it was made. It is made anew when one of these has changed, when anything is installed,
-    updated or removed, and for windows of another width.
+    updated or removed, for windows of another width, and by an interpreter with other flags or another path. The last
+    few texts of a command are kept; where there is no folder for them, none is.
 
     Args:
         command: Which one.
         make: Prints it, and may end by ``SystemExit``.
     """
-    path = _folder() / f"help-{command}-{_circumstances()}.json"
-    kept = _kept(path)
+    folder, installed = _folder(), _installed()  # before anything that is loaded changes the path
+    path = folder and folder / f"help-{command}-{_circumstances()}.json"
+    kept = _kept(path, installed) if path is not None else None
     if kept is not None:
         sys.stdout.write(kept)
         return
@@ -43,14 +47,17 @@ def print_help(command: str, make: Callable[[], None]) -> None:
         except SystemExit as error:
             ended = error
     sys.stdout.write(made.getvalue())
-    if ended is None or not ended.code:
-        _keep(path, made.getvalue())
+    if path is not None and (ended is None or not ended.code):
+        _keep(path, made.getvalue(), installed)
+        _forget(path.parent, f"help-{command}-*")
     if ended is not None:
         raise ended
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_gap"
+def _folder() -> Path | None:
+    with suppress(RuntimeError):  # a user without a home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_gap"
+    return None
 
 
 def _circumstances() -> str:
@@ -58,19 +65,27 @@ def _circumstances() -> str:
     places = [_place(name) for name in _PACKAGES]
     look = [os.environ.get(name) for name in _LOOK]
     width, plain = shutil.get_terminal_size().columns, not sys.stdout.isatty()
-    return sha256(repr((sys.version, places, look, width, plain)).encode()).hexdigest()[:16]
+    return sha256(repr((sys.version, sys.flags, _path(), places, look, width, plain)).encode()).hexdigest()[:16]
+
+
+def _path() -> list[str]:
+    """Return where modules are found, without the script's or the working folder: that is asked for packages alone."""
+    return list(dict.fromkeys(sys.path[1:]))
 
 
 def _place(name: str) -> str | None:
     spec = PathFinder.find_spec(name)
-    return spec.origin if spec is not None else None
+    if spec is None:
+        return None
+    return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
 
 
 def _installed() -> list[list[str | int]]:
-    """Return the packages installed beside those that are loaded: their names bear their versions."""
+    """Return the packages installed where modules are found: their names bear their versions."""
     found: list[list[str | int]] = []
-    for folder in sorted({str(Path(place).parents[1]) for name in _PACKAGES if (place := _place(name))}):
-        with suppress(OSError), os.scandir(folder) as entries:
+    beside = [os.path.dirname(os.path.dirname(place)) for name in _PACKAGES if (place := _place(name))]
+    for folder in sorted({*_path(), *beside}):
+        with suppress(OSError), os.scandir(folder or os.curdir) as entries:
             found += sorted(
                 [entry.name, entry.stat().st_mtime_ns]
                 for entry in entries
@@ -89,22 +104,36 @@ def _loaded() -> Iterator[list[str | int]]:
                 yield [os.path.abspath(file), status.st_mtime_ns, status.st_size]
 
 
-def _kept(path: Path) -> str | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
+def _kept(path: Path, installed: list[list[str | int]]) -> str | None:
+    with suppress(Exception):  # whatever is wrong with it, it is made anew
         kept = json.loads(path.read_bytes())
-        if kept["installed"] == _installed() and all(
+        text = kept["help"]
+        text.encode(sys.stdout.encoding or "utf-8")
+        if kept["installed"] == installed and all(
             (status.st_mtime_ns, status.st_size) == (time, size)
             for file, time, size in kept["files"]
             for status in [os.stat(file)]
         ):
-            return str(kept["help"])
+            return str(text)
     return None
 
 
-def _keep(path: Path, text: str) -> None:
-    content = json.dumps({"help": text, "installed": _installed(), "files": list(_loaded())})
-    with suppress(OSError):  # a folder that cannot be written: help is made each time
+def _keep(path: Path, text: str, installed: list[list[str | int]]) -> None:
+    with suppress(Exception):  # as where a folder cannot be written: help is made each time
+        content = json.dumps({"help": text, "installed": installed, "files": list(_loaded())})
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as part:
-            part.write(content)
-        os.replace(part.name, path)
+        handle, part = tempfile.mkstemp(prefix=f"{path.stem}-", dir=path.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(content)
+            os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+
+def _forget(folder: Path, pattern: str) -> None:
+    """Remove all but the last few texts, and what processes left that were ended as they wrote."""
+    with suppress(OSError):
+        texts = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+        for path in texts[:-_TEXTS]:
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -125,14 +126,20 @@ def training_loader(trainer: Trainer) -> Any:
     return loaders[0]
 
 
+def samples_in_batch(loader: Any) -> int | None:
+    """Return what a loader of whole batches says of them, NumPy's integers too; ``None`` where it does not."""
+    told = getattr(loader, "samples_in_batch", None)
+    return int(told) if isinstance(told, Integral) else None
+
+
 def loader_batch_size(loader: Any) -> int:
     """Return the batch size of a loader, or of its batch sampler; or what a loader of whole batches says of them."""
-    if isinstance(told := getattr(loader, "samples_in_batch", None), int):
+    if (told := samples_in_batch(loader)) is not None:
         return told
     for holder in (loader, getattr(loader, "batch_sampler", None)):
         size = getattr(holder, "batch_size", None)
-        if isinstance(size, int) and size > 0:
-            return size
+        if isinstance(size, Integral) and int(size) > 0:
+            return int(size)
     raise MisconfigurationException(
         f"The batch size of the training loader ({type(loader).__name__}) is unknown: neither it nor its batch_sampler "
         f"has an integer batch_size. Give it one, {_GIVEN}."

@@ -18,6 +18,7 @@ from lightning_gap.regime.loader import (
     batch_of_update,
     loader_batch_size,
     pass_over_data,
+    samples_in_batch,
     training_loader,
 )
 from lightning_gap.regime.plan import RegimePlan
@@ -102,7 +103,7 @@ class RunPlanner:
         limits = Limits.of(trainer)
         if self.loader is not None and regime.batch_size is None:
             # Who makes whole batches knows what is in them.
-            own = hasattr(self.loader, "samples_in_batch")
+            own = samples_in_batch(self.loader) is not None
             self.expected = None if own else loader_batch_size(self.loader)
         if data is None:
             plan = RegimePlan(regime.reference_batch_size, batch_size, rule, factor)

@@ -1,10 +1,12 @@
 """Help that is kept: as it would be made, until something that it was made from changes."""
 
+import json
 import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,12 +85,88 @@ def test_what_is_installed_counts(made, capsys, monkeypatch):
     assert len(count) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"help": 1}', b'{"installed": 0, "files": 0, "help": ""}'])
+def test_what_is_installed_anywhere_on_the_path_counts(made, capsys, monkeypatch, tmp_path):
+    _, make, count = made
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    shown(make, capsys)
+    (tmp_path / "ruyaml-1.dist-info").mkdir()
+    shown(make, capsys)
+    shown(make, capsys)
+    assert len(count) == 2
+
+
+def test_another_path_or_flag_of_the_interpreter_is_another_help(made, capsys, monkeypatch, tmp_path):
+    _, make, count = made
+    shown(make, capsys)
+    with monkeypatch.context() as other:
+        other.setattr(sys, "path", [*sys.path, str(tmp_path)])
+        shown(make, capsys)
+    assert len(count) == 2
+    with monkeypatch.context() as other:
+        other.setattr(sys, "flags", SimpleNamespace(optimize=2, verbose=0))
+        shown(make, capsys)
+    assert len(count) == 3
+    (tmp_path / "ruyaml").mkdir()
+    (tmp_path / "ruyaml" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path[1:]])  # as by python -m in that folder
+    shown(make, capsys)
+    assert len(count) == 4
+
+
+def test_the_last_few_texts_are_kept(made, capsys, monkeypatch):
+    _, make, _ = made
+    folder = Path(os.environ["XDG_CACHE_HOME"], "lightning_gap")
+    folder.mkdir(parents=True)
+    (folder / "help-test-0.json").touch()  # of another command
+    for width in range(60, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        shown(make, capsys)
+    assert len(list(folder.glob("help-fit-*"))) == 6
+    assert (folder / "help-test-0.json").exists()
+
+
+def test_what_cannot_be_written_leaves_nothing(made, capsys, monkeypatch):
+    _, make, _ = made
+
+    def fail(*_):
+        raise OSError("no space is left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    assert shown(make, capsys) == "1 at 100\n"
+    assert not list(Path(os.environ["XDG_CACHE_HOME"], "lightning_gap").iterdir())
+
+
+def test_without_a_home_help_is_made(made, capsys, monkeypatch):
+    _, make, count = made
+
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    assert shown(make, capsys) == shown(make, capsys) == "1 at 100\n"
+    assert len(count) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"help": 1}',
+        b'{"installed": 0, "files": 0, "help": ""}',
+        b'{"installed": INSTALLED, "files": [], "help": 1}',
+        b"[" * 100_000,
+        b'{"installed": INSTALLED, "files": [], "help": "\\ud800"}',
+    ],
+    ids=range(8),
+)
 def test_a_damaged_file_is_made_anew(made, capsys, content):
     _, make, count = made
     shown(make, capsys)
     (path,) = Path(os.environ["XDG_CACHE_HOME"], "lightning_gap").iterdir()
-    path.write_bytes(content)
+    path.write_bytes(content.replace(b"INSTALLED", json.dumps(saved_help._installed()).encode()))
     assert shown(make, capsys) == shown(make, capsys) == "1 at 100\n"
     assert len(count) == 2
 
@@ -122,7 +200,8 @@ def test_the_second_help_is_the_first_and_imports_nothing_heavy(capsys):
         "import sys\nfrom lightning_gap.cli import main\nmain(['fit', '--help'])\n"
         "print([m for m in ('torch', 'lightning', 'numpy', 'jsonargparse') if m in sys.modules])\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    same = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[1:])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=same).stdout
     assert out == f"{first}[]\n"
 
 

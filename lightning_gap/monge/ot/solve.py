@@ -40,9 +40,9 @@ from lightning_gap.monge.ot.problem import Problem, checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning, OTResult
 from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.exact import solve_exact
-from lightning_gap.monge.ot.solvers.fused.flash_passes import FLASH_PLACES, require_flash
+from lightning_gap.monge.ot.solvers.fused.flash_passes import FLASH_COORDINATES, FLASH_PLACES, require_flash
 from lightning_gap.monge.ot.solvers.fused.passes import fused_library
-from lightning_gap.monge.ot.solvers.fused.triton_passes import has_triton, triton_expressions
+from lightning_gap.monge.ot.solvers.fused.triton_passes import has_triton, triton_expressions, triton_failure
 from lightning_gap.monge.ot.solvers.geomloss import solve_geomloss
 from lightning_gap.monge.ot.solvers.gradients import once, weight_slope
 from lightning_gap.monge.ot.solvers.kernel import damping
@@ -220,6 +220,11 @@ def _check_fused(cost: Cost, x: Tensor) -> None:
         raise RuntimeError("solver='fused' compiles C++: install g++ or clang++, or use solver='blocked'")
     if kind == "cuda" and not has_triton():
         raise RuntimeError("solver='fused' takes Triton on a GPU: pip install triton, or use solver='blocked'")
+    if kind == "cuda" and (told := triton_failure()):
+        raise RuntimeError(
+            f"solver='fused' takes Triton on a GPU, and that cannot be imported here ({told}): install another "
+            "release, or use solver='blocked'"
+        )
     if kind == "cuda" and triton_expressions(formula) is None:
         raise ValueError(
             f"solver='fused' reads formulas as Python on a GPU, which that of the cost {cost} is not: write it in the "
@@ -238,8 +243,11 @@ def _check_flash(cost: Cost, x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"solver='flash' computes in float32, and the samples are {x.dtype}: use x.float(), or 'fused'"
         )
-    if max(x.numel(), y.numel()) >= FLASH_PLACES:
-        raise ValueError(f"solver='flash' takes fewer than {FLASH_PLACES} coordinates of a side: use 'fused'")
+    if max(len(x), len(y)) * max(FLASH_COORDINATES, x.shape[-1]) >= FLASH_PLACES:
+        raise ValueError(
+            f"solver='flash' takes fewer than {FLASH_PLACES} coordinates of a side, at least {FLASH_COORDINATES} a "
+            f"sample, and these are {len(x)} and {len(y)} samples: use 'fused'"
+        )
     require_flash()
 
 

@@ -12,8 +12,15 @@ from lightning_gap.monge.ot.solvers.fused import flash_passes
 from lightning_gap.monge.ot.solvers.fused.kernel import FlashKernel
 
 
-def on_cuda(dtype=torch.float32, count=60):
-    return SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, numel=lambda: count)
+class OnCuda(SimpleNamespace):
+    """What stands in for samples of a GPU."""
+
+    def __len__(self):
+        return self.shape[0]
+
+
+def on_cuda(dtype=torch.float32, rows=20, features=3):
+    return OnCuda(device=torch.device("cuda:0"), dtype=dtype, shape=(rows, features))
 
 
 @pytest.fixture
@@ -37,8 +44,15 @@ def test_other_samples_are_refused_with_the_remedy(installed):
     double = on_cuda(torch.float64)
     with pytest.raises(ValueError, match=r"in float32, and the samples are torch.float64: use x.float\(\), or 'fused'"):
         choose_solver("flash", SqEuclidean(), double, double)
-    with pytest.raises(ValueError, match="takes fewer than 2147483648 coordinates of a side: use 'fused'"):
-        choose_solver("flash", SqEuclidean(), on_cuda(), on_cuda(count=1 << 31))
+
+
+@pytest.mark.parametrize("features", [2, 32, 64])
+def test_samples_whose_filled_coordinates_it_cannot_number_are_refused(features, installed):
+    least = (1 << 31) // max(32, features)
+    few, many = (on_cuda(rows=rows, features=features) for rows in (least - 1, least))
+    assert choose_solver("flash", SqEuclidean(), few, few) == "flash"
+    with pytest.raises(ValueError, match=r"takes fewer than 2147483648 coordinates of a side, .*: use 'fused'"):
+        choose_solver("flash", SqEuclidean(), few, many)
 
 
 def test_without_the_library_its_extra_is_named(monkeypatch):

@@ -1,5 +1,8 @@
 """Compiled passes over all pairs against the same sums in double, and where they are taken."""
 
+import runpy
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -273,6 +276,23 @@ def test_a_gpu_takes_it_where_triton_is(monkeypatch):
     monkeypatch.setattr(solve, "has_triton", lambda: True)
     monkeypatch.setattr(solve, "triton_expressions", lambda formula: {})
     assert choose_solver("fused", SqEuclidean(), x, x) == "fused"
+
+
+def test_a_triton_that_cannot_be_imported_is_told_of(monkeypatch, tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
+    package = "lightning_gap.monge.ot.solvers.fused"
+    file = Path(triton_passes.__file__).with_name("triton_kernels.py")
+    with monkeypatch.context() as damaged:
+        damaged.syspath_prepend(tmp_path)
+        damaged.delitem(sys.modules, "triton", raising=False)
+        kernels = SimpleNamespace(**runpy.run_path(str(file)))
+    monkeypatch.setitem(sys.modules, f"{package}.triton_kernels", kernels)
+    monkeypatch.setattr(f"{package}.triton_kernels", kernels, raising=False)
+    monkeypatch.setattr(triton_passes, "find_spec", lambda name: name)
+    x = samples_on("cuda:0")
+    with pytest.raises(RuntimeError, match=r"cannot be imported here \(libtriton.so: undefined symbol\): install"):
+        choose_solver("fused", SqEuclidean(), x, x)
+    assert triton_passes.triton_expressions(formula_of(SqEuclidean())) is None
 
 
 def test_what_triton_does_not_read_is_refused(monkeypatch):

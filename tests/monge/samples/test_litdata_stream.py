@@ -58,6 +58,27 @@ def test_a_shuffled_stream_is_refused():
         SamplesDataModule(stream, torch.randn(40, 2), batch_size=4)
 
 
+@pytest.mark.usefixtures("litdata")
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_around_it_is_refused(shuffle):
+    loader = torch.utils.data.DataLoader(Streaming(list(torch.randn(40, 2)), shuffle=shuffle), batch_size=2)
+    with pytest.raises(ValueError, match=r"source is a DataLoader of a Streaming, .*give one StreamingDataset itself"):
+        SamplesDataModule(loader, torch.randn(40, 2), batch_size=4)
+
+
+@pytest.mark.usefixtures("litdata")
+def test_others_of_its_classes_are_refused():
+    combined = type("CombinedStreamingDataset", (), {"__module__": "litdata.streaming.combined"})
+    with pytest.raises(ValueError, match=r"source is a CombinedStreamingDataset, .*with shuffle=False"):
+        whole_stream("source", combined())
+
+
+@pytest.mark.usefixtures("litdata")
+def test_other_loaders_stay_as_they_are():
+    loader = torch.utils.data.DataLoader([1, 2])
+    assert whole_stream("source", loader) is loader
+
+
 def test_other_streams_stay_as_they_are():
     stream = iter([1])
     assert whole_stream("source", stream) is stream

@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gloo import enter_world, free_port, leave_world
@@ -11,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from lightning_gap import LargeBatchRegime, MongeMap, SamplesDataModule, effective_batch_size
 from lightning_gap.monge import ConditionalMap, ResidualMLP
+from lightning_gap.regime.loader import loader_batch_size, samples_in_batch
 
 # Nothing is held out, so that numbers are those of all samples.
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
@@ -33,6 +36,13 @@ def fit(data, reference=8, network=None, **options):
     trainer = Trainer(callbacks=[regime], **{**quiet, **options})
     trainer.fit(model, data)
     return trainer, regime.plan
+
+
+def test_whole_batches_told_in_numpys_integers_are_read():
+    loader = SimpleNamespace(samples_in_batch=np.int64(64), batch_size=None)
+    assert loader_batch_size(loader) == samples_in_batch(loader) == 64
+    assert loader_batch_size(SimpleNamespace(batch_size=np.int32(8))) == 8
+    assert samples_in_batch(SimpleNamespace(samples_in_batch="64")) is None
 
 
 def test_an_epoch_is_a_pass_through_the_larger_set():

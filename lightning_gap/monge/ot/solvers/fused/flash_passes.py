@@ -9,12 +9,12 @@ from torch.nn.functional import pad
 from lightning_gap.extras import library
 from lightning_gap.monge.ot.solvers.fused.triton_passes import TritonPasses
 
-__all__ = ["FLASH_PLACES", "FlashPasses", "require_flash"]
+__all__ = ["FLASH_COORDINATES", "FLASH_PLACES", "FlashPasses", "require_flash"]
 
 # Its kernel places coordinates by 32-bit numbers.
 FLASH_PLACES = 1 << 31
 # It says of itself that Triton gives wrong products where a block of coordinates, 16 at least, holds all of them.
-_LEAST_COORDINATES = 32
+FLASH_COORDINATES = 32
 
 
 class FlashPasses(TritonPasses):
@@ -29,7 +29,7 @@ class FlashPasses(TritonPasses):
 
     def _keep(self, rows: Tensor, columns: Tensor) -> None:
         super()._keep(rows, columns)
-        missing = max(0, _LEAST_COORDINATES - self._d)
+        missing = max(0, FLASH_COORDINATES - self._d)
         self._points = tuple(
             pad((self._images(points) - self.middle).to(torch.float32), (0, missing)).contiguous()
             for points in (self.x, self.y)

@@ -12,11 +12,14 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-except ModuleNotFoundError:  # it comes with torch's wheels for GPUs alone
+
+    failure: str | None = None
+except (ImportError, OSError, AttributeError) as error:  # without a GPU's wheels of torch; or it is damaged
     triton = tl = None
     constexpr = Any
+    failure = (str(error).strip() or type(error).__name__).splitlines()[0]
 
-__all__ = ["VOCABULARY", "pull", "soft_minimum", "tl", "triton"]
+__all__ = ["VOCABULARY", "failure", "pull", "soft_minimum", "tl", "triton"]
 
 
 def _jit(function: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_gap.monge.ot.costs.formula import CostFormula
 from lightning_gap.monge.ot.solvers.fused.pairs import PairPasses
 
-__all__ = ["TritonPasses", "has_triton", "triton_expressions"]
+__all__ = ["TritonPasses", "has_triton", "triton_expressions", "triton_failure"]
 
 # Rows of a tile, and its numbers in float; in double a quarter, which the registers hold.
 _ROWS, _NUMBERS = 16, 1 << 13
@@ -108,9 +108,18 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def triton_failure() -> str | None:
+    """Return why Triton, where it is installed, cannot be imported; else ``None``."""
+    if not has_triton():
+        return None
+    from lightning_gap.monge.ot.solvers.fused import triton_kernels
+
+    return triton_kernels.failure
+
+
 def triton_expressions(formula: CostFormula) -> Mapping[str, Any] | None:
     """Return a formula's expressions as functions of kernels; ``None`` without Triton, or where they are no Python."""
-    return _functions(tuple(formula.expressions().items())) if has_triton() else None
+    return _functions(tuple(formula.expressions().items())) if has_triton() and not triton_failure() else None
 
 
 @cache
