@@ -39,7 +39,7 @@ def distances_by_condition(
             without it all cells are compared at once.
         metrics: Name of a distance, or several; see :func:`perturbation_distance`.
         layer: Layer of both; ``X`` by default.
-        obsm: Embedding of both in place of a layer.
+        obsm: Embedding of both in place of a layer; columns of data frames go by name, too.
         genes: Names of the genes to compare in, such as the most variable ones; by default those of ``mapped``.
         **options: Of :func:`perturbation_distance`.
 
@@ -88,7 +88,7 @@ def scores_by_condition(
         treated_again: Other treated cells, for the floors: such as those that were trained on, where ``treated`` was
             held out. By default one half of the treated cells is compared with the other half.
         layer: Layer of both; ``X`` by default.
-        obsm: Embedding of both in place of a layer.
+        obsm: Embedding of both in place of a layer; columns of data frames go by name, too.
         genes: Names of the genes to score in; by default those of ``mapped``.
         max_samples: Most cells of each set and condition in the last three scores.
 
@@ -127,7 +127,8 @@ def _pairs(
     if genes is not None and obsm is not None:
         raise ValueError(f"obsm={obsm!r} has no genes: leave genes out, or obsm")
     first = read_cells("mapped", mapped, genes, whose="the argument genes", layer=layer, obsm=obsm, warns=False)
-    wanted = genes if obsm is not None or genes is not None else [str(name) for name in first.var.index]
+    # Of an embedding they are the names of a data frame's columns, and of an array there are none.
+    wanted = first.table.features if genes is None else genes
     others = {
         name: read_cells(name, given, wanted, whose="mapped", layer=layer, obsm=obsm, warns=False)
         for name, given in (("treated", treated), ("treated_again", again))

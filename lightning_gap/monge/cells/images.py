@@ -33,7 +33,7 @@ def push(
 
     Genes go by name, whatever their order in ``cells``; the images have them in that order, so that they stand beside
     the given ones. Genes that the map does not know are left out, with a warning. A map that was trained on arrays, or
-    on an embedding, goes by place.
+    on an embedding without names, goes by place; a data frame in ``obsm`` has names.
 
     Cells are read a block at once, from memory, from the file of a backed object, or from a path.
 
@@ -50,9 +50,9 @@ def push(
 
     Returns:
         AnnData with the cells' ``obs``. Of genes, images are in ``X``, and with ``layer`` in the layer of this name,
-        too, and ``var`` is the cells'. Of an embedding they are in ``obsm[obsm]``, and there are no genes. What was
-        computed from the given values, such as neighbours and other embeddings, is not taken over;
-        ``uns["lightning_gap"]`` says what made them.
+        too, and ``var`` is the cells'. Of an embedding they are in ``obsm[obsm]``, as a data frame if it is one, and
+        there are no genes. What was computed from the given values, such as neighbours and other embeddings, is not
+        taken over; ``uns["lightning_gap"]`` says what made them.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -76,7 +76,7 @@ def push(
     """
     check_integer("batch_size", batch_size)
     cell_map = as_cell_map(model)
-    read = _read(cell_map, "cells", cells, layer, obsm)
+    read = _read(cell_map, "cells", cells, layer, obsm, "the map", cell_map.features)
     asked, written = _conditions(read, condition, condition_key)
     step = max(1, _NUMBERS // max(1, read.table.dim) // batch_size) * batch_size
     images: Tensor | None = None
@@ -141,10 +141,12 @@ def pull(
     cell_map = as_cell_map(model)
     if cell_map.backward is None:
         raise TypeError(f"{cell_map.title} has no inverse: pull through a MongeMap, as one of an ensemble's maps")
-    read = _read(cell_map, "cells", cells, layer, obsm)
+    read = _read(cell_map, "cells", cells, layer, obsm, "the map", cell_map.features)
     asked, written = _conditions(read, condition, condition_key)
     if near is not None:
-        options["near"] = _read(cell_map, "near", near, layer, obsm).samples()
+        # A map that goes by place says nothing of the order, and the cells do.
+        like = ("the map", cell_map.features) if cell_map.features is not None else ("cells", read.table.features)
+        options["near"] = _read(cell_map, "near", near, layer, obsm, *like).samples()
     points = cell_map.backward(read.samples(), asked, **options)
     return _as_anndata(
         read.in_own_order(points), read, layer, obsm, written, {"made_by": "pull", "model": cell_map.title}
@@ -201,8 +203,16 @@ def to_anndata(
     return _as_anndata(read.in_own_order(found), read, layer, obsm, {}, {"made_by": "to_anndata"})
 
 
-def _read(cell_map: CellMap, argument: str, cells: Any, layer: str | None, obsm: str | None) -> Cells:
-    read = read_cells(argument, cells, cell_map.features, layer=layer, obsm=obsm, asks_which=True)
+def _read(
+    cell_map: CellMap,
+    argument: str,
+    cells: Any,
+    layer: str | None,
+    obsm: str | None,
+    whose: str,
+    wanted: Sequence[str] | None,
+) -> Cells:
+    read = read_cells(argument, cells, wanted, whose=whose, layer=layer, obsm=obsm, asks_which=True)
     if cell_map.dim is not None and read.table.dim != cell_map.dim:
         what = "genes" if obsm is None else f"columns in obsm[{obsm!r}]"
         remedy = "" if obsm is not None else ": name the embedding that it was trained on by obsm=, or take its genes"
@@ -246,7 +256,11 @@ def _as_anndata(
     if obsm is not None:
         # Without genes, but with X: anndata joins no objects of which some have one.
         nothing = np.zeros((len(array), 0), dtype=array.dtype)
-        return anndata.AnnData(nothing, obs=obs, obsm={obsm: array}, uns={"lightning_gap": made | {"obsm": obsm}})
+        embedded: Any = array
+        if cells.var is None and cells.table.features is not None:
+            pd = library("pandas", "an embedding of named columns", "files")
+            embedded = pd.DataFrame(array, columns=list(cells.table.features), index=obs.index)
+        return anndata.AnnData(nothing, obs=obs, obsm={obsm: embedded}, uns={"lightning_gap": made | {"obsm": obsm}})
     layers = {} if layer in (None, "X") else {layer: array.copy()}
     made = made if layer is None else made | {"layer": layer}
     return anndata.AnnData(array, obs=obs, var=cells.var.copy(), layers=layers, uns={"lightning_gap": made})

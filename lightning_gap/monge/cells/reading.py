@@ -24,7 +24,7 @@ class Cells:
     table: Table  # of the genes that are wanted, in their own order; or of an embedding
     obs: Any  # data frame, a row a cell
     var: Any  # data frame, a row a gene of the table; None of an embedding
-    places: NDArray[Any] | None  # (d,) of the wanted genes among those of the table; None where they stand so
+    places: NDArray[Any] | None  # (d,) of the wanted features among those of the table; None where they stand so
 
     def __len__(self) -> int:
         return len(self.table)
@@ -73,7 +73,7 @@ def read_cells(
         wanted: Names of the genes, in any order; all by default.
         whose: What messages call those who want them.
         layer: Layer; ``"X"`` and ``None`` mean ``X``.
-        obsm: Embedding in place of a layer, whose columns have no names.
+        obsm: Embedding in place of a layer; its columns go by name where it is a data frame, and by place otherwise.
         warns: Whether further genes are warned of, which are left out.
         asks_which: Whether to refuse cells that have layers where none is named, nor ``"X"``.
     """
@@ -86,7 +86,14 @@ def read_cells(
     layer = None if layer == "X" and "X" not in data.layers else layer
     if obsm is not None:
         table = anndata_table(title, data, Reading(None, layer, obsm))
-        return Cells(title, table, data.obs, None, None)
+        by_place = f"to go by place, make it an array, {argument}.obsm[{obsm!r}] = {argument}.obsm[{obsm!r}].to_numpy()"
+        named = f"obsm[{obsm!r}] of {title}"
+        places = feature_places(named, table.features, wanted, whose, remedy=by_place, warns=warns)
+        if places is None or table.features is None:
+            return Cells(title, table, data.obs, None, None)
+        kept = np.sort(places)
+        table = anndata_table(title, data, Reading([table.features[k] for k in kept], layer, obsm))
+        return Cells(title, table, data.obs, None, _order(kept, places))
     remedy = ""
     if wanted is not None and not set(wanted) <= set(data.genes):
         remedy = _remedy(argument, data.var, set(wanted))
@@ -95,8 +102,13 @@ def read_cells(
         return Cells(title, anndata_table(title, data, Reading(None, layer)), data.obs, data.var, None)
     kept = np.sort(places)
     table = anndata_table(title, data, Reading([data.genes[k] for k in kept], layer))
+    return Cells(title, table, data.obs, data.var.iloc[kept], _order(kept, places))
+
+
+def _order(kept: NDArray[Any], places: NDArray[Any]) -> NDArray[Any] | None:
+    """Return where wanted places stand among those that are kept; ``None`` where they stand so."""
     order = np.searchsorted(kept, places)
-    return Cells(title, table, data.obs, data.var.iloc[kept], None if (np.diff(order) == 1).all() else order)
+    return None if (np.diff(order) == 1).all() else order
 
 
 def _remedy(argument: str, var: Any, wanted: set[str]) -> str:
