@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_gap.extras import library
 from lightning_gap.monge.cells.reading import Cells, read_cells
+from lightning_gap.monge.samples.combinations import rows_of_codes
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.table import as_texts
 from lightning_gap.monge.scores.population_distances import check_distance, perturbation_distance
@@ -162,9 +163,12 @@ def _groups_within(
     if by is None:
         yield "", groups
         return
+    codes = np.empty(len(cells), dtype=np.int64)
+    for code, members in enumerate(groups.values()):
+        codes[members] = code
     for value, rows in cells.groups("by", [by] if isinstance(by, str) else by).items():
-        within = {group: np.intersect1d(members, rows) for group, members in groups.items()}
-        yield value, {group: members for group, members in within.items() if members.size}
+        within = zip(groups, rows_of_codes(codes[rows], len(groups)), strict=True)
+        yield value, {group: rows[members] for group, members in within if members.size}
 
 
 def _check_groups(

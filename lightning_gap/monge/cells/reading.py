@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_gap.monge.samples.combinations import named_rows, rows_of_codes
 from lightning_gap.monge.samples.features import feature_places, listed
 from lightning_gap.monge.samples.files.h5ad import anndata_table
 from lightning_gap.monge.samples.files.read import open_anndata
@@ -50,8 +51,9 @@ class Cells:
 
     def groups(self, argument: str, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Return the rows of each combination of labels, by its name, in the order of the names."""
-        texts = np.array([", ".join(row) for row in zip(*(self.labels(argument, c) for c in columns), strict=True)])
-        return {str(name): np.flatnonzero(texts == name) for name in np.unique(texts)}
+        codes, named = named_rows({str(c): self.labels(argument, c) for c in columns})
+        rows = dict(zip(named, rows_of_codes(codes, len(named)), strict=True))
+        return {name: rows[name] for name in sorted(rows)}
 
 
 def read_cells(

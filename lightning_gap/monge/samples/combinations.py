@@ -21,6 +21,8 @@ __all__ = [
     "key_or_labels",
     "left_out",
     "name_of",
+    "named_rows",
+    "rows_of_codes",
 ]
 
 Array = NDArray[Any]
@@ -32,6 +34,34 @@ _KINDS = ("category", "number", "log")
 def name_of(texts: Iterable[str]) -> str:
     """Return the name of a combination."""
     return ", ".join(texts)
+
+
+def _named(columns: Sequence[str], rows: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return combinations by their names, each of which must be of one."""
+    named: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        if named.setdefault(name_of(row), row) != row:
+            raise ValueError(
+                f"{row!r} and {named[name_of(row)]!r} of the columns {listed(columns)} have one name, "
+                f"{name_of(row)!r}, since values are joined by ', ': replace the commas within values, as by '+'"
+            )
+    return named
+
+
+def named_rows(columns: Mapping[str, Array]) -> tuple[Array, dict[str, tuple[str, ...]]]:
+    """Return which combination of texts each row is of, as ``(n,)`` numbers, and the combinations by name."""
+    codes, first = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    for k, texts in enumerate(columns.values()):
+        values, own = np.unique(texts, return_inverse=True)
+        # Numbered anew after each column, so that products stay small.
+        joint = own if k == 0 else codes * len(values) + own
+        _, first, codes = np.unique(joint, return_index=True, return_inverse=True)
+    return codes, _named(tuple(columns), [tuple(str(texts[i]) for texts in columns.values()) for i in first])
+
+
+def rows_of_codes(codes: Array, count: int) -> list[Array]:
+    """Return the rows of each of so many numbers, in increasing order, by one sort."""
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes, minlength=count))[:-1])
 
 
 def condition_names(labels: Iterable[Array | None]) -> tuple[str, ...]:
@@ -118,10 +148,8 @@ class LabelColumns:
 
     def combined(self) -> tuple[Array, dict[str, tuple[str, ...]]]:
         """Return the ``(n,)`` names of the rows' combinations, and the texts of each combination."""
-        rows = np.stack([np.asarray(texts, dtype=object) for texts in self.values.values()], axis=1)
-        distinct: dict[tuple[str, ...], str] = {row: name_of(row) for row in set(map(tuple, rows.tolist()))}
-        names = np.array([distinct[row] for row in map(tuple, rows.tolist())], dtype=str)
-        return names, {name: row for row, name in distinct.items()}
+        codes, named = named_rows(self.values)
+        return np.array(list(named), dtype=str)[codes], named
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +177,15 @@ class Combinations:
         numeric = frozenset(
             name for name in whole.names if all(name in side.numeric for side in labelled if name in side.names)
         )
-        found: dict[str, tuple[str, ...]] = {}
+        rows: list[tuple[str, ...]] = []
         for side in labelled:
             if set(side.names) == set(whole.names):
                 order = [side.names.index(name) for name in whole.names]
-                for texts in side.combined()[1].values():
-                    row = tuple(texts[i] for i in order)
-                    found[name_of(row)] = row
+                rows += [tuple(texts[i] for i in order) for texts in side.combined()[1].values()]
+        found = _named(whole.names, rows)
+        for side in labelled:  # one with fewer columns serves combinations by its own names of them
+            of = [whole.names.index(name) for name in side.names]
+            _named(side.names, [*side.combined()[1].values(), *(tuple(row[i] for i in of) for row in rows)])
         numbers = [name in numeric for name in whole.names]
 
         def key(item: tuple[str, tuple[str, ...]]) -> list[tuple[float, str]]:

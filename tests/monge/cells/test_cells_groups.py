@@ -6,7 +6,9 @@ import pytest
 pytest.importorskip("anndata")
 from cell_sets import KINDS, at, cells
 
-from lightning_gap.monge.cells import distances_to, pairwise_distances
+from lightning_gap.monge.cells import distances_by_condition, distances_to, pairwise_distances
+from lightning_gap.monge.cells.groups import _groups_within
+from lightning_gap.monge.cells.reading import read_cells
 from lightning_gap.monge.scores import perturbation_distance
 
 
@@ -80,3 +82,28 @@ def test_all_pairs():
 def test_what_cannot_be_compared_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(cells())
+
+
+def test_combinations_of_one_name_are_refused():
+    adata = cells(n=8, drug=["A, B", "A"] * 4, line=["C", "B, C"] * 4)
+    for call in (
+        lambda: distances_to(adata, "dose", 1, by=["drug", "line"]),
+        lambda: distances_by_condition(adata, adata, by=["drug", "line"]),
+    ):
+        with pytest.raises(ValueError, match=r"columns 'drug', 'line' have one name, 'A, B, C'.*replace the commas"):
+            call()
+
+
+def test_groups_within_values_are_those_of_a_slow_twin():
+    rng = np.random.default_rng(0)
+    adata = cells(n=60 * 4, g=rng.choice(list("zyxw"), 240), a=rng.integers(0, 12, 240), b=rng.choice(["p", "q"], 240))
+    read = read_cells("cells", adata)
+    found = dict(_groups_within(read, "g", ["a", "b"]))
+    names = sorted({f"{a}, {b}" for a, b in zip(adata.obs["a"], adata.obs["b"], strict=True)})
+    assert list(found) == names
+    for name, groups in found.items():
+        a, b = name.split(", ")
+        for group in sorted(set(adata.obs["g"])):
+            chosen = (adata.obs["g"] == group) & (adata.obs["a"] == int(a)) & (adata.obs["b"] == b)
+            assert groups.get(group, np.zeros(0)).tolist() == np.flatnonzero(chosen).tolist()
+        assert list(groups) == sorted(groups)

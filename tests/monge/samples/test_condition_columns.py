@@ -245,3 +245,17 @@ def test_a_new_combination_is_said():
 def test_columns_that_do_not_fit_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         crossed(**options)
+
+
+def test_combinations_of_one_name_are_refused():
+    y, clash = Y[:4], {"drug": ["A, B", "A, B", "A", "A"], "line": ["C", "C", "B, C", "B, C"]}
+    with pytest.raises(ValueError, match=r"columns 'drug', 'line' have one name, 'A, B, C'.*replace the commas"):
+        SamplesDataModule(X, y, conditions=(None, clash), batch_size=2).setup("fit")
+    # Of two sides, each of which has one of them.
+    one, other = ({name: labels[rows] for name, labels in clash.items()} for rows in (slice(2), slice(2, 4)))
+    with pytest.raises(ValueError, match=r"have one name, 'A, B, C'"):
+        SamplesDataModule(y[:2], y[2:], conditions=(one, other), batch_size=2).setup("fit")
+    # And of the names by which a side with fewer columns serves them.
+    more = {**clash, "dose": [1, 1, 2, 2]}
+    with pytest.raises(ValueError, match=r"columns 'drug', 'line' have one name, 'A, B, C'"):
+        SamplesDataModule(y[:2], y, conditions=(one, more), batch_size=2).setup("fit")
