@@ -1,6 +1,6 @@
 """AnnData through a map, forwards and backwards, as AnnData."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ def push(
     read = _read(cell_map, "cells", cells, layer, obsm, "the map", cell_map.features)
     asked, written = _conditions(read, condition, condition_key)
     step = max(1, _NUMBERS // max(1, read.table.dim) // batch_size) * batch_size
+    _refuse_wrong_lengths(cell_map, read, asked, step)
     images: Tensor | None = None
     for start in range(0, len(read), step):
         rows = np.arange(start, min(start + step, len(read)))
@@ -222,13 +223,48 @@ def _read(
 
 def _conditions(cells: Cells, condition: Any, key: str | Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
     """Return the conditions that are asked for, and what of them is written into ``obs``."""
-    if key is None:
-        return condition, {}
-    columns = [key] if isinstance(key, str) else list(map(str, key))
-    if condition is not None:
-        return condition, written_conditions(condition, columns)
+    columns = [] if key is None else [key] if isinstance(key, str) else list(map(str, key))
+    if condition is not None or key is None:
+        if key is None:
+            return condition, {}
+        asked = written_conditions(condition, columns)
+        return condition, {column: _as_column(column, value, len(cells)) for column, value in asked.items()}
     labels = {column: cells.labels("condition_key", column) for column in columns}
     return (list(labels[columns[0]]) if len(columns) == 1 else labels), {}
+
+
+def _as_column(column: str, value: Any, length: int) -> Any:
+    """Return what ``obs`` takes: one value, or one for each cell, of whatever index."""
+    if hasattr(value, "iloc"):
+        value = value.array  # a series would go by its index, which need not be that of the cells
+    elif isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    shape = np.shape(value)
+    if not shape:
+        return value.item() if hasattr(value, "item") else value
+    if shape == (1,):
+        return value[0]
+    if shape != (length,):
+        raise ValueError(
+            f"condition_key={column!r} writes a condition into obs, and condition has shape {shape} for {length} "
+            "cells: give one or one for each cell, by name, or leave condition_key out"
+        )
+    return value
+
+
+def _refuse_wrong_lengths(cell_map: CellMap, cells: Cells, asked: Any, step: int) -> None:
+    """Refuse conditions that fit the rows of a block and not the cells, by what the map says of them and one cell."""
+    blocks = {step, len(cells) % step}
+    for value in asked.values() if isinstance(asked, Mapping) else [asked]:
+        sized = hasattr(value, "__len__") and not isinstance(value, str) and np.ndim(value) > 0
+        if sized and 1 < len(value) < len(cells) and len(value) in blocks:
+            first = np.arange(1)
+            try:
+                cell_map.forward(cells.samples(first), _of_rows(asked, first, len(cells)), 1)
+            except ValueError as error:
+                raise ValueError(
+                    f"condition has {len(value)} entries for {len(cells)} cells: give one, or one for each cell"
+                ) from error
 
 
 def _of_rows(conditions: Any, rows: NDArray[Any], length: int) -> Any:
@@ -239,8 +275,8 @@ def _of_rows(conditions: Any, rows: NDArray[Any], length: int) -> Any:
         return {name: _of_rows(values, rows, length) for name, values in conditions.items()}
     if hasattr(conditions, "iloc"):
         return conditions.iloc[rows] if len(conditions) == length else conditions
-    each = not isinstance(conditions, str) and hasattr(conditions, "__len__") and len(conditions) == length
-    if not each:
+    single = isinstance(conditions, str) or not hasattr(conditions, "__len__") or np.ndim(conditions) == 0
+    if single or len(conditions) != length:
         return conditions
     return conditions[rows] if hasattr(conditions, "shape") else [conditions[row] for row in rows]
 

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -254,3 +255,32 @@ def test_optional_libraries_are_imported_where_they_are_needed():
     for path in Path(lightning_gap.__file__).parent.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"^(import|from) (anndata|pandas|h5py|scanpy|pertpy)", text, re.MULTILINE), path
+
+
+def conditional():
+    return MongeMap(map=Affine(conditions=2), condition_names=["a", "b"])
+
+
+def test_a_series_of_conditions_goes_by_place_whatever_its_index():
+    asked = pd.Series(["a", "b"] * 4, index=range(100, 108))
+    pushed = push(conditional(), cells(8), asked, condition_key="asked")
+    assert pushed.obs["asked"].tolist() == asked.tolist()
+    np.testing.assert_array_equal(pushed.X, push(conditional(), cells(8), asked.tolist()).X)
+    one = push(conditional(), cells(8), torch.tensor(1), condition_key="asked")
+    assert one.obs["asked"].tolist() == [1] * 8
+    with pytest.raises(ValueError, match=r"condition has shape \(3,\) for 8 cells"):
+        push(conditional(), cells(8), ["a", "b", "a"], condition_key="asked")
+
+
+@pytest.mark.parametrize("one", [torch.tensor(1), np.array("b"), "b", ["b"]])
+def test_one_condition_serves_every_block(one, monkeypatch):
+    monkeypatch.setattr(module, "_NUMBERS", 8)
+    expected = conditional().transport(cells(8).X, "b")
+    np.testing.assert_array_equal(push(conditional(), cells(8), one, batch_size=2).X, expected)
+
+
+@pytest.mark.parametrize("wrong", [["a", "b"], torch.tensor([0, 1]), pd.Series(["a", "b"]), np.array(["a", "b", "a"])])
+def test_conditions_of_a_block_are_none_of_the_cells(wrong, monkeypatch):
+    monkeypatch.setattr(module, "_NUMBERS", 8)
+    with pytest.raises(ValueError, match="condition h"):
+        push(conditional(), cells(8), wrong, batch_size=2)
