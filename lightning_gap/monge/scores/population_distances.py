@@ -70,8 +70,8 @@ def perturbation_distance(x: Any, y: Any, metric: str = "edistance", **options: 
 
     Raises:
         TypeError: An option is not one of the metric.
-        ValueError: The metric is not known, shapes do not fit, values are not finite, or there are too few cells or
-            features for it.
+        ValueError: The metric is not known, shapes do not fit, values are not finite, there are too few cells or
+            features for it, or it has no value for these cells, as a correlation of means that are all the same.
 
     Example:
         >>> import torch
@@ -89,7 +89,16 @@ def perturbation_distance(x: Any, y: Any, metric: str = "edistance", **options: 
     for name in options:
         if name not in known:
             raise TypeError(f"metric={metric!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
-    return float(DISTANCES[metric](first, second, **options))
+    # What has no value is refused below, whether numpy warns of it or not.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        distance = float(DISTANCES[metric](first, second, **options))
+    if not np.isfinite(distance):
+        why = _UNDEFINED.get(metric, "the values are too large for it")
+        raise ValueError(
+            f"metric={metric!r} of x and y is {distance}: {why}; take a metric that is defined, such as 'euclidean' or "
+            "'edistance', or other features"
+        )
+    return distance
 
 
 def check_distance(metric: Any) -> None:
@@ -102,7 +111,9 @@ def check_distance(metric: Any) -> None:
 
 def _cells(name: str, cells: Any) -> Array:
     if isinstance(cells, Tensor):
-        cells = cells.detach().cpu().numpy()
+        cells = cells.detach().cpu()
+        # NumPy has no bfloat16.
+        cells = (cells.double() if cells.is_floating_point() else cells).numpy()
     given: ArrayLike = cells.toarray() if hasattr(cells, "toarray") else cells
     array = np.asarray(given, dtype=np.float64)
     if array.ndim != 2 or array.size == 0:
@@ -308,6 +319,15 @@ DISTANCES: dict[str, Callable[..., float]] = {
     "ks_test": _ks_test,
     "mean_var_distribution": _mean_var_distribution,
     "mahalanobis": _mahalanobis,
+}
+_SAME = "the means of x or of y are the same in all features"
+# Where a distance has no value.
+_UNDEFINED = {
+    "pearson_distance": _SAME,
+    "spearman_distance": _SAME,
+    "kendalltau_distance": _SAME,
+    "cosine_distance": "the means of x or of y are all 0",
+    "r2_distance": "the means of x are the same in all features",
 }
 _OPTIONS = {"mmd": ("kernel", "gamma", "degree"), "wasserstein": ("tolerance",)}
 _REFUSED = {

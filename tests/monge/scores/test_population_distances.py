@@ -101,3 +101,27 @@ def test_cells_that_all_lie_at_one_point_each():
 def test_what_has_no_distance_is_refused(x, y, metric, options, error, message):
     with pytest.raises(error, match=message):
         perturbation_distance(x, y, metric, **options)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        ("pearson_distance", "same in all features"),
+        ("spearman_distance", "same in all features"),
+        ("kendalltau_distance", "same in all features"),
+        ("cosine_distance", "all 0"),
+        ("r2_distance", "means of x are the same"),
+    ],
+)
+def test_a_distance_without_a_value_is_refused(metric, why):
+    some = np.array([[0.0, 1.0, 3.0], [1.0, 1.0, 2.0]])
+    for other in (some, np.zeros((4, 3))):
+        with pytest.raises(ValueError, match=rf"metric='{metric}' of x and y is (nan|inf): .*{why}.*'euclidean'"):
+            perturbation_distance(np.zeros((4, 3)), other, metric)
+
+
+def test_tensors_of_half_precision_are_cells():
+    x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    for dtype in (torch.bfloat16, torch.float16):
+        assert perturbation_distance(x.to(dtype), (x + 3).to(dtype), "mse") == 9
