@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_gap.extras import library
 from lightning_gap.monge.cells.groups import metrics_of
-from lightning_gap.monge.cells.reading import Cells, read_cells
+from lightning_gap.monge.cells.reading import Cells, check_genes, read_cells
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.scores.perturbation import PerturbationScores
 from lightning_gap.monge.scores.population_distances import perturbation_distance
@@ -124,8 +124,7 @@ def _pairs(
     again: Any = None,
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """Yield the samples of each condition, in double precision."""
-    if genes is not None and obsm is not None:
-        raise ValueError(f"obsm={obsm!r} has no genes: leave genes out, or obsm")
+    check_genes(genes, obsm)
     first = read_cells("mapped", mapped, genes, whose="the argument genes", layer=layer, obsm=obsm, warns=False)
     # Of an embedding they are the names of a data frame's columns, and of an array there are none.
     wanted = first.table.features if genes is None else genes

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gap.extras import library
-from lightning_gap.monge.cells.reading import Cells, read_cells
+from lightning_gap.monge.cells.reading import Cells, check_genes, read_cells
 from lightning_gap.monge.samples.combinations import rows_of_codes
 from lightning_gap.monge.samples.features import listed
 from lightning_gap.monge.samples.files.table import as_texts
@@ -65,7 +65,7 @@ def distances_to(
     names, pd = metrics_of(metrics), library("pandas", "a table of distances", "files")
     read, (wanted, other) = _read(cells, genes, layer, obsm), (None, str(as_texts(np.array([reference], object))[0]))
     if groups is not None:
-        wanted = as_texts(np.array(list(groups), dtype=object)).tolist()
+        wanted = _chosen(groups)
     index, values = [], []
     for value, found in _groups_within(read, groupby, by):
         _check_groups(read, groupby, [other, *([] if by is not None or wanted is None else wanted)], found, value)
@@ -127,7 +127,7 @@ def pairwise_distances(
     (name,), pd = metrics_of(metric), library("pandas", "a table of distances", "files")
     read = _read(cells, genes, layer, obsm)
     ((_, found),) = _groups_within(read, groupby, None)
-    chosen = list(found) if groups is None else as_texts(np.array(list(groups), dtype=object)).tolist()
+    chosen = list(found) if groups is None else _chosen(groups)
     _check_groups(read, groupby, chosen, found, "")
     samples = {group: read.samples(found[group]) for group in chosen}
     axis = pd.Index(chosen, name=groupby)
@@ -149,10 +149,21 @@ def metrics_of(metrics: str | Sequence[str]) -> list[str]:
 
 
 def _read(cells: Any, genes: Sequence[str] | None, layer: str | None, obsm: str | None) -> Cells:
-    if genes is not None and obsm is not None:
-        raise ValueError(f"obsm={obsm!r} has no genes: leave genes out, or obsm")
+    check_genes(genes, obsm)
     # Others are left out on purpose, and are no cause of a warning.
     return read_cells("cells", cells, genes, whose="the argument genes", layer=layer, obsm=obsm, warns=False)
+
+
+def _chosen(groups: Any) -> list[str]:
+    """Return the groups that are asked for, each once."""
+    if isinstance(groups, str):
+        raise TypeError(f"groups must be a list of groups, got {groups!r}: write groups=[{groups!r}]")
+    texts: list[str] = as_texts(np.array(list(groups), dtype=object)).tolist()
+    if not texts:
+        raise ValueError("groups is empty: name one at least, or leave it out for all")
+    if twice := [text for k, text in enumerate(texts) if text in texts[:k]]:
+        raise ValueError(f"groups names {listed(twice)} twice: name each group once")
+    return texts
 
 
 def _groups_within(

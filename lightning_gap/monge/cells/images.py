@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gap.checks import check_integer
 from lightning_gap.extras import library
 from lightning_gap.monge.cells.models import CellMap, as_cell_map, written_conditions
-from lightning_gap.monge.cells.reading import Cells, read_cells
+from lightning_gap.monge.cells.reading import Cells, check_genes, read_cells
 
 __all__ = ["pull", "push", "to_anndata"]
 
@@ -191,6 +191,7 @@ def to_anndata(
     """
     if genes is not None and obsm is not None:
         raise ValueError(f"genes are for images of genes, but obsm={obsm!r} says that they are an embedding: give one")
+    check_genes(genes, None)
     found = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
     found = found if found.dtype in (torch.float32, torch.float64) else found.to(torch.float32)
     # The values of the cells are not read: any that are there tell rows and genes.

@@ -14,7 +14,7 @@ from lightning_gap.monge.samples.files.h5ad import anndata_table
 from lightning_gap.monge.samples.files.read import open_anndata
 from lightning_gap.monge.samples.files.table import Reading, Table, as_texts
 
-__all__ = ["Cells", "read_cells"]
+__all__ = ["Cells", "check_genes", "read_cells"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Cells:
         codes, named = named_rows({str(c): self.labels(argument, c) for c in columns})
         rows = dict(zip(named, rows_of_codes(codes, len(named)), strict=True))
         return {name: rows[name] for name in sorted(rows)}
+
+
+def check_genes(genes: Any, obsm: str | None) -> None:
+    """Refuse names of genes that are no list, and those of an embedding."""
+    if isinstance(genes, str):
+        raise TypeError(f"genes must be a list of names, got {genes!r}: write genes=[{genes!r}]")
+    if genes is not None and obsm is not None:
+        raise ValueError(f"obsm={obsm!r} has no genes: leave genes out, or obsm")
 
 
 def read_cells(

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("anndata")
 from cell_sets import KINDS, at, cells
 
-from lightning_gap.monge.cells import distances_by_condition, distances_to, pairwise_distances
+from lightning_gap.monge.cells import distances_by_condition, distances_to, pairwise_distances, to_anndata
 from lightning_gap.monge.cells.groups import _groups_within
 from lightning_gap.monge.cells.reading import read_cells
 from lightning_gap.monge.scores import perturbation_distance
@@ -107,3 +107,24 @@ def test_groups_within_values_are_those_of_a_slow_twin():
             chosen = (adata.obs["g"] == group) & (adata.obs["a"] == int(a)) & (adata.obs["b"] == b)
             assert groups.get(group, np.zeros(0)).tolist() == np.flatnonzero(chosen).tolist()
         assert list(groups) == sorted(groups)
+
+
+def test_a_text_is_no_list_and_each_group_is_named_once():
+    adata = cells()
+    for call in (
+        lambda: distances_to(adata, "drug", "A", genes="CD4"),
+        lambda: pairwise_distances(adata, "drug", genes="CD4"),
+        lambda: distances_by_condition(adata, adata, genes="CD4"),
+        lambda: to_anndata(np.zeros((12, 1)), adata, genes="CD4"),
+    ):
+        with pytest.raises(TypeError, match=r"genes must be a list of names, got 'CD4': write genes=\['CD4'\]"):
+            call()
+    for groups, error, message in (
+        (["A", "B", "A"], ValueError, "groups names 'A' twice"),
+        ([], ValueError, "groups is empty"),
+        ("AB", TypeError, r"write groups=\['AB'\]"),
+    ):
+        with pytest.raises(error, match=message):
+            pairwise_distances(adata, "drug", groups=groups)
+        with pytest.raises(error, match=message):
+            distances_to(adata, "drug", "B", groups=groups)
