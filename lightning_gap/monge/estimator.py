@@ -28,7 +28,7 @@ try:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer, StandardScaler
     from sklearn.utils import ClassifierTags, check_array, check_consistent_length, check_random_state
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 except ImportError as error:
     raise ImportError(
         "MongeMapTransformer needs scikit-learn 1.6 or newer: pip install 'lightning_gap[sklearn]'"
@@ -165,6 +165,11 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         samples = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
         source, target = self._sides(samples, X, y)
+        for name, side in (("source", source), ("target", target)):
+            if len(side) < 2:
+                raise ValueError(
+                    f"the {name} has {len(side)} sample, and a map needs two at least: give more rows of it"
+                )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         representation = make_pipeline(
             StandardScaler() if self.standardize else FunctionTransformer(),
@@ -275,7 +280,10 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
 
     def _sides(self, samples: NDArray[Any], X: Any, y: Any) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the samples of source and target."""
-        if names_of(y) is None and (labels := np.asarray(y)).ndim == 1:
+        labels = np.asarray(y)
+        if _is_column(labels, samples):
+            labels = column_or_1d(labels, warn=True)
+        if labels.ndim == 1:
             check_consistent_length(samples, labels)
             chosen = _two_sides(labels, self.source, self.target)
             return samples[chosen[0]], samples[chosen[1]]
@@ -302,9 +310,24 @@ class MongeMapTransformer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator)
         return tags
 
 
+def _is_column(given: NDArray[Any], samples: NDArray[Any]) -> bool:
+    """Return whether a column is of labels: a sample of another dimension, or of no numbers, is none."""
+    if given.ndim != 2 or given.shape != (len(samples), 1):
+        return False
+    texts = given.dtype.kind in "USb" or (given.dtype == object and any(isinstance(v, str) for v in given[:, 0]))
+    return texts or samples.shape[1] > 1
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except TypeError:  # the missing value of pandas has no truth value
+        return True
+
+
 def _two_sides(labels: NDArray[Any], source: Any, target: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which rows are the source and which the target, by their ``(n,)`` labels."""
-    if any(label is None or label != label for label in labels.tolist()):
+    if any(map(_is_missing, labels.tolist())):
         raise ValueError("y holds labels that are None or NaN: give a label to each row, or leave the row out")
     try:
         found = np.unique(labels).tolist()

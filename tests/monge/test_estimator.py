@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("sklearn", minversion="1.6")
 from sklearn.base import clone, is_classifier
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -224,6 +224,8 @@ def test_the_inverse_goes_by_place_where_images_have_no_names():
         (SIDES, {"source": "stim", "target": "stim"}, "leave no row to one side"),
         (["a"] * 140, {"source": "a"}, "leave no row to one side"),
         ([None, *SIDES[1:]], {}, "labels that are None or NaN"),
+        (["a", *["b"] * 139], {}, "the source has 1 sample, and a map needs two at least"),
+        ([*["a"] * 139, "b"], {}, "the target has 1 sample, and a map needs two at least"),
         ([1, *SIDES[1:].tolist()], {}, "must have two values|several types"),
         (SIDES[:-1], {}, "inconsistent numbers of samples"),
     ],
@@ -232,6 +234,26 @@ def test_labels_that_tell_no_sides_are_refused(labels, options, message):
     labels = np.array(labels, dtype=object) if isinstance(labels, list) else labels
     with pytest.raises(ValueError, match=message):
         MongeMapTransformer(**QUICK, **options).fit(CELLS, labels)
+
+
+def test_a_missing_label_of_pandas_is_refused():
+    pandas = pytest.importorskip("pandas")
+    labels = pandas.Series([pandas.NA, *SIDES[1:]], dtype="string")
+    with pytest.raises(ValueError, match="labels that are None or NaN"):
+        MongeMapTransformer(**QUICK).fit(CELLS, labels)
+
+
+def test_a_column_of_labels_is_taken_as_labels():
+    pandas = pytest.importorskip("pandas")
+    expected = MongeMapTransformer(**QUICK).fit(CELLS, SIDES).transform(X)
+    for column in (SIDES[:, None], pandas.DataFrame({"side": SIDES}), (SIDES == "stim").astype(float)[:, None]):
+        with pytest.warns(DataConversionWarning, match="column-vector y was passed"):
+            fitted = MongeMapTransformer(**QUICK).fit(CELLS, column)
+        assert np.array_equal(fitted.transform(X), expected)
+    with pytest.warns(DataConversionWarning):
+        MongeMapTransformer(**QUICK).fit(CELLS[:, :1], SIDES[:, None])
+    # Numbers beside one feature are samples.
+    assert MongeMapTransformer(**QUICK).fit(X[:, :1], X[:, :1] + 1).transform(X[:, :1]).shape == (len(X), 1)
 
 
 def test_options_reach_the_map():
