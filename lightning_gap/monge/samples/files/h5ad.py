@@ -31,11 +31,22 @@ class InMemory:
         """Return an array; the matrix of a backed object may still be in its file."""
         if obsm is not None:
             return self._data.obsm[obsm]
-        found = self._data.X if layer is None else self._data.layers[layer]
+        found = self._x() if layer is None else self._data.layers[layer]
         stored = getattr(found, "group", None)
         if stored is None:
             return found
         return _SparseRows(stored) if found.format == "csr" else found.to_memory().tocsr()
+
+    def _x(self) -> Any:
+        try:
+            return self._data.X
+        except AttributeError as error:
+            if not (self._data.isbacked and self._data.is_view):
+                raise
+            raise ValueError(
+                "anndata does not read a view of backed cells whose X is sparse: take the view of cells in memory, as "
+                "cells.to_memory()[rows], or write its cells to a file first"
+            ) from error
 
 
 class InFile:
