@@ -27,7 +27,8 @@ SAID = read(PAGE.read_text(encoding="utf-8"))
     [*((idiom, 3) for idiom in ASKING), *(pytest.param(i, 1, marks=pytest.mark.slow) for i in ASKING)],
 )
 def test_a_length_that_is_asked_for_is_the_reference_runs(idiom, every):
-    cells = [cell for cell in balanced_cells(SMALL) if cell.idiom == idiom][ASKING.index(idiom) % every :: every]
+    cells = [cell for cell in balanced_cells(SMALL) if cell.idiom == idiom]
+    cells = cells[ASKING.index(idiom) % min(every, len(cells)) :: every]
     different = {cell: found for cell in cells if (found := outcome(*cell)).word != "equal"}
     assert cells
     assert not different
