@@ -17,8 +17,6 @@ from lightning_gap.demo.large_batch import RECIPES, Classifier
 for module in ("matplotlib", "mlxtend", "sklearn"):
     pytest.importorskip(module)
 Image = pytest.importorskip("PIL.Image")
-# One run for all, in one process.
-pytestmark = pytest.mark.xdist_group("demo")
 SETTINGS = LargeBatchSettings(epochs=4, large_batch=512, seeds=(0, 1), width=16)
 
 
