@@ -60,7 +60,7 @@ demo: setup
 # Two passes: all that needs no compiler runs with none on the PATH, which proves that the package works without one.
 # Every log says where the time went, and which pass failed.
 test: setup
-	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -q --durations=20 \
+	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 \
 	  -m "not compiler and not slow and not gpu" || { echo "make test: failed in the pass without a compiler"; exit 1; }
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=20 -m "compiler and not slow and not gpu" \
 	  || { echo "make test: failed in the pass of what needs a compiler"; exit 1; }
