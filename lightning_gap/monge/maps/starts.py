@@ -15,6 +15,7 @@ from lightning_gap.monge.ot.checks import check_epsilon, check_pair
 from lightning_gap.monge.ot.costs import Cost, Mahalanobis, SqEuclidean
 from lightning_gap.monge.ot.gaussian import gaussian_map
 from lightning_gap.monge.ot.solve import optimal_transport
+from lightning_gap.monge.ot.subsets import fixed_rows
 from lightning_gap.precision import widest
 
 __all__ = [
@@ -200,8 +201,9 @@ def sharp_epsilon(cost: Cost, x: Tensor, y: Tensor, share: float) -> float | Non
         ``None`` where the standard deviation of that part is at least the mean cost over :math:`4 \sqrt d`: of Gaussian
         samples with one spread it is 2 to 4 times as much.
     """
-    some = [side[:_FEW].to(widest(side.device)) for side in (x, y)]
-    C = cost.pairwise(*some)
+    rows = [fixed_rows(len(side), _FEW) for side in (x, y)]  # samples may come sorted
+    few = [side if some is None else side[some.to(side.device)] for side, some in zip((x, y), rows, strict=True)]
+    C = cost.pairwise(*(side.to(widest(side.device)) for side in few))
     deciding = C - C.mean(1, keepdim=True) - C.mean(0) + C.mean()
     usual, most = float(C.mean()), 4 * x.shape[1] ** 0.5 * float(deciding.square().mean().sqrt())
     # What is beyond the digits of the costs themselves decides nothing.
