@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -64,7 +65,7 @@ def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], prog
     words, name = shlex.split(program), source.name
     try:
         flags = [*_FLAGS, *_fast_flags(program)]
-        known = "\n".join([source.read_text(), *macros, *flags, _run([*words, "--version"]), program, _processor()])
+        known = "\n".join([_text(source), *macros, *flags, _run([*words, "--version"]), program, _processor()])
         path = _folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
         command = [*words, *flags, *macros, str(source)]
         if not path.exists():
@@ -83,6 +84,13 @@ def _native_library(source: Path, expressions: tuple[tuple[str, str], ...], prog
             stacklevel=3,
         )
         return None
+
+
+def _text(source: Path) -> str:
+    """Return a source and the files beside it that it includes."""
+    text = source.read_text()
+    included = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return "\n".join([text, *(_text(source.parent / name) for name in included)])
 
 
 def _run(command: list[str]) -> str:

@@ -184,6 +184,6 @@ def test_the_wheel_holds_the_package_alone(tmp_path):
     assert {name for name in names if not name.endswith(".py")} == {
         "lightning_gap/py.typed",
         "lightning_gap/dashboards/report.html.j2",
-        *(path.relative_to(ROOT).as_posix() for path in package.rglob("*.cpp")),
+        *(path.relative_to(ROOT).as_posix() for suffix in ("cpp", "h") for path in package.rglob(f"*.{suffix}")),
     }
     assert f"Version: {lightning_gap.__version__}\n" in metadata

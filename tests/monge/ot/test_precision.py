@@ -127,7 +127,8 @@ def test_a_point_is_no_distance_from_itself(dtype, offset):
     st.integers(0, 10**6),
 )
 def test_float32_gradients_are_those_of_float64_at_any_size(cost, quantity, place, n, d, seed):
-    if cost == "geodesic" and (d == 1 or place == "clusters"):
+    # In one dimension there is no angle but 0 and a half turn.
+    if (d == 1 and cost in ("cosine", "geodesic")) or (cost == "geodesic" and place == "clusters"):
         return
     samples = draw(place, cost, n, d, seed)
     (_, gradient), (_, right) = (

@@ -14,12 +14,12 @@ from lightning_gap.monge.ot.solvers.memory import buffers
 from lightning_gap.monge.ot.solvers.sizes import size_and_epsilon
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector, in_format_of
 
-__all__ = ["DenseKernel"]
+__all__ = ["DRIFT", "FLAT", "DenseKernel"]
 
 # Where no cost is more than this many epsilons, zero potentials are a good start.
-_FLAT = 60.0
+FLAT = 60.0
 # How far potentials may drift from the absorbed ones before the kernel is formed anew.
-_DRIFT = 30.0
+DRIFT = 30.0
 
 
 class DenseKernel(Kernel):
@@ -66,7 +66,7 @@ class DenseKernel(Kernel):
     def steep(self) -> list[int]:
         """Return the problems with costs of many epsilons."""
         sizes = zip(self.largest, self.epsilons, strict=True)
-        return [i for i, (size, epsilon) in enumerate(sizes) if size >= _FLAT * epsilon]
+        return [i for i, (size, epsilon) in enumerate(sizes) if size >= FLAT * epsilon]
 
     def warmer(self) -> Iterator["DenseKernel"]:
         """Begin where no cost is more than 256 epsilons."""
@@ -175,7 +175,7 @@ class DenseKernel(Kernel):
     def settle(self, G_next: Vector, which: Iterable[int] | None = None) -> None:
         """Form kernels anew around the potentials, or where the last sweep ended far from them."""
         if which is None:
-            far = ~(abs(G_next - self.G0).max(1) < _DRIFT)
+            far = ~(abs(G_next - self.G0).max(1) < DRIFT)
             if not far.any():
                 return
             which = far.nonzero()[0].tolist()

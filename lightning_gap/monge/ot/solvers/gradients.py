@@ -11,9 +11,23 @@ from lightning_gap.monge.ot.costs import Cost, is_learned
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 
-__all__ = ["Envelope", "Solved", "once", "weight_slope", "with_learned_cost"]
+__all__ = ["Answer", "Envelope", "Solved", "once", "weight_slope", "with_learned_cost"]
 
 Pair = tuple[Tensor, Tensor]
+
+
+class Answer(NamedTuple):
+    """Where a solver ended: value, potentials in units of the cost, all in the widest format, and gradients."""
+
+    value: Tensor
+    f: Tensor
+    g: Tensor
+    gx: Tensor | None
+    gy: Tensor | None
+    epsilon: float
+    iterations: int
+    marginal_error: float
+    converged: bool
 
 
 class Solved(NamedTuple):

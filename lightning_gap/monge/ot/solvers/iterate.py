@@ -10,11 +10,11 @@ from lightning_gap.monge.ot.solvers.anderson_device import iterate_on_device
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_vector
 
-__all__ = ["iterate", "iterate_to_end"]
+__all__ = ["LEAPS", "LEAP_SWEEPS", "PATIENCE", "iterate", "iterate_to_end"]
 
 # Sweeps after which a marginal error that is still large will not become small, how often to leap then, and the sweeps
 # of a leap's line search.
-_PATIENCE, _LEAPS, _LEAP_SWEEPS = 128, 8, 24
+PATIENCE, LEAPS, LEAP_SWEEPS = 128, 8, 24
 
 
 def iterate(
@@ -31,8 +31,8 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
     """Sweep as :func:`iterate` does, and leap where that hardly moves."""
     swept, G = 0, kernel.begin(*start)
     solved_after = [0] * len(G)
-    for leaps in range(_LEAPS + 1):
-        patience = None if kernel.symmetric or leaps == _LEAPS else _PATIENCE
+    for leaps in range(LEAPS + 1):
+        patience = None if kernel.symmetric or leaps == LEAPS else PATIENCE
         found = iterate(kernel, G, tolerance=tolerance, max_iterations=max_iterations - swept, patience=patience)
         for i, (sweeps, converged) in enumerate(zip(found.iterations, found.converged, strict=True)):
             if converged and not solved_after[i]:
@@ -54,7 +54,7 @@ def _leap(kernel: Kernel, G: Vector) -> Vector:
     # What is nearly solved stays where it is.
     step = step * (errors > STUCK)[:, None]
     near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
-    for _ in range(_LEAP_SWEEPS):
+    for _ in range(LEAP_SWEEPS):
         middle = numerics.where(widening, far, (near + far) / 2)
         residual, _ = kernel.sweep(kernel.center(G + middle * step))
         rising = (kernel.b_vector * -numerics.expm1(-residual) * step).sum(1)[:, None] > 0

@@ -23,7 +23,10 @@ from lightning_gap.monge.ot.solvers.blocks import soft_minimum
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector, numerics
 from lightning_gap.precision import widest
 
-__all__ = ["Kernel", "damping"]
+__all__ = ["REGULARIZATIONS", "Kernel", "damping"]
+
+# Shares of the diagonal by which an extrapolation's least squares are made regular.
+REGULARIZATIONS = {torch.float32: 1e-8, torch.float64: 1e-14}
 
 
 def damping(epsilon: float, rho: float | None) -> float:
@@ -97,7 +100,7 @@ class Kernel(ABC):
     @property
     def regularization(self) -> float:
         """The share of the diagonal by which an extrapolation's least squares are made regular."""
-        return 1e-8 if self.dtype == torch.float32 else 1e-14
+        return REGULARIZATIONS[self.dtype]
 
     def too_large(self, i: int) -> FloatingPointError:
         """Return the error for a problem whose exponents its floating-point format does not bear."""

@@ -10,17 +10,16 @@ from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
 from lightning_gap.monge.ot.solvers.fused.kernel import FlashKernel, FusedKernel
-from lightning_gap.monge.ot.solvers.gradients import Envelope, Solved, with_learned_cost
+from lightning_gap.monge.ot.solvers.fused.small_problem import solve_small
+from lightning_gap.monge.ot.solvers.gradients import Answer, Envelope, Solved, with_learned_cost
 from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.memory import threads
+from lightning_gap.monge.ot.solvers.sizes import FLOAT_RATIOS
 from lightning_gap.monge.ot.solvers.warm_start import coarse_start
 from lightning_gap.precision import widest
 
 __all__ = ["solve_entropic"]
-
-# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
-_FLOAT_RATIOS = 1e-2, 1e6
 
 _KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {
     "dense": DenseKernel,
@@ -31,13 +30,30 @@ _KERNELS: dict[str, type[DenseKernel] | type[BlockedKernel]] = {
 
 
 def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions) -> list[OTResult]:
-    """Solve problems of one shape together."""
+    """Solve problems of one shape: small ones by a call each where they are compiled, others together."""
+    results: dict[int, OTResult] = {}
+    if solver == "dense":
+        for i, problem in enumerate(problems):
+            need = _need(problem)
+            with torch.no_grad():
+                answer = solve_small(problem.detached(), options, need)
+            if answer is not None:
+                results[i] = _result(problem, answer, solver)
+    rest = [i for i in range(len(problems)) if i not in results]
+    if rest:
+        results |= zip(rest, _solve_together([problems[i] for i in rest], solver, options), strict=True)
+    return [results[i] for i in range(len(problems))]
+
+
+def _solve_together(problems: list[Problem], solver: str, options: SolverOptions) -> list[OTResult]:
+    """Solve problems of one shape by one kernel."""
     detached = [p.detached() for p in problems]
     n, m, dtype = len(detached[0].x), len(detached[0].y), detached[0].x.dtype
+    needs = [_need(problem) for problem in problems]
     graph = torch.is_grad_enabled()
     # What overflows is found by the marginal error, and told with its remedy.
     with torch.no_grad(), np.errstate(all="ignore"), threads(n * m), _KERNELS[solver].of(detached) as kernel:
-        if dtype != widest(detached[0].x.device) and not kernel.exponents_fit(*_FLOAT_RATIOS):
+        if dtype != widest(detached[0].x.device) and not kernel.exponents_fit(*FLOAT_RATIOS):
             with torch.set_grad_enabled(graph):
                 wide = [p.to(widest(p.x.device)) for p in problems]
                 solved = solve_entropic(wide, solver, options)
@@ -45,32 +61,43 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
         zeros = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
         start = zeros if kernel.symmetric else coarse_start(kernel)
         found = iterate_to_end(kernel, start, tolerance=options.tolerance, max_iterations=options.max_iterations)
-        results = []
-        for i, (problem, p) in enumerate(zip(problems, detached, strict=True)):
+        answers = []
+        for i, p in enumerate(detached):
             epsilon = kernel.epsilons[i]
-            need = graph and problem.x.requires_grad, graph and problem.y.requires_grad
-            gx, gy, mass = _gradients_and_mass(kernel, i, p, need)
+            gx, gy, mass = _gradients_and_mass(kernel, i, p, needs[i])
             f, g = found.F[i] * epsilon, found.G[i] * epsilon
             value = _dual_value(p, f, g, epsilon, mass)
-            f, g = f.to(dtype), g.to(dtype)
-            inputs = problem.x, problem.y, problem.a, problem.b
-            if graph and any(t.requires_grad for t in inputs):
-                with torch.enable_grad():
-                    solution = Solved(value, gx, gy, f, g, p, epsilon)
-                    value = Envelope.apply(*inputs, solution)  # type: ignore[no-untyped-call]
-            result = OTResult(
-                value,
-                f,
-                g,
-                epsilon=epsilon if p.epsilon.absolute is None else p.epsilon.absolute,
-                marginal_error=found.marginal_errors[i],
-                iterations=found.iterations[i],
-                converged=found.converged[i],
-                solver=solver,
-                problem=p,
-            )
-            results.append(result)
-    return [with_learned_cost(p, result) for p, result in zip(problems, results, strict=True)] if graph else results
+            told = found.iterations[i], found.marginal_errors[i], found.converged[i]
+            answers.append(Answer(value, f, g, gx, gy, epsilon, *told))
+    return [_result(problem, answer, solver) for problem, answer in zip(problems, answers, strict=True)]
+
+
+def _need(problem: Problem) -> tuple[bool, bool]:
+    """Return whether the gradients in both sets of points are needed."""
+    graph = torch.is_grad_enabled()
+    return graph and problem.x.requires_grad, graph and problem.y.requires_grad
+
+
+def _result(problem: Problem, answer: Answer, solver: str) -> OTResult:
+    """Return what was found as a result, whose value is differentiable."""
+    p, value, dtype = problem.detached(), answer.value, problem.x.dtype
+    f, g = answer.f.to(dtype), answer.g.to(dtype)
+    inputs, graph = (problem.x, problem.y, problem.a, problem.b), torch.is_grad_enabled()
+    if graph and any(t.requires_grad for t in inputs):
+        solution = Solved(value, answer.gx, answer.gy, f, g, p, answer.epsilon)
+        value = Envelope.apply(*inputs, solution)  # type: ignore[no-untyped-call]
+    result = OTResult(
+        value,
+        f,
+        g,
+        epsilon=answer.epsilon if p.epsilon.absolute is None else p.epsilon.absolute,
+        marginal_error=answer.marginal_error,
+        iterations=answer.iterations,
+        converged=answer.converged,
+        solver=solver,
+        problem=p,
+    )
+    return with_learned_cost(problem, result) if graph else result
 
 
 def _gradients_and_mass(

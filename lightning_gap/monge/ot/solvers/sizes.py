@@ -7,7 +7,10 @@ import torch
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.precision import widest
 
-__all__ = ["range_of_costs", "size_and_epsilon"]
+__all__ = ["FLOAT_RATIOS", "range_of_costs", "size_and_epsilon"]
+
+# Costs of more or of fewer epsilons than these are not for float32: their exponentials would lose digits that count.
+FLOAT_RATIOS = 1e-2, 1e6
 
 # An epsilon so many times the largest cost is as good as any larger one, of which no number would be left.
 _LARGEST_EPSILON = 1e6

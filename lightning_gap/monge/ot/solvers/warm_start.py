@@ -10,9 +10,9 @@ from lightning_gap.monge.ot.solvers.iterate import iterate
 from lightning_gap.monge.ot.solvers.kernel import Kernel, damping
 from lightning_gap.monge.ot.solvers.vectors import as_vector
 
-__all__ = ["coarse_start"]
+__all__ = ["STRIDE", "coarse_start"]
 
-_STRIDE = 4
+STRIDE = 4
 
 
 def coarse_start(kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -30,14 +30,14 @@ def _start(kernel: Kernel) -> tuple[Tensor, Tensor]:
     if min(kernel.a.shape[1], kernel.b.shape[1]) <= LIMITS.coarsest.on(kernel.a.device):
         return _anneal(kernel)
     F, G = torch.zeros_like(kernel.a), torch.zeros_like(kernel.b)
-    rows, columns = (w[:, ::_STRIDE] for w in (kernel.a, kernel.b))
+    rows, columns = (w[:, ::STRIDE] for w in (kernel.a, kernel.b))
     row_sums, column_sums = (w.sum(1, keepdim=True) for w in (rows, columns))
     if not (float(row_sums.min()) > 0 and float(column_sums.min()) > 0):
         return F, G
     rows = rows * (kernel.a.sum(1, keepdim=True) / row_sums)
     columns = columns * (kernel.b.sum(1, keepdim=True) / column_sums)
     fewer = [
-        replace(p, x=p.x[::_STRIDE].contiguous(), y=p.y[::_STRIDE].contiguous(), a=a, b=b)
+        replace(p, x=p.x[::STRIDE].contiguous(), y=p.y[::STRIDE].contiguous(), a=a, b=b)
         for p, a, b in zip(kernel.problems, rows, columns, strict=True)
     ]
     with kernel.coarsened(fewer) as coarse:

@@ -1,0 +1,159 @@
+"""Problems whose matrices fit into a cache, by compiled C++: one call for the costs, one for all that follows.
+
+A step of training on some hundred samples is some thousand calls of :class:`DenseKernel`, whose time is most of it.
+"""
+
+import ctypes
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
+from lightning_gap.monge.ot.costs.products import accurate
+from lightning_gap.monge.ot.limits import LIMITS
+from lightning_gap.monge.ot.options import SolverOptions
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK
+from lightning_gap.monge.ot.solvers.dense import DRIFT, FLAT
+from lightning_gap.monge.ot.solvers.gradients import Answer
+from lightning_gap.monge.ot.solvers.iterate import LEAP_SWEEPS, LEAPS, PATIENCE
+from lightning_gap.monge.ot.solvers.kernel import REGULARIZATIONS
+from lightning_gap.monge.ot.solvers.memory import buffers
+from lightning_gap.monge.ot.solvers.sizes import FLOAT_RATIOS, size_and_epsilon
+from lightning_gap.monge.ot.solvers.warm_start import STRIDE
+from lightning_gap.native import native_library
+
+__all__ = ["small_library", "solve_small"]
+
+_SOURCE = Path(__file__).with_name("small_problem.cpp")
+_CONSTANTS = {
+    "MEMORY": MEMORY, "LONGEST_JUMP": LONGEST_JUMP, "PLAIN_SWEEPS": PLAIN_SWEEPS, "STUCK": STUCK, "DRIFT": DRIFT,
+    "FLAT": FLAT, "PATIENCE": PATIENCE, "LEAPS": LEAPS, "LEAP_SWEEPS": LEAP_SWEEPS, "STRIDE": STRIDE,
+    "COARSEST": LIMITS.coarsest.cpu,
+    "REGULARIZATION_FLOAT": REGULARIZATIONS[torch.float32], "REGULARIZATION_DOUBLE": REGULARIZATIONS[torch.float64],
+}  # fmt: skip
+# Columns are filled up to a multiple of this: vectors of floats of 64 bytes.
+_VECTOR = 16
+# Pairs of fewer samples are not worth a compilation; those of more take several threads elsewhere.
+_FEWEST, _MOST = 1 << 12, 1 << 20
+# Sizes of sums of squares that are far from float32's limits.
+_FLOAT_RANGE = 1e-25, 1e25
+# What float32 knows of a sum of squares is enough.
+_PLAIN = ("s", "root(s)")
+_NAMES = {torch.float32: "float", torch.float64: "double"}
+_POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
+_TO_SOLVE: list[Any] = [*[_POINTER] * 2, _DOUBLE, _DOUBLE, _LONG, _DOUBLE, _LONG, *[_POINTER] * 5]
+_SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, _DOUBLE, _POINTER, _POINTER]
+
+
+def small_library(formula: CostFormula) -> ctypes.CDLL | None:
+    """Return the two calls for a cost; ``None`` where nothing compiles them."""
+    # Looking for a compiler takes as long as a small solve.
+    return _library(tuple(formula.expressions().items()), os.environ.get("PATH"), os.environ.get("CXX"))
+
+
+@cache
+def _library(expressions: tuple[tuple[str, str], ...], *compilers: str | None) -> ctypes.CDLL | None:
+    library = native_library(_SOURCE, {name: str(number) for name, number in _CONSTANTS.items()} | dict(expressions))
+    if library is None:
+        return None
+    for points, matrix in (("float", "float"), ("double", "float"), ("double", "double")):
+        costs, solve = library[f"costs_{points}_{matrix}"], library[f"solve_{points}_{matrix}"]
+        costs.argtypes, costs.restype = [*_SAMPLES, _POINTER, _POINTER], None
+        solve.argtypes = [*_SAMPLES, *_TO_SOLVE]
+        solve.restype = _LONG
+        setattr(library, f"costs_{points}_{matrix}", costs)
+        setattr(library, f"solve_{points}_{matrix}", solve)
+    return library
+
+
+def _takes(p: Problem) -> CostFormula | None:
+    """Return the formula of a small problem with hard marginals, whose cost is this package's and its formula right."""
+    pairs = len(p.x) * len(p.y)
+    if p.rho is not None or p.x.device.type != "cpu" or not _FEWEST <= pairs <= _MOST:
+        return None
+    return formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
+
+
+def solve_small(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
+    """Solve a problem without a graph; ``None`` where it is not for this, or has to go the long way.
+
+    Args:
+        p: The problem.
+        options: Tolerance and most sweeps.
+        need: Whether the gradients in both sets of points are needed.
+    """
+    formula = _takes(p)
+    library = None if formula is None else small_library(formula)
+    if formula is None or library is None:
+        return None
+    # Differences of close points are exact in the samples' own format; what is bent needs double.
+    plain = formula.term == "z * z" and formula.outer in _PLAIN and formula.image is None and not formula.double
+    dtype = p.x.dtype
+    coordinates = dtype if plain else torch.float64
+    x = _points(formula, p.x, coordinates)
+    y = x if p.to_itself else _points(formula, p.y, coordinates)
+    a, b = (_normalized(w) for w in (p.a, p.b))
+    n, m = len(x), len(y)
+    padded = -(-m // _VECTOR) * _VECTOR
+    samples = (
+        x.data_ptr(), n, x.shape[1], y.data_ptr(), m, padded, formula.scale, formula.number, a.data_ptr(), b.data_ptr()
+    )  # fmt: skip
+    name = f"{_NAMES[coordinates]}_{_NAMES[dtype]}"
+    form, solve = getattr(library, f"costs_{name}"), getattr(library, f"solve_{name}")
+    with buffers(2, n, padded, p.x) as (C, K):
+        told = torch.empty(3, dtype=torch.float64, device="cpu")
+        form(*samples, C.data_ptr(), told.data_ptr())
+        least, most, mean = told.tolist()
+        size = max(abs(least), abs(most))
+        squares = size / formula.scale if formula.outer == "s" else (size / formula.scale) ** 2
+        if not math.isfinite(mean) or size == 0:
+            return None
+        if coordinates == torch.float32 and not _FLOAT_RANGE[0] < squares < _FLOAT_RANGE[1]:
+            return None
+        size, epsilon = size_and_epsilon(p, least, most, mean)
+        if dtype == torch.float32 and not FLOAT_RATIOS[0] * epsilon <= size <= FLOAT_RATIOS[1] * epsilon:
+            return None
+        f, g = (torch.empty(count, dtype=torch.float64, device="cpu") for count in (n, m))
+        wanted = (any(need), False) if p.to_itself else need
+        gx, gy = (
+            torch.empty(points.shape, dtype=torch.float64, device="cpu") if wants else None
+            for points, wants in zip((x, y), wanted, strict=True)
+        )
+        iterations = solve(
+            *samples, C.data_ptr(), K.data_ptr(), epsilon, size, p.to_itself, options.tolerance, options.max_iterations,
+            f.data_ptr(), g.data_ptr(), gx if gx is None else gx.data_ptr(), gy if gy is None else gy.data_ptr(),
+            told.data_ptr(),
+        )  # fmt: skip
+    if iterations < 0:
+        return None
+    value, error, converged = told.tolist()
+    gx = None if gx is None else _of_points(formula, p.x, gx)
+    gy = gx if p.to_itself else None if gy is None else _of_points(formula, p.y, gy)
+    return Answer(torch.tensor(value, dtype=torch.float64), f, g, gx, gy, epsilon, iterations, error, bool(converged))
+
+
+def _points(formula: CostFormula, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return points as the cost compares them."""
+    if formula.image is not None:
+        points = formula.image(accurate(points))
+    return points.to(dtype).contiguous()
+
+
+def _normalized(w: Tensor) -> Tensor:
+    w = w.to(torch.float64)
+    return (w / w.sum()).contiguous()
+
+
+def _of_points(formula: CostFormula, points: Tensor, gradients: Tensor) -> Tensor:
+    """Return the gradients in the points, from those in their images."""
+    if formula.image is not None:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = accurate(points.detach()).clone().requires_grad_()
+            (gradients,) = torch.autograd.grad(formula.image(leaves), leaves, gradients.clone())
+    return gradients.to(points.dtype)
