@@ -211,3 +211,27 @@ def test_every_call_gives_the_same_bits():
     x, y, *_ = samples(200, 170, 3, torch.float32)
     values = {float(sinkhorn_divergence(x, y)) for _ in range(5)}
     assert len(values) == 1
+
+
+@compiler
+@pytest.mark.parametrize("share", [1e-3, 1e-4])
+@pytest.mark.parametrize("case", ["plain", "sphere", "clusters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_epsilons_converge_and_near_the_exact_cost(taken, dtype, case, share):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(256, 3, generator=generator), 0.8 * torch.randn(256, 3, generator=generator) + 0.5
+    cost = "sqeuclidean"
+    if case == "sphere":
+        x, y, cost = *(points / points.norm(dim=1, keepdim=True) for points in (x, y)), "geodesic"
+    elif case == "clusters":
+        # Another number of samples in each: some of them go far.
+        middles = 10 * torch.eye(3)
+        x = middles[torch.arange(256) % 3] + 0.3 * x
+        y = middles[torch.arange(256) ** 2 % 5 % 3] + 0.3 * y
+    x, y = x.to(dtype), y.to(dtype)
+    result = optimal_transport(x, y, cost=cost, relative_epsilon=share, max_iterations=5000)
+    assert taken == [True]
+    assert result.converged
+    exact = float(optimal_transport(x, y, cost=cost, solver="exact").value)
+    # Between the cost of the plan, and that plus all of the entropy there may be.
+    assert exact * (1 - 1e-5) <= float(result.transport_cost()) <= exact + result.epsilon * math.log(256)

@@ -18,6 +18,12 @@ namespace {
 constexpr double INF = std::numeric_limits<double>::infinity();
 // Rows that are taken together, and after how many of them sums over rows go on in double.
 constexpr long ROWS = 4, TERMS = 64;
+// Costs of so many epsilons are rounded to a thousandth of one.
+constexpr double STEEP = 1e3;
+// Newton's steps, of each the conjugate gradients' and the line search's; entries of a plan that are left out of its
+// Hessian, as shares of a column; and what a step has to gain of what its slope promises.
+constexpr int STEPS = 40, GRADIENTS = 100, HALVINGS = 24;
+constexpr double LEFT_OUT = 1e-5, PROMISED = 1e-4;
 
 template <class T> constexpr long WIDTH = VECTOR_BYTES / sizeof(T);
 
@@ -198,7 +204,7 @@ template <class M> class Kernel {
     M* K;
     const double *a, *b;
     double epsilon;
-    bool symmetric;
+    bool symmetric, steep;
     std::vector<double> F0, G0, sums, scales;
     std::vector<M> part;
 
@@ -207,20 +213,31 @@ template <class M> class Kernel {
     std::vector<M> v, w, s;
     std::vector<double> F, residual;  // of the last sweep
 
-    Kernel(const M* C, M* K, long n, long m, long padded, const double* a, const double* b, double epsilon, bool symmetric)
-        : C(C), K(K), a(a), b(b), epsilon(epsilon), symmetric(symmetric), F0(n), G0(padded), sums(padded), scales(padded),
+    Kernel(const M* C, M* K, long n, long m, long padded, const double* a, const double* b, double epsilon, bool symmetric,
+           bool steep)
+        : C(C), K(K), a(a), b(b), epsilon(epsilon), symmetric(symmetric), steep(steep), F0(n), G0(padded), sums(padded), scales(padded),
           part(padded), n(n), m(m), padded(padded), v(padded), w(n), s(n), F(n), residual(padded) {}
 
     void absorb(const double* rows, const double* columns) {
         std::copy(rows, rows + n, F0.begin());
         std::copy(columns, columns + m, G0.begin());
-        std::vector<M> narrow(G0.begin(), G0.end());
-        const M inverse = M(1 / epsilon);
+        if (steep)
+            exponentials<double>();
+        else
+            exponentials<M>();
+    }
+
+    // In the type E: many epsilons' exponents, rounded another way each time, would be another problem's each time.
+    template <class E> void exponentials() {
+        constexpr long W = WIDTH<E>;
+        const std::vector<E> columns(G0.begin(), G0.end());
+        const E inverse = E(1 / epsilon);
         for (long i = 0; i < n; ++i) {
-            const M own = M(F0[i]);
-            for (long j = 0; j < padded; j += L) {
-                const Vec<M, L> e = load<M, L>(&narrow[j]) - load<M, L>(C + i * padded + j) * inverse + own;
-                store<M, L>(K + i * padded + j, exponential_of<M, L>(e));
+            const E own = E(F0[i]);
+            for (long j = 0; j < padded; j += W) {
+                const Vec<E, W> cost = __builtin_convertvector((load<M, W>(C + i * padded + j)), Vec<E, W>);
+                const Vec<E, W> e = load<E, W>(&columns[j]) - cost * inverse + own;
+                store<M, W>(K + i * padded + j, exponential_of<M, W>(__builtin_convertvector(e, Vec<M, W>)));
             }
         }
     }
@@ -320,7 +337,7 @@ template <class M> class Kernel {
         double best = INF;
         for (long count = 1, restarted = -1;; ++count) {
             const double error = sweep(G);
-            const bool solved = error <= tolerance, ended = count >= most || (count == patience && error > STUCK);
+            const bool solved = error <= tolerance, ended = count >= most || (count == patience && error > STUCK) || count == 4 * patience;
             if (solved || (ended && error < INF)) {
                 answer(G);
                 return {count, error, solved ? SOLVED : UNSOLVED};
@@ -380,14 +397,148 @@ template <class M> class Kernel {
         go(near);
     }
 
-    // Sweeps, and leaps where that hardly moves.
-    Found iterate_to_end(std::vector<double>& G, double tolerance, long most) {
+    // The semi-dual's value after a sweep, in units of epsilon.
+    double value(const double* G) {
+        answer(G);
+        double sum = 0;
+        for (long i = 0; i < n; ++i) sum += a[i] * F[i];
+        for (long j = 0; j < m; ++j) sum += b[j] * G[j];
+        return sum;
+    }
+
+    // The last sweep's plan without its smallest entries, by rows.
+    struct Sparse {
+        std::vector<long> first;
+        std::vector<int> column;
+        std::vector<double> mass;
+    };
+    Sparse plan() const {
+        Sparse kept;
+        std::vector<M> least(padded, M(INF));
+        for (long j = 0; j < m; ++j) least[j] = M(LEFT_OUT * b[j]);
+        for (long i = 0; i < n; ++i) {
+            kept.first.push_back(kept.mass.size());
+            for (long j = 0; j < padded; j += L) {
+                const Vec<M, L> mass = load<M, L>(K + i * padded + j) * load<M, L>(&v[j]) * w[i];
+                const Ints<M, L> some = mass > load<M, L>(&least[j]);
+                bool any = false;
+                for (long l = 0; l < L; ++l) any |= some[l] != 0;
+                for (long l = 0; any && l < L; ++l)
+                    if (some[l]) kept.column.push_back(j + l), kept.mass.push_back(mass[l]);
+            }
+        }
+        kept.first.push_back(kept.mass.size());
+        return kept;
+    }
+
+    // Writes Newton's step on the semi-dual, (diag(c) - P' diag(1/a) P) step = b - c, by conjugate gradients with the
+    // diagonal's inverse; c are the plan's columns. Returns the slope along it.
+    double newton_step(std::vector<double>& step) const {
+        const Sparse P = plan();
+        std::vector<double> heavy(m), diagonal(m), slope(m), left(m), along(m), image(m);
+        for (long j = 0; j < m; ++j) {
+            heavy[j] = diagonal[j] = b[j] * sums[j];
+            left[j] = slope[j] = b[j] - heavy[j];
+            step[j] = 0;
+        }
+        for (long i = 0; i < n; ++i)
+            for (long k = P.first[i]; k < P.first[i + 1]; ++k) diagonal[P.column[k]] -= P.mass[k] * P.mass[k] / a[i];
+        for (long j = 0; j < m; ++j) diagonal[j] = std::max(diagonal[j], 1e-14 * heavy[j]) + 1e-300;
+        double size = 0, goal = 0;
+        for (long j = 0; j < m; ++j) {
+            along[j] = left[j] / diagonal[j];
+            size += left[j] * along[j];
+        }
+        goal = 1e-4 * size;
+        for (int turn = 0; turn < GRADIENTS && size > goal; ++turn) {
+            for (long j = 0; j < m; ++j) image[j] = heavy[j] * along[j];
+            for (long i = 0; i < n; ++i) {
+                double sum = 0;
+                for (long k = P.first[i]; k < P.first[i + 1]; ++k) sum += P.mass[k] * along[P.column[k]];
+                sum /= a[i];
+                for (long k = P.first[i]; k < P.first[i + 1]; ++k) image[P.column[k]] -= P.mass[k] * sum;
+            }
+            double curvature = 0, next = 0;
+            for (long j = 0; j < m; ++j) curvature += along[j] * image[j];
+            if (!(curvature > 0)) break;
+            const double length = size / curvature;
+            for (long j = 0; j < m; ++j) {
+                step[j] += length * along[j];
+                left[j] -= length * image[j];
+                next += left[j] * left[j] / diagonal[j];
+            }
+            for (long j = 0; j < m; ++j) along[j] = left[j] / diagonal[j] + next / size * along[j];
+            size = next;
+        }
+        double rise = 0;
+        for (long j = 0; j < m; ++j) rise += slope[j] * step[j];
+        return rise;
+    }
+
+    // A sweep with the kernel formed anew where it is far from the potentials.
+    double recentered_sweep(std::vector<double>& G) {
+        double far = 0;
+        for (long j = 0; j < m; ++j) far = std::max(far, std::abs(G[j] - G0[j]));
+        if (!(far < DRIFT)) restart(G.data(), false);
+        return sweep(G.data());
+    }
+
+    // Newton's steps, each with a line search and a sweep: where epsilon is small a plan has few entries, and a step costs
+    // little more than the sweeps whose hundreds it stands for (Tang et al. 2024, "Accelerating Sinkhorn algorithm with
+    // sparse Newton iterations").
+    Found newton(std::vector<double>& G, double tolerance, long most, double farthest) {
+        long swept = 1;
+        restart(G.data(), false);
+        double error = sweep(G.data()), height = value(G.data());
+        std::vector<double> step(padded);
+        for (int turn = 0; turn < STEPS && error < INF && !(error <= tolerance) && swept < most; ++turn) {
+            const double rise = newton_step(step);
+            if (!(rise > 0)) break;
+            const std::vector<double> from = G;
+            double share = 1, top = 0;
+            for (long j = 0; j < m; ++j) top = std::max(top, std::abs(step[j]));
+            if (top > farthest) share = farthest / top;
+            bool better = false;
+            for (int k = 0; k < HALVINGS && !better && swept < most; ++k, share *= 0.4) {
+                for (long j = 0; j < m; ++j) G[j] = from[j] + share * step[j];
+                const double found = recentered_sweep(G);
+                ++swept;
+                if (!(found < INF)) continue;
+                const double gained = value(G.data()) - height, rounding = 1e-11 * (1 + std::abs(height));
+                better = gained > std::max(PROMISED * share * rise, rounding) || (gained > -rounding && found < error);
+                if (better) error = found, height += gained;
+            }
+            if (!better) {
+                G = from;
+                error = recentered_sweep(G);
+                ++swept;
+                break;
+            }
+            if (error <= tolerance) break;
+            for (long j = 0; j < m; ++j) G[j] += residual[j];
+            error = recentered_sweep(G);
+            height = value(G.data());
+            ++swept;
+        }
+        answer(G.data());
+        return {swept, error, error <= tolerance ? SOLVED : error < INF ? UNSOLVED : LOST};
+    }
+
+    // Sweeps; where these go slowly a leap, then Newton's steps, and leaps again where neither moves.
+    Found iterate_to_end(std::vector<double>& G, double tolerance, long most, double farthest) {
         long swept = 0;
         for (int leaps = 0;; ++leaps) {
-            Found found = iterate(G.data(), tolerance, most - swept, symmetric || leaps == LEAPS ? -1 : PATIENCE);
-            found.iterations = swept += found.iterations;
-            if (found.status != UNSOLVED || swept >= most || found.error <= STUCK || leaps == LEAPS) return found;
-            leap(G);
+            const long patience = symmetric || leaps == LEAPS ? -1 : PATIENCE;
+            Found found = iterate(G.data(), tolerance, most - swept, patience);
+            swept += found.iterations;
+            // What a leap mends, clusters far apart, would cost Newton long searches.
+            if (leaps > 0 && found.status == UNSOLVED && swept < most && patience > 0) {
+                found = newton(G, tolerance, most - swept, farthest);
+                swept += found.iterations;
+            }
+            found.iterations = swept;
+            if (found.status != UNSOLVED || swept >= most || patience < 0) return found;
+            if (found.error > STUCK) leap(G);
         }
     }
 };
@@ -400,7 +551,8 @@ template <class M> struct Matrices {
     double epsilon, largest;
 
     Kernel<M> kernel(double warmer = 1, bool symmetric = false) const {
-        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric);
+        const bool steep = largest > STEEP * epsilon * warmer;
+        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric, steep);
     }
 
     // First potentials of rows and columns.
@@ -551,7 +703,7 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
     if (!symmetric) all.start(F, G);
     Kernel<M> kernel = all.kernel(1, symmetric);
     kernel.absorb(F.data(), G.data());
-    const Found found = kernel.iterate_to_end(G, options.tolerance, options.most);
+    const Found found = kernel.iterate_to_end(G, options.tolerance, options.most, largest / epsilon);
     if (found.status == LOST) return -found.iterations;
     double value = 0, mass = 0;
     for (long i = 0; i < of.n; ++i) value += a[i] * (f[i] = kernel.F[i] * epsilon);
