@@ -133,7 +133,7 @@ SPEED = {
     ),
     "training": Benchmark(
         "speed.transport_training --threads 1 --iterations 120 --batches 256 1024 --gaps l2 l22",
-        "A training step of a map, against OTT-JAX's estimator", 2,
+        "A training step of a map, against OTT-JAX's estimator", 1.6,
         "speed.transport_training --threads 1 --iterations 4 --block 2 --batches 64 --gaps l22", ("peers",),
     ),
     "equal_quality_moons": Benchmark(
@@ -164,6 +164,10 @@ SPEED = {
         "speed.transport_command --rows 1_000_000 --threads 1",
         "`lightning-gap transport`, against the bare network", 0.7,
         "speed.transport_command --rows 2000 --repeats 1 --threads 1",
+    ),
+    "command_start": Benchmark(
+        "speed.command_start --repeats 3", "What the command line takes before it does anything", 0.5,
+        "speed.command_start --repeats 1",
     ),
     "scale": Benchmark(
         "speed.transport_scale --solvers dense fused blocked --sizes 1000 3000 10000 30000 --dims 2 --limit 100",
