@@ -23,7 +23,7 @@ __all__ = ["compiler", "native_argument", "native_library"]
 
 # GCC takes half as wide vectors as the processor has, unless told.
 _FAST = ("-march=native", "-mprefer-vector-width=512")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 _SECONDS = 300
 
 

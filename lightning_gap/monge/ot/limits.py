@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["LIMITS", "Limits", "Size"]
+__all__ = ["LIMITS", "STRIDE", "Limits", "Size"]
+
+
+# Every which point of a side a coarser problem has.
+STRIDE = 4
 
 
 class Size(NamedTuple):

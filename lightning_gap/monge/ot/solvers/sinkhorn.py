@@ -10,7 +10,7 @@ from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.blocked import BlockedKernel
 from lightning_gap.monge.ot.solvers.dense import DenseKernel
 from lightning_gap.monge.ot.solvers.fused.kernel import FlashKernel, FusedKernel
-from lightning_gap.monge.ot.solvers.fused.small_problem import solve_small
+from lightning_gap.monge.ot.solvers.fused.native_dense import solve_natively
 from lightning_gap.monge.ot.solvers.gradients import Answer, Envelope, Solved, with_learned_cost
 from lightning_gap.monge.ot.solvers.iterate import iterate_to_end
 from lightning_gap.monge.ot.solvers.kernel import Kernel
@@ -36,7 +36,7 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
         for i, problem in enumerate(problems):
             need = _need(problem)
             with torch.no_grad():
-                answer = solve_small(problem.detached(), options, need)
+                answer = solve_natively(problem.detached(), options, need)
             if answer is not None:
                 results[i] = _result(problem, answer, solver)
     rest = [i for i in range(len(problems)) if i not in results]

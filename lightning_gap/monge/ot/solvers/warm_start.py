@@ -1,18 +1,24 @@
 """Where the iteration starts: from every fourth point and so on down, or by annealing epsilon."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.limits import LIMITS
+from lightning_gap.monge.ot.epsilon import Epsilon
+from lightning_gap.monge.ot.limits import LIMITS, STRIDE
+from lightning_gap.monge.ot.options import SolverOptions
+from lightning_gap.monge.ot.problem import Problem
+from lightning_gap.monge.ot.solvers.fused.native_dense import solve_natively
 from lightning_gap.monge.ot.solvers.iterate import iterate
 from lightning_gap.monge.ot.solvers.kernel import Kernel, damping
 from lightning_gap.monge.ot.solvers.vectors import as_vector
 
-__all__ = ["STRIDE", "coarse_start"]
+__all__ = ["coarse_start"]
 
-STRIDE = 4
+# What the start of a finer problem has to be solved to.
+_TOLERANCE, _SWEEPS = 0.02, 60
 
 
 def coarse_start(kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -40,13 +46,26 @@ def _start(kernel: Kernel) -> tuple[Tensor, Tensor]:
         replace(p, x=p.x[::STRIDE].contiguous(), y=p.y[::STRIDE].contiguous(), a=a, b=b)
         for p, a, b in zip(kernel.problems, rows, columns, strict=True)
     ]
-    with kernel.coarsened(fewer) as coarse:
-        found = iterate(coarse, coarse.begin(*coarse_start(coarse)), tolerance=0.02, max_iterations=60)
+    found = _solved(kernel, fewer)
     for i, (p, few, epsilon) in enumerate(zip(kernel.problems, fewer, kernel.epsilons, strict=True)):
         share, part = damping(epsilon, p.rho), kernel[i : i + 1]
-        F[i] = share * part.soft_minimum(p.x, few.y, few.b, found.G[i], p.cost)
-        G[i] = share * part.soft_minimum(p.y, few.x, few.a, found.F[i], p.cost.transposed())
+        F[i] = share * part.soft_minimum(p.x, few.y, few.b, found[1][i], p.cost)
+        G[i] = share * part.soft_minimum(p.y, few.x, few.a, found[0][i], p.cost.transposed())
     return F, G
+
+
+def _solved(kernel: Kernel, fewer: list[Problem]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return the potentials of problems of fewer points, roughly solved at a kernel's epsilons."""
+    options = SolverOptions("dense", _TOLERANCE, _SWEEPS)
+    if len(fewer[0].x) * len(fewer[0].y) <= LIMITS.dense.on(fewer[0].x.device):
+        given = [replace(p, epsilon=Epsilon(epsilon)) for p, epsilon in zip(fewer, kernel.epsilons, strict=True)]
+        answers = [solve_natively(p, options, (False, False)) for p in given]
+        if all(answer is not None for answer in answers):
+            known = [(answer.f / e, answer.g / e) for answer, e in zip(answers, kernel.epsilons, strict=True) if answer]
+            return [f for f, _ in known], [g for _, g in known]
+    with kernel.coarsened(fewer) as coarse:
+        found = iterate(coarse, coarse.begin(*coarse_start(coarse)), tolerance=_TOLERANCE, max_iterations=_SWEEPS)
+    return list(found.F), list(found.G)
 
 
 def _anneal(kernel: Kernel) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Problems whose matrices fit into a cache, by compiled C++: one call for the costs, one for all that follows.
+"""Problems whose matrices are in memory, by compiled C++: one call for the costs, one for all that follows.
 
 A step of training on some hundred samples is some thousand calls of :class:`DenseKernel`, whose time is most of it.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
 from lightning_gap.monge.ot.costs.products import accurate
-from lightning_gap.monge.ot.limits import LIMITS
+from lightning_gap.monge.ot.limits import LIMITS, STRIDE
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK
@@ -25,12 +25,11 @@ from lightning_gap.monge.ot.solvers.iterate import LEAP_SWEEPS, LEAPS, PATIENCE
 from lightning_gap.monge.ot.solvers.kernel import REGULARIZATIONS
 from lightning_gap.monge.ot.solvers.memory import buffers
 from lightning_gap.monge.ot.solvers.sizes import FLOAT_RATIOS, size_and_epsilon
-from lightning_gap.monge.ot.solvers.warm_start import STRIDE
 from lightning_gap.native import native_library
 
-__all__ = ["small_library", "solve_small"]
+__all__ = ["native_dense_library", "solve_natively"]
 
-_SOURCE = Path(__file__).with_name("small_problem.cpp")
+_SOURCE = Path(__file__).with_name("native_dense.cpp")
 _CONSTANTS = {
     "MEMORY": MEMORY, "LONGEST_JUMP": LONGEST_JUMP, "PLAIN_SWEEPS": PLAIN_SWEEPS, "STUCK": STUCK, "DRIFT": DRIFT,
     "FLAT": FLAT, "PATIENCE": PATIENCE, "LEAPS": LEAPS, "LEAP_SWEEPS": LEAP_SWEEPS, "STRIDE": STRIDE,
@@ -39,8 +38,10 @@ _CONSTANTS = {
 }  # fmt: skip
 # Columns are filled up to a multiple of this: vectors of floats of 64 bytes.
 _VECTOR = 16
-# Pairs of fewer samples are not worth a compilation; those of more take several threads elsewhere.
-_FEWEST, _MOST = 1 << 12, 1 << 20
+# Pairs of fewer samples are not worth a compilation; and up to how many a second thread costs more than it does.
+_FEWEST, _ONE_THREAD = 1 << 12, 1 << 20
+# Rows that a thread takes at least.
+_ROWS = 64
 # Sizes of sums of squares that are far from float32's limits.
 _FLOAT_RANGE = 1e-25, 1e25
 # What float32 knows of a sum of squares is enough.
@@ -48,10 +49,10 @@ _PLAIN = ("s", "root(s)")
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
 _TO_SOLVE: list[Any] = [*[_POINTER] * 2, _DOUBLE, _DOUBLE, _LONG, _DOUBLE, _LONG, *[_POINTER] * 5]
-_SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, _DOUBLE, _POINTER, _POINTER]
+_SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, _DOUBLE, _LONG, _POINTER, _POINTER]
 
 
-def small_library(formula: CostFormula) -> ctypes.CDLL | None:
+def native_dense_library(formula: CostFormula) -> ctypes.CDLL | None:
     """Return the two calls for a cost; ``None`` where nothing compiles them."""
     # Looking for a compiler takes as long as a small solve.
     return _library(tuple(formula.expressions().items()), os.environ.get("PATH"), os.environ.get("CXX"))
@@ -73,14 +74,14 @@ def _library(expressions: tuple[tuple[str, str], ...], *compilers: str | None) -
 
 
 def _takes(p: Problem) -> CostFormula | None:
-    """Return the formula of a small problem with hard marginals, whose cost is this package's and its formula right."""
+    """Return the formula of a problem with hard marginals, whose cost is this package's and its formula right."""
     pairs = len(p.x) * len(p.y)
-    if p.rho is not None or p.x.device.type != "cpu" or not _FEWEST <= pairs <= _MOST:
+    if p.rho is not None or p.x.device.type != "cpu" or pairs < _FEWEST:
         return None
     return formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
 
 
-def solve_small(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
+def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
     """Solve a problem without a graph; ``None`` where it is not for this, or has to go the long way.
 
     Args:
@@ -89,7 +90,7 @@ def solve_small(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> 
         need: Whether the gradients in both sets of points are needed.
     """
     formula = _takes(p)
-    library = None if formula is None else small_library(formula)
+    library = None if formula is None else native_dense_library(formula)
     if formula is None or library is None:
         return None
     # Differences of close points are exact in the samples' own format; what is bent needs double.
@@ -102,7 +103,8 @@ def solve_small(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> 
     n, m = len(x), len(y)
     padded = -(-m // _VECTOR) * _VECTOR
     samples = (
-        x.data_ptr(), n, x.shape[1], y.data_ptr(), m, padded, formula.scale, formula.number, a.data_ptr(), b.data_ptr()
+        x.data_ptr(), n, x.shape[1], y.data_ptr(), m, padded, formula.scale, formula.number, _threads(n, m),
+        a.data_ptr(), b.data_ptr(),
     )  # fmt: skip
     name = f"{_NAMES[coordinates]}_{_NAMES[dtype]}"
     form, solve = getattr(library, f"costs_{name}"), getattr(library, f"solve_{name}")
@@ -136,6 +138,10 @@ def solve_small(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> 
     gx = None if gx is None else _of_points(formula, p.x, gx)
     gy = gx if p.to_itself else None if gy is None else _of_points(formula, p.y, gy)
     return Answer(torch.tensor(value, dtype=torch.float64), f, g, gx, gy, epsilon, iterations, error, bool(converged))
+
+
+def _threads(n: int, m: int) -> int:
+    return 1 if n * m <= _ONE_THREAD else max(1, min(torch.get_num_threads(), n // _ROWS))
 
 
 def _points(formula: CostFormula, points: Tensor, dtype: torch.dtype) -> Tensor:

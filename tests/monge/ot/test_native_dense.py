@@ -12,7 +12,7 @@ from lightning_gap.monge import MongeMap
 from lightning_gap.monge.ot import optimal_transport, sinkhorn_divergence
 from lightning_gap.monge.ot.costs import CallableCost, SqEuclidean, resolve
 from lightning_gap.monge.ot.solvers import sinkhorn
-from lightning_gap.monge.ot.solvers.fused import small_problem
+from lightning_gap.monge.ot.solvers.fused import native_dense
 
 compiler = pytest.mark.compiler
 
@@ -20,14 +20,14 @@ compiler = pytest.mark.compiler
 @pytest.fixture
 def taken(monkeypatch):
     """Whether each problem was solved by the compiled calls."""
-    found, solve = [], small_problem.solve_small
+    found, solve = [], native_dense.solve_natively
 
     def told(*arguments):
         answer = solve(*arguments)
         found.append(answer is not None)
         return answer
 
-    monkeypatch.setattr(sinkhorn, "solve_small", told)
+    monkeypatch.setattr(sinkhorn, "solve_natively", told)
     return found
 
 
@@ -106,7 +106,7 @@ def test_larger_problems_start_and_end_as_the_other_solver_does(monkeypatch, tak
     options = {"relative_epsilon": share, "tolerance": 1e-4, "solver": "dense"}
     found = optimal_transport(x, y, **options)
     assert taken == [True]
-    monkeypatch.setattr(sinkhorn, "solve_small", lambda *_: None)
+    monkeypatch.setattr(sinkhorn, "solve_natively", lambda *_: None)
     expected = optimal_transport(x, y, **options)
     assert found.epsilon == pytest.approx(expected.epsilon, rel=1e-6)
     assert float(found.value) == pytest.approx(float(expected.value), rel=1e-5)

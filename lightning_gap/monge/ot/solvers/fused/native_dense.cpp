@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -27,15 +29,26 @@ constexpr double LEFT_OUT = 1e-5, PROMISED = 1e-4;
 
 template <class T> constexpr long WIDTH = VECTOR_BYTES / sizeof(T);
 
+// Calls work(k, first, last) for the k-th part of some rows, each by a thread; parts end where sums go on in double.
+template <class Work> void in_parts(long rows, long threads, const Work& work) {
+    const long part = ((rows + threads - 1) / threads + TERMS - 1) / TERMS * TERMS;
+    std::vector<std::thread> others;
+    for (long k = 1; k < threads && k * part < rows; ++k)
+        others.emplace_back([&work, k, part, rows] { work(k, k * part, std::min(rows, (k + 1) * part)); });
+    work(0, 0, std::min(rows, part));
+    for (std::thread& other : others) other.join();
+}
+
 // What costs and gradients are made of.
 template <class S> struct Samples {
     const S* x;            // (n, d)
     long n, d, m, padded;  // rows, coordinates, columns, columns filled up
     S scale, q;
+    long threads;
     std::vector<S> y;  // (d, padded)
 
-    Samples(const S* x, long n, long d, const S* columns, long m, long padded, double scale, double q)
-        : x(x), n(n), d(d), m(m), padded(padded), scale(S(scale)), q(S(q)), y(d * padded) {
+    Samples(const S* x, long n, long d, const S* columns, long m, long padded, double scale, double q, long threads)
+        : x(x), n(n), d(d), m(m), padded(padded), scale(S(scale)), q(S(q)), threads(threads), y(d * padded) {
         for (long j = 0; j < m; ++j)
             for (long k = 0; k < d; ++k) y[k * padded + j] = columns[j * d + k];
     }
@@ -62,34 +75,40 @@ void costs(const Samples<S>& of, const double* a, const double* weights, M* C, d
     std::vector<double> b(of.padded);
     std::copy(weights, weights + of.m, b.begin());
     constexpr long W = WIDTH<M>;
-    double mean = 0;
-    Vec<M, W> low = all<M, W>(M(INF)), high = all<M, W>(M(-INF));
-    const S* rows[ROWS];
-    for (long i = 0; i < of.n; i += ROWS) {
-        const long height = std::min(ROWS, of.n - i);
-        of.rows_from(i, rows);
-        for (long j = 0; j < of.padded; j += L) {
-            Vec<S, L> s[ROWS];
-            of.sums(rows, j, s);
-            for (long r = 0; r < height; ++r)
-                store<M, L>(C + (i + r) * of.padded + j,
-                            __builtin_convertvector(of.scale * outer(s[r], of.q), Vec<M, L>));
-        }
-        for (long r = 0; r < height; ++r) {
-            M* row = C + (i + r) * of.padded;
-            std::fill(row + of.m, row + of.padded, row[0]);
-            Vec<double, W> sum = {};
-            for (long j = 0; j < of.padded; j += W) {
-                const Vec<M, W> c = load<M, W>(row + j);
-                low = c < low ? c : low;
-                high = c > high ? c : high;
-                sum += load<double, W>(&b[j]) * __builtin_convertvector(c, Vec<double, W>);
+    std::vector<double> least(of.threads, INF), largest(of.threads, -INF), means(of.threads);
+    in_parts(of.n, of.threads, [&](long part, long first, long last) {
+        double mean = 0;
+        Vec<M, W> low = all<M, W>(M(INF)), high = all<M, W>(M(-INF));
+        const S* rows[ROWS];
+        for (long i = first; i < last; i += ROWS) {
+            const long height = std::min(ROWS, last - i);
+            of.rows_from(i, rows);
+            for (long j = 0; j < of.padded; j += L) {
+                Vec<S, L> s[ROWS];
+                of.sums(rows, j, s);
+                for (long r = 0; r < height; ++r)
+                    store<M, L>(C + (i + r) * of.padded + j,
+                                __builtin_convertvector(of.scale * outer(s[r], of.q), Vec<M, L>));
             }
-            std::fill(row + of.m, row + of.padded, M(INF));
-            mean += a[i + r] * sum_of<double, W>(sum);
+            for (long r = 0; r < height; ++r) {
+                M* row = C + (i + r) * of.padded;
+                std::fill(row + of.m, row + of.padded, row[0]);
+                Vec<double, W> sum = {};
+                for (long j = 0; j < of.padded; j += W) {
+                    const Vec<M, W> c = load<M, W>(row + j);
+                    low = c < low ? c : low;
+                    high = c > high ? c : high;
+                    sum += load<double, W>(&b[j]) * __builtin_convertvector(c, Vec<double, W>);
+                }
+                std::fill(row + of.m, row + of.padded, M(INF));
+                mean += a[i + r] * sum_of<double, W>(sum);
+            }
         }
-    }
-    told[0] = -largest_of<M, W>(-low), told[1] = largest_of<M, W>(high), told[2] = mean;
+        least[part] = -largest_of<M, W>(-low), largest[part] = largest_of<M, W>(high), means[part] = mean;
+    });
+    told[0] = *std::min_element(least.begin(), least.end());
+    told[1] = *std::max_element(largest.begin(), largest.end());
+    told[2] = std::accumulate(means.begin(), means.end(), 0.0);
 }
 
 // The last steps and residuals, and what they extrapolate to; on every other call, as good.
@@ -205,18 +224,18 @@ template <class M> class Kernel {
     const double *a, *b;
     double epsilon;
     bool symmetric, steep;
-    std::vector<double> F0, G0, sums, scales;
-    std::vector<M> part;
+    std::vector<double> F0, G0, sums, scales, some;  // the last by threads, as the next
+    std::vector<M> partial;
 
   public:
-    const long n, m, padded;
+    const long n, m, padded, threads;
     std::vector<M> v, w, s;
     std::vector<double> F, residual;  // of the last sweep
 
     Kernel(const M* C, M* K, long n, long m, long padded, const double* a, const double* b, double epsilon, bool symmetric,
-           bool steep)
+           bool steep, long threads)
         : C(C), K(K), a(a), b(b), epsilon(epsilon), symmetric(symmetric), steep(steep), F0(n), G0(padded), sums(padded), scales(padded),
-          part(padded), n(n), m(m), padded(padded), v(padded), w(n), s(n), F(n), residual(padded) {}
+          some(threads * padded), partial(threads * padded), n(n), m(m), padded(padded), threads(threads), v(padded), w(n), s(n), F(n), residual(padded) {}
 
     void absorb(const double* rows, const double* columns) {
         std::copy(rows, rows + n, F0.begin());
@@ -232,39 +251,74 @@ template <class M> class Kernel {
         constexpr long W = WIDTH<E>;
         const std::vector<E> columns(G0.begin(), G0.end());
         const E inverse = E(1 / epsilon);
-        for (long i = 0; i < n; ++i) {
-            const E own = E(F0[i]);
-            for (long j = 0; j < padded; j += W) {
-                const Vec<E, W> cost = __builtin_convertvector((load<M, W>(C + i * padded + j)), Vec<E, W>);
-                const Vec<E, W> e = load<E, W>(&columns[j]) - cost * inverse + own;
-                store<M, W>(K + i * padded + j, exponential_of<M, W>(__builtin_convertvector(e, Vec<M, W>)));
+        in_parts(n, threads, [&](long, long first, long last) {
+            for (long i = first; i < last; ++i) {
+                const E own = E(F0[i]);
+                for (long j = 0; j < padded; j += W) {
+                    const Vec<E, W> cost = __builtin_convertvector((load<M, W>(C + i * padded + j)), Vec<E, W>);
+                    const Vec<E, W> e = load<E, W>(&columns[j]) - cost * inverse + own;
+                    store<M, W>(K + i * padded + j, exponential_of<M, W>(__builtin_convertvector(e, Vec<M, W>)));
+                }
             }
-        }
+        });
     }
 
     // Around hard c-transforms, so that no row is without a 1, nor a column where their potentials may change for it.
     void restart(double* G, bool columns = true) {
         const M inverse = M(1 / epsilon);
-        std::vector<M> narrow(padded), lowest(padded, M(INF));
+        std::vector<M> narrow(padded), lowest(threads * padded, M(INF));
         std::copy(G, G + m, narrow.begin());
         std::vector<double> rows(n);
-        for (long i = 0; i < n; ++i) {
-            const M* costs = C + i * padded;
-            Vec<M, L> low = all<M, L>(M(INF));
-            for (long j = 0; j < padded; j += L) {
-                const Vec<M, L> e = load<M, L>(costs + j) * inverse - load<M, L>(&narrow[j]);
-                low = e < low ? e : low;
+        in_parts(n, threads, [&](long part, long first, long last) {
+            M* low = &lowest[part * padded];
+            for (long i = first; i < last; ++i) {
+                const M* costs = C + i * padded;
+                Vec<M, L> top = all<M, L>(M(INF));
+                for (long j = 0; j < padded; j += L) {
+                    const Vec<M, L> e = load<M, L>(costs + j) * inverse - load<M, L>(&narrow[j]);
+                    top = e < top ? e : top;
+                }
+                const M least = -largest_of<M, L>(-top);
+                rows[i] = least;
+                for (long j = 0; columns && j < padded; j += L) {
+                    const Vec<M, L> e = load<M, L>(costs + j) * inverse - load<M, L>(&narrow[j]) - least;
+                    const Vec<M, L> known = load<M, L>(low + j);
+                    store<M, L>(low + j, e < known ? e : known);
+                }
             }
-            const M least = -largest_of<M, L>(-low);
-            rows[i] = least;
-            for (long j = 0; columns && j < padded; j += L) {
-                const Vec<M, L> e = load<M, L>(costs + j) * inverse - load<M, L>(&narrow[j]) - least;
-                const Vec<M, L> known = load<M, L>(&lowest[j]);
-                store<M, L>(&lowest[j], e < known ? e : known);
-            }
-        }
+        });
+        for (long k = 1; k < threads; ++k)
+            for (long j = 0; j < m; ++j) lowest[j] = std::min(lowest[j], lowest[k * padded + j]);
         for (long j = 0; columns && j < m; ++j) G[j] += lowest[j];
         absorb(rows.data(), G);
+    }
+
+    // Rows' sums and weights, and what they add up to in the columns.
+    void answer_rows(long part, long first, long last) {
+        M* narrow = &partial[part * padded];
+        double* wide = &some[part * padded];
+        const M* rows[ROWS];
+        for (long i = first; i < last; i += ROWS) {
+            Vec<M, L> found[ROWS] = {};
+            M weight[ROWS] = {};
+            for (long r = 0; r < ROWS; ++r) rows[r] = K + std::min(i + r, n - 1) * padded;
+            for (long j = 0; j < padded; j += L) {
+                const Vec<M, L> column = load<M, L>(&v[j]);
+                for (long r = 0; r < ROWS; ++r) found[r] += load<M, L>(rows[r] + j) * column;
+            }
+            for (long r = 0; r < std::min(ROWS, last - i); ++r) {
+                s[i + r] = sum_of<M, L>(found[r]);
+                w[i + r] = weight[r] = symmetric ? v[i + r] : M(a[i + r] / s[i + r]);
+            }
+            if (symmetric) continue;
+            for (long j = 0; j < padded; j += L) {
+                Vec<M, L> column = load<M, L>(narrow + j);
+                for (long r = 0; r < ROWS; ++r) column += weight[r] * load<M, L>(rows[r] + j);
+                store<M, L>(narrow + j, column);
+            }
+            if ((i / ROWS + 1) % (TERMS / ROWS) == 0 || i + ROWS >= last)
+                for (long j = 0; j < padded; ++j) wide[j] += narrow[j], narrow[j] = 0;
+        }
     }
 
     // Answers the columns' potentials; returns the marginal error, infinite where the format does not bear them.
@@ -275,30 +329,12 @@ template <class M> class Kernel {
             store<double, DOUBLES>(&scales[j], scale);
             store<M, DOUBLES>(&v[j], __builtin_convertvector(scale * load<double, DOUBLES>(b + j), Vec<M, DOUBLES>));
         }
+        std::fill(some.begin(), some.end(), 0.0);
+        std::fill(partial.begin(), partial.end(), M(0));
+        in_parts(n, threads, [&](long part, long first, long last) { answer_rows(part, first, last); });
         std::fill(sums.begin(), sums.end(), 0.0);
-        std::fill(part.begin(), part.end(), M(0));
-        const M* rows[ROWS];
-        for (long i = 0; i < n; i += ROWS) {
-            Vec<M, L> found[ROWS] = {};
-            M weight[ROWS] = {};
-            for (long r = 0; r < ROWS; ++r) rows[r] = K + std::min(i + r, n - 1) * padded;
-            for (long j = 0; j < padded; j += L) {
-                const Vec<M, L> column = load<M, L>(&v[j]);
-                for (long r = 0; r < ROWS; ++r) found[r] += load<M, L>(rows[r] + j) * column;
-            }
-            for (long r = 0; r < std::min(ROWS, n - i); ++r) {
-                s[i + r] = sum_of<M, L>(found[r]);
-                w[i + r] = weight[r] = symmetric ? v[i + r] : M(a[i + r] / s[i + r]);
-            }
-            if (symmetric) continue;
-            for (long j = 0; j < padded; j += L) {
-                Vec<M, L> column = load<M, L>(&part[j]);
-                for (long r = 0; r < ROWS; ++r) column += weight[r] * load<M, L>(rows[r] + j);
-                store<M, L>(&part[j], column);
-            }
-            if ((i / ROWS + 1) % (TERMS / ROWS) == 0 || i + ROWS >= n)
-                for (long j = 0; j < padded; ++j) sums[j] += part[j], part[j] = 0;
-        }
+        for (long k = 0; !symmetric && k < threads; ++k)
+            for (long j = 0; j < m; ++j) sums[j] += some[k * padded + j];
         if (symmetric) std::copy(s.begin(), s.end(), sums.begin());
         double error = 0;
         bool normal = true;
@@ -546,13 +582,14 @@ template <class M> class Kernel {
 template <class M> struct Matrices {
     const M* C;
     M* K;
-    long n, m, padded;
+    long n, m, padded, threads;
     std::vector<double> a, b;  // normalized, b filled up
     double epsilon, largest;
 
     Kernel<M> kernel(double warmer = 1, bool symmetric = false) const {
         const bool steep = largest > STEEP * epsilon * warmer;
-        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric, steep);
+        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric, steep,
+                         threads);
     }
 
     // First potentials of rows and columns.
@@ -586,7 +623,7 @@ template <class M> struct Matrices {
         std::vector<M> fewer(rows * wide, M(INF)), of_fewer(rows * wide);
         for (long i = 0; i < rows; ++i)
             for (long j = 0; j < columns; ++j) fewer[i * wide + j] = C[i * STRIDE * padded + j * STRIDE];
-        Matrices few{fewer.data(), of_fewer.data(), rows, columns, wide, std::vector<double>(rows),
+        Matrices few{fewer.data(), of_fewer.data(), rows, columns, wide, threads, std::vector<double>(rows),
                      std::vector<double>(wide), epsilon, largest};
         double sums[2] = {0, 0};
         for (long i = 0; i < rows; ++i) sums[0] += few.a[i] = a[i * STRIDE];
@@ -601,22 +638,25 @@ template <class M> struct Matrices {
         kernel.iterate(g.data(), 0.02, 60, -1);
         // Each answers the fewer of the other side.
         const M inverse = M(1 / epsilon);
-        std::vector<M> exponents(wide, M(INF)), narrow(wide), top(padded, M(-INF)), own(rows);
+        std::vector<M> narrow(wide), top(padded, M(-INF)), own(rows);
         for (long j = 0; j < columns; ++j) g[j] += std::log(few.b[j]);
         std::copy(g.begin(), g.begin() + columns, narrow.begin());
-        for (long i = 0; i < n; ++i) {
-            for (long j = 0; j < columns; ++j) exponents[j] = C[i * padded + j * STRIDE];
-            Vec<M, L> top = all<M, L>(M(-INF)), sum = {};
-            for (long j = 0; j < wide; j += L) {
-                const Vec<M, L> e = load<M, L>(&narrow[j]) - load<M, L>(&exponents[j]) * inverse;
-                store<M, L>(&exponents[j], e);
-                top = e > top ? e : top;
+        in_parts(n, threads, [&](long, long first, long last) {
+            std::vector<M> exponents(wide, M(INF));
+            for (long i = first; i < last; ++i) {
+                for (long j = 0; j < columns; ++j) exponents[j] = C[i * padded + j * STRIDE];
+                Vec<M, L> top = all<M, L>(M(-INF)), sum = {};
+                for (long j = 0; j < wide; j += L) {
+                    const Vec<M, L> e = load<M, L>(&narrow[j]) - load<M, L>(&exponents[j]) * inverse;
+                    store<M, L>(&exponents[j], e);
+                    top = e > top ? e : top;
+                }
+                const M most = largest_of<M, L>(top);
+                for (long j = 0; j < wide; j += L) sum += exponential_of<M, L>(load<M, L>(&exponents[j]) - most);
+                std::fill(exponents.begin() + columns, exponents.end(), M(INF));
+                F[i] = -double(most) - std::log(double(sum_of<M, L>(sum)));
             }
-            const M most = largest_of<M, L>(top);
-            for (long j = 0; j < wide; j += L) sum += exponential_of<M, L>(load<M, L>(&exponents[j]) - most);
-            std::fill(exponents.begin() + columns, exponents.end(), M(INF));
-            F[i] = -double(most) - std::log(double(sum_of<M, L>(sum)));
-        }
+        });
         for (long i = 0; i < rows; ++i) own[i] = M(kernel.F[i] + std::log(few.a[i]));
         for (long i = 0; i < rows; ++i)
             for (long j = 0; j < padded; j += L) {
@@ -634,16 +674,14 @@ template <class M> struct Matrices {
     }
 };
 
-// The gradients of what the last sweep's plan w K v pays, in the points where needed. The rows' gradient is that of a
-// plan whose rows are exact, the columns' of one whose columns are.
+// The pulls of some rows on their points, and on the columns' where asked for.
 template <class S, class M>
-void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool symmetric, double* gx, double* gy) {
+void pull(const Samples<S>& of, const Kernel<M>& kernel, const M* K, long first, long last, double* gx, double* columns) {
     constexpr long L = WIDTH<S>;
     const S* rows[ROWS];
     std::vector<S> shares(ROWS * of.padded);
-    std::vector<double> columns(gy && !symmetric ? of.d * of.padded : 0);
-    for (long i = 0; i < of.n; i += ROWS) {
-        const long height = std::min(ROWS, of.n - i);
+    for (long i = first; i < last; i += ROWS) {
+        const long height = std::min(ROWS, last - i);
         of.rows_from(i, rows);
         S weights[ROWS] = {};
         const M* plan[ROWS];
@@ -669,7 +707,7 @@ void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool s
                     found[r] += pull;
                     together += pull;
                 }
-                if (!columns.empty()) {
+                if (columns) {
                     double* column = &columns[k * of.padded + j];
                     store<double, L>(column, load<double, L>(column) - __builtin_convertvector(together, Vec<double, L>));
                 }
@@ -677,6 +715,19 @@ void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool s
             for (long r = 0; gx && r < height; ++r) gx[(i + r) * of.d + k] = sum_of<S, L>(found[r]);
         }
     }
+}
+
+// The gradients of what the last sweep's plan w K v pays, in the points where needed. The rows' gradient is that of a
+// plan whose rows are exact, the columns' of one whose columns are.
+template <class S, class M>
+void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool symmetric, double* gx, double* gy) {
+    const long height = of.d * of.padded;
+    std::vector<double> columns(gy && !symmetric ? of.threads * height : 0);
+    in_parts(of.n, of.threads, [&](long part, long first, long last) {
+        pull<S, M>(of, kernel, K, first, last, gx, columns.empty() ? nullptr : &columns[part * height]);
+    });
+    for (long k = 1; k < of.threads && !columns.empty(); ++k)
+        for (long j = 0; j < height; ++j) columns[j] += columns[k * height + j];
     if (symmetric)
         for (long i = 0; gx && i < of.n; ++i)
             for (long k = 0; k < of.d; ++k) gx[i * of.d + k] *= std::exp(kernel.residual[i]);
@@ -696,7 +747,7 @@ struct Options {
 template <class S, class M>
 long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M* K, double epsilon, double largest,
            bool symmetric, Options options, double* f, double* g, double* gx, double* gy, double* told) {
-    Matrices<M> all{C, K, of.n, of.m, of.padded, std::vector<double>(a, a + of.n), std::vector<double>(of.padded),
+    Matrices<M> all{C, K, of.n, of.m, of.padded, of.threads, std::vector<double>(a, a + of.n), std::vector<double>(of.padded),
                     epsilon, largest};
     std::copy(b, b + of.m, all.b.begin());
     std::vector<double> F(of.n), G(of.padded);
@@ -719,17 +770,18 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
 
 }  // namespace
 
+#define SAMPLES(S)                                                                                                      \
+    const S *x, long n, long d, const S *y, long m, long padded, double scale, double q, long threads, const double *a, \
+        const double *b
 #define EXPORT(name, S, M)                                                                                              \
-    extern "C" void costs_##name(const S* x, long n, long d, const S* y, long m, long padded, double scale, double q,   \
-                                 const double* a, const double* b, M* C, double* told) {                                \
-        costs<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q), a, b, C, told);                                        \
+    extern "C" void costs_##name(SAMPLES(S), M* C, double* told) {                                                      \
+        costs<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, told);                               \
     }                                                                                                                   \
-    extern "C" long solve_##name(const S* x, long n, long d, const S* y, long m, long padded, double scale, double q,   \
-                                 const double* a, const double* b, const M* C, M* K, double epsilon, double largest,    \
-                                 long symmetric, double tolerance, long most, double* f, double* g, double* gx,         \
-                                 double* gy, double* told) {                                                            \
-        return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q), a, b, C, K, epsilon, largest, symmetric != 0,   \
-                           {tolerance, most}, f, g, gx, gy, told);                                                      \
+    extern "C" long solve_##name(SAMPLES(S), const M* C, M* K, double epsilon, double largest, long symmetric,          \
+                                 double tolerance, long most, double* f, double* g, double* gx, double* gy,             \
+                                 double* told) {                                                                        \
+        return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,          \
+                           symmetric != 0, {tolerance, most}, f, g, gx, gy, told);                                      \
     }
 EXPORT(float_float, float, float)
 EXPORT(double_float, double, float)
