@@ -61,8 +61,13 @@ def check(x, y, a, b, cost, share, close, **options):
     return result
 
 
+# A compilation each.
+SOME = {"sqeuclidean", "euclidean", "cosine", "geodesic", "pnorm(p=1.5)"}
+EACH = [pytest.param(cost, marks=() if cost in SOME else pytest.mark.slow) for cost in COSTS]
+
+
 @compiler
-@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("cost", EACH)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 3e-5), (torch.float64, 1e-9)], ids=str)
 @pytest.mark.parametrize("share", [0.3, 0.02])
 def test_value_and_gradients_are_those_of_plain_iterations(taken, cost, dtype, close, share):
@@ -204,6 +209,33 @@ def test_samples_of_a_lost_network_are_told_as_before(bad):
     mapped[3, 1] = bad
     with pytest.raises(FloatingPointError, match="lower its learning rate"):
         model.objective.terms(source, mapped, target, fitting_epsilon=0.1, gap_epsilon=None, with_gap=False)
+
+
+@compiler
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "pnorm(p=1.5)"])
+def test_threads_change_nothing_but_the_last_bits(taken, cost, threads):
+    x, y, *_ = samples(1100, 1000, 3, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+            result = optimal_transport(*leaves, cost=cost, relative_epsilon=0.02)
+            found.append((result.iterations, result.value.detach(), *torch.autograd.grad(result.value, leaves)))
+    finally:
+        torch.set_num_threads(before)
+    assert taken == [True, True]
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@compiler
+def test_many_coordinates_go_by_products(taken):
+    x, y, *_ = samples(70, 70, 400, torch.float32)
+    assert optimal_transport(x, y, relative_epsilon=0.1).converged
+    assert taken == [False]
 
 
 @compiler

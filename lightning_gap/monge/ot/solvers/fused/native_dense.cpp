@@ -13,6 +13,9 @@
 
 namespace {
 
+// Numbers of gradients that all threads together have.
+constexpr long MOST_NUMBERS = 1 << 24;
+
 // What costs and gradients are made of.
 template <class S> struct Samples {
     const S* x;            // (n, d)
@@ -227,12 +230,13 @@ void pull(const Samples<S>& of, const Kernel<M>& kernel, const M* K, long first,
 // plan whose rows are exact, the columns' of one whose columns are.
 template <class S, class M>
 void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool symmetric, double* gx, double* gy) {
-    const long height = of.d * of.padded;
-    std::vector<double> columns(gy && !symmetric ? of.threads * height : 0);
-    in_parts(of.n, of.threads, [&](long part, long first, long last) {
+    // Each thread has columns of its own.
+    const long height = of.d * of.padded, threads = std::max(1L, std::min(of.threads, MOST_NUMBERS / height));
+    std::vector<double> columns(gy && !symmetric ? threads * height : 0);
+    in_parts(of.n, threads, [&](long part, long first, long last) {
         pull<S, M>(of, kernel, K, first, last, gx, columns.empty() ? nullptr : &columns[part * height]);
     });
-    for (long k = 1; k < of.threads && !columns.empty(); ++k)
+    for (long k = 1; k < threads && !columns.empty(); ++k)
         for (long j = 0; j < height; ++j) columns[j] += columns[k * height + j];
     if (symmetric)
         for (long i = 0; gx && i < of.n; ++i)
@@ -289,6 +293,10 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
         return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,          \
                            symmetric != 0, {tolerance, most}, f, g, gx, gy, told);                                      \
     }
-EXPORT(float_float, float, float)
-EXPORT(double_float, double, float)
-EXPORT(double_double, double, double)
+// What is plain is compared in the samples' own format, what is not in double.
+#if PLAIN
+EXPORT(float, float, float)
+#else
+EXPORT(float, double, float)
+#endif
+EXPORT(double, double, double)

@@ -42,6 +42,8 @@ _VECTOR = 16
 _FEWEST, _ONE_THREAD = 1 << 12, 1 << 20
 # Rows that a thread takes at least.
 _ROWS = 64
+# Coordinates from which on products of matrices, of squares and of others, take less time than differences.
+_SQUARES, _OTHERS = 128, 1024
 # Sizes of sums of squares that are far from float32's limits.
 _FLOAT_RANGE = 1e-25, 1e25
 # What float32 knows of a sum of squares is enough.
@@ -55,7 +57,13 @@ _SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, 
 def native_dense_library(formula: CostFormula) -> ctypes.CDLL | None:
     """Return the two calls for a cost; ``None`` where nothing compiles them."""
     # Looking for a compiler takes as long as a small solve.
-    return _library(tuple(formula.expressions().items()), os.environ.get("PATH"), os.environ.get("CXX"))
+    expressions = formula.expressions() | {"PLAIN": str(int(_is_plain(formula)))}
+    return _library(tuple(expressions.items()), os.environ.get("PATH"), os.environ.get("CXX"))
+
+
+def _is_plain(formula: CostFormula) -> bool:
+    """Return whether float32 is enough for float32 samples, as the differences of close ones are exact."""
+    return formula.term == "z * z" and formula.outer in _PLAIN and formula.image is None and not formula.double
 
 
 @cache
@@ -63,13 +71,11 @@ def _library(expressions: tuple[tuple[str, str], ...], *compilers: str | None) -
     library = native_library(_SOURCE, {name: str(number) for name, number in _CONSTANTS.items()} | dict(expressions))
     if library is None:
         return None
-    for points, matrix in (("float", "float"), ("double", "float"), ("double", "double")):
-        costs, solve = library[f"costs_{points}_{matrix}"], library[f"solve_{points}_{matrix}"]
+    for matrix in _NAMES.values():
+        # What is found by its name is kept with its types.
+        costs, solve = getattr(library, f"costs_{matrix}"), getattr(library, f"solve_{matrix}")
         costs.argtypes, costs.restype = [*_SAMPLES, _POINTER, _POINTER], None
-        solve.argtypes = [*_SAMPLES, *_TO_SOLVE]
-        solve.restype = _LONG
-        setattr(library, f"costs_{points}_{matrix}", costs)
-        setattr(library, f"solve_{points}_{matrix}", solve)
+        solve.argtypes, solve.restype = [*_SAMPLES, *_TO_SOLVE], _LONG
     return library
 
 
@@ -78,7 +84,10 @@ def _takes(p: Problem) -> CostFormula | None:
     pairs = len(p.x) * len(p.y)
     if p.rho is not None or p.x.device.type != "cpu" or pairs < _FEWEST:
         return None
-    return formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
+    formula = formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
+    if formula is None:
+        return None
+    return formula if p.x.shape[1] <= (_SQUARES if formula.is_square and formula.image is None else _OTHERS) else None
 
 
 def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
@@ -93,10 +102,8 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
     library = None if formula is None else native_dense_library(formula)
     if formula is None or library is None:
         return None
-    # Differences of close points are exact in the samples' own format; what is bent needs double.
-    plain = formula.term == "z * z" and formula.outer in _PLAIN and formula.image is None and not formula.double
     dtype = p.x.dtype
-    coordinates = dtype if plain else torch.float64
+    coordinates = dtype if _is_plain(formula) else torch.float64
     x = _points(formula, p.x, coordinates)
     y = x if p.to_itself else _points(formula, p.y, coordinates)
     a, b = (_normalized(w) for w in (p.a, p.b))
@@ -106,8 +113,7 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
         x.data_ptr(), n, x.shape[1], y.data_ptr(), m, padded, formula.scale, formula.number, _threads(n, m),
         a.data_ptr(), b.data_ptr(),
     )  # fmt: skip
-    name = f"{_NAMES[coordinates]}_{_NAMES[dtype]}"
-    form, solve = getattr(library, f"costs_{name}"), getattr(library, f"solve_{name}")
+    form, solve = getattr(library, f"costs_{_NAMES[dtype]}"), getattr(library, f"solve_{_NAMES[dtype]}")
     with buffers(2, n, padded, p.x) as (C, K):
         told = torch.empty(3, dtype=torch.float64, device="cpu")
         form(*samples, C.data_ptr(), told.data_ptr())
