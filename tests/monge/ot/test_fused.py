@@ -211,6 +211,7 @@ def test_powers_beyond_the_format_are_left_to_blocks(cost, scale, dtype):
     with pytest.warns(RuntimeWarning, match="solver='blocked' is run instead"):
         found = optimal_transport(points, y, cost=cost, solver="fused")
     expected = optimal_transport(points, y, cost=cost, solver="blocked")
+    assert found.solver == expected.solver == "blocked"
     assert torch.equal(found.value, expected.value)
     assert torch.equal(*(torch.autograd.grad(each.value, points)[0] for each in (found, expected)))
 

@@ -212,6 +212,30 @@ def test_samples_of_a_lost_network_are_told_as_before(bad):
 
 
 @compiler
+@pytest.mark.parametrize(
+    ("cost", "unit", "native"),
+    [
+        ("pnorm(p=1.5)", 1.0, True),
+        ("pnorm(p=1.5)", 1e-40, True),
+        ("sqpnorm(p=12)", 1.0, True),
+        ("sqpnorm(p=12)", 1e-20, False),
+        ("sqpnorm(p=400)", 1.0, False),
+        ("euclidean", 1e-120, False),
+        ("euclidean", 1e-60, True),
+    ],
+)
+def test_powers_beyond_the_format_go_the_long_way(taken, cost, unit, native):
+    x, y, *_ = samples(80, 70, 3, torch.float64)
+    found = optimal_transport(x * unit, y * unit, cost=cost, relative_epsilon=0.1)
+    assert taken == [native]
+    # In double and in units of its own a cost is no smaller than it should be.
+    cost = resolve(cost)
+    one = optimal_transport(x, y, cost=CallableCost(cost.paired), relative_epsilon=0.1)
+    scale = float(cost.mean(x * unit, y * unit)) / float(cost.mean(x, y))
+    assert float(found.value) == pytest.approx(scale * float(one.value), rel=1e-6)
+
+
+@compiler
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "pnorm(p=1.5)"])
 def test_threads_change_nothing_but_the_last_bits(taken, cost, threads):

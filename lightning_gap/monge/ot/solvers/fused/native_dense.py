@@ -44,8 +44,9 @@ _FEWEST, _ONE_THREAD = 1 << 12, 1 << 20
 _ROWS = 64
 # Coordinates from which on products of matrices, of squares and of others, take less time than differences.
 _SQUARES, _OTHERS = 128, 1024
-# Sizes of sums of squares that are far from float32's limits.
-_FLOAT_RANGE = 1e-25, 1e25
+# Sizes of sums of squares that are far from a format's limits; and for other powers the largest, and most digits.
+_RANGES = {torch.float32: (1e-25, 1e25), torch.float64: (1e-200, 1e200)}
+_POWER, _DIGITS = 24.0, 150.0
 # What float32 knows of a sum of squares is enough.
 _PLAIN = ("s", "root(s)")
 _NAMES = {torch.float32: "float", torch.float64: "double"}
@@ -119,10 +120,7 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
         form(*samples, C.data_ptr(), told.data_ptr())
         least, most, mean = told.tolist()
         size = max(abs(least), abs(most))
-        squares = size / formula.scale if formula.outer == "s" else (size / formula.scale) ** 2
-        if not math.isfinite(mean) or size == 0:
-            return None
-        if coordinates == torch.float32 and not _FLOAT_RANGE[0] < squares < _FLOAT_RANGE[1]:
+        if not math.isfinite(mean) or not _in_range(formula, x, y, size):
             return None
         size, epsilon = size_and_epsilon(p, least, most, mean)
         if dtype == torch.float32 and not FLOAT_RATIOS[0] * epsilon <= size <= FLOAT_RATIOS[1] * epsilon:
@@ -144,6 +142,17 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
     gx = None if gx is None else _of_points(formula, p.x, gx)
     gy = gx if p.to_itself else None if gy is None else _of_points(formula, p.y, gy)
     return Answer(torch.tensor(value, dtype=torch.float64), f, g, gx, gy, epsilon, iterations, error, bool(converged))
+
+
+def _in_range(formula: CostFormula, x: Tensor, y: Tensor, size: float) -> bool:
+    """Return whether no term leaves its format on the way, which would be a cost of nothing, or infinite."""
+    if size == 0:
+        return False
+    low, high = _RANGES[x.dtype]
+    if formula.term == "z * z":
+        return low < (size / formula.scale if formula.outer == "s" else (size / formula.scale) ** 2) < high
+    farthest = max(float((x.amax(0) - y.amin(0)).amax()), float((y.amax(0) - x.amin(0)).amax()))
+    return formula.number <= _POWER and max(1.0, formula.number) * abs(math.log10(farthest)) <= _DIGITS
 
 
 def _threads(n: int, m: int) -> int:
