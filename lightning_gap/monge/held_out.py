@@ -28,6 +28,7 @@ class HeldOut:
     def __init__(self, model: "MongeMap") -> None:
         self._model = model
         self._losses: list[Tensor] = []  # of a fitting loss of the user's own, a batch each
+        self._said: set[str] = set()  # by the scores of earlier epochs
 
     def forget(self, stage: str) -> None:
         """Forget what a stage that was interrupted has left."""
@@ -52,6 +53,7 @@ class HeldOut:
                 conditions=model.condition_names if named else None,
                 certificates=stage == "test",
             ).to(model.device)
+            cast(MapScores, model.scores[stage]).said = self._said
         if model.objective.fitting_loss == "semidual":
             self._losses.append(semidual_loss(model, b, data_parallel_group(model.trainer)))
         elif callable(model.objective.fitting_loss):

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gap.checks import check_integer
@@ -223,7 +225,7 @@ def _conditions(model: MongeMap, table: Table, given: str | None) -> Conditions:
     if place is None and all(word in table.label_names for word in words):
         if dim is not None:
             return lambda block: _vectors(block, words, given)
-        return lambda block: label_indices("--condition", block.label(given), known)
+        return lambda block: label_indices("--condition", _labels(block, given), known)
     if dim is None and place is None:
         columns = f", nor has {table.title} such a column" if table.label_names else ""
         raise ValueError(
@@ -231,6 +233,17 @@ def _conditions(model: MongeMap, table: Table, given: str | None) -> Conditions:
         )
     one = torch.tensor([place], device="cpu") if dim is None else _vector(table, words, given)
     return lambda block: one
+
+
+def _labels(block: Table, column: str) -> NDArray[Any]:
+    labels = as_texts(block.label(column))
+    missing = np.flatnonzero(labels == "")
+    if missing.size:
+        row = (block.start or 0) + int(missing[0])
+        raise ValueError(
+            f"--condition {column}: {block.title} has nothing there in row {row}: fill it in, or leave such rows out"
+        )
+    return labels
 
 
 def _vector(table: Table, words: Sequence[str], given: str) -> Tensor:

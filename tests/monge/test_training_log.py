@@ -1,6 +1,7 @@
 """MongeMap hands its values on to loggers and callbacks, step by step."""
 
 import csv
+import logging
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_gap import MongeMap
+from lightning_gap import MongeMap, SamplesDataModule
 from lightning_gap.monge import Anneal, UnpairedBatch
 
 
@@ -111,3 +112,12 @@ def test_a_hook_that_hides_the_log_is_told_of_once(tmp_path):
         run.fit(Deaf(**given), samples())
     assert len([w for w in told if "loggers get no values" in str(w.message)]) == 1
     trainer(max_epochs=2).fit(Deaf(**given), samples())  # nothing to tell without a logger
+
+
+def test_what_scores_leave_out_is_said_once_and_not_each_epoch(caplog):
+    (source, target), run = gaussians(200), trainer(max_epochs=3)
+    data = SamplesDataModule(source, target[:100], batch_size=32, val_fraction=0.2)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        run.fit(small(), data)
+    said = [record.message for record in caplog.records if "target_again has fewer samples" in record.message]
+    assert len(said) == 1

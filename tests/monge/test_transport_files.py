@@ -220,6 +220,14 @@ def test_each_row_s_condition_by_a_column(conditional, x, kind):
     assert np.allclose(np.load("out.npy"), images(conditional, x, frame["drug"].tolist()), atol=1e-6)
 
 
+def test_a_row_without_a_condition_is_refused_with_its_place(conditional, x):
+    pd = pytest.importorskip("pandas")
+    drug = ["a"] * 10 + [None] + ["b"] * (N - 11)
+    pd.DataFrame({"x0": x[:, 0], "x1": x[:, 1], "drug": drug}).to_csv("in.csv", index=False)
+    with pytest.raises(ValueError, match=r"--condition drug: .*in.csv.* has nothing there in row 10: fill it in, or"):
+        run(conditional, "in.csv", "out.npy", condition="drug", columns=["x0", "x1"])
+
+
 def test_vectors_as_conditions(x):
     model = moved(MongeMap(map=ConditionalMap(2, [8], condition_dim=2)))
     np.savez("in.npz", x=x, dose=x[:, 0], time=x[:, 1])

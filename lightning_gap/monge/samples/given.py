@@ -191,8 +191,8 @@ def _read_side(
         samples,
         table.features,
         None if found["weights"] is None else _as_weights(f"{prefix}weights of the {side}", found["weights"], samples),
-        _as_names(f"{prefix}conditions of the {side}", found["conditions"], chosen),
-        _as_names(f"{prefix}groups of the {side}", found["groups"], chosen),
+        _as_names(_titled(prefix, "conditions", labels, side), found["conditions"], chosen),
+        _as_names(_titled(prefix, "groups", labels, side), found["groups"], chosen),
         _images(prefix, side, table, chosen, samples, true_images),
     )
     if not columns:
@@ -249,6 +249,11 @@ def _of_rows(argument: str, side: str, table: Table, given: Any, rows: Array | N
     return values if rows is None else values[rows]
 
 
+def _titled(prefix: str, argument: str, labels: Mapping[str, Any], side: str) -> str:
+    column = f" ({labels[argument]!r})" if isinstance(labels[argument], str) else ""
+    return f"{prefix}{argument} of the {side}{column}"
+
+
 def _as_names(argument: str, values: Array | None, rows: Array | None) -> Array | None:
     if values is None:
         return None
@@ -262,7 +267,8 @@ def _refuse_missing(argument: str, names: Array, rows: Array | None) -> None:
     if len(missing):
         row = int(missing[0]) if rows is None else int(rows[missing[0]])
         raise ValueError(
-            f"{argument} is missing in {len(missing)} of {len(names)} rows, first in row {row}: fill it in"
+            f"{argument} is missing in {len(missing)} of {len(names)} rows, first in row {row}: fill it in, "
+            "or leave these rows out"
         )
 
 

@@ -144,7 +144,7 @@ class MapScores(DrawnMetric):
             raise ValueError(f"conditions must be a sequence of names that differ, got {conditions!r}")
         self.conditions = None if conditions is None else tuple(str(name) for name in conditions)
         self.certificates = bool(certificates)
-        self._said: set[str] = set()
+        self.said: set[str] = set()  # what is not said again; metrics after one another may share it
         for name in (*_ALWAYS, *_WITH_TRUTH, *_WITH_FLOOR):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -267,8 +267,8 @@ class MapScores(DrawnMetric):
             )
 
     def _say_once(self, what: str, say: Callable[[str], Any], message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+        if what not in self.said:
+            self.said.add(what)
             say(message)
 
     def _epsilons(self, pools: Sequence[Pool]) -> tuple[float | None, float | None]:

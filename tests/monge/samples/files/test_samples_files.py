@@ -159,7 +159,7 @@ def test_features_of_both_sides_are_matched_by_name():
 @pytest.mark.parametrize("dtype", ["Int64", "category", "object", "float64"])
 def test_missing_labels_of_a_frame_are_refused(dtype):
     given = frame()[GENES].assign(donor=pd.array([1, None] * (N // 2), dtype="Int64").astype(dtype))
-    with pytest.raises(ValueError, match=r"groups of the source is missing in 20 of 40 rows, first in row 1"):
+    with pytest.raises(ValueError, match=r"groups of the source \('donor'\) is missing in 20 of 40 rows, .*row 1: "):
         SamplesDataModule(given, given, batch_size=4, groups="donor", val_groups=[1])
 
 
