@@ -1,4 +1,4 @@
-"""What each process of a gloo test does first."""
+"""Processes of a gloo test: how they are started, and what each does first."""
 
 import atexit
 import os
@@ -7,6 +7,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 
 def free_port():
@@ -36,3 +37,13 @@ def enter_world(rank, ranks, port):
         GROUP_RANK="0",
         TORCHELASTIC_RUN_ID="test",
     )
+
+
+def start_processes(worker, arguments, ranks):
+    """Run ``worker(rank, *arguments)`` in so many processes, and raise what one of them raises.
+
+    They are forks, which have imported everything already. The fork of a process that has computed on several threads
+    may hang, so there they begin anew.
+    """
+    method = "fork" if torch.get_num_threads() == 1 else "spawn"
+    mp.start_processes(worker, arguments, ranks, start_method=method)

@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -145,7 +144,7 @@ def worker(rank, world, port, folder):
 
 def start(world, folder):
     port = free_port()
-    mp.spawn(worker, args=(world, port, str(folder)), nprocs=world)
+    start_processes(worker, (world, port, str(folder)), world)
     return [torch.load(folder / f"world{world}rank{rank}.pt") for rank in range(world)]
 
 

@@ -7,8 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -79,4 +78,4 @@ def worker(rank, port):
 
 @pytest.mark.distributed
 def test_ranks_that_meet_other_layers_are_told():
-    mp.spawn(worker, args=(free_port(),), nprocs=RANKS)
+    start_processes(worker, (free_port(),), RANKS)

@@ -8,8 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -283,4 +282,4 @@ def worker(rank, port, folder):
 @pytest.mark.distributed
 def test_four_processes_equal_one(tmp_path):
     port = free_port()
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
+    start_processes(worker, (port, str(tmp_path)), RANKS)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -113,7 +113,7 @@ def sharded(rank, port, folder):
 
 @pytest.mark.distributed
 def test_shards_train_as_one_process(tmp_path):
-    torch.multiprocessing.spawn(sharded, (free_port(), str(tmp_path)), nprocs=2)
+    start_processes(sharded, (free_port(), str(tmp_path)), 2)
     trainer, alone = fit()
     for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):
         assert found["steps"] == trainer.global_step

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -313,7 +313,7 @@ def worker(rank, port, folder):
 
 def test_shards_train_as_one_process(tmp_path):
     port = free_port()
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    start_processes(worker, (port, str(tmp_path)), 2)
     trainer, alone = fit()
     assert trainer.global_step == 45
     for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, start_processes
 from scored_samples import AGAIN, TRUE, A, B, D, M, N, T, X, Y, normal
 
 from lightning_gap import monge_gap, sinkhorn_divergence
@@ -324,7 +324,7 @@ def _process(rank, port, results):
 def test_two_processes_are_as_one():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_process, args=(free_port(), results), nprocs=2)
+        start_processes(_process, (free_port(), results), 2)
         results = dict(results)
     for case in DDP:
         one = scored(_shares(case, 0), _shares(case, 1), **EPSILONS)
