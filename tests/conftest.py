@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import gc
 import logging
 import sys
 from typing import Any
@@ -47,3 +48,14 @@ def what_is_said_can_be_heard_by_the_next():
 def brief_starts(monkeypatch):
     """What :func:`brief.begin_briefly` does, for one test."""
     begin_briefly(monkeypatch)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Any:
+    """What is imported and collected is never garbage: the search for it is among what tests make."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
