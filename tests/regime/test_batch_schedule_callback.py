@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCHS, SAMPLES, SCHEDULES, Regression, SaveAt, dataset, loader, run
+from tables import checkered
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -44,9 +45,9 @@ class Batches(SaveAt):
         self.sizes.append(len(batch[0]))
 
 
-@pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("schedule", [STEPS, "seesaw", lambda samples: 4 + samples / 20])
+@checkered(
+    name=list(SCHEDULES), interval=["epoch", "step"], schedule=[STEPS, "seesaw", lambda samples: 4 + samples / 20]
+)
 def test_rate_is_the_reference_runs_at_the_same_samples_times_the_rule(name, interval, schedule):
     if schedule == "seesaw" and name in ("CyclicLR", "OneCycleLR", "LinearLR", "ConstantLR"):
         pytest.skip("its first rate is its lowest: there is a test of warm-ups below")

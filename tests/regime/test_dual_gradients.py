@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from noise_scale_models import Classifier, Complex, Mean, Thawed, samples, targets
 from regime_runs import SaveAt, run, trainer_of
+from tables import checkered
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -79,8 +80,7 @@ def test_measurements_are_those_of_a_slow_twin(norm, factor):
     assert not model.head.weight._backward_hooks
 
 
-@pytest.mark.parametrize("norm", ["l1", "nuclear"])
-@pytest.mark.parametrize("scaled", [False, True])
+@checkered(norm=["l1", "nuclear"], scaled=[False, True])
 def test_a_known_noise_scale_is_found(norm, scaled):
     """Of the mean of samples: each coordinate's deviation over samples, at weights that stay."""
     scale = GradientNoiseScale(every_n_updates=1, norm=norm)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, SaveAt, loader, run
+from tables import checkered
 
 from lightning_gap.regime import LargeBatchRegime
 
@@ -66,9 +67,9 @@ def validated_by_the_reference_run(**options):
     return run(Scored(4), None, **options)[1].validated
 
 
-@pytest.mark.parametrize("options", WITHIN, ids=str)
-@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (30, 1), (60, 1), (10, 3)])
-def test_validations_within_epochs_count_updates_of_the_reference_run(options, batch, accumulate):
+@checkered(options=WITHIN, batches=[(8, 1), (30, 1), (60, 1), (10, 3)])
+def test_validations_within_epochs_count_updates_of_the_reference_run(options, batches):
+    batch, accumulate = batches
     reference = validated_by_the_reference_run(**options)
     assert reference
     trainer, trace = run(Scored(batch), None, LargeBatchRegime(4), accumulate_grad_batches=accumulate, **options)

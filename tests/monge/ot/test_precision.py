@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import checkered
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import energy_distance, optimal_transport
@@ -154,18 +155,9 @@ def converged(noise, d, cost):
     return x, y, right, gradient(lambda mapped: costs.resolve(cost).paired(x, mapped).mean(), y)
 
 
-# Half of them, which has each two values together, and a slow half.
-NOISY = [
-    pytest.param(noise, d, cost, marks=[pytest.mark.slow] if (i + j + k) % 2 else [])
-    for i, noise in enumerate([0.0, 1e-3, 0.1, 1.0])
-    for j, d in enumerate([2, 10, 50])
-    for k, cost in enumerate(["sqeuclidean", "euclidean", "pnorm(p=1.5)", "elastic"])
-]
-
-
 @pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("noise", "d", "cost"), NOISY)
+@checkered(noise=[0.0, 1e-3, 0.1, 1.0], d=[2, 10, 50], cost=["sqeuclidean", "euclidean", "pnorm(p=1.5)", "elastic"])
 def test_the_gaps_gradient_is_known_to_a_small_part_of_what_is_paid(noise, d, cost, dtype, solver):
     x, y, right, paid = converged(noise, d, cost)
     found = gradient(lambda mapped: monge_gap(x.to(dtype), mapped, cost=cost, solver=solver), y.to(dtype))
