@@ -57,7 +57,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/lightning-gap demo --data $(DATA)
 
-# Two passes: all that needs no compiler runs with none on the PATH, which proves that the package works without one.
+# All that needs no compiler runs with none on the PATH, which proves that the package works without one; then what needs
+# one, and what needs a device. Formulas of KeOps, which locks no cache, are compiled by tests of one file, so by one worker.
 # Every log says where the time went, and which pass failed.
 test: setup
 	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 \
