@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -12,7 +13,6 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from monge_runs import FAST, gaussians, samples, small, trainer, weights
-from tables import checkered
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 

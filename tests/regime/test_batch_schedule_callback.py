@@ -5,10 +5,10 @@ from functools import cache, partial
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCHS, SAMPLES, SCHEDULES, Regression, SaveAt, dataset, loader, run
-from tables import checkered
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from noise_scale_models import Classifier, Complex, Mean, Thawed, samples, targets
 from regime_runs import SaveAt, run, trainer_of
-from tables import checkered
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from checkered import checkered
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import Regression, SaveAt, loader, run
-from tables import checkered
 
 from lightning_gap.regime import LargeBatchRegime
 

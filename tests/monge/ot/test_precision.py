@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 import torch
+from checkered import checkered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import checkered
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import energy_distance, optimal_transport

@@ -3,7 +3,7 @@
 from itertools import combinations, product
 
 import pytest
-from tables import checkered
+from checkered import checkered
 
 
 @pytest.mark.parametrize("lengths", [(2, 2), (5, 3), (2, 2, 2), (4, 3, 4)])
