@@ -66,7 +66,10 @@ def pytest_collection() -> Any:
 
 
 def _forget_source_lines() -> None:
-    """Lightning asks who calls ``load_from_checkpoint`` for files, and source too: a tenth of the tests' time."""
+    """Give Lightning, which looks through the stack at each ``load_from_checkpoint``, its files without their source.
+
+    It asks whether it is being scripted. To find the lines of each frame took a tenth of the tests' time.
+    """
     loading = sys.modules.get("lightning.pytorch.utilities.model_helpers")
     if loading is not None and hasattr(loading, "inspect"):
         loading.inspect = SimpleNamespace(stack=partial(inspect.stack, 0))
