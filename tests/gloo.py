@@ -17,7 +17,14 @@ def free_port():
 
 
 def leave_world():
-    """Close the process group: an interpreter that ends while gloo's threads run may abort."""
+    """Close the process group when every process is done: the first has the store, which others may still ask."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _close():
+    """An interpreter that ends while gloo's threads run may abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -25,7 +32,7 @@ def leave_world():
 def enter_world(rank, ranks, port):
     """Become one of some processes that torchelastic has started, as Lightning sees it; on one thread, and quietly."""
     warnings.simplefilter("ignore")
-    atexit.register(leave_world)
+    atexit.register(_close)
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

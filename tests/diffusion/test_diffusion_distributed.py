@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -139,7 +139,7 @@ def worker(rank, world, port, folder):
     if world == 2:
         seen |= {"ddp": ddp(folder), "adopted": adopt(folder)}
     torch.save(seen, f"{folder}/world{world}rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def start(world, folder):

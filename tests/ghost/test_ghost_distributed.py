@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -79,7 +79,7 @@ def worker(rank, port, folder):
     except MisconfigurationException as error:
         results["sync_batchnorm"] = str(error)
     torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

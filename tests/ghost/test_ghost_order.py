@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -73,7 +73,7 @@ def worker(rank, port):
 
     part = _subgroup(dist.group.WORLD, ((0,), (1,)))
     assert part._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=TIMEOUT)
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -276,7 +276,7 @@ def worker(rank, port, folder):
     fits_with_spanning_ghosts(rank)
     fits_that_fall_short(rank)
     sharded_fits(rank, folder)
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.mlflow import _MLFLOW_AVAILABLE
@@ -280,6 +280,7 @@ def _process(rank, port, folder, results):
     net = model()
     run.fit(net, samples(16))
     results[rank] = (callback.figure is not None, next(net.map.parameters()).tolist())
+    leave_world()
 
 
 @pytest.mark.distributed

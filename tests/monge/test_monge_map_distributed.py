@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback
 from monge_runs import gaussians, small, trainer, weights
 from torch import distributed as dist
@@ -81,7 +81,7 @@ def gather(rank: int, ranks: int, port: int, folder: str) -> None:
     (gathered.square() * weight).sum().backward()
     by_column = RankGroup().gather_rows(mine.detach().T, 1)
     torch.save((gathered.detach(), mine.grad, by_column), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -308,7 +308,7 @@ def worker(rank, port, folder):
         "weights": [whole.weights, rest.weights],
     }
     torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def test_shards_train_as_one_process(tmp_path):

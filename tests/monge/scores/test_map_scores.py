@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 from scored_samples import AGAIN, TRUE, A, B, D, M, N, T, X, Y, normal
 
 from lightning_gap import monge_gap, sinkhorn_divergence
@@ -317,7 +317,7 @@ def _process(rank, port, results):
     (x, t, _), _ = _shares("plain", rank)
     marginal.update(x, t)
     results[rank, "marginal"] = marginal.compute().tolist()
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port, start_processes
+from gloo import enter_world, free_port, leave_world, start_processes
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
@@ -275,7 +275,7 @@ def _process(rank, port, results):
         for part in zip(*(d.split(10 + 3 * rank) for d in share), strict=True):
             metric.update(*part)
         results[rank, case] = float(metric.compute())
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
