@@ -57,12 +57,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/lightning-gap demo --data $(DATA)
 
-# Two passes: all that needs no compiler runs with none on the PATH, which proves that the package works without one.
+# All that needs no compiler runs with none on the PATH, which proves that the package works without one; then what needs
+# one, and what needs a device. Formulas of KeOps, which locks no cache, are compiled by tests of one file, so by one worker.
 # Every log says where the time went, and which pass failed.
 test: setup
 	PATH="$(CURDIR)/$(VENV)/bin" OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 \
 	  -m "not compiler and not slow and not gpu" || { echo "make test: failed in the pass without a compiler"; exit 1; }
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=20 -m "compiler and not slow and not gpu" \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q --durations=20 -m "compiler and not slow and not gpu" \
 	  || { echo "make test: failed in the pass of what needs a compiler"; exit 1; }
 	$(MAKE) test-device
 
@@ -98,7 +99,7 @@ test-gpu: setup
 	  $(COMPILED:%=--only-binary %) --extra all --no-annotate --no-header -o $@ pyproject.toml
 
 test-lowest: .venv-lowest/.installed
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile -q -m "$(QUICK)" $(CORE)
 
 # torch as in constraints.txt, of which there is a wheel without CUDA; all else as new as it comes.
 test-latest:
@@ -106,7 +107,7 @@ test-latest:
 	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 	  "$$(grep '^torch==' constraints.txt)" -e '.[dev]'
 	.venv-latest/bin/python -m pip list --disable-pip-version-check
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadgroup -q -m "$(QUICK)" $(CORE)
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -n 2 --dist loadfile -q -m "$(QUICK)" $(CORE)
 
 test-portable:
 	$(PYTHON) -m pytest -q -m "$(QUICK)" $(PORTABLE)

@@ -46,6 +46,7 @@ _WORDS = {
 }
 
 
+@functools.cache
 def parameters(thing):
     try:
         return set(inspect.signature(thing).parameters)
@@ -111,7 +112,7 @@ def unknown(text, around, known, room):
     for node in around:
         if isinstance(node, ast.ClassDef):
             names |= {n for inner in node.body if isinstance(inner, ast.FunctionDef) for n in arguments(inner)}
-    mentioned = [name for name in known if re.search(rf"\b{name}\b", text)]
+    mentioned = known.keys() & set(re.findall(r"\w+", text))
     for name in [*classes, *mentioned]:
         names |= known.get(name, set())
     if not set(classes) & set(room):  # speaks for what users make, which is one of its package's

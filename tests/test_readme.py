@@ -19,14 +19,28 @@ def test_both_halves_have_a_block():
     assert "MongeMap" in BLOCKS[1]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["large-batch", "transport"])
-def test_block_runs(block, tmp_path):
+SAID = r"^88 updates instead of 256|^test_energy_distance_floor 0\.\d+$"
+every_block = pytest.mark.parametrize("block", BLOCKS, ids=["large-batch", "transport"])
+
+
+@every_block
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("brief_starts")
+def test_block_runs(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, README.name, "exec"), {"__name__": "readme"})
+    assert re.search(SAID, capsys.readouterr().out, re.M)
+
+
+@pytest.mark.slow  # and by `make readme`
+@every_block
+def test_block_runs_by_itself(block, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^88 updates instead of 256|^test_energy_distance_floor 0\.\d+$", done.stdout, re.M), done.stdout
+    assert re.search(SAID, done.stdout, re.M), done.stdout
 
 
 def test_links_within_the_repository_lead_somewhere():

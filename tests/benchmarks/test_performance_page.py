@@ -1,6 +1,7 @@
 """The performance page is what its logs say, and the command that makes both works."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,19 @@ def test_the_speed_of_all_takes_three_quarters_of_an_hour_at_most():
     assert sum(one.minutes for one in SPEED.values() if "cuda" not in one.needs) <= 45
 
 
-def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path):
+def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path, monkeypatch, capsys):
+    def said(*words):
+        monkeypatch.setattr(sys, "argv", ["performance", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            performance.main()
+        out, _ = capsys.readouterr()
+        assert not ended.value.code, out
+        return out
+
     logs, page = tmp_path / "logs", tmp_path / "performance.md"
     page.write_text(performance.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     words = ("all", "--quick", "--only", "distance", "maps", "--logs", logs, "--page", page)
-    done = _run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said(*words)
     (log,) = (row for row in read(logs / "performance.jsonl") if row["name"] == "maps")
     assert log["quick"]
     assert log["rows"][0]["map"] == "ResidualMLP"
@@ -86,8 +94,7 @@ def test_a_tiny_run_from_benchmarks_to_the_page(tmp_path):
     assert "| float32 | weight_displacement |" in shown
     assert shown.count("A tiny run, whose numbers mean nothing") == 2
     # What is logged by the same code is not run again.
-    again = _run("run", *words[1:])
-    assert again.stdout.count("logged already") == 2
+    assert said("run", *words[1:]).count("logged already") == 2
 
 
 def test_the_picture_of_seconds_against_samples_has_each_solver_of_the_logs(tmp_path):

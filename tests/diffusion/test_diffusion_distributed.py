@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -140,12 +139,12 @@ def worker(rank, world, port, folder):
     if world == 2:
         seen |= {"ddp": ddp(folder), "adopted": adopt(folder)}
     torch.save(seen, f"{folder}/world{world}rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def start(world, folder):
     port = free_port()
-    mp.spawn(worker, args=(world, port, str(folder)), nprocs=world)
+    start_processes(worker, (world, port, str(folder)), world)
     return [torch.load(folder / f"world{world}rank{rank}.pt") for rank in range(world)]
 
 

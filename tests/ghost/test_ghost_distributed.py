@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -80,13 +79,13 @@ def worker(rank, port, folder):
     except MisconfigurationException as error:
         results["sync_batchnorm"] = str(error)
     torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_two_processes_equal_one_on_the_same_batches(tmp_path):
     port = free_port()
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
+    start_processes(worker, (port, str(tmp_path)), RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
 
     for grouping in ("contiguous", "strided"):

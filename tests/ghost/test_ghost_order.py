@@ -7,8 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -74,9 +73,9 @@ def worker(rank, port):
 
     part = _subgroup(dist.group.WORLD, ((0,), (1,)))
     assert part._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=TIMEOUT)
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_ranks_that_meet_other_layers_are_told():
-    mp.spawn(worker, args=(free_port(),), nprocs=RANKS)
+    start_processes(worker, (free_port(),), RANKS)

@@ -8,8 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -277,10 +276,10 @@ def worker(rank, port, folder):
     fits_with_spanning_ghosts(rank)
     fits_that_fall_short(rank)
     sharded_fits(rank, folder)
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_four_processes_equal_one(tmp_path):
     port = free_port()
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=RANKS)
+    start_processes(worker, (port, str(tmp_path)), RANKS)

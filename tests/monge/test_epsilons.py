@@ -73,6 +73,7 @@ def test_without_outliers_they_are_shares_of_the_mean():
     assert gap == pytest.approx(0.01 * float(torch.cdist(SOURCE, TARGET).square().mean()), rel=1e-4)
 
 
+@pytest.mark.usefixtures("brief_starts")
 def test_of_conditions_they_are_means():
     labels = np.array(["a"] * 100 + ["b"] * 200)
     found = decided(conditions=(labels, labels), model={"dim": None})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.mlflow import _MLFLOW_AVAILABLE
@@ -280,13 +280,14 @@ def _process(rank, port, folder, results):
     net = model()
     run.fit(net, samples(16))
     results[rank] = (callback.figure is not None, next(net.map.parameters()).tolist())
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_of_two_processes_the_first_draws(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_process, args=(free_port(), tmp_path, results), nprocs=2)
+        start_processes(_process, (free_port(), tmp_path, results), 2)
         results = dict(results)
     assert [results[rank][0] for rank in range(2)] == [True, False]
     assert results[0][1] == results[1][1]

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback
 from monge_runs import gaussians, small, trainer, weights
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.optim import Adam
 
 from lightning_gap import SamplesDataModule
@@ -82,12 +81,12 @@ def gather(rank: int, ranks: int, port: int, folder: str) -> None:
     (gathered.square() * weight).sum().backward()
     by_column = RankGroup().gather_rows(mine.detach().T, 1)
     torch.save((gathered.detach(), mine.grad, by_column), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_rows_of_unequal_numbers_are_gathered_with_their_gradient(tmp_path):
-    mp.spawn(gather, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    start_processes(gather, (2, free_port(), str(tmp_path)), 2)
     rows = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
     gradient = 2 * rows * torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
     for rank, part in ((0, slice(0, 1)), (1, slice(1, 3))):

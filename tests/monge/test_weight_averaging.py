@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -57,8 +58,7 @@ def make(name: str) -> MongeMap:
     return MongeMap(map=MAPS[name](), hidden=(8,), optimizer=FAST)
 
 
-@pytest.mark.parametrize("net", MAPS)
-@pytest.mark.parametrize("average", AVERAGES)
+@checkered(average=list(AVERAGES), net=list(MAPS))
 def test_maps_are_averaged_and_epsilons_are_kept(average, net, tmp_path):
     watch, data = Epsilons(), samples(48, batch_size=12, standardize=net != "residual")
     model = make(net)

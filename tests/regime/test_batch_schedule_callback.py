@@ -1,10 +1,11 @@
 """Training at a batch that changes: trajectories, samples, resuming, and what is refused."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from regime_runs import EPOCHS, SAMPLES, SCHEDULES, Regression, SaveAt, dataset, loader, run
@@ -28,6 +29,11 @@ def scheduled(name, interval):
     return Regression(partial(SCHEDULES[name], unit=unit), interval=interval)
 
 
+@cache
+def reference_rates(name, interval):
+    return run(scheduled(name, interval), loader(BASE))[1].rates
+
+
 class Batches(SaveAt):
     """The samples before each batch and its size, as they were trained on."""
 
@@ -39,13 +45,13 @@ class Batches(SaveAt):
         self.sizes.append(len(batch[0]))
 
 
-@pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("schedule", [STEPS, "seesaw", lambda samples: 4 + samples / 20])
+@checkered(
+    name=list(SCHEDULES), interval=["epoch", "step"], schedule=[STEPS, "seesaw", lambda samples: 4 + samples / 20]
+)
 def test_rate_is_the_reference_runs_at_the_same_samples_times_the_rule(name, interval, schedule):
     if schedule == "seesaw" and name in ("CyclicLR", "OneCycleLR", "LinearLR", "ConstantLR"):
         pytest.skip("its first rate is its lowest: there is a test of warm-ups below")
-    _, reference = run(scheduled(name, interval), loader(BASE))
+    reference = reference_rates(name, interval)
     batches = Batches()
     _, trace = run(
         scheduled(name, interval), loader(BASE), BatchSizeSchedule(schedule, lr_rule="sqrt", multiple_of=1), batches
@@ -54,8 +60,8 @@ def test_rate_is_the_reference_runs_at_the_same_samples_times_the_rule(name, int
     highest = 0.0
     for samples, size, rates in zip(batches.seen, batches.sizes, trace.rates, strict=True):
         update = samples // BASE
-        there = reference.rates[update]
-        highest = max(rates[0] for rates in reference.rates[: update + 1])
+        there = reference[update]
+        highest = max(rates[0] for rates in reference[: update + 1])
         planned = {
             "seesaw": lambda there=there, highest=highest: BASE * highest / there[0] if there[0] > 0 else math.inf
         }.get(schedule if isinstance(schedule, str) else "", lambda: None)()
@@ -105,9 +111,18 @@ class Validated(Regression):
         return loader(10)
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
+# Within epochs, from every fifth update of an epoch's fifteen and fewer; from all of them takes longer.
+@pytest.mark.parametrize(
+    ("hook", "every"),
+    [
+        ("on_train_batch_end", 5),
+        pytest.param("on_train_batch_end", 1, marks=pytest.mark.slow),
+        ("on_train_epoch_end", 1),
+        ("on_validation_end", 1),
+    ],
+)
 @pytest.mark.parametrize("schedule", [STEPS, "seesaw"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, hook, schedule):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, hook, every, schedule):
     def fit(*callbacks, ckpt_path=None):
         kind = Validated if hook == "on_validation_end" else Regression
         module = kind(partial(SCHEDULES["CosineAnnealingLR"], unit=PER_EPOCH), interval="step")
@@ -122,7 +137,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, hook, sche
     if hook == "on_train_batch_end":
         setattr(save, hook, lambda trainer, module, *_: save.save(trainer, module))
     whole, trainer = fit(save)
-    for update in sorted(set(save.saved)):
+    for update in sorted(set(save.saved))[::every]:
         module, again = fit(ckpt_path=tmp_path / f"{update}.ckpt")
         assert again.global_step == trainer.global_step
         assert torch.equal(module.layer.weight, whole.layer.weight), update

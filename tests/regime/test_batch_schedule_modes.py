@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -108,12 +108,12 @@ def sharded(rank, port, folder):
     # This strategy restores callbacks after on_fit_start, others before.
     _, rest = fit(strategy=strategy(), devices=2, ckpt_path=f"{folder}/first.ckpt")
     torch.save({"steps": trainer.global_step, "weights": [whole, rest]}, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_shards_train_as_one_process(tmp_path):
-    torch.multiprocessing.spawn(sharded, (free_port(), str(tmp_path)), nprocs=2)
+    start_processes(sharded, (free_port(), str(tmp_path)), 2)
     trainer, alone = fit()
     for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):
         assert found["steps"] == trainer.global_step

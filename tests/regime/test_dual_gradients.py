@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkered import checkered
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -79,8 +80,7 @@ def test_measurements_are_those_of_a_slow_twin(norm, factor):
     assert not model.head.weight._backward_hooks
 
 
-@pytest.mark.parametrize("norm", ["l1", "nuclear"])
-@pytest.mark.parametrize("scaled", [False, True])
+@checkered(norm=["l1", "nuclear"], scaled=[False, True])
 def test_a_known_noise_scale_is_found(norm, scaled):
     """Of the mean of samples: each coordinate's deviation over samples, at weights that stay."""
     scale = GradientNoiseScale(every_n_updates=1, norm=norm)

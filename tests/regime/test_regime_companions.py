@@ -2,9 +2,11 @@
 
 import csv
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
+from checkered import checkered
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -60,18 +62,23 @@ WITHIN = [
 ]
 
 
-@pytest.mark.parametrize("options", WITHIN, ids=str)
-@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (30, 1), (60, 1), (10, 3)])
-def test_validations_within_epochs_count_updates_of_the_reference_run(options, batch, accumulate):
-    _, reference = run(Scored(4), None, **options)
-    assert reference.validated
+@cache
+def validated_by_the_reference_run(**options):
+    return run(Scored(4), None, **options)[1].validated
+
+
+@checkered(options=WITHIN, batches=[(8, 1), (30, 1), (60, 1), (10, 3)])
+def test_validations_within_epochs_count_updates_of_the_reference_run(options, batches):
+    batch, accumulate = batches
+    reference = validated_by_the_reference_run(**options)
+    assert reference
     trainer, trace = run(Scored(batch), None, LargeBatchRegime(4), accumulate_grad_batches=accumulate, **options)
-    assert trace.validated == reference.validated
+    assert trace.validated == reference
     for name, value in options.items():
         assert getattr(trainer, name) == value
     share = LargeBatchRegime(4, train_longer=0.25)
     _, trace = run(Scored(batch), None, share, accumulate_grad_batches=accumulate, **options)
-    due = [math.ceil(update / share.plan.pace) for update in reference.validated]
+    due = [math.ceil(update / share.plan.pace) for update in reference]
     assert trace.validated == sorted(set(due))
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -308,12 +308,12 @@ def worker(rank, port, folder):
         "weights": [whole.weights, rest.weights],
     }
     torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 def test_shards_train_as_one_process(tmp_path):
     port = free_port()
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    start_processes(worker, (port, str(tmp_path)), 2)
     trainer, alone = fit()
     assert trainer.global_step == 45
     for found in (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)):

@@ -206,6 +206,7 @@ def critical(micro_batch, *layers, **options):
     return scale.estimate.critical_batch_size
 
 
+@pytest.mark.slow  # with ghosts of the micro-batch's size: test_regime_noise_sources.py
 def test_with_ghosts_the_noise_scale_does_not_depend_on_the_micro_batch():
     with pytest.warns(UserWarning, match="net.1 normalizes over 4 samples, .* of batches made of such groups"):
         four, sixteen = (critical(b, GhostBatchNorm1d(16, ghost_batch_size=4)) for b in (4, 16))

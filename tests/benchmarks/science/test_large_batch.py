@@ -2,7 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,28 @@ def _no_arguments(monkeypatch):
 @pytest.fixture
 def pictures(tmp_path):
     return _pictures(tmp_path / "pictures.npz", 28)
+
+
+def _in_a_fork(module, *words, stdout, stderr):
+    """Run what a fresh process would in one that has imported it already."""
+
+    def run():
+        warnings.simplefilter("ignore")
+        with redirect_stdout(stdout), redirect_stderr(stdout):
+            train.main(list(words))
+
+    assert (module, stderr) == (reproduce.TRAIN, subprocess.STDOUT)
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(words, process.exitcode)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Rows are trained by forks, where these do not hang: in a process that has computed on one thread."""
+    if torch.get_num_threads() == 1:
+        monkeypatch.setattr(reproduce, "run_module", _in_a_fork)
 
 
 def _count(network):
@@ -154,10 +180,11 @@ def test_every_row_has_a_configuration(network):
 SHORT = ["--trainer.max_epochs", "4", "--model.lr_scheduler.init_args.milestones", "[2]", "--data.batch_size"]
 
 
-def test_from_training_to_the_page(pictures, tmp_path):
+def test_from_training_to_the_page(pictures, tmp_path, request):
     logs, runs, page = tmp_path / "logs", tmp_path / "runs", tmp_path / "page.md"
-    for column, batch in (("sb", "128"), ("ra", "512")):
-        reproduce.run("f1_mnist", column, 0, pictures, runs, logs, [*SHORT, batch])
+    reproduce.run("f1_mnist", "sb", 0, pictures, runs, logs, [*SHORT, "128"])
+    request.getfixturevalue("forked")  # one fresh process proves that it can be
+    reproduce.run("f1_mnist", "ra", 0, pictures, runs, logs, [*SHORT, "512"])
     log = logs / "large_batch_f1_mnist.jsonl"
     before = kept.read(log)
     assert [(row["column"], row["seed"]) for row in before] == [("sb", 0), ("ra", 0)]
@@ -181,6 +208,7 @@ def test_from_training_to_the_page(pictures, tmp_path):
     assert (tmp_path / "large_batch_error.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_was_interrupted_goes_on(pictures, tmp_path):
     """The log of a run in two parts is that of a run in one."""
     logs, whole, halves = tmp_path / "logs", tmp_path / "whole", tmp_path / "halves"

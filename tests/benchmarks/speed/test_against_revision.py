@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks.processes import ROOT, run_module
 
 
@@ -9,12 +11,13 @@ def _run(*words):
     return run_module("benchmarks.speed.against_revision", *map(str, words), capture_output=True)
 
 
-def test_a_tree_against_itself(tmp_path):
+@pytest.mark.parametrize("groups", [["ghost"], pytest.param(["ghost", "transport"], marks=pytest.mark.slow)])
+def test_a_tree_against_itself(tmp_path, groups):
     rows = tmp_path / "rows.json"
-    done = _run("--before", ROOT, "--turns", 1, "--quick", "--only", "ghost", "transport", "--json", rows)
+    done = _run("--before", ROOT, "--turns", 1, "--quick", "--only", *groups, "--json", rows)
     assert done.returncode == 0, done.stderr
     found = json.loads(rows.read_text())
-    assert {row["group"] for row in found} == {"ghost", "transport"}
+    assert {row["group"] for row in found} == set(groups)
     assert all(0.01 < row["ratio"]["median"] < 100 and row["ratio"]["count"] == 1 for row in found)
     assert "| ghost | 1-d, ghosts of 32, contiguous |" in done.stdout
 

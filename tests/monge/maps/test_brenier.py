@@ -67,7 +67,7 @@ def test_it_needs_no_gradients(context):
 def test_the_gaussian_start_is_near_the_gaussian_map():
     seed_everything(1, verbose=False)
     x, y = torch.randn(1000, 3), torch.randn(1000, 3) @ torch.randn(3, 3) + torch.tensor([1.0, -2.0, 0.0])
-    net = BrenierMap(3, (16, 16))
+    net = BrenierMap(3, (16, 16), plan_steps=300)
     net.start(x, y)
     A, b = gaussian_map(x, y)
     error = (net(x).detach() - (x.double() @ A + b)).square().sum(1).mean()
@@ -78,7 +78,7 @@ def test_the_gaussian_start_is_near_the_gaussian_map():
 def test_the_start_knows_no_units(offset, scale):
     seed_everything(1, verbose=False)
     x = offset + scale * torch.randn(400, 2)
-    net = BrenierMap(2, (16,))
+    net = BrenierMap(2, (16,), plan_steps=300)
     net.start(x, 3 * x + 7)
     error = (net(x).detach() - (3 * x + 7)).square().sum(1).mean()
     assert float(error / (3 * x).var(0).sum()) < 0.02

@@ -52,7 +52,7 @@ def test_the_conjugate_is_the_greatest_value_and_its_gradient_the_inverse() -> N
 def test_the_conjugate_of_a_gaussian_map_is_that_of_its_quadratic() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(500, 2).double(), torch.randn(500, 2).double() * 2 + 1
-    net = BrenierMap(2).double()
+    net = BrenierMap(2, (16,)).double()
     net.start(x, y)
     A, b = gaussian_map(x, y)
     torch.testing.assert_close(net.inverse(x @ A + b), x, atol=0.15, rtol=0)

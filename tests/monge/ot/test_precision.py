@@ -1,7 +1,10 @@
 """Float32 against float64, for every cost and both quantities: coincident and near points, far clouds, far clusters."""
 
+from functools import cache
+
 import pytest
 import torch
+from checkered import checkered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,22 +141,26 @@ def test_float32_gradients_are_those_of_float64_at_any_size(cost, quantity, plac
     assert float((gradient - right).norm()) < max(1e-3 * float(right.norm()), 5e-5)
 
 
-@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "pnorm(p=1.5)", "elastic"])
-@pytest.mark.parametrize("d", [2, 10, 50])
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1, 1.0])
-def test_the_gaps_gradient_is_known_to_a_small_part_of_what_is_paid(noise, d, cost, dtype, solver):
+def gradient(value_of, points):
+    points = points.clone().requires_grad_()
+    return torch.autograd.grad(value_of(points), points)[0].double()
+
+
+@cache
+def converged(noise, d, cost):
+    """Samples, and the gradients of their gap and of what they pay, in which no solver and no precision has a say."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, d, generator=generator, dtype=torch.float64)
     y = 1.3 * x + 3 + noise * torch.randn(256, d, generator=generator, dtype=torch.float64)
-
-    def gradient(value_of, points):
-        points = points.clone().requires_grad_()
-        return torch.autograd.grad(value_of(points), points)[0].double()
-
     right = gradient(lambda mapped: monge_gap(x, mapped, cost=cost, tolerance=1e-9, max_iterations=20_000), y)
-    paid = gradient(lambda mapped: costs.resolve(cost).paired(x, mapped).mean(), y)
+    return x, y, right, gradient(lambda mapped: costs.resolve(cost).paired(x, mapped).mean(), y)
+
+
+@pytest.mark.parametrize("solver", ["dense", "blocked", FUSED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@checkered(noise=[0.0, 1e-3, 0.1, 1.0], d=[2, 10, 50], cost=["sqeuclidean", "euclidean", "pnorm(p=1.5)", "elastic"])
+def test_the_gaps_gradient_is_known_to_a_small_part_of_what_is_paid(noise, d, cost, dtype, solver):
+    x, y, right, paid = converged(noise, d, cost)
     found = gradient(lambda mapped: monge_gap(x.to(dtype), mapped, cost=cost, solver=solver), y.to(dtype))
     assert float((found - right).norm() / paid.norm()) < 5e-5
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as mp
-from gloo import enter_world, free_port
+from gloo import enter_world, free_port, leave_world, start_processes
 from scored_samples import AGAIN, TRUE, A, B, D, M, N, T, X, Y, normal
 
 from lightning_gap import monge_gap, sinkhorn_divergence
@@ -317,14 +317,14 @@ def _process(rank, port, results):
     (x, t, _), _ = _shares("plain", rank)
     marginal.update(x, t)
     results[rank, "marginal"] = marginal.compute().tolist()
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_two_processes_are_as_one():
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_process, args=(free_port(), results), nprocs=2)
+        start_processes(_process, (free_port(), results), 2)
         results = dict(results)
     for case in DDP:
         one = scored(_shares(case, 0), _shares(case, 1), **EPSILONS)

@@ -1,13 +1,12 @@
 """The metrics: what they measure, and that they add up over batches, copies and processes."""
 
 import copy
-import os
 import pickle
-import socket
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from gloo import enter_world, free_port, leave_world, start_processes
 
 from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge import (
@@ -267,8 +266,7 @@ def test_spaces_are_not_mixed():
 
 
 def _process(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    enter_world(rank, 2, port)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for case, (metric_class, options, data) in CASES.items():
         metric = metric_class(**options)
@@ -277,17 +275,14 @@ def _process(rank, port, results):
         for part in zip(*(d.split(10 + 3 * rank) for d in share), strict=True):
             metric.update(*part)
         results[rank, case] = float(metric.compute())
-    torch.distributed.destroy_process_group()
+    leave_world()
 
 
 @pytest.mark.distributed
 def test_two_processes_are_as_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_process, args=(port, results), nprocs=2)
+        start_processes(_process, (free_port(), results), 2)
         for case in CASES:
             expected = pytest.approx(float(whole(case).compute()), rel=1e-5)
             assert results[0, case] == results[1, case] == expected, case
