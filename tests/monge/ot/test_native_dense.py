@@ -236,6 +236,52 @@ def test_powers_beyond_the_format_go_the_long_way(taken, cost, unit, native):
 
 
 @compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_potentials_answer_one_another_where_samples_have_heavy_tails(dtype, seed):
+    # Outliers make entries of the kernel infinite on the way: a finite one instead would be another problem's.
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (
+        torch.randn(n, 2, generator=generator, dtype=dtype) / torch.randn(n, 1, generator=generator, dtype=dtype)
+        for n in (300, 280)
+    )
+    result = optimal_transport(x, y, relative_epsilon=0.02, solver="dense")
+    C = SqEuclidean().pairwise(x.double(), y.double()) / result.epsilon
+    f, g = (potential.double() / result.epsilon for potential in (result.f, result.g))
+    answer = -torch.logsumexp(g - C - math.log(280), 1)
+    assert result.converged
+    # Costs of many epsilons are rounded to a part of one in float32.
+    assert float((f - answer).abs().max()) < (0.5 if dtype == torch.float32 else 1e-6)
+
+
+@compiler
+@pytest.mark.parametrize("gap", [1e-20, 3e-22])
+def test_a_slope_is_that_of_a_distance_also_between_points_that_nearly_coincide(gap):
+    x, y = torch.full((100, 1), gap, requires_grad=True), torch.zeros(90, 1)
+    y[0] = 1
+    value = optimal_transport(x, y, cost="euclidean", relative_epsilon=0.5, solver="dense").value
+    (gradient,) = torch.autograd.grad(value, x)
+    assert float(100 * gradient.abs().max()) <= 1
+
+
+@compiler
+@pytest.mark.parametrize("most", [258, 259, 300, 301, 400])
+@pytest.mark.parametrize("share", [1e-3, 1e-4])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_more_sweeps_than_were_allowed(most, share):
+    x, y, *_ = samples(300, 280, 2, torch.float32)
+    result = optimal_transport(x, y, relative_epsilon=share, max_iterations=most)
+    assert result.iterations <= most
+    assert result.converged or result.iterations >= most - 1
+
+
+@compiler
+def test_any_number_of_sweeps_may_be_allowed():
+    x, y, *_ = samples(100, 90, 2, torch.float64)
+    assert optimal_transport(x, y, relative_epsilon=0.1, max_iterations=2**64 + 1).converged
+
+
+@compiler
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("cost", ["sqeuclidean", "pnorm(p=1.5)"])
 def test_threads_change_nothing_but_the_last_bits(taken, cost, threads):

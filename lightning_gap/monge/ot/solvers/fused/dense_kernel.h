@@ -265,8 +265,8 @@ template <class M> class Kernel {
                 swept += found.iterations;
             }
             found.iterations = swept;
-            if (found.status != UNSOLVED || swept >= most || patience < 0) return found;
-            if (found.error > STUCK) leap(G);
+            if (found.status != UNSOLVED || swept + 1 >= most || patience < 0) return found;
+            leap(G);
         }
     }
 };

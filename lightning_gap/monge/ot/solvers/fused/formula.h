@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX__)
@@ -83,7 +84,7 @@ template <class T, long L> INLINE Vec<T, L> root_of(Vec<T, L> v) {
         const Vec<T, L> inverse = (Vec<T, L>)_mm256_rsqrt_ps((__m256)some);
 #endif
         r = v * inverse;
-        return r + inverse * 0.5f * (v - r * r);
+        return v > 1e-36f ? r + inverse * 0.5f * (v - r * r) : Vec<T, L>{};
     }
 #endif
     for (int l = 0; l < L; ++l) r[l] = std::sqrt(v[l]);
@@ -104,6 +105,7 @@ template <class T, long L> INLINE Vec<T, L> exponential_of(Vec<T, L> z) {
 #pragma GCC unroll 16
     for (int k = Format<T>::exp_terms - 2; k >= 0; --k) p = p * r + inverse[k];
     p = (Vec<T, L>)((Ints<T, L>)p + ((Ints<T, L>)shifted << Format<T>::mantissa));
+    p = given > Format<T>::most ? all<T, L>(std::numeric_limits<T>::infinity()) : p;
     return given < Format<T>::least ? Vec<T, L>{} : p;
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -253,7 +254,7 @@ struct Options {
 };
 
 // told are the value, the marginal error, and whether that is small enough; returns the sweeps, negative where no format
-// bears the exponents.
+// bears the exponents, or there is no memory.
 template <class S, class M>
 long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M* K, double epsilon, double largest,
            bool symmetric, Options options, double* f, double* g, double* gx, double* gy, double* told) {
@@ -285,13 +286,21 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
         const double *b
 #define EXPORT(name, S, M)                                                                                              \
     extern "C" void costs_##name(SAMPLES(S), M* C, double* told) {                                                      \
-        costs<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, told);                               \
+        try {                                                                                                           \
+            costs<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, told);                           \
+        } catch (const std::bad_alloc&) {                                                                               \
+            told[2] = NAN;                                                                                              \
+        }                                                                                                               \
     }                                                                                                                   \
     extern "C" long solve_##name(SAMPLES(S), const M* C, M* K, double epsilon, double largest, long symmetric,          \
                                  double tolerance, long most, double* f, double* g, double* gx, double* gy,             \
                                  double* told) {                                                                        \
-        return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,          \
-                           symmetric != 0, {tolerance, most}, f, g, gx, gy, told);                                      \
+        try {                                                                                                           \
+            return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,      \
+                               symmetric != 0, {tolerance, most}, f, g, gx, gy, told);                                  \
+        } catch (const std::bad_alloc&) {                                                                               \
+            return -1;                                                                                                  \
+        }                                                                                                               \
     }
 // What is plain is compared in the samples' own format, what is not in double.
 #if PLAIN

@@ -40,6 +40,10 @@ _CONSTANTS = {
 _VECTOR = 16
 # Pairs of fewer samples are not worth a compilation; and up to how many a second thread costs more than it does.
 _FEWEST, _ONE_THREAD = 1 << 12, 1 << 20
+# Samples of a side: fewer would be filled up to several times as many, and sums of more lose digits in float32.
+_SIDE = 16, 1 << 18
+# More sweeps than anyone makes, and than a long holds.
+_SWEEPS = 1 << 62
 # Rows that a thread takes at least.
 _ROWS = 64
 # Coordinates from which on products of matrices, of squares and of others, take less time than differences.
@@ -84,6 +88,8 @@ def _takes(p: Problem) -> CostFormula | None:
     """Return the formula of a problem with hard marginals, whose cost is this package's and its formula right."""
     pairs = len(p.x) * len(p.y)
     if p.rho is not None or p.x.device.type != "cpu" or pairs < _FEWEST:
+        return None
+    if min(len(p.x), len(p.y)) < _SIDE[0] or max(len(p.x), len(p.y)) > _SIDE[1]:
         return None
     formula = formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
     if formula is None:
@@ -132,7 +138,8 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
             for points, wants in zip((x, y), wanted, strict=True)
         )
         iterations = solve(
-            *samples, C.data_ptr(), K.data_ptr(), epsilon, size, p.to_itself, options.tolerance, options.max_iterations,
+            *samples, C.data_ptr(), K.data_ptr(), epsilon, size, p.to_itself, options.tolerance,
+            min(options.max_iterations, _SWEEPS),
             f.data_ptr(), g.data_ptr(), gx if gx is None else gx.data_ptr(), gy if gy is None else gy.data_ptr(),
             told.data_ptr(),
         )  # fmt: skip

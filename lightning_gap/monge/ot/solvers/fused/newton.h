@@ -49,6 +49,8 @@ template <class M> Sparse Kernel<M>::plan() const {
 // diagonal's inverse; c are the plan's columns. Returns the slope along it.
 template <class M> double Kernel<M>::newton_step(std::vector<double>& step) const {
     const Sparse P = plan();
+    // A plan that is not sparse is no longer one of a small epsilon, and sweeps do as well.
+    if (long(P.mass.size()) > n * m / 8) return 0;
     std::vector<double> heavy(m), diagonal(m), slope(m), left(m), along(m), image(m);
     for (long j = 0; j < m; ++j) {
         heavy[j] = diagonal[j] = b[j] * sums[j];
@@ -105,7 +107,7 @@ template <class M> Found Kernel<M>::newton(std::vector<double>& G, double tolera
     restart(G.data(), false);
     double error = sweep(G.data()), height = value(G.data());
     std::vector<double> step(padded);
-    for (int turn = 0; turn < STEPS && error < INF && !(error <= tolerance) && swept < most; ++turn) {
+    for (int turn = 0; turn < STEPS && error < INF && !(error <= tolerance) && swept + 1 < most; ++turn) {
         const double rise = newton_step(step);
         if (!(rise > 0)) break;
         const std::vector<double> from = G;
@@ -113,7 +115,7 @@ template <class M> Found Kernel<M>::newton(std::vector<double>& G, double tolera
         for (long j = 0; j < m; ++j) top = std::max(top, std::abs(step[j]));
         if (top > farthest) share = farthest / top;
         bool better = false;
-        for (int k = 0; k < HALVINGS && !better && swept < most; ++k, share *= 0.4) {
+        for (int k = 0; k < HALVINGS && !better && swept + 1 < most; ++k, share *= 0.4) {
             for (long j = 0; j < m; ++j) G[j] = from[j] + share * step[j];
             const double found = recentered_sweep(G);
             ++swept;

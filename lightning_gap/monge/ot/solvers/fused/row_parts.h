@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,7 +22,11 @@ template <class Work> void in_parts(long rows, long threads, const Work& work) {
     const long part = ((rows + threads - 1) / threads + TERMS - 1) / TERMS * TERMS;
     std::vector<std::thread> others;
     for (long k = 1; k < threads && k * part < rows; ++k)
-        others.emplace_back([&work, k, part, rows] { work(k, k * part, std::min(rows, (k + 1) * part)); });
+        try {
+            others.emplace_back([&work, k, part, rows] { work(k, k * part, std::min(rows, (k + 1) * part)); });
+        } catch (const std::system_error&) {  // no thread is left: this one does it
+            work(k, k * part, std::min(rows, (k + 1) * part));
+        }
     work(0, 0, std::min(rows, part));
     for (std::thread& other : others) other.join();
 }
