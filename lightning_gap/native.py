@@ -139,8 +139,14 @@ def _folder() -> Path:
 def _own_folder() -> Path:
     """Return a folder that lasts as long as this process."""
     folder = tempfile.mkdtemp(prefix="lightning_gap-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, os.getpid())
     return Path(folder)
+
+
+def _remove(folder: str, owner: int) -> None:
+    # A fork that ends has the parent's folder, which the parent goes on with.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache

@@ -1,5 +1,6 @@
 """C++ that is compiled on first use: once, for whom it is, and never a trap."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -110,3 +111,20 @@ def test_another_s_folder_is_not_taken(compiled_anew):
     source.write_text(SOURCE)
     assert native.native_library(source, {"ANSWER": "1.5"}) is not None
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_leaves_its_parent_s_folder():
+    native._own_folder.cache_clear()
+    folder = native._own_folder()
+    child = os.fork()
+    if child == 0:
+        try:
+            native._remove(str(folder), os.getppid())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.is_dir()
+    native._remove(str(folder), os.getpid())
+    assert not folder.exists()
+    native._own_folder.cache_clear()
