@@ -1,6 +1,6 @@
 """Write the pairs for other costs than the squared in the Wasserstein-2 benchmark's format, for ``maps.py`` to read.
 
-python -m benchmarks.science.peers.pairs FOLDER
+python -m benchmarks.science.peers.pairs FOLDER [--seed 1]
 """
 
 import argparse
@@ -27,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the pairs of each dimension."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs: another truth each")
+    args = parser.parse_args(arguments)
+    folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     for dim in DIMS:
-        write(folder / f"rays_D{dim}.npz", rays(dim))
-        write(folder / f"powers_D{dim}.npz", displaced(dim, "pnorm(p=1.5)"))
+        write(folder / f"rays_D{dim}.npz", rays(dim, seed=args.seed))
+        write(folder / f"powers_D{dim}.npz", displaced(dim, "pnorm(p=1.5)", seed=args.seed))
 
 
 if __name__ == "__main__":
