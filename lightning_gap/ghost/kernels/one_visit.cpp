@@ -12,24 +12,17 @@
 #include <type_traits>
 #include <vector>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "../../vectors.h"
+
 #define INLINE_METHOD inline __attribute__((always_inline))
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long VECTOR_BYTES = 64;
-#elif defined(__AVX__)
-constexpr long VECTOR_BYTES = 32;
-#else
-constexpr long VECTOR_BYTES = 16;
-#endif
 // Vectors side by side, and terms of a sum before it goes on in double.
 constexpr long SIDE = 4, TERMS = 16;
 // Numbers that are taken at a time, which lie in a cache.
 constexpr long BLOCK = 1 << 16;
 
-constexpr long DOUBLES = VECTOR_BYTES / sizeof(double);
 template <class T> constexpr long LANES = VECTOR_BYTES / sizeof(T);
 template <class T> struct Types {
     typedef T vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));

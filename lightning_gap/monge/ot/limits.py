@@ -6,7 +6,6 @@ import torch
 
 __all__ = ["LIMITS", "STRIDE", "Limits", "Size"]
 
-
 # Every which point of a side a coarser problem has.
 STRIDE = 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gap.monge.ot.limits import LIMITS
 
-__all__ = ["blas_threads", "buffers", "fits", "free_memory", "needed", "threads"]
+__all__ = ["blas_threads", "buffers", "fits", "free_memory", "needed", "thread_count", "threads"]
 
 # Memory kept from one call to the next, for each thread: fresh pages cost more than the work on them.
 _KEPT_BYTES = 1 << 28
@@ -74,11 +74,16 @@ def blas_threads(count: int) -> Iterator[None]:
             library.set_num_threads(threads_before)
 
 
+def thread_count(numbers: int) -> int:
+    """Return how many threads a matrix of so many numbers takes: one if small, as many as torch has if large."""
+    return 1 if numbers <= _ONE_THREAD_NUMBERS else torch.get_num_threads()
+
+
 @contextmanager
 def threads(numbers: int) -> Iterator[None]:
     """Let torch and NumPy's BLAS take one thread for small matrices, and as many as torch has for large ones."""
     before = torch.get_num_threads()
-    count = 1 if numbers <= _ONE_THREAD_NUMBERS else before
+    count = thread_count(numbers)
     if count != before:
         torch.set_num_threads(count)
     try:

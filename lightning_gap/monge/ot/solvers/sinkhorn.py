@@ -34,11 +34,11 @@ def solve_entropic(problems: list[Problem], solver: str, options: SolverOptions)
     results: dict[int, OTResult] = {}
     if solver == "dense":
         for i, problem in enumerate(problems):
-            need = _need(problem)
+            need, p = _need(problem), problem.detached()
             with torch.no_grad():
-                answer = solve_natively(problem.detached(), options, need)
+                answer = solve_natively(p, options, need)
             if answer is not None:
-                results[i] = _result(problem, answer, solver)
+                results[i] = _result(problem, p, answer, solver)
     rest = [i for i in range(len(problems)) if i not in results]
     if rest:
         results |= zip(rest, _solve_together([problems[i] for i in rest], solver, options), strict=True)
@@ -71,7 +71,7 @@ def _solve_together(problems: list[Problem], solver: str, options: SolverOptions
             answers.append(Answer(value, f, g, gx, gy, epsilon, *told))
         if solver == "fused" and not isinstance(kernel, FusedKernel):
             solver = "blocked"  # the formula did not give the costs, which was told
-    return [_result(problem, answer, solver) for problem, answer in zip(problems, answers, strict=True)]
+    return [_result(*each, solver) for each in zip(problems, detached, answers, strict=True)]
 
 
 def _need(problem: Problem) -> tuple[bool, bool]:
@@ -80,9 +80,9 @@ def _need(problem: Problem) -> tuple[bool, bool]:
     return graph and problem.x.requires_grad, graph and problem.y.requires_grad
 
 
-def _result(problem: Problem, answer: Answer, solver: str) -> OTResult:
-    """Return what was found as a result, whose value is differentiable."""
-    p, value, dtype = problem.detached(), answer.value, problem.x.dtype
+def _result(problem: Problem, p: Problem, answer: Answer, solver: str) -> OTResult:
+    """Return what was found of a problem, which detached is ``p``, as a result whose value is differentiable."""
+    value, dtype = answer.value, problem.x.dtype
     f, g = answer.f.to(dtype), answer.g.to(dtype)
     inputs, graph = (problem.x, problem.y, problem.a, problem.b), torch.is_grad_enabled()
     if graph and any(t.requires_grad for t in inputs):

@@ -46,8 +46,9 @@ template <class M> class Kernel {
 
     Kernel(const M* C, M* K, long n, long m, long padded, const double* a, const double* b, double epsilon, bool symmetric,
            bool steep, long threads)
-        : C(C), K(K), a(a), b(b), epsilon(epsilon), symmetric(symmetric), steep(steep), F0(n), G0(padded), sums(padded), scales(padded),
-          some(threads * padded), partial(threads * padded), n(n), m(m), padded(padded), threads(threads), v(padded), w(n), s(n), F(n), residual(padded) {}
+        : C(C), K(K), a(a), b(b), epsilon(epsilon), symmetric(symmetric), steep(steep), F0(n), G0(padded), sums(padded),
+          scales(padded), some(threads * padded), partial(threads * padded), n(n), m(m), padded(padded), threads(threads),
+          v(padded), w(n), s(n), F(n), residual(padded) {}
 
     void absorb(const double* rows, const double* columns) {
         std::copy(rows, rows + n, F0.begin());
@@ -185,7 +186,8 @@ template <class M> class Kernel {
         double best = INF;
         for (long count = 1, restarted = -1;; ++count) {
             const double error = sweep(G);
-            const bool solved = error <= tolerance, ended = count >= most || (count == patience && error > STUCK) || count == 4 * patience;
+            const bool solved = error <= tolerance;
+            const bool ended = count >= most || (count == patience && error > STUCK) || count == 4 * patience;
             if (solved || (ended && error < INF)) {
                 answer(G);
                 return {count, error, solved ? SOLVED : UNSOLVED};

@@ -15,18 +15,11 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#include "../../../../vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long VECTOR_BYTES = 64;
-#elif defined(__AVX__)
-constexpr long VECTOR_BYTES = 32;
-#else
-constexpr long VECTOR_BYTES = 16;
-#endif
-constexpr long FLOATS = VECTOR_BYTES / sizeof(float), DOUBLES = VECTOR_BYTES / sizeof(double);
+constexpr long FLOATS = VECTOR_BYTES / sizeof(float);
 
 template <class T> struct Format;
 template <> struct Format<float> {

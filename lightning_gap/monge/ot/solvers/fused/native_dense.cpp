@@ -98,8 +98,7 @@ template <class M> struct Matrices {
 
     Kernel<M> kernel(double warmer = 1, bool symmetric = false) const {
         const bool steep = largest > STEEP * epsilon * warmer;
-        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric, steep,
-                         threads);
+        return Kernel<M>(C, K, n, m, padded, a.data(), b.data(), epsilon * warmer, symmetric, steep, threads);
     }
 
     // First potentials of rows and columns.
@@ -248,16 +247,11 @@ void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool s
     }
 }
 
-struct Options {
-    double tolerance;
-    long most;
-};
-
 // told are the value, the marginal error, and whether that is small enough; returns the sweeps, negative where no format
 // bears the exponents, or there is no memory.
 template <class S, class M>
 long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M* K, double epsilon, double largest,
-           bool symmetric, Options options, double* f, double* g, double* gx, double* gy, double* told) {
+           bool symmetric, double tolerance, long most, double* f, double* g, double* gx, double* gy, double* told) {
     Matrices<M> all{C, K, of.n, of.m, of.padded, of.threads, std::vector<double>(a, a + of.n), std::vector<double>(of.padded),
                     epsilon, largest};
     std::copy(b, b + of.m, all.b.begin());
@@ -265,7 +259,7 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
     if (!symmetric) all.start(F, G);
     Kernel<M> kernel = all.kernel(1, symmetric);
     kernel.absorb(F.data(), G.data());
-    const Found found = kernel.iterate_to_end(G, options.tolerance, options.most, largest / epsilon);
+    const Found found = kernel.iterate_to_end(G, tolerance, most, largest / epsilon);
     if (found.status == LOST) return -found.iterations;
     double value = 0, mass = 0;
     for (long i = 0; i < of.n; ++i) value += a[i] * (f[i] = kernel.F[i] * epsilon);
@@ -297,7 +291,7 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
                                  double* told) {                                                                        \
         try {                                                                                                           \
             return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,      \
-                               symmetric != 0, {tolerance, most}, f, g, gx, gy, told);                                  \
+                               symmetric != 0, tolerance, most, f, g, gx, gy, told);                                  \
         } catch (const std::bad_alloc&) {                                                                               \
             return -1;                                                                                                  \
         }                                                                                                               \

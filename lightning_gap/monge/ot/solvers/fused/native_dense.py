@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
-from lightning_gap.monge.ot.costs.products import accurate
 from lightning_gap.monge.ot.limits import LIMITS, STRIDE
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK
 from lightning_gap.monge.ot.solvers.dense import DRIFT, FLAT
+from lightning_gap.monge.ot.solvers.fused.pairs import FLOAT_RANGE, images_of, pulled_back
 from lightning_gap.monge.ot.solvers.gradients import Answer
 from lightning_gap.monge.ot.solvers.iterate import LEAP_SWEEPS, LEAPS, PATIENCE
 from lightning_gap.monge.ot.solvers.kernel import REGULARIZATIONS
-from lightning_gap.monge.ot.solvers.memory import buffers
+from lightning_gap.monge.ot.solvers.memory import buffers, thread_count
 from lightning_gap.monge.ot.solvers.sizes import FLOAT_RATIOS, size_and_epsilon
 from lightning_gap.native import native_library
 
@@ -38,8 +38,8 @@ _CONSTANTS = {
 }  # fmt: skip
 # Columns are filled up to a multiple of this: vectors of floats of 64 bytes.
 _VECTOR = 16
-# Pairs of fewer samples are not worth a compilation; and up to how many a second thread costs more than it does.
-_FEWEST, _ONE_THREAD = 1 << 12, 1 << 20
+# Pairs of fewer samples are not worth a compilation.
+_FEWEST = 1 << 12
 # Samples of a side: fewer would be filled up to several times as many, and sums of more lose digits in float32.
 _SIDE = 16, 1 << 18
 # More sweeps than anyone makes, and than a long holds.
@@ -49,7 +49,7 @@ _ROWS = 64
 # Coordinates from which on products of matrices, of squares and of others, take less time than differences.
 _SQUARES, _OTHERS = 128, 1024
 # Sizes of sums of squares that are far from a format's limits; and for other powers the largest, and most digits.
-_RANGES = {torch.float32: (1e-25, 1e25), torch.float64: (1e-200, 1e200)}
+_RANGES = {torch.float32: FLOAT_RANGE, torch.float64: (1e-200, 1e200)}
 _POWER, _DIGITS = 24.0, 150.0
 # What float32 knows of a sum of squares is enough.
 _PLAIN = ("s", "root(s)")
@@ -111,9 +111,10 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
         return None
     dtype = p.x.dtype
     coordinates = dtype if _is_plain(formula) else torch.float64
-    x = _points(formula, p.x, coordinates)
-    y = x if p.to_itself else _points(formula, p.y, coordinates)
-    a, b = (_normalized(w) for w in (p.a, p.b))
+    x = _compared(formula, p.x, coordinates)
+    y = x if p.to_itself else _compared(formula, p.y, coordinates)
+    a = _normalized(p.a)
+    b = a if p.b is p.a else _normalized(p.b)
     n, m = len(x), len(y)
     padded = -(-m // _VECTOR) * _VECTOR
     samples = (
@@ -146,8 +147,8 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
     if iterations < 0:
         return None
     value, error, converged = told.tolist()
-    gx = None if gx is None else _of_points(formula, p.x, gx)
-    gy = gx if p.to_itself else None if gy is None else _of_points(formula, p.y, gy)
+    gx = None if gx is None else pulled_back(formula, p.x, gx)
+    gy = gx if p.to_itself else None if gy is None else pulled_back(formula, p.y, gy)
     return Answer(torch.tensor(value, dtype=torch.float64), f, g, gx, gy, epsilon, iterations, error, bool(converged))
 
 
@@ -163,25 +164,14 @@ def _in_range(formula: CostFormula, x: Tensor, y: Tensor, size: float) -> bool:
 
 
 def _threads(n: int, m: int) -> int:
-    return 1 if n * m <= _ONE_THREAD else max(1, min(torch.get_num_threads(), n // _ROWS))
+    return max(1, min(thread_count(n * m), n // _ROWS))
 
 
-def _points(formula: CostFormula, points: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return points as the cost compares them."""
-    if formula.image is not None:
-        points = formula.image(accurate(points))
-    return points.to(dtype).contiguous()
+def _compared(formula: CostFormula, points: Tensor, dtype: torch.dtype) -> Tensor:
+    # Without an image a point is what it was, without the way to double and back.
+    return (points if formula.image is None else images_of(formula, points)).to(dtype).contiguous()
 
 
 def _normalized(w: Tensor) -> Tensor:
     w = w.to(torch.float64)
     return (w / w.sum()).contiguous()
-
-
-def _of_points(formula: CostFormula, points: Tensor, gradients: Tensor) -> Tensor:
-    """Return the gradients in the points, from those in their images."""
-    if formula.image is not None:
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = accurate(points.detach()).clone().requires_grad_()
-            (gradients,) = torch.autograd.grad(formula.image(leaves), leaves, gradients.clone())
-    return gradients.to(points.dtype)

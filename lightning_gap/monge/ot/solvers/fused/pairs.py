@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.costs.formula import formula_of
+from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
 from lightning_gap.monge.ot.costs.products import accurate
 
-__all__ = ["NOTHING", "PairPasses"]
+__all__ = ["FLOAT_RANGE", "NOTHING", "PairPasses", "images_of", "pulled_back"]
 
 # What the last tile is filled up with: nothing, in any format.
 NOTHING = -1e30
 # An exponent is to be right to this, which a sum over a row averages; beyond, exponents are formed in double.
 _EXPONENT_ERROR = 1e-4
 # Sizes of sums of terms that are far from float32's limits.
-_FLOAT_RANGE = 1e-25, 1e25
+FLOAT_RANGE = 1e-25, 1e25
 # Up to so many dimensions differences cost no more than products.
 _FEW_DIMENSIONS = 3
 # Samples that tell where most are, and the size of costs.
@@ -60,7 +60,7 @@ class PairPasses(ABC):
             farthest = cost.pairwise(x[i : i + 1], _few(y)), cost.pairwise(_few(x), y[j : j + 1])
         size = max(size, *(float(costs.max()) for costs in farthest))
         rounding = torch.finfo(torch.float32).eps
-        fine = _FLOAT_RANGE[0] < size / formula.scale < _FLOAT_RANGE[1] and rounding * size <= _EXPONENT_ERROR * epsilon
+        fine = FLOAT_RANGE[0] < size / formula.scale < FLOAT_RANGE[1] and rounding * size <= _EXPONENT_ERROR * epsilon
         # Of the exponents, and of the exponentials.
         self.dtype = torch.float32 if x.dtype == torch.float32 and fine and not formula.double else torch.float64
         self.exponential = torch.float32 if x.dtype == torch.float32 else torch.float64
@@ -149,15 +149,10 @@ class PairPasses(ABC):
         gradients, masses = self._pulls(F + own, offsets)
         # The passes' cost is in units of epsilon.
         gradients *= self.epsilon * a[:, None]
-        if self.formula.image is not None:
-            with torch.inference_mode(False), torch.enable_grad():
-                points = accurate(self.x.detach()).clone().requires_grad_()
-                (gradients,) = torch.autograd.grad(self.formula.image(points), points, gradients.clone())
-        return gradients.to(self.x.dtype), masses * a
+        return pulled_back(self.formula, self.x, gradients), masses * a
 
     def _images(self, points: Tensor) -> Tensor:
-        points = accurate(points.detach())
-        return points if self.formula.image is None else accurate(self.formula.image(points))
+        return images_of(self.formula, points)
 
     def _offsets(self, G: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return what columns add to exponents, and what rows do."""
@@ -174,6 +169,21 @@ class PairPasses(ABC):
         filled = torch.full((count,), NOTHING, dtype=self.dtype, device=offsets.device)
         filled[: len(offsets)] = offsets.clamp_min(NOTHING)
         return filled
+
+
+def images_of(formula: CostFormula, points: Tensor) -> Tensor:
+    """Return points as a cost compares them, in the widest format."""
+    points = accurate(points.detach())
+    return points if formula.image is None else accurate(formula.image(points))
+
+
+def pulled_back(formula: CostFormula, points: Tensor, gradients: Tensor) -> Tensor:
+    """Return the gradients in points, in their format, from those in their images."""
+    if formula.image is not None:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = accurate(points.detach()).clone().requires_grad_()
+            (gradients,) = torch.autograd.grad(formula.image(leaves), leaves, gradients.clone())
+    return gradients.to(points.dtype)
 
 
 def _few(points: Tensor, count: int = _FEW_SAMPLES) -> Tensor:
