@@ -1,6 +1,7 @@
 """Costs as expressions that a compiler takes."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -64,10 +65,13 @@ SQUARES = CostFormula("z * z", "2 * z")
 
 def formula_of(cost: "Cost") -> CostFormula | None:
     """Return a cost's formula; ``None`` where a class has changed the cost and inherits the formula of another."""
-    classes = type(cost).__mro__
+    return cost.formula if _is_of_its_formula(type(cost)) else None
 
+
+@cache
+def _is_of_its_formula(cost: type["Cost"]) -> bool:
     def place(name: str) -> int:
-        return next((i for i, each in enumerate(classes) if name in vars(each)), len(classes))
+        return next((i for i, each in enumerate(cost.__mro__) if name in vars(each)), len(cost.__mro__))
 
     changed = min(place(name) for name in ("h", "elementwise", "paired", "pairwise", "geometry"))
-    return cost.formula if place("formula") <= changed else None
+    return place("formula") <= changed

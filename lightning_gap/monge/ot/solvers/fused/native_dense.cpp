@@ -247,6 +247,39 @@ void gradients(const Samples<S>& of, const Kernel<M>& kernel, const M* K, bool s
     }
 }
 
+// What the rows pay for the columns of their own numbers, of which there are as many, and its gradient in the rows' points;
+// the columns' is the opposite.
+template <class S> double paid(const Samples<S>& of, const double* a, double* gradient) {
+    constexpr long L = WIDTH<S>;
+    double sum = 0;
+    for (long i = 0; i < of.n; i += L) {
+        const long height = std::min(L, of.n - i);
+        const auto difference = [&](long k) {
+            Vec<S, L> z = {};
+            for (long l = 0; l < height; ++l) z[l] = of.x[(i + l) * of.d + k] - of.y[k * of.padded + i + l];
+            return z;
+        };
+        Vec<S, L> s = {};
+        for (long k = 0; k < of.d; ++k) s += term(difference(k), of.q);
+        const Vec<S, L> cost = of.scale * outer(s, of.q), slope = of.scale * outer_slope(s, of.q);
+        for (long l = 0; l < height; ++l) sum += a[i + l] * double(cost[l]);
+        for (long k = 0; gradient && k < of.d; ++k) {
+            const Vec<S, L> part = slope * term_slope(difference(k), of.q);
+            for (long l = 0; l < height; ++l) gradient[(i + l) * of.d + k] = a[i + l] * double(part[l]);
+        }
+    }
+    return sum;
+}
+
+// Weights, uniform ones where none are given.
+struct Weights {
+    std::vector<double> uniform;
+    const double* numbers;
+
+    Weights(const double* given, long count)
+        : uniform(given ? 0 : count, 1.0 / count), numbers(given ? given : uniform.data()) {}
+};
+
 // told are the value, the marginal error, and whether that is small enough; returns the sweeps, negative where no format
 // bears the exponents, or there is no memory.
 template <class S, class M>
@@ -281,7 +314,8 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
 #define EXPORT(name, S, M)                                                                                              \
     extern "C" void costs_##name(SAMPLES(S), M* C, double* told) {                                                      \
         try {                                                                                                           \
-            costs<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, told);                           \
+            const Samples<S> of(x, n, d, y, m, padded, scale, q, threads);                                              \
+            costs<S, M>(of, Weights(a, n).numbers, Weights(b, m).numbers, C, told);                                     \
         } catch (const std::bad_alloc&) {                                                                               \
             told[2] = NAN;                                                                                              \
         }                                                                                                               \
@@ -290,10 +324,19 @@ long solve(const Samples<S>& of, const double* a, const double* b, const M* C, M
                                  double tolerance, long most, double* f, double* g, double* gx, double* gy,             \
                                  double* told) {                                                                        \
         try {                                                                                                           \
-            return solve<S, M>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), a, b, C, K, epsilon, largest,      \
-                               symmetric != 0, tolerance, most, f, g, gx, gy, told);                                  \
+            const Samples<S> of(x, n, d, y, m, padded, scale, q, threads);                                              \
+            return solve<S, M>(of, Weights(a, n).numbers, Weights(b, m).numbers, C, K, epsilon, largest,                \
+                               symmetric != 0, tolerance, most, f, g, gx, gy, told);                                    \
         } catch (const std::bad_alloc&) {                                                                               \
             return -1;                                                                                                  \
+        }                                                                                                               \
+    }                                                                                                                   \
+    extern "C" double paid_##name(SAMPLES(S), double* gradient) {                                                       \
+        try {                                                                                                           \
+            (void)b;                                                                                                    \
+            return paid<S>(Samples<S>(x, n, d, y, m, padded, scale, q, threads), Weights(a, n).numbers, gradient);      \
+        } catch (const std::bad_alloc&) {                                                                               \
+            return NAN;                                                                                                 \
         }                                                                                                               \
     }
 // What is plain is compared in the samples' own format, what is not in double.

@@ -1,4 +1,4 @@
-"""Problems whose matrices are in memory, by compiled C++: one call for the costs, one for all that follows.
+"""Problems whose matrices are in memory, by compiled C++: a call for the costs, and one for all that follows.
 
 A step of training on some hundred samples is some thousand calls of :class:`DenseKernel`, whose time is most of it.
 """
@@ -8,7 +8,7 @@ import math
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lightning_gap.monge.ot.solvers.memory import buffers, thread_count
 from lightning_gap.monge.ot.solvers.sizes import FLOAT_RATIOS, size_and_epsilon
 from lightning_gap.native import native_library
 
-__all__ = ["native_dense_library", "solve_natively"]
+__all__ = ["Found", "NativeProblem", "native_dense_library", "solve_natively"]
 
 _SOURCE = Path(__file__).with_name("native_dense.cpp")
 _CONSTANTS = {
@@ -59,11 +59,24 @@ _TO_SOLVE: list[Any] = [*[_POINTER] * 2, _DOUBLE, _DOUBLE, _LONG, _DOUBLE, _LONG
 _SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, _DOUBLE, _LONG, _POINTER, _POINTER]
 
 
+class Found(NamedTuple):
+    """What a call has found: numbers of Python, and vectors in double, gradients in the images that a cost compares."""
+
+    value: float
+    f: Tensor
+    g: Tensor
+    gx: Tensor | None
+    gy: Tensor | None
+    epsilon: float
+    iterations: int
+    marginal_error: float
+    converged: bool
+
+
 def native_dense_library(formula: CostFormula) -> ctypes.CDLL | None:
-    """Return the two calls for a cost; ``None`` where nothing compiles them."""
+    """Return the calls for a cost; ``None`` where nothing compiles them."""
     # Looking for a compiler takes as long as a small solve.
-    expressions = formula.expressions() | {"PLAIN": str(int(_is_plain(formula)))}
-    return _library(tuple(expressions.items()), os.environ.get("PATH"), os.environ.get("CXX"))
+    return _library(formula[:4], _is_plain(formula), os.environ.get("PATH"), os.environ.get("CXX"))
 
 
 def _is_plain(formula: CostFormula) -> bool:
@@ -72,29 +85,102 @@ def _is_plain(formula: CostFormula) -> bool:
 
 
 @cache
-def _library(expressions: tuple[tuple[str, str], ...], *compilers: str | None) -> ctypes.CDLL | None:
-    library = native_library(_SOURCE, {name: str(number) for name, number in _CONSTANTS.items()} | dict(expressions))
+def _library(expressions: tuple[str, ...], plain: bool, *compilers: str | None) -> ctypes.CDLL | None:
+    numbers = {name: str(number) for name, number in _CONSTANTS.items()} | {"PLAIN": str(int(plain))}
+    library = native_library(_SOURCE, CostFormula(*expressions).expressions() | numbers)
     if library is None:
         return None
     for matrix in _NAMES.values():
         # What is found by its name is kept with its types.
-        costs, solve = getattr(library, f"costs_{matrix}"), getattr(library, f"solve_{matrix}")
+        costs, solve, paid = (getattr(library, f"{call}_{matrix}") for call in ("costs", "solve", "paid"))
         costs.argtypes, costs.restype = [*_SAMPLES, _POINTER, _POINTER], None
         solve.argtypes, solve.restype = [*_SAMPLES, *_TO_SOLVE], _LONG
+        paid.argtypes, paid.restype = [*_SAMPLES, _POINTER], _DOUBLE
     return library
 
 
 def _takes(p: Problem) -> CostFormula | None:
     """Return the formula of a problem with hard marginals, whose cost is this package's and its formula right."""
-    pairs = len(p.x) * len(p.y)
-    if p.rho is not None or p.x.device.type != "cpu" or pairs < _FEWEST:
+    (n, d), m = p.x.shape, p.y.shape[0]
+    if p.rho is not None or p.x.device.type != "cpu" or n * m < _FEWEST:
         return None
-    if min(len(p.x), len(p.y)) < _SIDE[0] or max(len(p.x), len(p.y)) > _SIDE[1]:
+    if min(n, m) < _SIDE[0] or max(n, m) > _SIDE[1]:
         return None
     formula = formula_of(p.cost) if type(p.cost).__module__.startswith("lightning_gap.") else None
     if formula is None:
         return None
-    return formula if p.x.shape[1] <= (_SQUARES if formula.is_square and formula.image is None else _OTHERS) else None
+    return formula if d <= (_SQUARES if formula.is_square and formula.image is None else _OTHERS) else None
+
+
+class NativeProblem:
+    """A problem without a graph as the calls take it: :meth:`of` says whether they do.
+
+    Args:
+        p: The problem.
+        formula: Its cost's.
+        library: The calls for that.
+    """
+
+    def __init__(self, p: Problem, formula: CostFormula, library: ctypes.CDLL) -> None:
+        self.problem, self.formula, self.library = p, formula, library
+        self.name, self.symmetric = _NAMES[p.x.dtype], p.to_itself
+        coordinates = p.x.dtype if _is_plain(formula) else torch.float64
+        self.x = _compared(formula, p.x, coordinates)
+        self.y = self.x if self.symmetric else _compared(formula, p.y, coordinates)
+        # Of uniform weights the calls know all.
+        self.a = None if p.uniform else _normalized(p.a)
+        self.b = self.a if p.uniform or p.b is p.a else _normalized(p.b)
+        (n, d), m = self.x.shape, self.y.shape[0]
+        self.padded = -(-m // _VECTOR) * _VECTOR
+        self._samples = (
+            self.x.data_ptr(), n, d, self.y.data_ptr(), m, self.padded, formula.scale, formula.number, _threads(n, m),
+            _place(self.a), _place(self.b),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, p: Problem) -> "NativeProblem | None":
+        """Return the problem as the calls take it; ``None`` where it is not for them, or nothing compiles them."""
+        formula = _takes(p)
+        library = None if formula is None else native_dense_library(formula)
+        return None if formula is None or library is None else cls(p, formula, library)
+
+    def solved(self, options: SolverOptions, need: tuple[bool, bool]) -> Found | None:
+        """Return what is found, to a tolerance in so many sweeps, or ``None`` where it has to go the long way.
+
+        Args:
+            options: Tolerance and most sweeps.
+            need: Whether the gradients in both sets of points are needed.
+        """
+        p, x, y, padded = self.problem, self.x, self.y, self.padded
+        (n, d), m = x.shape, y.shape[0]
+        told = (_DOUBLE * 3)()
+        with buffers(1, 2 * n, padded, p.x) as (matrices,):
+            C = matrices.data_ptr()
+            K = C + n * padded * matrices.element_size()
+            getattr(self.library, f"costs_{self.name}")(*self._samples, C, told)
+            least, most, mean = told
+            size = max(abs(least), abs(most))
+            if not math.isfinite(mean) or not _in_range(self.formula, x, y, size):
+                return None
+            size, epsilon = size_and_epsilon(p, least, most, mean)
+            if p.x.dtype == torch.float32 and not FLOAT_RATIOS[0] * epsilon <= size <= FLOAT_RATIOS[1] * epsilon:
+                return None
+            wanted = (any(need), False) if self.symmetric else need
+            f, g = _doubles(n), _doubles(m)
+            gx, gy = _doubles(n, d) if wanted[0] else None, _doubles(m, d) if wanted[1] else None
+            iterations = getattr(self.library, f"solve_{self.name}")(
+                *self._samples, C, K, epsilon, size, self.symmetric, options.tolerance,
+                min(options.max_iterations, _SWEEPS), f.data_ptr(), g.data_ptr(), _place(gx), _place(gy), told,
+            )  # fmt: skip
+        if iterations < 0:
+            return None
+        value, error, converged = told
+        return Found(value, f, g, gx, gx if self.symmetric else gy, epsilon, iterations, error, bool(converged))
+
+    def paid(self, need: bool) -> tuple[float, Tensor | None]:
+        """Return what the rows pay for the columns of their own numbers, and the gradient in the rows' images."""
+        gradient = _doubles(*self.x.shape) if need else None
+        return getattr(self.library, f"paid_{self.name}")(*self._samples, _place(gradient)), gradient
 
 
 def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
@@ -105,51 +191,13 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
         options: Tolerance and most sweeps.
         need: Whether the gradients in both sets of points are needed.
     """
-    formula = _takes(p)
-    library = None if formula is None else native_dense_library(formula)
-    if formula is None or library is None:
+    native = NativeProblem.of(p)
+    found = None if native is None else native.solved(options, need)
+    if native is None or found is None:
         return None
-    dtype = p.x.dtype
-    coordinates = dtype if _is_plain(formula) else torch.float64
-    x = _compared(formula, p.x, coordinates)
-    y = x if p.to_itself else _compared(formula, p.y, coordinates)
-    a = _normalized(p.a)
-    b = a if p.b is p.a else _normalized(p.b)
-    n, m = len(x), len(y)
-    padded = -(-m // _VECTOR) * _VECTOR
-    samples = (
-        x.data_ptr(), n, x.shape[1], y.data_ptr(), m, padded, formula.scale, formula.number, _threads(n, m),
-        a.data_ptr(), b.data_ptr(),
-    )  # fmt: skip
-    form, solve = getattr(library, f"costs_{_NAMES[dtype]}"), getattr(library, f"solve_{_NAMES[dtype]}")
-    with buffers(2, n, padded, p.x) as (C, K):
-        told = torch.empty(3, dtype=torch.float64, device="cpu")
-        form(*samples, C.data_ptr(), told.data_ptr())
-        least, most, mean = told.tolist()
-        size = max(abs(least), abs(most))
-        if not math.isfinite(mean) or not _in_range(formula, x, y, size):
-            return None
-        size, epsilon = size_and_epsilon(p, least, most, mean)
-        if dtype == torch.float32 and not FLOAT_RATIOS[0] * epsilon <= size <= FLOAT_RATIOS[1] * epsilon:
-            return None
-        f, g = (torch.empty(count, dtype=torch.float64, device="cpu") for count in (n, m))
-        wanted = (any(need), False) if p.to_itself else need
-        gx, gy = (
-            torch.empty(points.shape, dtype=torch.float64, device="cpu") if wants else None
-            for points, wants in zip((x, y), wanted, strict=True)
-        )
-        iterations = solve(
-            *samples, C.data_ptr(), K.data_ptr(), epsilon, size, p.to_itself, options.tolerance,
-            min(options.max_iterations, _SWEEPS),
-            f.data_ptr(), g.data_ptr(), gx if gx is None else gx.data_ptr(), gy if gy is None else gy.data_ptr(),
-            told.data_ptr(),
-        )  # fmt: skip
-    if iterations < 0:
-        return None
-    value, error, converged = told.tolist()
-    gx = None if gx is None else pulled_back(formula, p.x, gx)
-    gy = gx if p.to_itself else None if gy is None else pulled_back(formula, p.y, gy)
-    return Answer(torch.tensor(value, dtype=torch.float64), f, g, gx, gy, epsilon, iterations, error, bool(converged))
+    gx = None if found.gx is None else pulled_back(native.formula, p.x, found.gx)
+    gy = gx if native.symmetric else None if found.gy is None else pulled_back(native.formula, p.y, found.gy)
+    return Answer(torch.tensor(found.value, dtype=torch.float64), found.f, found.g, gx, gy, *found[5:])
 
 
 def _in_range(formula: CostFormula, x: Tensor, y: Tensor, size: float) -> bool:
@@ -170,6 +218,14 @@ def _threads(n: int, m: int) -> int:
 def _compared(formula: CostFormula, points: Tensor, dtype: torch.dtype) -> Tensor:
     # Without an image a point is what it was, without the way to double and back.
     return (points if formula.image is None else images_of(formula, points)).to(dtype).contiguous()
+
+
+def _doubles(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device="cpu")
+
+
+def _place(numbers: Tensor | None) -> int | None:
+    return None if numbers is None else numbers.data_ptr()
 
 
 def _normalized(w: Tensor) -> Tensor:
