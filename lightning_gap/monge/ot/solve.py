@@ -50,7 +50,7 @@ from lightning_gap.monge.ot.solvers.memory import fits, needed
 from lightning_gap.monge.ot.solvers.sinkhorn import solve_entropic
 from lightning_gap.precision import full_precision
 
-__all__ = ["choose_solver", "optimal_transport", "solve_all"]
+__all__ = ["choose_solver", "optimal_transport", "report_unconverged", "solve_all"]
 
 
 def optimal_transport(
@@ -150,8 +150,9 @@ def solve_all(
             part = numbers[start : start + together]
             results |= zip(part, _solve_alike([problems[k] for k in part], chosen, options), strict=True)
     for number in range(0 if silent else len(problems)):
-        if not results[number].converged:
-            _report(results[number], options, strict)
+        if not (result := results[number]).converged:
+            dtype = result.problem.x.dtype
+            report_unconverged(result.solver, result.marginal_error, result.epsilon, options, dtype, strict=strict)
     return [
         results[number] if p is whole else _for_all(whole, p, results[number])
         for number, (whole, p) in enumerate(zip(given, problems, strict=True))
@@ -196,13 +197,21 @@ def _solve_alike(problems: list[Problem], solver: str, options: SolverOptions) -
         return [solve_geomloss(p, solver) for p in problems]
 
 
-def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
-    """Warn or raise for a result that did not converge."""
-    widest_already = result.value.dtype == torch.float64 or options.tolerance >= 1e-6
+def report_unconverged(
+    solver: str,
+    marginal_error: float,
+    epsilon: float,
+    options: SolverOptions,
+    dtype: torch.dtype,
+    *,
+    strict: bool = False,
+) -> None:
+    """Warn or raise for a problem that did not converge."""
+    widest_already = dtype == torch.float64 or options.tolerance >= 1e-6
     message = (
-        f"solver={result.solver!r} stopped with a marginal error of {result.marginal_error:.2g}, above the tolerance "
-        f"of {options.tolerance:.2g}: raise max_iterations ({options.max_iterations} now) or epsilon "
-        f"({result.epsilon:.3g} now)" + ("" if widest_already else ", or use float64")
+        f"solver={solver!r} stopped with a marginal error of {marginal_error:.2g}, above the tolerance of "
+        f"{options.tolerance:.2g}: raise max_iterations ({options.max_iterations} now) or epsilon ({epsilon:.3g} now)"
+        + ("" if widest_already else ", or use float64")
     )
     if strict:
         raise RuntimeError(message)

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -48,15 +49,24 @@ template <class T, long L> INLINE Vec<T, L> load(const T* p) { return *reinterpr
 template <class T, long L> INLINE void store(T* p, Vec<T, L> v) { *reinterpret_cast<Vec<T, L>*>(p) = v; }
 template <class T, long L> INLINE Vec<T, L> all(T number) { return Vec<T, L>{} + number; }
 
+// By halves, which do not wait for each other as one number after the other does.
 template <class T, long L> INLINE T sum_of(Vec<T, L> v) {
-    T sum = 0;
-    for (int l = 0; l < L; ++l) sum += v[l];
-    return sum;
+    if constexpr (L == 1) {
+        return v[0];
+    } else {
+        Vec<T, L / 2> halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum_of<T, L / 2>(halves[0] + halves[1]);
+    }
 }
 template <class T, long L> INLINE T largest_of(Vec<T, L> v) {
-    T most = v[0];
-    for (int l = 1; l < L; ++l) most = std::max(most, v[l]);
-    return most;
+    if constexpr (L == 1) {
+        return v[0];
+    } else {
+        Vec<T, L / 2> halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return largest_of<T, L / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+    }
 }
 template <class T, long L> INLINE Vec<T, L> absolute_of(Vec<T, L> v) {
     return (Vec<T, L>)((Ints<T, L>)v & ~Format<T>::sign);

@@ -27,8 +27,9 @@ template <class S> struct Samples {
 
     Samples(const S* x, long n, long d, const S* columns, long m, long padded, double scale, double q, long threads)
         : x(x), n(n), d(d), m(m), padded(padded), scale(S(scale)), q(S(q)), threads(threads), y(d * padded) {
-        for (long j = 0; j < m; ++j)
-            for (long k = 0; k < d; ++k) y[k * padded + j] = columns[j * d + k];
+        // What is filled up is the first column, whose costs change no range.
+        for (long j = 0; j < padded; ++j)
+            for (long k = 0; k < d; ++k) y[k * padded + j] = columns[(j < m ? j : 0) * d + k];
     }
 
     // The last rows of all are repeated where there are less than ROWS.
@@ -50,39 +51,40 @@ template <class S> struct Samples {
 template <class S, class M>
 void costs(const Samples<S>& of, const double* a, const double* weights, M* C, double* told) {
     constexpr long L = WIDTH<S>;
-    std::vector<double> b(of.padded);
-    std::copy(weights, weights + of.m, b.begin());
-    constexpr long W = WIDTH<M>;
+    // In units of uniform weights, which a float bears for any number of columns.
+    std::vector<S> b(of.padded);
+    for (long j = 0; j < of.m; ++j) b[j] = S(weights[j] * double(of.m));
     std::vector<double> least(of.threads, INF), largest(of.threads, -INF), means(of.threads);
     in_parts(of.n, of.threads, [&](long part, long first, long last) {
         double mean = 0;
-        Vec<M, W> low = all<M, W>(M(INF)), high = all<M, W>(M(-INF));
+        Vec<S, L> low = all<S, L>(S(INF)), high = all<S, L>(S(-INF));
         const S* rows[ROWS];
         for (long i = first; i < last; i += ROWS) {
             const long height = std::min(ROWS, last - i);
             of.rows_from(i, rows);
-            for (long j = 0; j < of.padded; j += L) {
-                Vec<S, L> s[ROWS];
-                of.sums(rows, j, s);
-                for (long r = 0; r < height; ++r)
-                    store<M, L>(C + (i + r) * of.padded + j,
-                                __builtin_convertvector(of.scale * outer(s[r], of.q), Vec<M, L>));
+            double sums[ROWS] = {};
+            for (long begin = 0; begin < of.padded; begin += TERMS * L) {
+                Vec<S, L> found[ROWS] = {};
+                for (long j = begin; j < std::min(of.padded, begin + TERMS * L); j += L) {
+                    Vec<S, L> s[ROWS];
+                    of.sums(rows, j, s);
+                    const Vec<S, L> weight = load<S, L>(&b[j]);
+                    for (long r = 0; r < ROWS; ++r) {
+                        const Vec<S, L> c = of.scale * outer(s[r], of.q);
+                        low = c < low ? c : low;
+                        high = c > high ? c : high;
+                        found[r] += weight * c;
+                        if (r < height) store<M, L>(C + (i + r) * of.padded + j, __builtin_convertvector(c, Vec<M, L>));
+                    }
+                }
+                for (long r = 0; r < ROWS; ++r) sums[r] += sum_of<S, L>(found[r]);
             }
             for (long r = 0; r < height; ++r) {
-                M* row = C + (i + r) * of.padded;
-                std::fill(row + of.m, row + of.padded, row[0]);
-                Vec<double, W> sum = {};
-                for (long j = 0; j < of.padded; j += W) {
-                    const Vec<M, W> c = load<M, W>(row + j);
-                    low = c < low ? c : low;
-                    high = c > high ? c : high;
-                    sum += load<double, W>(&b[j]) * __builtin_convertvector(c, Vec<double, W>);
-                }
-                std::fill(row + of.m, row + of.padded, M(INF));
-                mean += a[i + r] * sum_of<double, W>(sum);
+                mean += a[i + r] * sums[r];
+                std::fill(C + (i + r) * of.padded + of.m, C + (i + r + 1) * of.padded, M(INF));
             }
         }
-        least[part] = -largest_of<M, W>(-low), largest[part] = largest_of<M, W>(high), means[part] = mean;
+        least[part] = -largest_of<S, L>(-low), largest[part] = largest_of<S, L>(high), means[part] = mean / double(of.m);
     });
     told[0] = *std::min_element(least.begin(), least.end());
     told[1] = *std::max_element(largest.begin(), largest.end());
@@ -188,7 +190,7 @@ template <class S, class M>
 void pull(const Samples<S>& of, const Kernel<M>& kernel, const M* K, long first, long last, double* gx, double* columns) {
     constexpr long L = WIDTH<S>;
     const S* rows[ROWS];
-    std::vector<S> shares(ROWS * of.padded);
+    std::vector<S> shares(ROWS * of.padded), narrow(columns ? of.d * of.padded : 0);
     for (long i = first; i < last; i += ROWS) {
         const long height = std::min(ROWS, last - i);
         of.rows_from(i, rows);
@@ -217,12 +219,15 @@ void pull(const Samples<S>& of, const Kernel<M>& kernel, const M* K, long first,
                     together += pull;
                 }
                 if (columns) {
-                    double* column = &columns[k * of.padded + j];
-                    store<double, L>(column, load<double, L>(column) - __builtin_convertvector(together, Vec<double, L>));
+                    S* column = &narrow[k * of.padded + j];
+                    store<S, L>(column, load<S, L>(column) - together);
                 }
             }
             for (long r = 0; gx && r < height; ++r) gx[(i + r) * of.d + k] = sum_of<S, L>(found[r]);
         }
+        // Sums over some rows, which go on in double.
+        if ((i / ROWS + 1) % (TERMS / ROWS) == 0 || i + ROWS >= last)
+            for (size_t j = 0; j < narrow.size(); ++j) columns[j] += narrow[j], narrow[j] = 0;
     }
 }
 

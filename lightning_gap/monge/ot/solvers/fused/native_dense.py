@@ -85,7 +85,7 @@ def _is_plain(formula: CostFormula) -> bool:
 
 
 @cache
-def _library(expressions: tuple[str, ...], plain: bool, *compilers: str | None) -> ctypes.CDLL | None:
+def _library(expressions: tuple[str, str, str, str], plain: bool, *compilers: str | None) -> ctypes.CDLL | None:
     numbers = {name: str(number) for name, number in _CONSTANTS.items()} | {"PLAIN": str(int(plain))}
     library = native_library(_SOURCE, CostFormula(*expressions).expressions() | numbers)
     if library is None:
