@@ -6,6 +6,7 @@ A step of training on some hundred samples is some thousand calls of :class:`Den
 import ctypes
 import math
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs.formula import CostFormula, formula_of
+from lightning_gap.monge.ot.epsilon import Epsilon
 from lightning_gap.monge.ot.limits import LIMITS, STRIDE
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
@@ -144,14 +146,17 @@ class NativeProblem:
         library = None if formula is None else native_dense_library(formula)
         return None if formula is None or library is None else cls(p, formula, library)
 
-    def solved(self, options: SolverOptions, need: tuple[bool, bool]) -> Found | None:
+    def solved(self, options: SolverOptions, need: tuple[bool, bool], *, epsilon: float | None = None) -> Found | None:
         """Return what is found, to a tolerance in so many sweeps, or ``None`` where it has to go the long way.
 
         Args:
             options: Tolerance and most sweeps.
             need: Whether the gradients in both sets of points are needed.
+            epsilon: Another regularization than the problem's.
         """
         p, x, y, padded = self.problem, self.x, self.y, self.padded
+        if epsilon is not None:
+            p = replace(p, epsilon=Epsilon(epsilon))
         (n, d), m = x.shape, y.shape[0]
         told = (_DOUBLE * 3)()
         with buffers(1, 2 * n, padded, p.x) as (matrices,):

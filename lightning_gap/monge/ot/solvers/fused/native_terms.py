@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.epsilon import Epsilon
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.solvers.fused.native_dense import Found, NativeProblem
@@ -83,27 +82,28 @@ def terms_natively(
 
 def _term(p: Problem, options: SolverOptions, need: tuple[bool, bool], *, gap: bool, self_terms: bool) -> _Term | None:
     """Return a divergence, or what the rows pay less the least they could: with self terms added in both."""
-    native = NativeProblem.of(p)
-    solution = None if native is None else native.solved(options, need)
-    if native is None or solution is None:
+    whole = NativeProblem.of(p)
+    # Each at the epsilon of the whole, which is known when that is solved.
+    sides = [
+        NativeProblem.of(Problem(points, points, weights, weights, p.cost, p.epsilon, uniform=p.uniform))
+        for points, weights in (((p.x, p.a), (p.y, p.b)) if self_terms else ())
+    ]
+    solution = None if whole is None or None in sides else whole.solved(options, need)
+    if whole is None or solution is None:
         return None
     value, found, parts = solution.value, [solution], [solution.gx, solution.gy]
-    for side, points, weights in ((0, p.x, p.a), (1, p.y, p.b)):
-        if not self_terms:
-            continue
-        epsilon = Epsilon(solution.epsilon)
-        itself = NativeProblem.of(Problem(points, points, weights, weights, p.cost, epsilon, uniform=p.uniform))
-        own = None if itself is None else itself.solved(options, (need[side], False))
+    for k, side in enumerate(sides):
+        own = None if side is None else side.solved(options, (need[k], False), epsilon=solution.epsilon)
         if own is None:
             return None
         found.append(own)
         # Half of it, in which the points are twice.
         value -= own.value / 2
-        part = parts[side]
+        part = parts[k]
         if part is not None and own.gx is not None:
-            parts[side] = part - own.gx
+            parts[k] = part - own.gx
     if gap:
-        paid, gradient = native.paid(any(need))
+        paid, gradient = whole.paid(any(need))
         if not math.isfinite(paid):
             return None
         value = paid - value
@@ -113,7 +113,7 @@ def _term(p: Problem, options: SolverOptions, need: tuple[bool, bool], *, gap: b
             for sign, part in zip((1, -1), parts, strict=True)
         ]
     gx, gy = (
-        None if part is None else pulled_back(native.formula, points, part)
+        None if part is None else pulled_back(whole.formula, points, part)
         for part, points in zip(parts, (p.x, p.y), strict=True)
     )
     return _Term(value, found, (gx, gy))
