@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -15,11 +15,13 @@ from lightning_gap.monge.samples.combinations import LabelColumns, as_columns
 from lightning_gap.monge.samples.draws import Endless, SampledSamples, StreamedSamples, map_images
 from lightning_gap.monge.samples.features import feature_places, listed
 from lightning_gap.monge.samples.files.read import is_file, open_table, read_vector
-from lightning_gap.monge.samples.files.table import Reading, Table, as_texts, titled
+from lightning_gap.monge.samples.files.table import Reading, Table, as_texts, there_is, titled
 
 __all__ = ["KnownMap", "Sampler", "Samples", "Side", "is_stream", "read_sides"]
 
 Array = NDArray[Any]
+
+_FEW = 256  # samples that tell whether all are counts
 
 
 class Sampler(Protocol):
@@ -96,6 +98,7 @@ def read_sides(
     }
     sides: list[Side | Endless] = []
     opened: dict[str, Table] = {}
+    counted: dict[tuple[str, ...], str] = {}
     for i, (argument, data) in enumerate((("source", source), ("target", target))):
         labels = {name: pair[i] for name, pair in pairs.items()}
         if condition_column is not None and labels["conditions"] is not None and not as_columns(labels["conditions"]):
@@ -116,13 +119,27 @@ def read_sides(
             table = opened[key] = open_table(prefix + argument, data, replace(reading, labels=names))
         keys = [name for name in condition_key if i == 1 or name in table.label_names]
         side = _read_side(prefix, argument, table, selected, labels, images, keys)
+        if table.layers is not None and _are_counts(side.samples):
+            counted.setdefault(table.layers, side.title)
         sides.append(side if like is None else _with_features(side, like))
+    for layers, title in counted.items():
+        rank_zero_warn(
+            f"{title} holds counts, of which a few genes with many decide distances and maps: name a layer with "
+            f"logarithms of normalized counts{f' ({there_is(layers)})' if layers else ''}, or make one by "
+            "scanpy.pp.normalize_total and scanpy.pp.log1p"
+        )
     if condition_key:
         if not isinstance(sides[1], Side):
             raise ValueError(f"{prefix}condition_key are of rows, and target is a sampler: leave it out")
         if isinstance(sides[0], Side):
             sides[0] = _with_what_it_tells(sides[0], sides[1], condition_key)
     return _aligned(sides[0], sides[1])
+
+
+def _are_counts(samples: Tensor) -> bool:
+    """Return whether the first samples are whole numbers from 0 on, and not of two values only, as presences are."""
+    some = samples[:_FEW]
+    return bool((some >= 0).all() and (some == some.round()).all() and some.max() > 1)
 
 
 def _with_what_it_tells(source: Side, target: Side, key: Collection[str]) -> Side:

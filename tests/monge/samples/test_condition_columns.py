@@ -77,9 +77,10 @@ def test_a_table_and_anndata_have_the_columns(tmp_path):
     assert by_file.condition_names == crossed().condition_names
     obs.index = obs.index.astype(str)
     cells = anndata.AnnData(torch.cat([X, Y]).numpy(), obs=obs)
-    data = SamplesDataModule.from_anndata(
-        cells, key="drug", source="control", target=DRUGS, condition_key=["type", "drug", "dose"], batch_size=3
-    )
+    with pytest.warns(UserWarning, match="source holds counts"):  # whole numbers, that is
+        data = SamplesDataModule.from_anndata(
+            cells, key="drug", source="control", target=DRUGS, condition_key=["type", "drug", "dose"], batch_size=3
+        )
     assert data.condition_names[:2] == ("B, A, 1", "B, A, 10")
     # The control knows its type, and serves each drug and dose of it.
     batch = next(iter(data.train_dataloader()))

@@ -308,3 +308,28 @@ def test_what_is_written_can_be_read(tmp_path):
             out.write(block, block.samples().numpy())
         out.keep()
         np.testing.assert_allclose(open_table("x", tmp_path / f"x{suffix}").samples(), VALUES, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.int64])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_counts_are_warned_of_once_and_with_the_layers_there_are(stored, in_file, tmp_path):
+    counts = np.random.default_rng(0).poisson(3.0, VALUES.shape)
+    data = cells(counts.astype(stored))
+    data.layers["logcounts"] = np.log1p(counts)
+    if in_file:
+        data.write_h5ad(tmp_path / "cells.h5ad")
+        data = str(tmp_path / "cells.h5ad")
+    with pytest.warns(UserWarning, match="counts") as told:
+        SamplesDataModule.from_anndata(data, key="arm", source="control", target="stim", batch_size=4)
+    assert len([w for w in told if "hold" in str(w.message) and "'logcounts'" in str(w.message)]) == 1
+
+
+def test_what_is_no_count_is_no_cause_of_a_warning(recwarn):
+    presences = (np.arange(VALUES.size) % 2).reshape(VALUES.shape).astype(np.float32)
+    counts = np.random.default_rng(0).poisson(3.0, VALUES.shape).astype(np.float32)
+    data = cells(presences)
+    data.obsm["X_bins"], data.layers["logcounts"] = counts, np.log1p(counts)
+    for where in ({}, {"layer": "logcounts"}, {"obsm": "X_bins"}):
+        SamplesDataModule.from_anndata(data, key="arm", source="control", target="stim", batch_size=4, **where)
+    SamplesDataModule(counts, counts, batch_size=4)
+    assert not [w for w in recwarn if "counts" in str(w.message)]
