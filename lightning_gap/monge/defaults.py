@@ -36,7 +36,9 @@ __all__ = [
 # From so many dimensions on a convex network costs more than it finds; and no plan tells what samples do not.
 _MOST_DIMENSIONS = 128
 _FEW = 1024  # samples of each side that tell the scale of costs
-_PASSES = 20  # over the training samples, at most, before the default learning rate has decayed
+# Over the training samples, at most, before the default learning rate has decayed; but for the semi-dual, which knows
+# few samples by heart, no fewer updates than these.
+_PASSES, _UPDATES = 20, 500
 
 
 class Recipe(NamedTuple):
@@ -141,7 +143,7 @@ def take_terms_of_checkpoint(model: "MongeMap", found: Mapping[str, Any], state:
 
 
 def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | None:
-    """Return a decay along a cosine over the run, or over the passes after which it has no more to learn."""
+    """Return a decay along a cosine over the run, or until there is no more to learn: some passes, or updates."""
     if not model.decays:
         return None
     total = float(model.trainer.estimated_stepping_batches)
@@ -150,10 +152,12 @@ def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | No
     if sizes and batch and not getattr(data, "endless", False):
         update = batch * data_parallel_size(model.trainer) * model.trainer.accumulate_grad_batches
         most = math.ceil(_PASSES * max(sizes) / update)
+        if model.objective.fitting_loss != "semidual":
+            most = max(most, _UPDATES)
         if most < total:
             rank_zero_info(
-                f"MongeMap: the default learning rate decays to 0 within {most} updates, {_PASSES} passes over the "
-                "samples, and the run goes on: give optimizer= for a longer training"
+                f"MongeMap: the default learning rate decays to 0 within {most} updates, and the run goes on: give "
+                "optimizer= for a longer training"
             )
         total = min(total, most)
     if not math.isfinite(total) or total < 1:

@@ -10,7 +10,7 @@ from monge_runs import Metrics, gaussians, samples, trainer, weights
 from torch.optim import SGD, Adam
 
 from lightning_gap import MongeMap, SamplesDataModule
-from lightning_gap.monge import BrenierMap, ConditionalMap, ResidualMLP, SphereMap
+from lightning_gap.monge import BrenierMap, ConditionalMap, ResidualMLP, SphereMap, defaults
 from lightning_gap.monge.checkpoint import described_map
 
 SMALL = {"hidden": (8,)}
@@ -134,18 +134,24 @@ def test_a_default_of_older_versions_is_loaded_and_goes_on_as_it_was(tmp_path):
     assert torch.equal(loaded.transport(x), older.transport(x))
 
 
-def test_the_rate_decays_along_a_cosine_over_the_run_and_at_most_twenty_passes():
-    options = {"map": ResidualMLP(2, (4,), start="mean"), "fitting_loss": "energy", "gap_weight": 0.0}
-    for epochs, end in ((4, 4), (25, 20)):
-        watch, model = Metrics(), MongeMap(**options)
-        model.decays = True
-        data = SamplesDataModule(*gaussians(40), batch_size=20)
-        trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[watch]).fit(model, data)
-        assert watch.lr[0] <= 1e-3
-        assert watch.lr == sorted(watch.lr, reverse=True)
-        last = end * len(watch.lr) // epochs
-        assert watch.lr[last // 2 - 1] == pytest.approx(5e-4, rel=0.4)
-        assert max(watch.lr[last:], default=0.0) == pytest.approx(0, abs=1e-4)
+@pytest.mark.parametrize(
+    ("loss", "updates", "epochs", "end"),
+    [("energy", 0, 4, 4), ("energy", 0, 25, 20), ("energy", 48, 25, 24), ("semidual", 48, 25, 20)],
+)
+def test_the_rate_decays_along_a_cosine_over_the_run_and_at_most_twenty_passes(loss, updates, epochs, end, monkeypatch):
+    """Or so many updates, but for the semi-dual; of two an epoch."""
+    monkeypatch.setattr(defaults, "_UPDATES", updates)
+    net = ResidualMLP(2, (4,), start="mean") if loss == "energy" else BrenierMap(2, (4,), start="gaussian")
+    options = {"map": net, "fitting_loss": loss, "gap_weight": 0.0}
+    watch, model = Metrics(), MongeMap(**options)
+    model.decays = True
+    data = SamplesDataModule(*gaussians(45), batch_size=20)
+    trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[watch]).fit(model, data)
+    assert watch.lr[0] <= 1e-3
+    assert watch.lr == sorted(watch.lr, reverse=True)
+    last = end * len(watch.lr) // epochs
+    assert watch.lr[last // 2 - 1] == pytest.approx(5e-4, rel=0.4)
+    assert max(watch.lr[last:], default=0.0) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_scheduler_or_an_optimizer_that_is_given_is_kept():
