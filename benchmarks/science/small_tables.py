@@ -3,11 +3,12 @@
     python -m benchmarks.science.small_tables --data FOLDER [--only REGEX] [--samples 150 450] [--least 0 500]
         [--seeds 0 1 2] [--json FILE]
 
-The default map for the Euclidean cost, and for the geodesic one on a sphere, is trained on a few samples of each side of
-the pairs of ``real_pairs.py`` by ``Trainer(max_steps=500)``, in batches of 256 or of all there are. Its learning rate
-decays over twenty passes of them, or over a number of updates where these are more. Scored are samples that none has seen:
-the energy distance of their images from the target's, as a U-statistic, in mean and standard deviation over the seeds,
-each of which draws other samples. The floor is the training samples of the target in place of images. One thread.
+The default map for the Euclidean cost, and for the geodesic one on a sphere, is trained on a few samples of each side
+of the pairs of ``real_pairs.py``, or all there are, by ``Trainer(max_steps=500)``, in batches of 256 or of all. Its
+learning rate decays over twenty passes of them, or over a number of updates where these are more. Scored are samples
+that none has seen: the energy distance of their images from the target's, as a U-statistic, in mean and standard
+deviation over the seeds, each of which draws other samples. The floor is the training samples of the target in place of
+images. One thread.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def fitted(pair: Pair, count: int, seed: int, leasts: Sequence[int]) -> list[Row
             images = model.eval()(x.float()).double()
         some = data.training_samples()[1].double()
         row = {
-            "pair": pair.name, "n": count, "cost": cost, "least": least, "seed": seed, "seconds": seconds,
+            "pair": pair.name, "n": len(source), "cost": cost, "least": least, "seed": seed, "seconds": seconds,
             "energy": unbiased_energy_distance(images, y), "floor": unbiased_energy_distance(some, y),
         }  # fmt: skip
         rows.append(six_digits(row))
@@ -87,7 +88,7 @@ def main() -> None:
                 )
                 error = f" ± {energy.std(ddof=1):.4f}" if len(energy) > 1 else ""
                 print(
-                    f"| {pair.name} | {count} | {rows[0]['cost']} | {least} | {energy.mean():.4f}{error} | "
+                    f"| {pair.name} | {rows[0]['n']} | {rows[0]['cost']} | {least} | {energy.mean():.4f}{error} | "
                     f"{floor.mean():.4f} | {seconds.mean():.0f} |",
                     flush=True,
                 )
