@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_tensor, as_vector
 
-__all__ = ["LONGEST_JUMP", "MEMORY", "PLAIN_SWEEPS", "STUCK", "Solution", "iterate_on_cpu"]
+__all__ = ["LONGEST_JUMP", "MEMORY", "PLAIN_SWEEPS", "SLOW", "STUCK", "Solution", "iterate_on_cpu"]
 
 # A short memory stagnates at tight tolerances; a long one costs little beside a sweep.
 MEMORY = 15
@@ -22,8 +22,8 @@ MEMORY = 15
 PLAIN_SWEEPS = 8
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
 LONGEST_JUMP = 20.0
-# A marginal error above it is still large.
-STUCK = 1e-3
+# A marginal error above it is still large; a smaller one that does not become small enough has so many times as long.
+STUCK, SLOW = 1e-3, 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,10 @@ def iterate_on_cpu(
         for i, error in enumerate(errors):
             if error <= tolerance and not solved_after[i]:
                 solved_after[i] = iterations
-        ended = iterations >= max_iterations or (iterations == patience and max(errors) > STUCK)
+        impatient = patience is not None and (
+            (iterations == patience and max(errors) > STUCK) or iterations == SLOW * patience
+        )
+        ended = iterations >= max_iterations or impatient
         if all(solved_after) or (ended and all(map(math.isfinite, errors))):
             return Solution(
                 as_tensor(kernel.row_potentials),

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK, Solution
+from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, SLOW, STUCK, Solution
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
@@ -74,7 +74,7 @@ def iterate_on_device(
     G = _settled(kernel, safe)
     anderson, iterations, rounds = _Anderson(kernel), _SETTLING, _UNASKED
     best, last, restarted = [math.inf for _ in every], (0, [math.inf for _ in every]), list[int]()
-    solved_after = [0 for _ in every]
+    solved_after, slow = [0 for _ in every], False
     while True:
         for _ in range(rounds):
             if iterations + _ROUND >= max_iterations:
@@ -91,7 +91,8 @@ def iterate_on_device(
         lost = [i for i in every if not math.isfinite(errors[i])]
         ended = iterations + 1 >= max_iterations
         if patience is not None and iterations >= patience:
-            ended, patience = ended or max(errors) > STUCK, None
+            ended = ended or slow or max(errors) > STUCK
+            patience, slow = None if slow else SLOW * patience, True
         if all(error <= tolerance for error in errors) or (ended and not lost):
             converged = [error <= tolerance for error in errors]
             swept = [after if ok else iterations for after, ok in zip(solved_after, converged, strict=True)]

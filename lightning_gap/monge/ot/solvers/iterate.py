@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from lightning_gap.monge.ot.solvers.anderson import STUCK, Solution, iterate_on_cpu
+from lightning_gap.monge.ot.solvers.anderson import Solution, iterate_on_cpu
 from lightning_gap.monge.ot.solvers.anderson_device import iterate_on_device
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import Vector, as_vector
@@ -38,21 +38,21 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
             if converged and not solved_after[i]:
                 solved_after[i] = swept + sweeps
         swept += max(found.iterations)
-        if all(found.converged) or swept >= max_iterations or max(found.marginal_errors) <= STUCK:
+        if all(found.converged) or swept >= max_iterations:
             break
-        G = _leap(kernel, as_vector(found.G))
+        G = _leap(kernel, as_vector(found.G), tolerance)
     return replace(found, iterations=[after or swept for after in solved_after])
 
 
-def _leap(kernel: Kernel, G: Vector) -> Vector:
+def _leap(kernel: Kernel, G: Vector, tolerance: float) -> Vector:
     """Return potentials far along the last residuals, as far as the dual value rises.
 
     Clusters far apart whose masses differ a little are left with residuals that are constant on each: a sweep raises
     potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
     """
     numerics, (step, errors) = kernel.numerics, kernel.sweep(G)
-    # What is nearly solved stays where it is.
-    step = step * (errors > STUCK)[:, None]
+    # What is solved stays where it is.
+    step = step * (errors > tolerance)[:, None]
     near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
     for _ in range(LEAP_SWEEPS):
         middle = numerics.where(widening, far, (near + far) / 2)

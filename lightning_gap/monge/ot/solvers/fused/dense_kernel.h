@@ -187,7 +187,7 @@ template <class M> class Kernel {
         for (long count = 1, restarted = -1;; ++count) {
             const double error = sweep(G);
             const bool solved = error <= tolerance;
-            const bool ended = count >= most || (count == patience && error > STUCK) || count == 4 * patience;
+            const bool ended = count >= most || (count == patience && error > STUCK) || count == SLOW * patience;
             if (solved || (ended && error < INF)) {
                 answer(G);
                 return {count, error, solved ? SOLVED : UNSOLVED};

@@ -19,7 +19,7 @@ from lightning_gap.monge.ot.epsilon import Epsilon
 from lightning_gap.monge.ot.limits import LIMITS, STRIDE
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import Problem
-from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK
+from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, SLOW, STUCK
 from lightning_gap.monge.ot.solvers.dense import DRIFT, FLAT
 from lightning_gap.monge.ot.solvers.fused.pairs import FLOAT_RANGE, images_of, pulled_back
 from lightning_gap.monge.ot.solvers.gradients import Answer
@@ -33,8 +33,8 @@ __all__ = ["Found", "NativeProblem", "native_dense_library", "solve_natively"]
 
 _SOURCE = Path(__file__).with_name("native_dense.cpp")
 _CONSTANTS = {
-    "MEMORY": MEMORY, "LONGEST_JUMP": LONGEST_JUMP, "PLAIN_SWEEPS": PLAIN_SWEEPS, "STUCK": STUCK, "DRIFT": DRIFT,
-    "FLAT": FLAT, "PATIENCE": PATIENCE, "LEAPS": LEAPS, "LEAP_SWEEPS": LEAP_SWEEPS, "STRIDE": STRIDE,
+    "MEMORY": MEMORY, "LONGEST_JUMP": LONGEST_JUMP, "PLAIN_SWEEPS": PLAIN_SWEEPS, "STUCK": STUCK, "SLOW": SLOW,
+    "DRIFT": DRIFT, "FLAT": FLAT, "PATIENCE": PATIENCE, "LEAPS": LEAPS, "LEAP_SWEEPS": LEAP_SWEEPS, "STRIDE": STRIDE,
     "COARSEST": LIMITS.coarsest.cpu,
     "REGULARIZATION_FLOAT": REGULARIZATIONS[torch.float32], "REGULARIZATION_DOUBLE": REGULARIZATIONS[torch.float64],
 }  # fmt: skip
