@@ -37,7 +37,7 @@ __all__ = [
 _MOST_DIMENSIONS = 128
 _FEW = 1024  # samples of each side that tell the scale of costs
 # Over the training samples, at most, before the default learning rate has decayed; but for the semi-dual, which knows
-# few samples by heart, no fewer updates than these.
+# few samples by heart, no fewer updates than samples, up to so many.
 _PASSES, _UPDATES = 20, 500
 
 
@@ -153,7 +153,7 @@ def cosine_over_run(model: "MongeMap", optimizer: Optimizer) -> LRScheduler | No
         update = batch * data_parallel_size(model.trainer) * model.trainer.accumulate_grad_batches
         most = math.ceil(_PASSES * max(sizes) / update)
         if model.objective.fitting_loss != "semidual":
-            most = max(most, _UPDATES)
+            most = max(most, min(max(sizes), _UPDATES))
         if most < total:
             rank_zero_info(
                 f"MongeMap: the default learning rate decays to 0 within {most} updates, and the run goes on: give "

@@ -103,8 +103,8 @@ class MongeMap(Transporting):
         reweight: Whether ``rho`` weighs the samples by the marginals of the unbalanced plan between source and target
             batch, in all terms, rather than softening the divergence's marginals.
         optimizer: Makes the optimizer from the parameters; ``Adam(lr=1e-3)`` by default, for
-            a chosen map with a decay along a cosine, over the run but no more than twenty passes, which are at least
-            500 updates but for the semi-dual.
+            a chosen map with a decay along a cosine, over the run but no more than twenty passes, or, but for the
+            semi-dual, as many updates as there are samples, up to 500.
         lr_scheduler: Makes a scheduler, stepped after every update; ``ReduceLROnPlateau`` after every validation.
         lr_scheduler_monitor: The logged value that a ``ReduceLROnPlateau`` watches.
         solver: Solver of both terms, see :func:`sinkhorn_divergence`; not ``"exact"``, which has no epsilon.

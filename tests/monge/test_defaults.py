@@ -136,16 +136,22 @@ def test_a_default_of_older_versions_is_loaded_and_goes_on_as_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     ("loss", "updates", "epochs", "end"),
-    [("energy", 0, 4, 4), ("energy", 0, 25, 20), ("energy", 48, 25, 24), ("semidual", 48, 25, 20)],
+    [
+        ("energy", 0, 4, 4),
+        ("energy", 0, 40, 21),
+        ("energy", 30, 50, 30),
+        ("energy", 500, 50, 41),
+        ("semidual", 500, 40, 21),
+    ],
 )
 def test_the_rate_decays_along_a_cosine_over_the_run_and_at_most_twenty_passes(loss, updates, epochs, end, monkeypatch):
-    """Or so many updates, but for the semi-dual; of two an epoch."""
+    """Or as many updates as there are samples, up to a number, but for the semi-dual."""
     monkeypatch.setattr(defaults, "_UPDATES", updates)
     net = ResidualMLP(2, (4,), start="mean") if loss == "energy" else BrenierMap(2, (4,), start="gaussian")
     options = {"map": net, "fitting_loss": loss, "gap_weight": 0.0}
     watch, model = Metrics(), MongeMap(**options)
     model.decays = True
-    data = SamplesDataModule(*gaussians(45), batch_size=20)
+    data = SamplesDataModule(*gaussians(45), batch_size=40)  # 41 are trained on, by an update an epoch
     trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[watch]).fit(model, data)
     assert watch.lr[0] <= 1e-3
     assert watch.lr == sorted(watch.lr, reverse=True)
