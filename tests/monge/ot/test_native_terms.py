@@ -1,5 +1,7 @@
 """Divergences and gaps by compiled calls, against sums of results that are differentiable one by one."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,6 +216,18 @@ def test_a_value_has_the_gradients_of_its_own_samples(taken, create_graph):
         found, expected = both(function)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert taken == [True, True]
+
+
+@compiler
+def test_a_value_keeps_no_samples_after_its_backward_pass(taken):
+    x, y, *_ = samples(70, 65, 2, torch.float64)
+    matrix = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    mapped = x @ matrix
+    kept, loss = weakref.ref(mapped), sum(divergence_and_gap(x, mapped, y))
+    loss.backward()
+    del mapped
+    assert kept() is None
+    assert taken == [True]
 
 
 @compiler
