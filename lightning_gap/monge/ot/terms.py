@@ -76,7 +76,7 @@ _Solved = tuple[Terms, Sequence[float | Tensor]]
 def _natively(
     fitting: list[Problem], regularizing: list[Problem], options: SolverOptions, convention: Convention, silent: bool
 ) -> _Solved | None:
-    """Return the terms of problems that are all for compiled calls, which take half the time by one function."""
+    """Return the terms of problems that are all for compiled calls, which take less time by one function."""
     problems, count = fitting + regularizing, len(fitting)
     if not problems or not all(_is_plain(p, options) for p in problems):
         return None
