@@ -98,7 +98,8 @@ def read_sides(
     }
     sides: list[Side | Endless] = []
     opened: dict[str, Table] = {}
-    counted: dict[tuple[str, ...], str] = {}
+    counts: list[str] = []
+    layers: list[tuple[str, ...]] = []
     for i, (argument, data) in enumerate((("source", source), ("target", target))):
         labels = {name: pair[i] for name, pair in pairs.items()}
         if condition_column is not None and labels["conditions"] is not None and not as_columns(labels["conditions"]):
@@ -120,12 +121,15 @@ def read_sides(
         keys = [name for name in condition_key if i == 1 or name in table.label_names]
         side = _read_side(prefix, argument, table, selected, labels, images, keys)
         if table.layers is not None and _are_counts(side.samples):
-            counted.setdefault(table.layers, side.title)
+            counts.append(side.title)
+            layers.append(table.layers)
         sides.append(side if like is None else _with_features(side, like))
-    for layers, title in counted.items():
+    # Once: of samples for validation only where those of training are none.
+    if counts and (like is None or not _are_counts(like.samples)):
+        others = [name for name in layers[0] if all(name in each for each in layers)]
         rank_zero_warn(
-            f"{title} holds counts, of which a few genes with many decide distances and maps: name a layer with "
-            f"logarithms of normalized counts{f' ({there_is(layers)})' if layers else ''}, or make one by "
+            f"{counts[0]} holds counts, of which a few genes with many decide distances and maps: name a layer with "
+            f"logarithms of normalized counts{f' ({there_is(others)})' if others else ''}, or make one by "
             "scanpy.pp.normalize_total and scanpy.pp.log1p"
         )
     if condition_key:

@@ -1,7 +1,9 @@
 """Compiled passes over all pairs against the same sums in double, and where they are taken."""
 
+import gc
 import runpy
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +195,17 @@ def test_a_class_that_changes_a_cost_does_not_inherit_its_formula():
     assert formula_of(Weighted()) is None
     with pytest.raises(ValueError, match="needs a formula"):
         optimal_transport(x, y, cost=Weighted(), solver="fused")
+
+
+def test_a_class_that_is_not_used_any_more_is_let_go_of():
+    def defined_and_used():
+        own = type("Own", (SqEuclidean,), {})
+        assert formula_of(own()) is not None
+        return weakref.ref(own)
+
+    own = defined_and_used()
+    gc.collect()
+    assert own() is None
 
 
 def test_every_cost_by_name_has_a_formula():

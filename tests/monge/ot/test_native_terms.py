@@ -1,5 +1,7 @@
 """Divergences and gaps by compiled calls, against sums of results that are differentiable one by one."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from lightning_gap.monge.ot.epsilon import Epsilon
 from lightning_gap.monge.ot.options import SolverOptions
 from lightning_gap.monge.ot.problem import checked_problem
 from lightning_gap.monge.ot.result import ConvergenceWarning
+from lightning_gap.monge.ot.solvers.fused.native_dense import NativeProblem
 from lightning_gap.monge.ot.terms import solve_terms
 
 compiler = pytest.mark.compiler
@@ -177,6 +180,76 @@ def test_a_side_that_is_too_small_goes_the_long_way(taken):
     x, y, *_ = samples(300, 20, 2, torch.float64)
     check(lambda x, y: [sinkhorn_divergence(x, y)], (x, y), 1e-12)
     assert taken == [False]
+
+
+@compiler
+def test_nothing_is_solved_before_all_are_known_to_be_for_the_calls(taken, monkeypatch):
+    solved, calls = NativeProblem.solved, []
+    monkeypatch.setattr(NativeProblem, "solved", lambda *given, **more: calls.append(1) or solved(*given, **more))
+    x, y, *_ = samples(70, 65, 2, torch.float64)
+    divergence_and_gap(x, 2 * x, y, cost=lambda x, y: (x - y).abs().sum(-1))
+    assert taken == [False]
+    assert len(calls) == 3  # those of the divergence
+
+
+@compiler
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_value_has_the_gradients_of_its_own_samples(taken, create_graph):
+    x, y, *_ = samples(70, 65, 2, torch.float64)
+
+    def gap_alone():
+        source = x.clone().requires_grad_()
+        divergence, gap = divergence_and_gap(source, 2 * x, y)
+        assert not divergence.requires_grad
+        return torch.autograd.grad(gap, source, create_graph=create_graph)[0].detach()
+
+    def divergence_alone():
+        source, mapped = x.clone().requires_grad_(), (2 * x).requires_grad_()
+        divergence, _ = divergence_and_gap(source, mapped, y)
+        of_source, found = torch.autograd.grad(
+            divergence, (source, mapped), create_graph=create_graph, allow_unused=True
+        )
+        assert of_source is None
+        return found.detach()
+
+    for function in (gap_alone, divergence_alone):
+        found, expected = both(function)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert taken == [True, True]
+
+
+@compiler
+def test_a_value_keeps_no_samples_after_its_backward_pass(taken):
+    x, y, *_ = samples(70, 65, 2, torch.float64)
+    matrix = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    mapped = x @ matrix
+    kept, loss = weakref.ref(mapped), sum(divergence_and_gap(x, mapped, y))
+    loss.backward()
+    del mapped
+    assert kept() is None
+    assert taken == [True]
+
+
+@compiler
+@pytest.mark.parametrize("convention", ["shannon", "kl", "debiased"])
+def test_an_epsilon_far_above_the_costs_is_meant_as_it_is(taken, convention):
+    x, mapped, *_ = samples(80, 80, 2, torch.float64)
+    options = {"epsilon": 1e9, "convention": convention}
+    check(lambda x, y: [monge_gap(x, y, **options)], (x, mapped), 1e-10)
+    assert taken == [True]
+
+
+@compiler
+def test_another_device_may_be_the_default(taken):
+    x, mapped, *_ = samples(80, 80, 2, torch.float64)
+
+    def value():
+        with torch.device("meta"):
+            return monge_gap(x, mapped, convention="debiased")
+
+    found, expected = both(value)
+    assert found.device.type == expected.device.type == "cpu"
+    assert taken == [True]
 
 
 @compiler

@@ -1,8 +1,8 @@
 """Costs as expressions that a compiler takes."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -63,12 +63,18 @@ class CostFormula(NamedTuple):
 SQUARES = CostFormula("z * z", "2 * z")
 
 
+# Looking through a class takes as long as a hundred costs; those of a notebook are let go of as it defines them anew.
+_of_their_formula: "WeakKeyDictionary[type[Cost], bool]" = WeakKeyDictionary()
+
+
 def formula_of(cost: "Cost") -> CostFormula | None:
     """Return a cost's formula; ``None`` where a class has changed the cost and inherits the formula of another."""
-    return cost.formula if _is_of_its_formula(type(cost)) else None
+    known = _of_their_formula.get(type(cost))
+    if known is None:
+        known = _of_their_formula[type(cost)] = _is_of_its_formula(type(cost))
+    return cost.formula if known else None
 
 
-@cache
 def _is_of_its_formula(cost: type["Cost"]) -> bool:
     def place(name: str) -> int:
         return next((i for i, each in enumerate(cost.__mro__) if name in vars(each)), len(cost.__mro__))

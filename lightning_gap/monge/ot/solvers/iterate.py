@@ -38,7 +38,8 @@ def iterate_to_end(kernel: Kernel, start: tuple[Tensor, Tensor], *, tolerance: f
             if converged and not solved_after[i]:
                 solved_after[i] = swept + sweeps
         swept += max(found.iterations)
-        if all(found.converged) or swept >= max_iterations:
+        # A leap takes as many sweeps, and what is left after it has to tell how it ended.
+        if all(found.converged) or swept + LEAP_SWEEPS >= max_iterations:
             break
         G = _leap(kernel, as_vector(found.G), tolerance)
     return replace(found, iterations=[after or swept for after in solved_after])
@@ -51,8 +52,8 @@ def _leap(kernel: Kernel, G: Vector, tolerance: float) -> Vector:
     potentials by the logarithm of the masses' ratio, and has to raise them by as many epsilons as they are apart.
     """
     numerics, (step, errors) = kernel.numerics, kernel.sweep(G)
-    # What is solved stays where it is.
-    step = step * (errors > tolerance)[:, None]
+    # What is solved stays where it is, and so does what an extrapolation has led to where nothing is left of a column.
+    step = numerics.where(((errors > tolerance) & numerics.isfinite(step).all(1))[:, None], step, 0.0)
     near, far, widening = 0 * step[:, :1], 0 * step[:, :1] + 1, numerics.isfinite(step[:, :1])
     for _ in range(LEAP_SWEEPS):
         middle = numerics.where(widening, far, (near + far) / 2)

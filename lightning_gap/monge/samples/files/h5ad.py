@@ -119,7 +119,7 @@ def anndata_table(title: str, data: "InMemory | InFile", reading: Reading) -> Ta
         lambda rows: torch.from_numpy(dense_rows(title, matrix, rows, places)),
         lambda name: objects(obs[name]),
         origin=_Stored(matrix, places),
-        layers=data.layers if obsm is None else None,
+        layers=tuple(name for name in data.layers if name != layer) if obsm is None else None,
     )
 
 

@@ -82,7 +82,7 @@ class Table:
     # Yields tables of so many rows, or of all where None: how a file is read that is read in order.
     stream: Callable[[int | None], Iterator["Table"]] | None = None
     origin: Any = None  # what its file keeps of it beside rows, for who writes a copy
-    layers: tuple[str, ...] | None = None  # of the AnnData whose genes the samples are
+    layers: tuple[str, ...] | None = None  # others of the AnnData whose genes the samples are
 
     def __len__(self) -> int:
         if self.length is None:

@@ -324,6 +324,20 @@ def test_counts_are_warned_of_once_and_with_the_layers_there_are(stored, in_file
     assert len([w for w in told if "hold" in str(w.message) and "'logcounts'" in str(w.message)]) == 1
 
 
+def test_counts_are_warned_of_once_whatever_else_is_read_and_no_layer_is_named_that_is_no_help():
+    counts = np.random.default_rng(0).poisson(3.0, VALUES.shape).astype(np.float32)
+    some, other = cells(counts), cells(counts)
+    some.layers["raw"], other.layers["raw"], other.layers["logcounts"] = counts, counts, np.log1p(counts)
+    with pytest.warns(UserWarning, match="holds counts") as told:
+        SamplesDataModule(some, other, layer="raw", val=(some, other), test=(other, some), batch_size=4)
+    (message,) = [str(w.message) for w in told if "counts" in str(w.message)]
+    assert "raw" not in message
+    assert "logcounts" not in message  # one side has it
+    normalized = cells(np.log1p(counts))
+    with pytest.warns(UserWarning, match="val source holds counts"):
+        SamplesDataModule(normalized, normalized, val=(some, other), batch_size=4)
+
+
 def test_what_is_no_count_is_no_cause_of_a_warning(recwarn):
     presences = (np.arange(VALUES.size) % 2).reshape(VALUES.shape).astype(np.float32)
     counts = np.random.default_rng(0).poisson(3.0, VALUES.shape).astype(np.float32)

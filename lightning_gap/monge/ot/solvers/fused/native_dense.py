@@ -202,7 +202,8 @@ def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) 
         return None
     gx = None if found.gx is None else pulled_back(native.formula, p.x, found.gx)
     gy = gx if native.symmetric else None if found.gy is None else pulled_back(native.formula, p.y, found.gy)
-    return Answer(torch.tensor(found.value, dtype=torch.float64), found.f, found.g, gx, gy, *found[5:])
+    value = torch.tensor(found.value, dtype=torch.float64, device="cpu")
+    return Answer(value, found.f, found.g, gx, gy, *found[5:])
 
 
 def _in_range(formula: CostFormula, x: Tensor, y: Tensor, size: float) -> bool:

@@ -60,13 +60,18 @@ def terms_natively(
     Returns:
         The terms; ``None`` where a problem is not for the calls, or has to go the long way.
     """
-    graph, terms = torch.is_grad_enabled(), []
+    graph = torch.is_grad_enabled()
     points = [points for p in problems for points in (p.x, p.y)]
     needed = [graph and t.requires_grad for t in points]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for k, p in enumerate(problems):
-            gap, need = k >= fitting, (needed[2 * k], needed[2 * k + 1])
-            term = _term(p.detached(), options, need, gap=gap, self_terms=debiased or not gap)
+        # All of them before the first is solved: it would be solved once more on the long way.
+        calls = [_calls(p.detached(), self_terms=debiased or k < fitting) for k, p in enumerate(problems)]
+        taken = [each for each in calls if each is not None]
+        if len(taken) < len(problems):
+            return None
+        terms = []
+        for k, each in enumerate(taken):
+            term = _term(each, options, (needed[2 * k], needed[2 * k + 1]), gap=k >= fitting)
             if term is None:
                 return None
             terms.append(term)
@@ -77,23 +82,32 @@ def terms_natively(
     )
     first = [term.found[0] for term in terms]
     everything = [found for term in terms for found in term.found]
-    return NativeTerms(list(values), [f.value for f in first], [f.epsilon for f in first], everything)
+    # One that is given is meant as it is, however much smaller one that does as well.
+    epsilons = [p.epsilon.absolute or found.epsilon for p, found in zip(problems, first, strict=True)]
+    return NativeTerms(list(values), [f.value for f in first], epsilons, everything)
 
 
-def _term(p: Problem, options: SolverOptions, need: tuple[bool, bool], *, gap: bool, self_terms: bool) -> _Term | None:
-    """Return a divergence, or what the rows pay less the least they could: with self terms added in both."""
-    whole = NativeProblem.of(p)
+def _calls(p: Problem, *, self_terms: bool) -> list[NativeProblem] | None:
+    """Return a problem, and its sides to themselves, as the calls take them; ``None`` where one is not for them."""
     # Each at the epsilon of the whole, which is known when that is solved.
     sides = [
-        NativeProblem.of(Problem(points, points, weights, weights, p.cost, p.epsilon, uniform=p.uniform))
+        Problem(points, points, weights, weights, p.cost, p.epsilon, uniform=p.uniform)
         for points, weights in (((p.x, p.a), (p.y, p.b)) if self_terms else ())
     ]
-    solution = None if whole is None or None in sides else whole.solved(options, need)
-    if whole is None or solution is None:
+    calls = [NativeProblem.of(each) for each in (p, *sides)]
+    taken = [each for each in calls if each is not None]
+    return taken if len(taken) == len(calls) else None
+
+
+def _term(calls: list[NativeProblem], options: SolverOptions, need: tuple[bool, bool], *, gap: bool) -> _Term | None:
+    """Return a divergence, or what the rows pay less the least they could: with self terms added in both."""
+    whole, *sides = calls
+    solution = whole.solved(options, need)
+    if solution is None:
         return None
     value, found, parts = solution.value, [solution], [solution.gx, solution.gy]
     for k, side in enumerate(sides):
-        own = None if side is None else side.solved(options, (need[k], False), epsilon=solution.epsilon)
+        own = side.solved(options, (need[k], False), epsilon=solution.epsilon)
         if own is None:
             return None
         found.append(own)
@@ -114,13 +128,13 @@ def _term(p: Problem, options: SolverOptions, need: tuple[bool, bool], *, gap: b
         ]
     gx, gy = (
         None if part is None else pulled_back(whole.formula, points, part)
-        for part, points in zip(parts, (p.x, p.y), strict=True)
+        for part, points in zip(parts, (whole.problem.x, whole.problem.y), strict=True)
     )
     return _Term(value, found, (gx, gy))
 
 
 def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class _Known(torch.autograd.Function):
@@ -131,25 +145,28 @@ class _Known(torch.autograd.Function):
         """Keep the gradients, and the samples."""
         ctx.again = again
         ctx.save_for_backward(*points, *(gradient for term in terms for gradient in term.gradients))
-        return tuple(_scalar(term.value) for term in terms)
+        # A value that is not asked for, or of samples without gradients, has none.
+        ctx.set_materialize_grads(False)
+        values = tuple(_scalar(term.value) for term in terms)
+        known = zip(values, ctx.needs_input_grad[2::2], ctx.needs_input_grad[3::2], strict=True)
+        ctx.mark_non_differentiable(*(value for value, *need in known if not any(need)))
+        return values
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Scale the gradients that are known, or derive them as functions of the samples."""
         saved, count = ctx.saved_tensors, 2 * len(grad_outputs)
-        points, gradients, needed = saved[:count], saved[count:], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        points, gradients = saved[:count], saved[count:]
+        parts: Sequence[Tensor] = ()
+        wanted = [k for k in range(count) if ctx.needs_input_grad[2 + k] and grad_outputs[k // 2] is not None]
+        if not torch.is_grad_enabled():
+            parts = [grad_outputs[k // 2].to(gradients[k].dtype) * gradients[k] for k in wanted]
+        elif wanted:
             # Two names for two roles, also where both are the same samples.
             roles = [t.view_as(t) for t in points]
             values = ctx.again(list(zip(roles[::2], roles[1::2], strict=True)))
-            wanted = [role for role, need in zip(roles, needed, strict=True) if need]
-            derived = iter(torch.autograd.grad(values, wanted, grad_outputs, create_graph=True))
-            return (None, None, *(next(derived) if need else None for need in needed))
-        return (
-            None,
-            None,
-            *(
-                None if gradient is None or not need else grad_outputs[k // 2].to(gradient.dtype) * gradient
-                for k, (gradient, need) in enumerate(zip(gradients, needed, strict=True))
-            ),
-        )
+            asked = sorted({k // 2 for k in wanted})
+            outputs, grads = [values[i] for i in asked], [grad_outputs[i] for i in asked]
+            parts = torch.autograd.grad(outputs, [roles[k] for k in wanted], grads, create_graph=True)
+        of = dict(zip(wanted, parts, strict=True))
+        return (None, None, *(of.get(k) for k in range(count)))
