@@ -22,7 +22,7 @@ MEMORY = 15
 PLAIN_SWEEPS = 8
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
 LONGEST_JUMP = 20.0
-# A marginal error above it is still large; a smaller one that does not become small enough has so many times as long.
+# A marginal error above it is still large; a smaller one has so many times as long to become a tenth.
 STUCK, SLOW = 1e-3, 4
 
 
@@ -104,7 +104,7 @@ def iterate_on_cpu(
     count = len(G)
     anderson = _Anderson(kernel)
     root = np.sqrt(kernel.b_vector)
-    safe, iterations = G, 0
+    safe, iterations, early = G, 0, math.inf
     best, solved_after, restarted = [math.inf] * count, [0] * count, [-1] * count
     while True:
         residual, marginal_errors = kernel.sweep(G)
@@ -113,10 +113,11 @@ def iterate_on_cpu(
         for i, error in enumerate(errors):
             if error <= tolerance and not solved_after[i]:
                 solved_after[i] = iterations
-        impatient = patience is not None and (
-            (iterations == patience and max(errors) > STUCK) or iterations == SLOW * patience
-        )
-        ended = iterations >= max_iterations or impatient
+        ended = iterations >= max_iterations
+        if patience is not None and iterations == patience:
+            ended, early = ended or max(errors) > STUCK, max(errors)
+        elif patience is not None and iterations == SLOW * patience:
+            ended = ended or max(errors) > early / 10
         if all(solved_after) or (ended and all(map(math.isfinite, errors))):
             return Solution(
                 as_tensor(kernel.row_potentials),

@@ -74,7 +74,8 @@ def iterate_on_device(
     G = _settled(kernel, safe)
     anderson, iterations, rounds = _Anderson(kernel), _SETTLING, _UNASKED
     best, last, restarted = [math.inf for _ in every], (0, [math.inf for _ in every]), list[int]()
-    solved_after, slow = [0 for _ in every], False
+    solved_after: list[int] = [0 for _ in every]
+    early: float | None = None
     while True:
         for _ in range(rounds):
             if iterations + _ROUND >= max_iterations:
@@ -91,8 +92,8 @@ def iterate_on_device(
         lost = [i for i in every if not math.isfinite(errors[i])]
         ended = iterations + 1 >= max_iterations
         if patience is not None and iterations >= patience:
-            ended = ended or slow or max(errors) > STUCK
-            patience, slow = None if slow else SLOW * patience, True
+            ended = ended or max(errors) > (STUCK if early is None else early / 10)
+            patience, early = SLOW * patience if early is None else None, max(errors)
         if all(error <= tolerance for error in errors) or (ended and not lost):
             converged = [error <= tolerance for error in errors]
             swept = [after if ok else iterations for after, ok in zip(solved_after, converged, strict=True)]
