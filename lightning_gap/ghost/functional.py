@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.ghost.kernels import Maybe, Run, looks_into_operations, normalize, normalize_over_ranks
+from lightning_gap.ghost.kernels import (
+    Maybe,
+    Run,
+    average_natively,
+    looks_into_operations,
+    normalize,
+    normalize_over_ranks,
+)
 from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
@@ -264,6 +271,10 @@ def _update(running: _Running, mean: Tensor, var: Tensor) -> None:
         updates = updates + new if followed else updates.add_(new)
     if running_mean is None or running_var is None:
         return
+    if momentum is not None and not followed and not torch.compiler.is_compiling():
+        keep = _kept(momentum, ghosts, running_stats)
+        if average_natively(mean, running_mean, keep) and average_natively(var, running_var, keep):
+            return
     weights, decay = _average_weights(ghosts, momentum, running_stats, updates, mean)
     if not followed and running_mean.dtype == mean.dtype and isinstance(decay, float):
         running_mean.addmv_(mean.t(), weights, beta=decay)  # one call each
@@ -314,6 +325,11 @@ def _average_weights(
         new = ghosts if running_stats == "sequential" else 1
         total = updates.to(like.dtype)  # the new updates are counted already; no synchronization with the host
         return (new / (ghosts * total)).expand(ghosts), 1 - new / total
-    keep = 1 - momentum if running_stats == "sequential" else (1 - momentum) ** (1 / ghosts)
+    keep = _kept(momentum, ghosts, running_stats)
     age = torch.arange(ghosts - 1, -1, -1, device=like.device, dtype=like.dtype)
     return (1 - keep) * keep**age, keep**ghosts
+
+
+def _kept(momentum: float, ghosts: int, running_stats: RunningStats) -> float:
+    """Return what share of a running statistic stays as one ghost's is averaged into it."""
+    return 1 - momentum if running_stats == "sequential" else (1 - momentum) ** (1 / ghosts)

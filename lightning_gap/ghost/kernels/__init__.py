@@ -13,6 +13,7 @@ forward and one backward.
 from lightning_gap.ghost.kernels.dispatch import normalize
 from lightning_gap.ghost.kernels.formula import looks_into_operations
 from lightning_gap.ghost.kernels.layout import Limits, Maybe, Run
+from lightning_gap.ghost.kernels.one_visit import average_natively
 from lightning_gap.ghost.kernels.over_ranks import normalize_over_ranks
 
-__all__ = ["Limits", "Maybe", "Run", "looks_into_operations", "normalize", "normalize_over_ranks"]
+__all__ = ["Limits", "Maybe", "Run", "average_natively", "looks_into_operations", "normalize", "normalize_over_ranks"]

@@ -147,8 +147,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, shape, layout,
 
 def test_a_layer_takes_the_passes_from_a_size_on_and_updates_its_statistics(monkeypatch):
     taken = []
-    real = one_visit._over_parts
-    monkeypatch.setattr(one_visit, "_over_parts", lambda name, *rest: (taken.append(name), real(name, *rest))[1])
+    real = one_visit._call
+    monkeypatch.setattr(one_visit, "_call", lambda name, *rest: (taken.append(name), real(name, *rest))[1])
     layer, plain = GhostBatchNorm1d(256, ghost_batch_size=32), torch.nn.BatchNorm1d(256)
     x, _, _, upstream = samples((256, 256), torch.float32)
     layer(x[:64]).sum().backward()
