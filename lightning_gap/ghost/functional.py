@@ -17,10 +17,11 @@ from lightning_gap.checks import check_choice, check_integer
 from lightning_gap.ghost.kernels import (
     Maybe,
     Run,
-    average_natively,
+    average_in_place,
     looks_into_operations,
     normalize,
     normalize_over_ranks,
+    weights_of_ghosts,
 )
 from lightning_gap.ranks.group import RankGroup
 
@@ -273,13 +274,9 @@ def _update(running: _Running, mean: Tensor, var: Tensor) -> None:
         return
     if momentum is not None and not followed and not torch.compiler.is_compiling():
         keep = _kept(momentum, ghosts, running_stats)
-        if average_natively(mean, running_mean, keep) and average_natively(var, running_var, keep):
+        if average_in_place(mean, var, running_mean, running_var, keep):
             return
     weights, decay = _average_weights(ghosts, momentum, running_stats, updates, mean)
-    if not followed and running_mean.dtype == mean.dtype and isinstance(decay, float):
-        running_mean.addmv_(mean.t(), weights, beta=decay)  # one call each
-        running_var.addmv_(var.t(), weights, beta=decay)
-        return
     means, variances = (
         running.to(stat.dtype).mul(decay).addmv(stat.t(), weights)
         for running, stat in ((running_mean, mean), (running_var, var))
@@ -326,8 +323,7 @@ def _average_weights(
         total = updates.to(like.dtype)  # the new updates are counted already; no synchronization with the host
         return (new / (ghosts * total)).expand(ghosts), 1 - new / total
     keep = _kept(momentum, ghosts, running_stats)
-    age = torch.arange(ghosts - 1, -1, -1, device=like.device, dtype=like.dtype)
-    return (1 - keep) * keep**age, keep**ghosts
+    return weights_of_ghosts(ghosts, keep, like), keep**ghosts
 
 
 def _kept(momentum: float, ghosts: int, running_stats: RunningStats) -> float:

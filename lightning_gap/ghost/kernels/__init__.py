@@ -10,10 +10,20 @@ inputs it gets the defining formula, which compilers fuse; so do ``torch.export`
 forward and one backward.
 """
 
+from lightning_gap.ghost.kernels.averages import average_in_place, weights_of_ghosts
 from lightning_gap.ghost.kernels.dispatch import normalize
 from lightning_gap.ghost.kernels.formula import looks_into_operations
 from lightning_gap.ghost.kernels.layout import Limits, Maybe, Run
-from lightning_gap.ghost.kernels.one_visit import average_natively
 from lightning_gap.ghost.kernels.over_ranks import normalize_over_ranks
 
-__all__ = ["Limits", "Maybe", "Run", "average_natively", "looks_into_operations", "normalize", "normalize_over_ranks"]
+__all__ = [
+    "Limits",
+    "Maybe",
+    "Run",
+    "average_by_operator",
+    "average_in_place",
+    "looks_into_operations",
+    "normalize",
+    "normalize_over_ranks",
+    "weights_of_ghosts",
+]

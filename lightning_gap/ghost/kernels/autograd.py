@@ -104,11 +104,14 @@ class _GhostNorm(torch.autograd.Function):
         y, kept, var = forward_over_ghosts(x, weight, bias, eps, runs, limits)
         ctx.eps, ctx.runs, ctx.limits = eps, runs, limits
         ctx.mark_non_differentiable(kept, var)
+        ctx.set_materialize_grads(False)  # of tables, which have none
         ctx.save_for_backward(x, weight, bias, kept)
         return y, kept, var
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Maybe, ...]:
+    def backward(ctx: Any, grad_y: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        if grad_y is None:
+            return (None,) * 6
         x, weight, bias, kept = ctx.saved_tensors
         if torch.is_grad_enabled() or looks_into_operations(grad_y):
             gradients = gradients_of_formula(

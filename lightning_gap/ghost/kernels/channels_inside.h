@@ -16,8 +16,8 @@ namespace {
 
 // Rows side by side, rows that tell a rough mean, and rows whose terms are added up before the sums go on in double.
 constexpr long GROUP = 8, SOME = 8, ROWS = 64;
-// Slots of a row from which on rows are written one by one.
-constexpr long WRITTEN = 8;
+// Slots of a row from which on results are written for fewer rows side by side.
+constexpr long WIDE = 8, FEWER = 2;
 // Numbers that are taken at a time, which lie in a cache; and bytes of a ghost that leave room there for the next.
 constexpr long BLOCK = 1 << 16, NEAR = 1 << 19;
 
@@ -51,23 +51,23 @@ struct Rows {
         width = alone ? g.step : g.channels;
         jump = g.step - length * width;
     }
-    template <class F> INLINE_METHOD void over(long n, bool grouped, F visit) {
+    template <long MOST = GROUP, class F> INLINE_METHOD void over(long n, F visit) {
         for (long r = 0; r < n;) {
             const long stop = std::min(n, r + left);
             left -= stop - r;
-            for (; grouped && r + GROUP <= stop; r += GROUP, at += GROUP * width)
-                visit(std::integral_constant<long, GROUP>{}, at, width, r);
+            for (; r + MOST <= stop; r += MOST, at += MOST * width)
+                visit(std::integral_constant<long, MOST>{}, at, width, r);
             for (; r < stop; ++r, at += width) visit(std::integral_constant<long, 1>{}, at, width, r);
             if (left == 0) at += jump, left = length;
         }
     }
     void skip(long n) {
-        over(n, true, [](auto, long, long, long) {});
+        over(n, [](auto, long, long, long) {});
     }
 };
 
+// Into the second cache, which waits for more at a time than the first; so too what is to be written.
 INLINE void expect(const void* p) { __builtin_prefetch(p, 0, 2); }
-INLINE void expect_writes(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 // What a slot has of each channel.
 enum Kind : long { CENTER, SCALE, SHIFT, LEVEL, SUM, PRODUCT, KINDS };
@@ -114,7 +114,7 @@ void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x,
     room.clear();
     for (long done = 0; done < n; done += ROWS) {
         T* kept = room.kept_rows.data() + done * channels.slots * L;
-        rows.over(std::min(ROWS, n - done), true, [=](auto count, long where, long width, long first) INLINE_LAMBDA {
+        rows.over(std::min(ROWS, n - done), [=](auto count, long where, long width, long first) INLINE_LAMBDA {
             constexpr long R = decltype(count)::value;
             T* own = numbers;
             for (long k = 0; k < channels.slots; ++k, own += KINDS * L) {
@@ -123,7 +123,7 @@ void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x,
                 Vec<T> sum = load(own + SUM * L), squares = load(own + PRODUCT * L);
 #pragma GCC unroll 8
                 for (long r = 0; r < R; ++r) {
-                    expect_writes(y + at + r * width);
+                    expect(y + at + r * width);
                     const Vec<T> e = channels.get(x + at + r * width), d = e - m;
                     if (KEEP) store(kept + ((first + r) * channels.slots + k) * L, e);
                     sum += d;
@@ -149,7 +149,7 @@ void moments(const Channels<S, PART> channels, const Rows start, long n, const S
     Rows rows = start;
     const long some = std::min(n, SOME);
     const T share = T(1) / T(some);
-    rows.over(some, true, [=](auto count, long where, long width, long) INLINE_LAMBDA {
+    rows.over(some, [=](auto count, long where, long width, long) INLINE_LAMBDA {
         constexpr long R = decltype(count)::value;
         T* own = numbers;
         for (long k = 0; k < channels.slots; ++k, own += KINDS * L) {
@@ -230,7 +230,7 @@ void write(const Channels<S, PART> channels, Rows rows, long n, const S* x, S* y
     typedef Number<S> T;
     constexpr long L = LANES<T>;
     const T *numbers = room.of(0, CENTER), *kept = room.kept_rows.data();
-    rows.over(n, channels.slots < WRITTEN, [=](auto count, long where, long width, long first) INLINE_LAMBDA {
+    const auto visit = [=](auto count, long where, long width, long first) INLINE_LAMBDA {
         constexpr long R = decltype(count)::value;
         const T* own = numbers;
         for (long k = 0; k < channels.slots; ++k, own += KINDS * L) {
@@ -244,7 +244,9 @@ void write(const Channels<S, PART> channels, Rows rows, long n, const S* x, S* y
                 channels.put(y + here, (e - m) * a + b);
             }
         }
-    });
+    };
+    if (channels.slots < WIDE) rows.over(n, visit);
+    else rows.over<FEWER>(n, visit);
 }
 
 template <bool KEEP, class S, bool PART> void forward_rows(const Layout& g, const Share& share, const Forward<S>& f) {
@@ -288,7 +290,7 @@ void gradient_sums(
     T* numbers = room.of(0, CENTER);
     room.clear();
     for (long done = 0; done < n; done += ROWS) {
-        rows.over(std::min(ROWS, n - done), true, [=](auto count, long where, long width, long) INLINE_LAMBDA {
+        rows.over(std::min(ROWS, n - done), [=](auto count, long where, long width, long) INLINE_LAMBDA {
             constexpr long R = decltype(count)::value;
             T* own = numbers;
             for (long k = 0; k < channels.slots; ++k, own += KINDS * L) {
@@ -298,7 +300,7 @@ void gradient_sums(
 #pragma GCC unroll 8
                 for (long r = 0; r < R; ++r) {
                     const long here = at + r * width;
-                    expect_writes(ready + here);
+                    expect(ready + here);
                     const Vec<T> dy = channels.get(grad_y + here);
                     sum += dy;
                     product += dy * (channels.get(x + here) - m);
@@ -347,7 +349,7 @@ void write_gradient(
     const S *x = f.x, *grad_y = f.grad_y;
     S* grad_x = f.grad_x;
     const T* numbers = room.of(0, CENTER);
-    rows.over(n, channels.slots < WRITTEN, [=](auto count, long where, long width, long) INLINE_LAMBDA {
+    const auto visit = [=](auto count, long where, long width, long) INLINE_LAMBDA {
         constexpr long R = decltype(count)::value;
         const T* own = numbers;
         for (long k = 0; k < channels.slots; ++k, own += KINDS * L) {
@@ -362,7 +364,9 @@ void write_gradient(
                 channels.put(grad_x + here, a * channels.get(grad_y + here) + (b * (channels.get(x + here) - m) + c));
             }
         }
-    });
+    };
+    if (channels.slots < WIDE) rows.over(n, visit);
+    else rows.over<FEWER>(n, visit);
 }
 
 template <class S, bool PART> void backward_rows(const Layout& g, const Share& share, const Backward<S>& f) {

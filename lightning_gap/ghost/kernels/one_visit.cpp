@@ -69,8 +69,13 @@ extern "C" void backward(const Call* call) {
 }
 
 // Running statistics after an update by each ghost's in turn, a share of which is kept each time.
-extern "C" void average(const T* statistics, long ghosts, long channels, double keep, T* running) {
+extern "C" void average(
+    const T* mean, const T* var, long ghosts, long channels, double keep, T* running_mean, T* running_var
+) {
     const T kept = T(keep), share = T(1 - keep);
-    for (long ghost = 0; ghost < ghosts; ++ghost)
-        for (long k = 0; k < channels; ++k) running[k] = running[k] * kept + statistics[ghost * channels + k] * share;
+    for (long ghost = 0; ghost < ghosts; ++ghost, mean += channels, var += channels)
+        for (long k = 0; k < channels; ++k) {
+            running_mean[k] = running_mean[k] * kept + mean[k] * share;
+            running_var[k] = running_var[k] * kept + var[k] * share;
+        }
 }

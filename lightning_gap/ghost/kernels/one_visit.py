@@ -37,7 +37,7 @@ def one_visit_library(dtype: torch.dtype, inside: bool) -> ctypes.CDLL | None:
     for call in (library.forward, library.backward):
         call.argtypes, call.restype = [ctypes.c_char_p], None
     average, pointer, long = library.average, ctypes.c_void_p, ctypes.c_long
-    average.argtypes, average.restype = [pointer, long, long, ctypes.c_double, pointer], None
+    average.argtypes, average.restype = [pointer, pointer, long, long, ctypes.c_double, pointer, pointer], None
     _AVERAGE.setdefault(torch.float64 if dtype == torch.float64 else torch.float32, average)
     return library
 
@@ -108,15 +108,16 @@ def _function(name: str, dtype: torch.dtype, inside: bool) -> Callable[[bytes], 
     return function
 
 
-def average_natively(statistics: Tensor, running: Tensor, keep: float) -> bool:
+def average_natively(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, keep: float) -> bool:
     """Average (ghosts, C) into running statistics, which keep a share at each; return whether that was done."""
-    average = _AVERAGE.get(statistics.dtype)
-    alike = running.dtype == statistics.dtype and running.shape == statistics.shape[1:]
-    plain = alike and running.device.type == statistics.device.type == "cpu" and running.is_contiguous()
-    if average is None or not plain or not statistics.is_contiguous():
+    average, shape = _AVERAGE.get(mean.dtype), mean.shape[1:]
+    if average is None or not (mean.is_contiguous() and var.is_contiguous() and has_memory(mean)):
         return False
-    if running.requires_grad or running.is_inference() or not (has_memory(running) and has_memory(statistics)):
-        return False
-    average(statistics.data_ptr(), *statistics.shape, keep, running.data_ptr())
-    torch.autograd.graph.increment_version(running)
+    for running in (running_mean, running_var):
+        if running.dtype != mean.dtype or running.shape != shape or not running.is_cpu or not running.is_contiguous():
+            return False
+        if running.requires_grad or running.is_inference() or not has_memory(running):
+            return False
+    average(mean.data_ptr(), var.data_ptr(), *mean.shape, keep, running_mean.data_ptr(), running_var.data_ptr())
+    torch.autograd.graph.increment_version((running_mean, running_var))
     return True
