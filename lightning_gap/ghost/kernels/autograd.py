@@ -52,7 +52,7 @@ def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, sli
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
         large = ghost >= limits.large_ghost and not run.strided
-        if one_visit and not (large and flat.dim() == 2):
+        if one_visit:
             kernel = ONE_VISIT
         elif run.strided and per_sample == 1:
             kernel = AS_CHANNELS

@@ -18,8 +18,9 @@ namespace {
 constexpr long GROUP = 8, SOME = 8, ROWS = 64;
 // Slots of a row from which on results are written for fewer rows side by side.
 constexpr long WIDE = 8, FEWER = 2;
-// Numbers that are taken at a time, which lie in a cache; and bytes of a ghost that leave room there for the next.
-constexpr long BLOCK = 1 << 16, NEAR = 1 << 19;
+// Numbers that are taken at a time, which lie in a cache; bytes of a ghost that leave room there for the next; and how
+// many bytes ahead of what is done memory is asked for.
+constexpr long BLOCK = 1 << 16, NEAR = 1 << 19, AHEAD = 1 << 13;
 
 template <class S, bool PART> struct Channels {
     typedef Number<S> T;
@@ -107,7 +108,7 @@ template <class T> struct Room {
 
 // Sums of n rows' deviations from a center, and of their squares; the rows may be kept.
 template <bool KEEP, class S, bool PART>
-void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x, const S* y, Room<Number<S>>& room) {
+void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x, const S* next, Room<Number<S>>& room) {
     typedef Number<S> T;
     constexpr long L = LANES<T>;
     T* numbers = room.of(0, CENTER);
@@ -123,7 +124,7 @@ void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x,
                 Vec<T> sum = load(own + SUM * L), squares = load(own + PRODUCT * L);
 #pragma GCC unroll 8
                 for (long r = 0; r < R; ++r) {
-                    expect(y + at + r * width);
+                    expect(next + at + r * width);
                     const Vec<T> e = channels.get(x + at + r * width), d = e - m;
                     if (KEEP) store(kept + ((first + r) * channels.slots + k) * L, e);
                     sum += d;
@@ -141,7 +142,7 @@ void deviations(const Channels<S, PART> channels, Rows rows, long n, const S* x,
 // some rows tell is good where it is no farther from the mean than values are; else squares would cancel, and deviations
 // are taken again, from the mean.
 template <bool KEEP, class S, bool PART>
-void moments(const Channels<S, PART> channels, const Rows start, long n, const S* x, const S* y, Room<Number<S>>& room) {
+void moments(const Channels<S, PART> channels, const Rows start, long n, const S* x, const S* next, Room<Number<S>>& room) {
     typedef Number<S> T;
     constexpr long L = LANES<T>;
     T* numbers = room.of(0, CENTER);
@@ -161,7 +162,7 @@ void moments(const Channels<S, PART> channels, const Rows start, long n, const S
     });
     const double inverse = 1.0 / n;
     for (bool again = true, twice = false; again; twice = true) {
-        deviations<KEEP>(channels, start, n, x, y, room);
+        deviations<KEEP>(channels, start, n, x, next, room);
         Mask<T> far = {};
         for (long k = 0; k < channels.slots; ++k) {
             for (long l = 0; l < L; l += DOUBLES) {
@@ -226,7 +227,9 @@ void finish(const Channels<S, PART> channels, const Forward<S> f, long table, lo
 }
 
 template <bool KEPT, class S, bool PART>
-void write(const Channels<S, PART> channels, Rows rows, long n, const S* x, S* y, Room<Number<S>>& room, long ahead) {
+void write(
+    const Channels<S, PART> channels, Rows rows, long n, const S* x, S* y, Room<Number<S>>& room, long ahead, long later
+) {
     typedef Number<S> T;
     constexpr long L = LANES<T>;
     const T *numbers = room.of(0, CENTER), *kept = room.kept_rows.data();
@@ -240,6 +243,7 @@ void write(const Channels<S, PART> channels, Rows rows, long n, const S* x, S* y
             for (long r = 0; r < R; ++r) {
                 const long here = at + r * width;
                 expect(x + here + ahead);
+                expect(y + here + later);
                 const Vec<T> e = KEPT ? load(kept + ((first + r) * channels.slots + k) * L) : channels.get(x + here);
                 channels.put(y + here, (e - m) * a + b);
             }
@@ -253,22 +257,22 @@ template <bool KEEP, class S, bool PART> void forward_rows(const Layout& g, cons
     const Channels<S, PART> channels(share);
     const long n = g.values(), block = std::min(n, std::max(2 * SOME, BLOCK / g.channels));
     const bool near = 2 * n * channels.some * long(sizeof(S)) <= NEAR;
-    const long ahead = near ? g.apart : 0;
-    const S* ready = near ? f.y : f.x;
+    const long some = AHEAD / long(sizeof(S)), ahead = near ? g.apart : some, later = near ? 0 : some;
+    const S* next = near ? f.y : f.x + some;
     Room<Number<S>> room(channels.slots, KEEP ? n : 0, block);
     for (long ghost = share.first; ghost < share.last; ++ghost) {
         const Rows start(g, ghost);
         Rows rows = start;
         for (long done = 0; done < n; done += block) {
-            const long some = std::min(block, n - done);
-            moments<KEEP>(channels, rows, some, f.x, ready, room);
+            const long count = std::min(block, n - done);
+            moments<KEEP>(channels, rows, count, f.x, next, room);
             if (block == n) break;
-            join(done, some, room);
-            rows.skip(some);
+            join(done, count, room);
+            rows.skip(count);
         }
         if (block < n) take_joined(room);
         finish(channels, f, ghost * g.channels, n, room);
-        write<KEEP>(channels, start, n, f.x, f.y, room, ahead);
+        write<KEEP>(channels, start, n, f.x, f.y, room, ahead, later);
     }
 }
 
@@ -283,7 +287,8 @@ template <class S> void forward_over(const Layout& g, const Share& share, const 
 // Sums of a ghost's gradients, and of their products with deviations from the mean.
 template <class S, bool PART>
 void gradient_sums(
-    const Channels<S, PART> channels, Rows rows, long n, const S* x, const S* grad_y, const S* ready, Room<Number<S>>& room
+    const Channels<S, PART> channels, Rows rows, long n, const S* x, const S* grad_y, const S* next, const S* other,
+    Room<Number<S>>& room
 ) {
     typedef Number<S> T;
     constexpr long L = LANES<T>;
@@ -300,7 +305,8 @@ void gradient_sums(
 #pragma GCC unroll 8
                 for (long r = 0; r < R; ++r) {
                     const long here = at + r * width;
-                    expect(ready + here);
+                    expect(next + here);
+                    expect(other + here);
                     const Vec<T> dy = channels.get(grad_y + here);
                     sum += dy;
                     product += dy * (channels.get(x + here) - m);
@@ -342,7 +348,7 @@ void finish(const Channels<S, PART> channels, const Backward<S> f, long table, l
 
 template <class S, bool PART>
 void write_gradient(
-    const Channels<S, PART> channels, Rows rows, long n, const Backward<S> f, Room<Number<S>>& room, long ahead
+    const Channels<S, PART> channels, Rows rows, long n, const Backward<S> f, Room<Number<S>>& room, long ahead, long later
 ) {
     typedef Number<S> T;
     constexpr long L = LANES<T>;
@@ -361,6 +367,7 @@ void write_gradient(
                 const long here = at + r * width;
                 expect(x + here + ahead);
                 expect(grad_y + here + ahead);
+                expect(grad_x + here + later);
                 channels.put(grad_x + here, a * channels.get(grad_y + here) + (b * (channels.get(x + here) - m) + c));
             }
         }
@@ -375,15 +382,15 @@ template <class S, bool PART> void backward_rows(const Layout& g, const Share& s
     const long n = g.values();
     Room<Number<S>> room(channels.slots, 0, n);
     const bool near = 3 * n * channels.some * long(sizeof(S)) <= NEAR;
-    const long ahead = near ? g.apart : 0;
-    const S* ready = near && f.grad_x ? f.grad_x : f.x;
+    const long some = AHEAD / long(sizeof(S)), ahead = near ? g.apart : some, later = near ? 0 : some;
+    const S *next = near && f.grad_x ? f.grad_x : f.x + some, *other = near && f.grad_x ? f.grad_x : f.grad_y + some;
     for (long ghost = share.first; ghost < share.last; ++ghost) {
         const Rows start(g, ghost);
         for (long k = 0; k < channels.slots; ++k)
             store(room.of(k, CENTER), channels.get(f.mean + ghost * g.channels + channels.at(k)));
-        gradient_sums(channels, start, n, f.x, f.grad_y, ready, room);
+        gradient_sums(channels, start, n, f.x, f.grad_y, next, other, room);
         finish(channels, f, ghost * g.channels, n, room);
-        if (f.grad_x) write_gradient(channels, start, n, f, room, ahead);
+        if (f.grad_x) write_gradient(channels, start, n, f, room, ahead, later);
         if ((ghost + 1) % share.together && ghost + 1 < g.ghosts) continue;
         for (long k = 0; k < channels.slots; ++k) {
             const long table = ghost / share.together * g.channels + channels.at(k);

@@ -22,6 +22,13 @@ def normalize(
 
     Returns the output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        # Compiled passes read what they are told is there.
+        if parameter is not None and (parameter.shape != x.shape[1:2] or parameter.device != x.device):
+            raise ValueError(
+                f"{name} must have one number for each of the {x.shape[1]} channels of x on {x.device}, got shape "
+                f"{tuple(parameter.shape)} on {parameter.device}"
+            )
     opaque = x.device.type == "cpu" and torch.compiler.is_dynamo_compiling()
     if opaque and x.dim() == 2:
         # The compiler fuses the formula with what is around: only the compiled passes take less time.
