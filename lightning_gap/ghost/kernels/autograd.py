@@ -45,9 +45,11 @@ def gradients_over_ghosts(
 
 def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, slice, slice, Kernel]]:
     """Return each run, its rows of the flat view, its ghosts in tables of statistics, and the kernel for it."""
-    parts, first = [], 0
-    per_sample = len(flat) // runs[-1].stop
+    parts, first, length = [], 0, flat.shape[0]
+    per_sample = length // runs[-1].stop
     one_visit = takes_one_visit(flat, limits) and has_memory(flat)
+    if one_visit and len(runs) == 1:
+        return [(runs[0], slice(0, length), slice(0, runs[0].ghosts), ONE_VISIT)]
     for run in runs:
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
@@ -78,9 +80,9 @@ def forward_over_ghosts(
     y, inside = torch.empty_like(x), layout.channels_inside(x)
     flat, flat_y = layout.flat_view(x, inside), layout.flat_view(y, inside)
     parts = _parts(flat, runs, limits)
-    shape, dtype = (sum(run.ghosts for run in runs), x.shape[1]), layout.statistics_dtype(x)
+    shape, dtype = (sum([run.ghosts for run in runs]), x.shape[1]), layout.statistics_dtype(x)
     # Torch's kernels blend what a table holds into it, which must not be NaN.
-    make = x.new_empty if all(kernel is ONE_VISIT for *_, kernel in parts) else x.new_zeros
+    make = x.new_empty if parts[0][-1] is ONE_VISIT else x.new_zeros
     kept, var = make((2, *shape), dtype=dtype), make(shape, dtype=dtype)
     mean, invstd = kept.unbind()
     tables = Tables(mean, var, invstd)

@@ -22,26 +22,23 @@ def normalize(
 
     Returns the output, and each ghost's mean and unbiased variance, (ghosts, C), detached.
     """
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        # Compiled passes read what they are told is there.
+    for parameter in (weight, bias):
         if parameter is not None and (parameter.shape != x.shape[1:2] or parameter.device != x.device):
+            # Compiled passes read what they are told is there.
             raise ValueError(
-                f"{name} must have one number for each of the {x.shape[1]} channels of x on {x.device}, got shape "
-                f"{tuple(parameter.shape)} on {parameter.device}"
+                f"weight and bias must have one number for each of the {x.shape[1]} channels of x on {x.device}, got "
+                f"shape {tuple(parameter.shape)} on {parameter.device}"
             )
-    opaque = x.device.type == "cpu" and torch.compiler.is_dynamo_compiling()
+    device, compiling = x.device.type, torch.compiler.is_compiling()
+    opaque = compiling and device == "cpu" and torch.compiler.is_dynamo_compiling()
     if opaque and x.dim() == 2:
         # The compiler fuses the formula with what is around: only the compiled passes take less time.
         opaque = not torch.compiler.is_exporting() and takes_one_visit(x, limits)
-    traced = torch.compiler.is_compiling() and not opaque
-    if x.device.type not in ("cpu", "cuda") or traced or looks_into_operations():
+    if (compiling and not opaque) or device not in ("cpu", "cuda") or looks_into_operations():
         return formula(x, weight, bias, eps, runs)
-    first, positions = runs[0], math.prod(x.shape[2:])
-    large = (first.stop - first.start) // first.ghosts * positions * x.shape[1] >= limits.large_ghost
-    inside = positions > 1 and layout.channels_inside(x)
-    if first.strided and large and inside and not takes_one_visit(x, limits):
+    if runs[0].strided and _lies_between(runs[0], x, limits):
         # No native call takes these ghosts where they lie, and they fill the cache: two copies are cheaper.
-        samples = x.movedim(1, -1)
+        first, samples = runs[0], x.movedim(1, -1)
         samples = _with_rest(first.split(samples).transpose(0, 1), samples[first.stop :])
         runs = [first._replace(strided=False), *runs[1:]]
         y, mean, var = normalize(samples.movedim(-1, 1), weight, bias, eps, runs, limits)
@@ -55,6 +52,13 @@ def normalize(
         return y, kept.detach()[0], var.detach()
     y, kept, var = over_ghosts(layout.dense(x), weight, bias, eps, runs, limits)
     return y, kept[0], var
+
+
+def _lies_between(run: Run, x: Tensor, limits: Limits) -> bool:
+    """Return whether torch's kernels find the large strided ghosts of images in channels that lie side by side."""
+    positions = math.prod(x.shape[2:])
+    large = (run.stop - run.start) // run.ghosts * positions * x.shape[1] >= limits.large_ghost
+    return large and positions > 1 and layout.channels_inside(x) and not takes_one_visit(x, limits)
 
 
 def _with_rest(ghosts: Tensor, rest: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Limits(NamedTuple):
 
     large_ghost: int = 1 << 17
     block: int = 1 << 18
-    one_visit: int = 1 << 15
+    one_visit: int = 1 << 12
 
 
 LIMITS = Limits()

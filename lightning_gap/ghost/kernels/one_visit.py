@@ -79,27 +79,31 @@ def _call(
 ) -> None:  # fmt: skip
     """Call a pass by as many threads as torch takes: numbers do not depend on how the ghosts are dealt out."""
     start, stop, ghosts, strided = run
-    inside, channels, numbers = x.dim() == 2, x.shape[1], x.numel()
-    sample = numbers // (stop - start)
+    shape, numbers = x.shape, x.numel()
+    inside, channels, sample = len(shape) == 2, shape[1], numbers // (stop - start)
     if strided:
         pieces, length, step, apart = (stop - start) // ghosts, sample // channels, ghosts * sample, sample
     elif inside:
-        pieces, length, step, apart = 1, len(x) // ghosts, 0, numbers // ghosts
+        pieces, length, step, apart = 1, shape[0] // ghosts, 0, numbers // ghosts
     else:
-        pieces, length, step, apart = (stop - start) // ghosts, x.shape[2], sample, numbers // ghosts
-    threads = min(torch.get_num_threads(), -(-numbers // _FEW))
+        pieces, length, step, apart = (stop - start) // ghosts, shape[2], sample, numbers // ghosts
+    threads = 1 if numbers <= _FEW else min(torch.get_num_threads(), -(-numbers // _FEW))
     mean, var, invstd = tables
-    weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
+    weight = weight if weight is None else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     _function(name, x.dtype, inside)(
         _CALL.pack(
-            pieces, length, step, apart, channels, ghosts, threads, x.data_ptr(), _address(grad_y), _address(out),
-            _address(weight), _address(bias), mean.data_ptr(), var.data_ptr(), invstd.data_ptr(), _address(sums), eps,
+            pieces, length, step, apart, channels, ghosts, threads,
+            x.data_ptr(),
+            0 if grad_y is None else grad_y.data_ptr(),
+            0 if out is None else out.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            mean.data_ptr(), var.data_ptr(), invstd.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            eps,
         )
     )  # fmt: skip
-
-
-def _address(t: Maybe) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 @cache
