@@ -19,6 +19,8 @@ namespace {
 
 // Channels of a thread's part are whole groups of vectors; and sums that the gradients of weight and bias are made of.
 constexpr long CHANNELS = 64, SUMS = 32;
+// Parts for a thread, which others may take.
+constexpr long PARTS = 4;
 typedef Number<SAMPLES> T;
 
 struct Call {
@@ -30,17 +32,15 @@ struct Call {
     double eps;
 };
 
-// Calls work(share) for the parts of a call, each by a thread: ghosts whose sums are one stay together.
+// Calls work(share) for the parts of a call, some for each thread: ghosts whose sums are one stay together.
 template <class Work> void in_shares(const Layout& g, long together, Work work) {
     const long sums = (g.ghosts + together - 1) / together, groups = std::max(1L, g.channels / CHANNELS);
     const bool of_ghosts = sums >= g.threads;
-    const long parts = of_ghosts ? g.threads : std::min(g.threads, groups);
-    in_threads(parts, [&](long k) {
-        const auto bound = [&](long part, long all, long unit, long units) {
-            return part == parts ? all : std::min(all, units * part / parts * unit);
-        };
-        if (of_ghosts) work(Share{bound(k, g.ghosts, together, sums), bound(k + 1, g.ghosts, together, sums), 0, g.channels, together});
-        else work(Share{0, g.ghosts, bound(k, g.channels, CHANNELS, groups), bound(k + 1, g.channels, CHANNELS, groups), together});
+    const long units = of_ghosts ? sums : groups, parts = std::min(g.threads == 1 ? 1 : PARTS * g.threads, units);
+    const long all = of_ghosts ? g.ghosts : g.channels, unit = of_ghosts ? together : CHANNELS;
+    in_threads(parts, g.threads, [&](long k) {
+        const long from = units * k / parts * unit, to = k + 1 == parts ? all : units * (k + 1) / parts * unit;
+        work(of_ghosts ? Share{from, to, 0, g.channels, together} : Share{0, g.ghosts, from, to, together});
     });
 }
 

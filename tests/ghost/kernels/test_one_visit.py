@@ -4,6 +4,7 @@ import ctypes
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,24 @@ def test_half_precision_is_kept_as_torch_keeps_it():
             *(ctypes.c_void_p(t.data_ptr()) for t in (numbers, narrow)), ctypes.c_long(len(numbers))
         )
         torch.testing.assert_close(narrow, numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_several_threads_may_call_at_once(monkeypatch):
+    monkeypatch.setattr(one_visit, "_FEW", 16)
+    x, weight, bias, upstream = samples((512, 70), torch.float32)
+    runs = runs_of(512, 16, False)
+    right = all_of(normalize, x, weight, bias, upstream, runs, limits=ALWAYS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [
+                pool.submit(all_of, normalize, x, weight, bias, upstream, runs, limits=ALWAYS) for _ in range(40)
+            ]
+            found = [each.result() for each in waiting]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for each in found for a, b in zip(each, right, strict=True))
 
 
 FORK = """
