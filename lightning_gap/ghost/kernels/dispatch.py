@@ -32,8 +32,8 @@ def normalize(
     device, compiling = x.device.type, torch.compiler.is_compiling()
     opaque = compiling and device == "cpu" and torch.compiler.is_dynamo_compiling()
     if opaque and x.dim() == 2:
-        # The compiler fuses the formula with what is around: only the compiled passes take less time.
-        opaque = not torch.compiler.is_exporting() and takes_one_visit(x, limits)
+        # The compiler fuses the formula with what is around: only of many numbers the compiled passes take less time.
+        opaque = not torch.compiler.is_exporting() and x.numel() >= limits.compiled and takes_one_visit(x, limits)
     if (compiling and not opaque) or device not in ("cpu", "cuda") or looks_into_operations():
         return formula(x, weight, bias, eps, runs)
     if runs[0].strided and _lies_between(runs[0], x, limits):
