@@ -115,7 +115,7 @@ def _function(name: str, dtype: torch.dtype, inside: bool) -> Callable[[bytes], 
 def average_natively(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, keep: float) -> bool:
     """Average (ghosts, C) into running statistics, which keep a share at each; return whether that was done."""
     average, shape = _AVERAGE.get(mean.dtype), mean.shape[1:]
-    if average is None or not (mean.is_contiguous() and var.is_contiguous() and has_memory(mean)):
+    if average is None or not (mean.is_cpu and mean.is_contiguous() and var.is_contiguous() and has_memory(mean)):
         return False
     for running in (running_mean, running_var):
         if running.dtype != mean.dtype or running.shape != shape or not running.is_cpu or not running.is_contiguous():
