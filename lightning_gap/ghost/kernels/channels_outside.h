@@ -146,7 +146,8 @@ template <class S> void backward_over(const Layout& g, const Share& share, const
             positions.over(start, g.pieces, [&](auto kind, long at, long) INLINE_LAMBDA {
                 constexpr Kind K = decltype(kind)::value;
                 const Vec<T> d = positions.template get<K>(f.x + at) - mean;
-                positions.template put<K>(f.grad_x + at, positions.template get<K>(f.grad_y + at) * slope + (d * tilt + level));
+                const Vec<T> dy = positions.template get<K>(f.grad_y + at);
+                positions.template put<K>(f.grad_x + at, dy * slope + (d * tilt + level));
             }, [] {});
         }
 }

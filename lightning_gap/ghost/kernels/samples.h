@@ -44,8 +44,7 @@ template <class T> using Vec = typename Types<T>::vec;
 template <class T> using Part = typename Types<T>::part;  // as many as a vector has doubles
 typedef Vec<double> Wide;
 typedef Vec<uint32_t> Words;
-typedef Vec<int32_t> Signed;
-typedef Vec<uint16_t> Halves;  // half a vector
+typedef Vec<uint16_t> Halves;  // half as long
 template <class T> using Mask = decltype(Vec<T>() < Vec<T>());
 
 INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const Vec<float>*>(p); }
