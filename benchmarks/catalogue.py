@@ -57,8 +57,18 @@ GHOST = "speed.ghost_batch_norm"
 SPEED = {
     "ghost_op": Benchmark(
         f"{GHOST} op --threads 1 --ghosts 32 128 --repeat 7 --reuse-memory",
-        "Ghost BN forward and backward, against BatchNorm and peers' designs", 1.2,
+        "Ghost BN forward and backward, against BatchNorm and peers' designs", 0.8,
         f"{GHOST} op --threads 1 --ghosts 32 --repeat 3 --shapes 1d", ("linux",),
+    ),
+    "ghost_threads": Benchmark(
+        f"{GHOST} op --threads 2 --ghosts 32 128 --repeat 7 --reuse-memory --shapes channels_last",
+        "The same on channels_last images, by two threads and the wall clock", 0.3,
+        f"{GHOST} op --threads 2 --ghosts 128 --repeat 1 --shapes channels_last", ("linux",),
+    ),
+    "ghost_small": Benchmark(
+        f"{GHOST} op --threads 1 --ghosts 32 --repeat 40 --shapes small",
+        "The same on small batches, where the calls take the time", 0.1,
+        f"{GHOST} op --threads 1 --ghosts 32 --repeat 2 --shapes small",
     ),
     "ghost_step": Benchmark(
         f"{GHOST} step --threads 1 --ghosts 32 --repeat 5",
@@ -77,7 +87,7 @@ SPEED = {
     ),
     "ghost_limit": Benchmark(
         f"{GHOST} limit --threads 1 --ghosts 32 128 --shapes 1d --repeat 5",
-        "The passes over memory that Ghost BN cannot do without", 0.1,
+        "Ghost BN against the passes over memory that torch's kernels need for it", 0.1,
         f"{GHOST} limit --threads 1 --ghosts 128 --shapes 1d --repeat 1",
     ),
     "ghost_convert": Benchmark(

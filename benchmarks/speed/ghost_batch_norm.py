@@ -6,8 +6,8 @@
 ``op``: one layer, forward and backward with a given upstream gradient. ``step``: a whole training step of a CNN with
 six convolutions and of an MLP with four normalized layers. ``compile``: the layer under ``torch.compile``, against
 compiled BatchNorm. ``memory``: the highest resident memory of one forward and backward pass, beyond what was there.
-``convert``: a ResNet-50. ``limit``: the passes over memory that contiguous ghosts cannot do without, each one call of
-torch's fastest kernel, with nothing around them: what is left to gain without kernels of our own.
+``convert``: a ResNet-50. ``limit``: the passes over memory that contiguous ghosts cannot do without by torch's kernels,
+each one call of the fastest, with nothing around them.
 
 All that are compared run in turns; a ratio is the median over the turns. With one CPU thread the clock is the process's
 CPU time, which other processes on the machine disturb less; else it is the wall clock, with a GPU synchronized. With
@@ -23,6 +23,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
@@ -43,6 +44,9 @@ RESNET50 = [((256, 64, 112, 112), "channels_last"), ((256, 256, 56, 56), "channe
 RESNET50 += [((256, 512, 28, 28), "channels_last"), ((256, 1024, 14, 14), "channels_last")]
 RESNET50 += [((256, 2048, 7, 7), "channels_last")]
 FEATURES = [((4096, 256), "1-d")]
+SMALL = [((64, 64), "1-d"), ((512, 64), "1-d"), ((1024, 128), "1-d"), ((64, 16, 8, 8), "NCHW")]
+SHAPES = {"all": FEATURES + IMAGES, "1d": FEATURES, "2d": IMAGES, "16x16": IMAGES[2:], "small": SMALL}
+SHAPES["channels_last"] = IMAGES[1::2]
 
 ROWS: list[Row] = []
 
@@ -87,7 +91,11 @@ def passes(module: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> C
 def shapes_for(arguments: argparse.Namespace) -> list[tuple[tuple[int, ...], str]]:
     if arguments.device != "cpu":
         return RESNET50
-    return {"all": FEATURES + IMAGES, "1d": FEATURES, "2d": IMAGES, "16x16": IMAGES[2:]}[arguments.shapes]
+    return SHAPES[arguments.shapes]
+
+
+def turns(shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
+    return arguments.repeat * (8 if math.prod(shape) <= 1 << 20 else 1)
 
 
 def op(arguments: argparse.Namespace) -> None:
@@ -99,7 +107,7 @@ def op(arguments: argparse.Namespace) -> None:
             x, upstream = tensors(shape, memory, arguments.device, getattr(torch, arguments.dtype))
             for size in arguments.ghosts:
                 modules = rivals(shape, memory, size, arguments.device)
-                repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
+                repeat = turns(shape, arguments)
                 seconds = in_turns({k: passes(m, x, upstream) for k, m in modules.items()}, repeat, arguments.device)
                 shown = [name for name in names if name != "tabnet" or name in seconds]
                 compared(seconds, shown, "plain, ms", input=str(shape), format=memory, ghost=size, threads=threads)
@@ -184,7 +192,7 @@ def compiled(arguments: argparse.Namespace) -> None:
                     k: m for k, m in rivals(shape, memory, size, arguments.device).items() if k in ("plain", *names)
                 }
                 runs = {k: passes(torch.compile(m, fullgraph=True), x, upstream) for k, m in modules.items()}
-                repeat = arguments.repeat * (8 if len(shape) == 2 else 1)
+                repeat = turns(shape, arguments)
                 seconds = in_turns(runs, repeat, arguments.device)
                 where = {"input": str(shape), "format": memory, "ghost": size, "threads": threads}
                 compared(seconds, names, "compiled plain, ms", **where)
@@ -239,7 +247,7 @@ def limit(arguments: argparse.Namespace) -> None:
                 runs = {name: passes(modules[name], x, upstream) for name in ("plain", "contiguous")}
                 bare = bare_passes if len(shape) == 2 else bare_image_passes
                 runs["passes"] = bare(x.detach(), upstream, size)
-                seconds = in_turns(runs, arguments.repeat * (8 if len(shape) == 2 else 1), "cpu")
+                seconds = in_turns(runs, turns(shape, arguments), "cpu")
                 where = {"input": str(shape), "format": order, "ghost": size, "threads": threads}
                 compared(seconds, ("passes", "contiguous"), "plain, ms", **where)
                 row(
@@ -285,7 +293,7 @@ def main() -> None:
     parser.add_argument("section", choices=sections)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ghosts", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--shapes", choices=("all", "1d", "2d", "16x16"), default="all")
+    parser.add_argument("--shapes", choices=SHAPES, default="all")
     parser.add_argument("--models", choices=("cnn", "mlp"), nargs="+", default=["mlp", "cnn"])
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

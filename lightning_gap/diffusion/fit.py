@@ -183,7 +183,8 @@ def fit_with_replicates(
 
     def uncentred(both: Vector, *, exponential: bool) -> Vector:
         first, second = both[..., 0], both[..., 1]
-        first = first * np.exp(-second * centre) if exponential else first - second * centre
+        with np.errstate(over="ignore"):  # a replicate's power may be so far off that its coefficient is infinite
+            first = first * np.exp(-second * centre) if exponential else first - second * centre
         return np.stack([first, second], -1)
 
     (intercept, slope), (coefficient, exponent) = uncentred(line, exponential=False), uncentred(power, exponential=True)

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_gap.checks import check_choice, check_integer
-from lightning_gap.ghost.kernels import Maybe, Run, looks_into_operations, normalize, normalize_over_ranks
+from lightning_gap.ghost.kernels import (
+    Maybe,
+    Run,
+    average_in_place,
+    looks_into_operations,
+    normalize,
+    normalize_over_ranks,
+    weights_of_ghosts,
+)
 from lightning_gap.ranks.group import RankGroup
 
 __all__ = ["Grouping", "RunningStats", "ghost_batch_norm", "ghost_slices"]
@@ -171,7 +179,9 @@ def ghost_batch_norm(
         >>> ghost_batch_norm(x, None, None, ghost_batch_size=2).flatten().round().tolist()
         [-1.0, 1.0, -1.0, 1.0]
     """
-    check_settings(ghost_batch_size, running_stats, grouping)
+    if type(ghost_batch_size) is not int or ghost_batch_size < 1 or running_stats not in _RUNNING_STATS:
+        check_settings(ghost_batch_size, running_stats, grouping)
+    check_choice("grouping", grouping, _GROUPINGS)
     if rows_per_sample != 1:
         check_rows_per_sample(rows_per_sample)
     if not training:
@@ -264,11 +274,11 @@ def _update(running: _Running, mean: Tensor, var: Tensor) -> None:
         updates = updates + new if followed else updates.add_(new)
     if running_mean is None or running_var is None:
         return
+    if momentum is not None and not followed and not torch.compiler.is_compiling():
+        keep = _kept(momentum, ghosts, running_stats)
+        if average_in_place(mean, var, running_mean, running_var, keep):
+            return
     weights, decay = _average_weights(ghosts, momentum, running_stats, updates, mean)
-    if not followed and running_mean.dtype == mean.dtype and isinstance(decay, float):
-        running_mean.addmv_(mean.t(), weights, beta=decay)  # one call each
-        running_var.addmv_(var.t(), weights, beta=decay)
-        return
     means, variances = (
         running.to(stat.dtype).mul(decay).addmv(stat.t(), weights)
         for running, stat in ((running_mean, mean), (running_var, var))
@@ -314,6 +324,10 @@ def _average_weights(
         new = ghosts if running_stats == "sequential" else 1
         total = updates.to(like.dtype)  # the new updates are counted already; no synchronization with the host
         return (new / (ghosts * total)).expand(ghosts), 1 - new / total
-    keep = 1 - momentum if running_stats == "sequential" else (1 - momentum) ** (1 / ghosts)
-    age = torch.arange(ghosts - 1, -1, -1, device=like.device, dtype=like.dtype)
-    return (1 - keep) * keep**age, keep**ghosts
+    keep = _kept(momentum, ghosts, running_stats)
+    return weights_of_ghosts(ghosts, keep, like), keep**ghosts
+
+
+def _kept(momentum: float, ghosts: int, running_stats: RunningStats) -> float:
+    """Return what share of a running statistic stays as one ghost's is averaged into it."""
+    return 1 - momentum if running_stats == "sequential" else (1 - momentum) ** (1 / ghosts)

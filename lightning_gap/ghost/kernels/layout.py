@@ -34,11 +34,13 @@ class Limits(NamedTuple):
         large_ghost: Elements of a ghost from which a native call for each pays.
         block: Elements that a core's cache can hold; the gradient of a large ghost takes twice as many at a time.
         one_visit: Elements of a CPU's batch from which this package's own C++ is taken, and compiled if need be.
+        compiled: Elements of a batch of features from which that pays in a compiled graph, which fuses the formula.
     """
 
     large_ghost: int = 1 << 17
     block: int = 1 << 18
-    one_visit: int = 1 << 15
+    one_visit: int = 1 << 12
+    compiled: int = 1 << 19
 
 
 LIMITS = Limits()

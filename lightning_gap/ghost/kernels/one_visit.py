@@ -1,109 +1,127 @@
 """Ghosts on a CPU by compiled C++, which visits each once while it lies in a cache."""
 
 import ctypes
-import os
+import struct
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_gap.ghost.kernels import layout
 from lightning_gap.ghost.kernels.layout import Kernel, Limits, Maybe, Run, Tables
-from lightning_gap.native import native_argument, native_library
+from lightning_gap.native import native_library
 
-__all__ = ["ONE_VISIT", "one_visit_library", "takes_one_visit"]
+__all__ = ["ONE_VISIT", "average_natively", "has_memory", "one_visit_library", "takes_one_visit"]
 
 _SOURCE = Path(__file__).with_name("one_visit.cpp")
-# Elements for which a thread is worth its start; channels of a thread's part are whole groups of vectors.
-_FEW, _CHANNELS = 1 << 17, 64
-# Sums that the gradients of weight and bias are added up from.
-_SUMS = 32
-_NAMES = {torch.float32: "float", torch.float64: "double"}
+# Elements for which a thread is worth its start.
+_FEW = 1 << 17
+_NAMES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Of a call: pieces, length, step, apart, channels, ghosts, threads; x, dy, result, weight, bias, tables, sums; epsilon.
+_CALL = struct.Struct("@7l9Pd")
+# What averages statistics in a format, once a library is there.
+_AVERAGE: dict[torch.dtype, Callable[..., None]] = {}
 
 
 @cache
-def one_visit_library() -> ctypes.CDLL | None:
-    """Return the compiled passes, or ``None`` where nothing compiles them; asked for once in a process."""
-    return native_library(_SOURCE, {})
+def one_visit_library(dtype: torch.dtype, inside: bool) -> ctypes.CDLL | None:
+    """Return the passes for a format of samples and where channels lie, or ``None`` where nothing compiles them.
+
+    It is asked for once in a process: each is compiled on its first use, in about two seconds.
+    """
+    library = native_library(_SOURCE, {"SAMPLES": _NAMES[dtype], "INSIDE": str(int(inside))})
+    if library is None:
+        return None
+    for call in (library.forward, library.backward):
+        call.argtypes, call.restype = [ctypes.c_char_p], None
+    average, pointer, long = library.average, ctypes.c_void_p, ctypes.c_long
+    average.argtypes, average.restype = [pointer, pointer, long, long, ctypes.c_double, pointer, pointer], None
+    _AVERAGE.setdefault(torch.float64 if dtype == torch.float64 else torch.float32, average)
+    return library
 
 
 def takes_one_visit(x: Tensor, limits: Limits) -> bool:
     """Return whether a batch is of a kind and size for the compiled passes, and these are there."""
     kind = x.device.type == "cpu" and x.dtype in _NAMES
-    return kind and x.numel() >= limits.one_visit and _is_there()
+    return kind and x.numel() >= limits.one_visit and _is_there(x.dtype, x.dim() == 2 or layout.channels_inside(x))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_there() -> bool:
-    return one_visit_library() is not None
+def _is_there(dtype: torch.dtype, inside: bool) -> bool:
+    return one_visit_library(dtype, inside) is not None
+
+
+def has_memory(t: Tensor) -> bool:
+    """Return whether a tensor's numbers are where it says: those of classes that dispatch by themselves are not."""
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _forward(
     run: Run, x: Tensor, y: Tensor, weight: Maybe, bias: Maybe, eps: float, tables: Tables, limits: Limits
 ) -> None:
-    _over_parts("forward", run, 1, x, x, y, weight, bias, eps, *tables)
+    _call("forward", run, x, None, y, weight, bias, tables, None, eps)
 
 
 def _backward(run: Run, x: Tensor, grad_y: Tensor, weight: Maybe, tables: Tables, out: Maybe, limits: Limits) -> Tensor:
-    together = -(-run.ghosts // _SUMS)
-    sums = x.new_empty(2, -(-run.ghosts // together), x.shape[1], dtype=torch.float64)
-    _over_parts("backward", run, together, x, x, grad_y, out, weight, tables.mean, tables.invstd, *sums)
-    return sums.sum(1)
+    sums = tables.mean.new_empty(2, x.shape[1])
+    _call("backward", run, x, grad_y, out, weight, None, tables, sums, 0.0)
+    return sums
 
 
 ONE_VISIT = Kernel(_forward, _backward)
 
 
-def _over_parts(name: str, run: Run, together: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+def _call(
+    name: str, run: Run, x: Tensor, grad_y: Maybe, out: Maybe, weight: Maybe, bias: Maybe, tables: Tables, sums: Maybe,
+    eps: float,
+) -> None:  # fmt: skip
     """Call a pass by as many threads as torch takes: numbers do not depend on how the ghosts are dealt out."""
-    inside, samples, channels = x.dim() == 2, run.stop - run.start, x.shape[1]
-    sample = x.numel() // samples
-    if run.strided:
-        pieces, length, step, apart = samples // run.ghosts, sample // channels, run.ghosts * sample, sample
+    start, stop, ghosts, strided = run
+    shape, numbers = x.shape, x.numel()
+    inside, channels, sample = len(shape) == 2, shape[1], numbers // (stop - start)
+    if strided:
+        pieces, length, step, apart = (stop - start) // ghosts, sample // channels, ghosts * sample, sample
     elif inside:
-        pieces, length, step, apart = 1, len(x) // run.ghosts, 0, x.numel() // run.ghosts
+        pieces, length, step, apart = 1, shape[0] // ghosts, 0, numbers // ghosts
     else:
-        pieces, length, step, apart = samples // run.ghosts, x.shape[2], sample, x.numel() // run.ghosts
-    call, pointers = _function(name, inside, x.dtype), [native_argument(argument) for argument in arguments]
-
-    def work(part: tuple[int, int, int, int]) -> None:
-        call((ctypes.c_long * 10)(pieces, length, step, apart, channels, *part, together), *pointers)
-
-    workers = min(torch.get_num_threads(), -(-x.numel() // _FEW))
-    if workers == 1:
-        work((0, run.ghosts, 0, channels))
-        return
-    first, *others = _parts(workers, run.ghosts, together, channels)
-    waiting = [_pool(os.getpid(), torch.get_num_threads()).submit(work, part) for part in others]
-    work(first)
-    for other in waiting:
-        other.result()
-
-
-def _parts(workers: int, ghosts: int, together: int, channels: int) -> list[tuple[int, int, int, int]]:
-    """Return the ghosts and channels of each thread, from and to: ghosts whose sums are one stay together."""
-    sums = -(-ghosts // together)
-    if sums >= workers:
-        bounds = [*(k * sums // workers * together for k in range(workers)), ghosts]
-        return [(*pair, 0, channels) for pair in pairwise(bounds)]
-    groups = channels // _CHANNELS
-    workers = max(1, min(workers, groups))
-    bounds = [*(k * groups // workers * _CHANNELS for k in range(workers)), channels]
-    return [(0, ghosts, *pair) for pair in pairwise(bounds)]
+        pieces, length, step, apart = (stop - start) // ghosts, shape[2], sample, numbers // ghosts
+    threads = 1 if numbers <= _FEW else min(torch.get_num_threads(), -(-numbers // _FEW))
+    mean, var, invstd = tables
+    weight = weight if weight is None else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    _function(name, x.dtype, inside)(
+        _CALL.pack(
+            pieces, length, step, apart, channels, ghosts, threads,
+            x.data_ptr(),
+            0 if grad_y is None else grad_y.data_ptr(),
+            0 if out is None else out.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            mean.data_ptr(), var.data_ptr(), invstd.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            eps,
+        )
+    )  # fmt: skip
 
 
 @cache
-def _function(name: str, inside: bool, dtype: torch.dtype) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(
-        one_visit_library(), f"{name}_{'inside' if inside else 'outside'}_{_NAMES[dtype]}"
-    )
+def _function(name: str, dtype: torch.dtype, inside: bool) -> Callable[[bytes], None]:
+    function: Callable[[bytes], None] = getattr(one_visit_library(dtype, inside), name)
     return function
 
 
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # Of this process: a fork has none of its threads.
-    return ThreadPoolExecutor(threads - 1, f"ghosts of {process}")
+def average_natively(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, keep: float) -> bool:
+    """Average (ghosts, C) into running statistics, which keep a share at each; return whether that was done."""
+    average, shape = _AVERAGE.get(mean.dtype), mean.shape[1:]
+    if average is None or not (mean.is_cpu and mean.is_contiguous() and var.is_contiguous() and has_memory(mean)):
+        return False
+    for running in (running_mean, running_var):
+        if running.dtype != mean.dtype or running.shape != shape or not running.is_cpu or not running.is_contiguous():
+            return False
+        if running.requires_grad or running.is_inference() or not has_memory(running):
+            return False
+    average(mean.data_ptr(), var.data_ptr(), *mean.shape, keep, running_mean.data_ptr(), running_var.data_ptr())
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return True

@@ -4,10 +4,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "../../../../threads.h"
 #include "formula.h"
 
 namespace {
@@ -19,16 +18,8 @@ template <class T> constexpr long WIDTH = VECTOR_BYTES / sizeof(T);
 
 // Calls work(k, first, last) for the k-th part of some rows, each by a thread; parts end where sums go on in double.
 template <class Work> void in_parts(long rows, long threads, const Work& work) {
-    const long part = ((rows + threads - 1) / threads + TERMS - 1) / TERMS * TERMS;
-    std::vector<std::thread> others;
-    for (long k = 1; k < threads && k * part < rows; ++k)
-        try {
-            others.emplace_back([&work, k, part, rows] { work(k, k * part, std::min(rows, (k + 1) * part)); });
-        } catch (const std::system_error&) {  // no thread is left: this one does it
-            work(k, k * part, std::min(rows, (k + 1) * part));
-        }
-    work(0, 0, std::min(rows, part));
-    for (std::thread& other : others) other.join();
+    const long part = std::max(TERMS, ((rows + threads - 1) / threads + TERMS - 1) / TERMS * TERMS);
+    in_threads((rows + part - 1) / part, threads, [&](long k) { work(k, k * part, std::min(rows, (k + 1) * part)); });
 }
 
 }  // namespace
