@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -34,6 +35,7 @@ class Threads {
         std::unique_lock<std::mutex> lock(mutex);
         places = 0;  // for those that come late
         idle.wait(lock, [this] { return active == 0; });
+        if (failed.exchange(false)) throw std::bad_alloc();
         return true;
     }
 
@@ -46,11 +48,17 @@ class Threads {
     std::mutex taken, mutex;
     std::condition_variable wake, idle;
     std::atomic<long> next{0};
+    std::atomic<bool> failed{false};
     Job job{};
     long waiting = 0, number = 0, active = 0, places = 0;
 
+    // What a part throws, for want of memory, is thrown where all parts were asked for, once no other is at them.
     void work_on(const Job& job) {
-        for (long k = next++; k < job.parts; k = next++) job.call(job.work, k);
+        try {
+            for (long k = next++; k < job.parts; k = next++) job.call(job.work, k);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
     }
     void wait() {
         std::unique_lock<std::mutex> lock(mutex);
