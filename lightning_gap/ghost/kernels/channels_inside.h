@@ -14,8 +14,8 @@
 
 namespace {
 
-// Rows side by side, rows that tell a rough mean, and rows whose terms are added up before the sums go on in double.
-constexpr long GROUP = 8, SOME = 8, ROWS = 64;
+// Rows that tell a rough mean, and rows whose terms are added up before the sums go on in double.
+constexpr long SOME = 8, ROWS = 64;
 // Slots of a row from which on results are written for fewer rows side by side.
 constexpr long WIDE = 8, FEWER = 2;
 // Numbers that are taken at a time, which lie in a cache; bytes of a ghost that leave room there for the next; and how
@@ -39,31 +39,6 @@ template <class S, bool PART> struct Channels {
     }
     INLINE_METHOD void put_wide(double* p, const double* own) const {
         std::memcpy(p, own, (PART ? some : L) * sizeof(double));
-    }
-};
-
-// A walk over a ghost's rows: visits with where R rows begin, how far from each other, and which of the walk's rows the
-// first one is.
-struct Rows {
-    long at, left, length, width, jump;
-    Rows(const Layout& g, long ghost) : at(ghost * g.apart) {
-        const bool alone = g.length == 1;  // rows of different samples, which are as far from each other
-        left = length = alone ? g.pieces : g.length;
-        width = alone ? g.step : g.channels;
-        jump = g.step - length * width;
-    }
-    template <long MOST = GROUP, class F> INLINE_METHOD void over(long n, F visit) {
-        for (long r = 0; r < n;) {
-            const long stop = std::min(n, r + left);
-            left -= stop - r;
-            for (; r + MOST <= stop; r += MOST, at += MOST * width)
-                visit(std::integral_constant<long, MOST>{}, at, width, r);
-            for (; r < stop; ++r, at += width) visit(std::integral_constant<long, 1>{}, at, width, r);
-            if (left == 0) at += jump, left = length;
-        }
-    }
-    void skip(long n) {
-        over(n, [](auto, long, long, long) {});
     }
 };
 

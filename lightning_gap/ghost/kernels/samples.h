@@ -2,9 +2,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../../vectors.h"
 
@@ -157,5 +159,33 @@ template <class W, class T> INLINE void factors(W a, W invstd, T n, W product, W
     b = share * invstd * invstd * product;
     c = share * total;
 }
+
+// Rows of channels that are taken side by side.
+constexpr long GROUP = 8;
+
+// A walk over a ghost's rows: visits with where R rows begin, how far from each other, and which of the walk's rows the
+// first one is.
+struct Rows {
+    long at, left, length, width, jump;
+    Rows(const Layout& g, long ghost) : at(ghost * g.apart) {
+        const bool alone = g.length == 1;  // rows of different samples, which are as far from each other
+        left = length = alone ? g.pieces : g.length;
+        width = alone ? g.step : g.channels;
+        jump = g.step - length * width;
+    }
+    template <long MOST = GROUP, class F> INLINE_METHOD void over(long n, F visit) {
+        for (long r = 0; r < n;) {
+            const long stop = std::min(n, r + left);
+            left -= stop - r;
+            for (; r + MOST <= stop; r += MOST, at += MOST * width)
+                visit(std::integral_constant<long, MOST>{}, at, width, r);
+            for (; r < stop; ++r, at += width) visit(std::integral_constant<long, 1>{}, at, width, r);
+            if (left == 0) at += jump, left = length;
+        }
+    }
+    void skip(long n) {
+        over(n, [](auto, long, long, long) {});
+    }
+};
 
 }  // namespace
