@@ -14,7 +14,7 @@ solver         how                                                             m
 ``fused``      our own, compiled, all of a pass at once, to a marginal error   ``O(n + m)``
 ``flash``      ``fused`` with FlashSinkhorn's kernel, for squares on CUDA      ``O(n + m)``
 ``blocked``    our own, by blocks of rows, to a marginal error                 ``O(n + m)`` and a block
-``exact``      assignment or linear program, no regularization                 ``n x m`` in double
+``exact``      augmenting paths over nearly tight pairs, no regularization     ``O(n + m)``; small: ``n x m``
 ``online``     GeomLoss on KeOps, compiled formulas, a fixed schedule          ``O(n + m)``
 ``multiscale`` GeomLoss on KeOps, coarse to fine, for squared distances, d < 4 ``O(n + m)``
 ============== =============================================================== ==========================
@@ -198,6 +198,12 @@ def _solve_alike(problems: list[Problem], solver: str, options: SolverOptions) -
 
 def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
     """Warn or raise for a result that did not converge."""
+    if result.solver == "exact":
+        told = f"solver='exact' ended with a plan that may cost up to {result.duality_gap:.2g} more than the best one"
+        if strict:
+            raise RuntimeError(told)
+        warnings.warn(told, ConvergenceWarning, stacklevel=4)
+        return
     widest_already = result.value.dtype == torch.float64 or options.tolerance >= 1e-6
     message = (
         f"solver={result.solver!r} stopped with a marginal error of {result.marginal_error:.2g}, above the tolerance "

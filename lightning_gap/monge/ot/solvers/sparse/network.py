@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,9 @@ class Network:
             full = (found.counts == int(known)).numpy() & (known < self.m)
             self.ceiling[some] = np.where(full, found.values[:, -1].numpy(), np.inf)
             least = found.values[:, 0].numpy()
-            low = least < self.u[some] - ROUNDING * np.abs(self.u[some]) if not first else np.ones(len(some), dtype=bool)
+            low = (
+                least < self.u[some] - ROUNDING * np.abs(self.u[some]) if not first else np.ones(len(some), dtype=bool)
+            )
             self.u[some[low]] = np.where(np.isfinite(least[low]), least[low], 0)
             lowered += int(low.sum())
         if forget:
@@ -116,7 +119,15 @@ class Network:
         asks = np.zeros(self.n, dtype=np.int8)
         ceiling = self.ceiling if within_ceilings else np.full(self.n, np.inf)
         # Kept by name while the library reads and writes them.
-        arrays = [first, columns.astype(np.int32), self.cost, ceiling, self.supply, self.demand, self.flow]
+        arrays: list[NDArray[Any]] = [
+            first,
+            columns.astype(np.int32),
+            self.cost,
+            ceiling,
+            self.supply,
+            self.demand,
+            self.flow,
+        ]
         arrays += [self.u, self.v, asks]
         given = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
         left = library.augment(ctypes.c_long(self.n), ctypes.c_long(self.m), *given)

@@ -47,11 +47,12 @@ class ReducedCosts:
         cost: The cost.
         x: ``(n, d)`` rows, in double.
         y: ``(m, d)`` columns, in double.
+        compiled: Whether to take the formula, where the cost has one.
     """
 
-    def __init__(self, cost: Cost, x: Tensor, y: Tensor) -> None:
+    def __init__(self, cost: Cost, x: Tensor, y: Tensor, *, compiled: bool = True) -> None:
         self.cost, self.x, self.y = cost, x, y
-        self._library = self._compiled()
+        self._library = self._compiled() if compiled else None
 
     def transposed(self) -> "ReducedCosts":
         """Return the passes with rows and columns exchanged."""

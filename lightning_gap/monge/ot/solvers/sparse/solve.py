@@ -1,10 +1,10 @@
-r"""Exact transport from coarse to fine, over the pairs that are nearly tight, with a proof over all pairs.
+"""Exact transport from coarse to fine, over the pairs that are nearly tight, with a proof over all pairs.
 
-A problem of a quarter of the samples, each of which stands for a cell of neighbours, gives potentials. At these the least
-reduced costs of each row are the pairs that are known; along them shortest augmenting paths send mass. A row that would
-be raised above what is known of it has its least pairs looked up again, by a pass over its pairs that keeps no matrix. What
-is left, from when on few rows are, takes the pairs that are known for all, and pairs that then are below the potentials
-are added, until there are none. The last pass is over all pairs: it proves the plan by a bound.
+A problem of a quarter of the samples, each of which stands for a cell of neighbours, gives potentials. At these the
+pairs of least reduced cost of each row are known; along them shortest augmenting paths send mass. A row that would be
+raised above what is known of it has its least pairs looked up again, by a pass over its pairs that keeps no matrix.
+Once few rows are left, they take the pairs that are known for all there are, and pairs that then are below the
+potentials are added, until there are none. The last pass is over all pairs: it proves the plan by a bound.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from lightning_gap.monge.ot.solvers.sparse.cells import coarsened
 from lightning_gap.monge.ot.solvers.sparse.network import Network, augment_library
 from lightning_gap.monge.ot.solvers.sparse.reduced_costs import ReducedCosts
 
-__all__ = ["SparsePlan", "can_solve_sparsely", "sparse_plan", "whole_masses"]
+__all__ = ["SparsePlan", "can_solve_sparsely", "is_uniform", "sparse_plan", "whole_masses"]
 
-# Samples of a side up to which all pairs are known; how many fewer the coarser problem has; pairs known of a row at first.
+# Samples of a side up to which all pairs are known; how many fewer the coarser problem has; pairs of a row at first.
 _SMALL, _FEWER, _KNOWN = 256, 4, 16
 # Rows ask for pairs when they have used this share of what is known; ceilings are left when a round leaves this share.
 _USED, _STALLED = 0.5, 0.5
@@ -80,11 +80,17 @@ def sparse_plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Spars
     return SparsePlan(rows, columns, masses, u, v, network.paid() / total, network.bound / total, done)
 
 
+def is_uniform(weights: Tensor) -> bool:
+    """Return whether weights that sum to 1 are equal but for rounding."""
+    n = len(weights)
+    return bool(((weights - 1 / n).abs() < 1e-6 / n).all())
+
+
 def whole_masses(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights as whole numbers of one sum: exact for uniform ones, right to double's rounding for others."""
     n, m = len(a), len(b)
     a, b = (w.detach().double().cpu() for w in (a, b))
-    if all(bool(((w - 1 / len(w)).abs() < 1e-6 / len(w)).all()) for w in (a, b)):
+    if is_uniform(a) and is_uniform(b):
         common = int(np.gcd(n, m))
         return torch.full((n,), m // common), torch.full((m,), n // common)
     supply, demand = ((w / w.sum() * _WHOLE).round().long() for w in (a, b))
@@ -94,12 +100,12 @@ def whole_masses(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(costs: ReducedCosts, supply: Tensor, demand: Tensor) -> tuple[Network | None, bool]:
-    """Return the network with all mass sent, and whether that was proven to be optimal; ``None`` if it cannot be sent."""
+    """Return the network with all mass sent, and whether it is proven optimal; ``None`` if mass cannot be sent."""
     n, m = len(supply), len(demand)
     if max(n, m) <= _SMALL:
         network = Network(costs, supply, demand, torch.zeros(m, dtype=torch.float64), m)
         left, _ = network.augment(within_ceilings=True)
-        return (None, False) if left else (network, True)
+        return (None, False) if left else (network, network.prove())
     network = Network(costs, supply, demand, _first_potentials(costs, supply, demand), _KNOWN)
     waiting, strict = n, True
     for _ in range(_ROUNDS):
