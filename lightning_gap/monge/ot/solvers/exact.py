@@ -1,5 +1,7 @@
 """Exact optimal transport between samples: small problems by their matrix, others by the pairs that matter."""
 
+import sys
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,8 +88,11 @@ def matched(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
 def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals: bool = False) -> _Plan:
     """Return an optimal plan of samples that all have weight: by the matrix, or without one where that is faster."""
     size = len(x) * len(y)
-    assignment = not with_duals and len(x) == len(y) and is_uniform(a) and is_uniform(b)
-    sparse = size > LIMITS.exact and can_solve_sparsely()
+    square = len(x) == len(y) and is_uniform(a) and is_uniform(b)
+    assignment = square and not with_duals
+    # Of other masses, POT's network simplex is the quicker one as long as its matrix is not large.
+    limit = LIMITS.exact if square else LIMITS.exact_program if _has_pot() else 0
+    sparse = size > limit and can_solve_sparsely()
     C = None
     if not sparse or (assignment and size <= LIMITS.dense.cpu):
         if size > LIMITS.dense.cpu and _COPIES * 8 * size > free_memory(x.cpu()):
@@ -120,6 +125,10 @@ def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals:
     return _Plan(i, j, mass, duals)
 
 
+def _has_pot() -> bool:
+    return sys.modules["ot"] is not None if "ot" in sys.modules else find_spec("ot") is not None
+
+
 def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
     return cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
 
@@ -139,7 +148,7 @@ def _linear_program(
     except ImportError as error:
         raise ImportError(
             f"exact transport of {n} to {m} samples with these weights is a linear program: "
-            "pip install 'lightning_gap[exact]', or use equal numbers without weights"
+            "pip install 'lightning_gap[exact]' or install g++ or clang++, or use equal numbers without weights"
         ) from error
     weights = [t.detach().to("cpu", torch.float64).numpy() for t in (a, b)]
     forbidden = np.isposinf(costs)
