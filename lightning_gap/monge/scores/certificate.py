@@ -109,7 +109,7 @@ def error_certificate(
             ``pnorm(p)`` with p > 1.
         weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default.
         convex: The map itself where it is a :class:`BrenierMap`, for ``proven``.
-        max_samples: Most samples of each set, by a fixed permutation: the time grows with their cube, the noise falls.
+        max_samples: Most samples of each set, by a fixed permutation: more take longer, and the noise falls.
 
     Raises:
         TypeError: An argument is no floating-point tensor, or the dtypes differ.

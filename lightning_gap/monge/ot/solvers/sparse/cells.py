@@ -18,7 +18,7 @@ def coarsened(points: Tensor, masses: Tensor, count: int) -> tuple[Tensor, Tenso
         masses: ``(n,)`` whole numbers, on the CPU.
         count: How many cells, up to the next power of two.
     """
-    x = points.detach().double().cpu().numpy()
+    x = points.detach().cpu().double().numpy()
     cell = np.zeros(len(x), dtype=np.int64)
     while cell.max() + 1 < min(count, len(x)):
         order = np.argsort(cell, kind="stable")

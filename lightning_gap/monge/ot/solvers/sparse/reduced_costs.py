@@ -106,7 +106,7 @@ class ReducedCosts:
         size = max(1, size // max(1, self.x.shape[1]))
         with torch.no_grad():
             parts = [
-                self.cost.paired(self.x[i.to(device)], self.y[j.to(device)]).double().cpu()
+                self.cost.paired(self.x[i.to(device)], self.y[j.to(device)]).cpu().double()
                 for i, j in zip(rows.split(size), columns.split(size), strict=True)
             ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
@@ -152,7 +152,7 @@ class ReducedCosts:
             block = fill(x.new_empty(len(x), m), x)
             check_costs(block)
             values, columns = block.sub_(offsets).topk(min(k, m), dim=1, largest=False)
-            values = values.double().cpu()
+            values = values.cpu().double()
             values[~(values < bounds[part, None])] = torch.inf
             found.values[part, : values.shape[1]] = values
             found.columns[part, : values.shape[1]] = columns.cpu()

@@ -17,6 +17,7 @@ from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.solvers.sparse.cells import coarsened
 from lightning_gap.monge.ot.solvers.sparse.network import Network, augment_library
 from lightning_gap.monge.ot.solvers.sparse.reduced_costs import ReducedCosts
+from lightning_gap.monge.ot.solvers.sparse.repeated import Distinct, split
 
 __all__ = ["SparsePlan", "can_solve_sparsely", "is_uniform", "sparse_plan", "whole_masses"]
 
@@ -66,18 +67,19 @@ def sparse_plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Spars
         a: ``(n,)`` positive weights.
         b: ``(m,)`` positive weights of the same sum.
     """
-    supply, demand = whole_masses(a, b)
-    network, done = _solved(ReducedCosts(cost, x, y), supply, demand)
+    sources, targets = (Distinct(*side) for side in zip((x, y), whole_masses(a, b), strict=True))
+    network, done = _solved(ReducedCosts(cost, sources.points, targets.points), sources.masses, targets.masses)
     if network is None:
         return None
-    total = int(supply.sum())
     if not done:
         network.prove()
+    total = int(sources.masses.sum())
     used = np.flatnonzero(network.flow)
     rows, columns = (torch.from_numpy(part) for part in np.divmod(network.key[used], network.m))
-    masses = torch.from_numpy(network.flow[used] / total)
-    u, v = torch.from_numpy(network.u), torch.from_numpy(network.v)
-    return SparsePlan(rows, columns, masses, u, v, network.paid() / total, network.bound / total, done)
+    entry, i, masses = split(sources, rows, torch.from_numpy(network.flow[used]))
+    entry, j, masses = split(targets, columns[entry], masses)
+    u, v = torch.from_numpy(network.u)[sources.which], torch.from_numpy(network.v)[targets.which]
+    return SparsePlan(i[entry], j, masses.double() / total, u, v, network.paid() / total, network.bound / total, done)
 
 
 def is_uniform(weights: Tensor) -> bool:
