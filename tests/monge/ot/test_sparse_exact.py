@@ -19,6 +19,7 @@ from lightning_gap.monge.ot.solvers import exact
 from lightning_gap.monge.ot.solvers.sparse import solve as sparse
 from lightning_gap.monge.ot.solvers.sparse.cells import coarsened
 from lightning_gap.monge.ot.solvers.sparse.reduced_costs import ReducedCosts
+from lightning_gap.monge.ot.solvers.sparse.repeated import Distinct, split
 
 pytestmark = pytest.mark.compiler
 
@@ -292,3 +293,33 @@ def test_masses_are_whole_and_the_weights(n, m, uniform, seed):
     assert int(supply.sum()) == int(demand.sum())
     for w, masses in ((a, supply), (b, demand)):
         torch.testing.assert_close(masses.double() / int(masses.sum()), w, rtol=0, atol=1e-13)
+
+
+@given(n=st.integers(1, 60), distinct=st.integers(1, 8), entries=st.integers(1, 30), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_entries_are_split_among_samples_that_agree(n, distinct, entries, seed):
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randint(0, distinct, (n, 1), generator=generator).double()
+    masses = torch.randint(0, 5, (n,), generator=generator)
+    masses[0] += 1
+    side = Distinct(points, masses)
+    # Any cuts of the distinct ones' masses are entries.
+    ends = side.masses.cumsum(0)
+    cuts = torch.cat([torch.randint(1, int(ends[-1]) + 1, (entries,), generator=generator), ends]).unique()
+    cuts = cuts[cuts > 0]
+    parts = cuts.diff(prepend=cuts.new_zeros(1))
+    of = torch.searchsorted(ends, cuts)
+    order = torch.randperm(len(of), generator=generator)
+    entry, sample, found = split(side, of[order], parts[order])
+    assert torch.equal(torch.zeros_like(masses).index_add_(0, sample, found), masses)
+    assert torch.equal(torch.zeros_like(parts).index_add_(0, entry, found), parts[order])
+    assert torch.equal(side.which[sample], of[order][entry])
+    assert bool((found > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(2000, 10, 2), (1500, 2, 8)])
+def test_many_ties_are_no_obstacle(shape):
+    n, values, d = shape
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(0, values, (n, d), generator=generator).double() for _ in range(2))
+    assert float(optimal_transport(x, y, solver="exact").value) == pytest.approx(least_assignment(x, y), rel=1e-9)

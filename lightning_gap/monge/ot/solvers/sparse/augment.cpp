@@ -65,7 +65,8 @@ class Network {
         };
         for (int64_t before = mass(), after; sources.size() > 1; before = after) {
             search(sources);
-            sources.erase(std::remove_if(sources.begin(), sources.end(), [&](int i) { return supply[i] == 0; }), sources.end());
+            const auto sent = std::remove_if(sources.begin(), sources.end(), [&](int i) { return supply[i] == 0; });
+            sources.erase(sent, sources.end());
             after = mass();
             if (after == before || (ended_early && after > before - before / 8)) break;
         }
@@ -78,7 +79,6 @@ class Network {
         }
         return left;
     }
-
 
     Network(long n_, long m_, const int64_t* first_, const int* column_, const double* cost_, const double* ceiling_,
             int64_t* supply_, int64_t* demand_, int64_t* flow_, double* u_, double* v_, char* asks_)
@@ -207,8 +207,8 @@ class Network {
 }  // namespace
 
 // Returns how many rows have mass left.
-extern "C" long augment(long n, long m, const int64_t* first, const int* column, const double* cost, const double* ceiling,
-                        int64_t* supply, int64_t* demand, int64_t* flow, double* u, double* v, char* asks) {
+extern "C" long augment(long n, long m, const int64_t* first, const int* column, const double* cost,
+                        const double* ceiling, int64_t* supply, int64_t* demand, int64_t* flow, double* u, double* v, char* asks) {
     Network network(n, m, first, column, cost, ceiling, supply, demand, flow, u, v, asks);
     network.start();
     return network.send();
