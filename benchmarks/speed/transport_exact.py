@@ -56,7 +56,9 @@ def beside(cost: str, kind: str, n: int, d: int, repeats: int) -> Row:
     given = samples(kind, n, d)
     x, y, weights = given
     ours, theirs, value, right = [], [], 0.0, 0.0
-    optimal_transport(x[:800], y[:800], cost=cost, solver="exact")  # compiles
+    # Compiles, and imports POT.
+    optimal_transport(x[:800], y[:800], cost=cost, solver="exact")
+    peer(cost, samples("weighted", 50, d))
     for _ in range(repeats):
         seconds, found = timed(lambda: optimal_transport(x, y, cost=cost, weights=weights, solver="exact").value)
         ours.append(seconds)

@@ -21,7 +21,7 @@ from lightning_gap.precision import widest
 __all__ = ["matched", "solve_exact"]
 
 Duals = tuple[Tensor, Tensor]
-# Assignments are quick by their matrix where so many rows have a nearest column of their own, as for a trained map.
+# Assignments are quick by their matrix where so many rows have a best column of their own, as for a trained map.
 _APART = 0.9
 # Copies of a matrix that its solvers take.
 _COPIES = 2
@@ -102,7 +102,7 @@ def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals:
             )
         C = _filled(cost, x, y)
         check_costs(C)
-    if sparse and (C is None or len(C.argmin(1).unique()) < _APART * len(C)):
+    if sparse and (C is None or _own_columns(C) < _APART * len(C)):
         del C
         found = sparse_plan(cost, x, y, a, b)
         if found is None:
@@ -123,6 +123,11 @@ def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals:
         rows, columns, masses, duals = _linear_program(costs, a, b)
     i, j, mass = (torch.from_numpy(part).to(x.device) for part in (rows, columns, masses))
     return _Plan(i, j, mass, duals)
+
+
+def _own_columns(C: Tensor) -> int:
+    """Return how many columns are the best of a row, once each column's least cost is taken off."""
+    return len((C - C.amin(0)).argmin(1).unique())
 
 
 def _has_pot() -> bool:
