@@ -202,8 +202,13 @@ SPEED = {
     "scale_dims": Benchmark(
         "speed.transport_scale --solvers fused --sizes 10000 30000 100000 --dims 2 10 32 --tolerance 0.03 "
         "--reference 0.001 --limit 300",
-        "Time, memory and errors to n = 10⁵ in 2, 10 and 32 dimensions", 7,
+        "Time, memory and errors to n = 10⁵ in 2, 10 and 32 dimensions", 5,
         "speed.transport_scale --solvers fused --sizes 300 --dims 2 --tolerance 0.03 --reference 0.001", ("compiler",),
+    ),
+    "exact": Benchmark(
+        "speed.transport_exact --sizes 1000 2000 --alone 10000 --dims 2 10",
+        "Exact transport, against SciPy's assignment and POT's network simplex, and beyond their sizes", 2.2,
+        "speed.transport_exact --sizes 100 --alone 900 --dims 2", ("compiler",),
     ),
     "scale_roofline": Benchmark(
         "speed.transport_scale --roofline --sizes 100000 --dims 2 10 32 "

@@ -36,6 +36,8 @@ class Limits:
     together = Size(1 << 21, 1 << 27)
     # A kernel matrix that is kept in memory.
     dense = Size(1 << 24, 1 << 28)
+    # A matrix of an exact plan, beyond which pairs that are nearly tight are quicker: of an assignment, and of others.
+    exact, exact_program = 1 << 19, 1 << 24
     # Points up to which problems anneal epsilon; larger ones start from every fourth of their points. On a GPU a sweep
     # of few points takes as long as one of some thousand.
     coarsest = Size(256, 4096)

@@ -33,6 +33,8 @@ class OTResult:
         solver: The solver that was chosen.
         problem: What was solved, detached.
         entries: Rows, columns and masses of an exact plan.
+        duality_gap: What an exact plan costs beyond the bound that its dual potentials prove over all pairs, which is
+            rounding if it converged; ``None`` where the matrix was solved, by SciPy or POT.
     """
 
     value: Tensor
@@ -45,6 +47,7 @@ class OTResult:
     solver: str = field(kw_only=True)
     problem: Problem = field(kw_only=True, repr=False)
     entries: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    duality_gap: float | None = None
 
     def plan(self) -> Tensor:
         """Return the plan as an ``(n, m)`` matrix, detached."""

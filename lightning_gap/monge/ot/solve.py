@@ -14,7 +14,7 @@ solver         how                                                             m
 ``fused``      our own, compiled, all of a pass at once, to a marginal error   ``O(n + m)``
 ``flash``      ``fused`` with FlashSinkhorn's kernel, for squares on CUDA      ``O(n + m)``
 ``blocked``    our own, by blocks of rows, to a marginal error                 ``O(n + m)`` and a block
-``exact``      assignment or linear program, no regularization                 ``n x m`` in double
+``exact``      augmenting paths over nearly tight pairs, no regularization     ``O(n + m)``; small: ``n x m``
 ``online``     GeomLoss on KeOps, compiled formulas, a fixed schedule          ``O(n + m)``
 ``multiscale`` GeomLoss on KeOps, coarse to fine, for squared distances, d < 4 ``O(n + m)``
 ============== =============================================================== ==========================
@@ -150,9 +150,8 @@ def solve_all(
             part = numbers[start : start + together]
             results |= zip(part, _solve_alike([problems[k] for k in part], chosen, options), strict=True)
     for number in range(0 if silent else len(problems)):
-        if not (result := results[number]).converged:
-            dtype = result.problem.x.dtype
-            report_unconverged(result.solver, result.marginal_error, result.epsilon, options, dtype, strict=strict)
+        if not results[number].converged:
+            _report(results[number], options, strict)
     return [
         results[number] if p is whole else _for_all(whole, p, results[number])
         for number, (whole, p) in enumerate(zip(given, problems, strict=True))
@@ -208,14 +207,29 @@ def report_unconverged(
 ) -> None:
     """Warn or raise for a problem that did not converge."""
     widest_already = dtype == torch.float64 or options.tolerance >= 1e-6
-    message = (
+    _warn_or_raise(
         f"solver={solver!r} stopped with a marginal error of {marginal_error:.2g}, above the tolerance of "
         f"{options.tolerance:.2g}: raise max_iterations ({options.max_iterations} now) or epsilon ({epsilon:.3g} now)"
-        + ("" if widest_already else ", or use float64")
+        + ("" if widest_already else ", or use float64"),
+        strict,
     )
+
+
+def _report(result: OTResult, options: SolverOptions, strict: bool) -> None:
+    if result.solver == "exact":
+        _warn_or_raise(
+            f"solver='exact' ended with a plan that may cost up to {result.duality_gap:.2g} more than the best one",
+            strict,
+        )
+        return
+    dtype = result.problem.x.dtype
+    report_unconverged(result.solver, result.marginal_error, result.epsilon, options, dtype, strict=strict)
+
+
+def _warn_or_raise(told: str, strict: bool) -> None:
     if strict:
-        raise RuntimeError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        raise RuntimeError(told)
+    warnings.warn(told, ConvergenceWarning, stacklevel=5)
 
 
 def _check_fused(cost: Cost, x: Tensor) -> None:

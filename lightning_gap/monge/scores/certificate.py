@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lightning_gap.checks import check_integer
 from lightning_gap.monge.ot.checks import check_pair
 from lightning_gap.monge.ot.costs import Cost, CostLike, TranslationInvariantCost, resolve
-from lightning_gap.monge.scores.parts import independent_parts, matched, standard_error
+from lightning_gap.monge.ot.solvers.exact import matched
+from lightning_gap.monge.scores.parts import independent_parts, standard_error
 from lightning_gap.precision import widest
 
 __all__ = ["ConvexGradient", "ErrorCertificate", "error_certificate", "has_unique_maps"]
@@ -108,7 +109,7 @@ def error_certificate(
             ``pnorm(p)`` with p > 1.
         weights: ``(n,)`` and ``(m,)`` weights, each summing to 1; uniform by default.
         convex: The map itself where it is a :class:`BrenierMap`, for ``proven``.
-        max_samples: Most samples of each set, by a fixed permutation: the time grows with their cube, the noise falls.
+        max_samples: Most samples of each set, by a fixed permutation: more take longer, and the noise falls.
 
     Raises:
         TypeError: An argument is no floating-point tensor, or the dtypes differ.

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.checks import check_weights
-from lightning_gap.monge.ot.costs import Cost
-from lightning_gap.monge.ot.solvers.exact import exact_plan
 from lightning_gap.monge.ot.subsets import fixed_rows
 from lightning_gap.precision import widest
 
-__all__ = ["FEWEST", "independent_parts", "matched", "standard_error"]
+__all__ = ["FEWEST", "independent_parts", "standard_error"]
 
 FEWEST = 32  # samples of a set with fewer of which its parts say nothing
 
@@ -58,14 +56,6 @@ def _repeated(weights: Tensor, size: int) -> Tensor:
     steps = (torch.arange(size, dtype=torch.float64, device=weights.device) + 0.5) / size
     shares = weights.to(widest(weights.device)).cumsum(0)
     return torch.searchsorted(shares, steps.to(shares) * shares[-1]).clamp_max_(len(weights) - 1)
-
-
-def matched(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
-    """Return which of as many samples each is assigned to, at the least cost."""
-    C = cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
-    uniform = C.new_full((len(x),), 1 / len(x))
-    rows, columns, _, _ = exact_plan(C, uniform, uniform)
-    return columns[torch.argsort(rows)]
 
 
 def standard_error(values: Tensor) -> float:

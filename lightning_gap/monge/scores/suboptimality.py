@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_gap.checks import check_integer
 from lightning_gap.monge.ot.checks import check_pair
 from lightning_gap.monge.ot.costs import Cost, CostLike, resolve
-from lightning_gap.monge.scores.parts import independent_parts, matched, standard_error
+from lightning_gap.monge.ot.solvers.exact import matched
+from lightning_gap.monge.scores.parts import independent_parts, standard_error
 from lightning_gap.precision import widest
 
 __all__ = ["Suboptimality", "suboptimality"]

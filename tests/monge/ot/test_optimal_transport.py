@@ -12,7 +12,7 @@ from lightning_gap import costs, monge_gap, sinkhorn_divergence
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.result import ConvergenceWarning
 from lightning_gap.monge.ot.solve import optimal_transport
-from lightning_gap.monge.ot.solvers import geomloss, memory
+from lightning_gap.monge.ot.solvers import exact, geomloss, memory
 
 # Compiles C++ on first use.
 FUSED = pytest.param("fused", marks=pytest.mark.compiler)
@@ -186,8 +186,9 @@ def test_keops_without_a_compiler(monkeypatch):
         optimal_transport(draw(10), draw(10, seed=1), solver="online")
 
 
-def test_linear_programs_need_pot(monkeypatch):
+def test_linear_programs_need_pot_or_a_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
+    monkeypatch.setattr(exact, "can_solve_sparsely", lambda: False)
     weights = torch.softmax(draw(10, 1)[:, 0], 0)
     for options in ({"y": draw(7, seed=1)}, {"y": draw(10, seed=1), "weights": (weights, None)}):
         with pytest.raises(ImportError, match="is a linear program: pip install"):

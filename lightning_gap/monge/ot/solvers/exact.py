@@ -1,21 +1,41 @@
-"""Exact optimal transport between samples: an assignment where it is one, a linear program else."""
+"""Exact optimal transport between samples: small problems by their matrix, others by the pairs that matter."""
 
-from typing import Any
+import sys
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_gap.monge.ot.costs import Cost
+from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.problem import Problem
 from lightning_gap.monge.ot.result import OTResult
 from lightning_gap.monge.ot.solvers.gradients import once
+from lightning_gap.monge.ot.solvers.memory import free_memory
+from lightning_gap.monge.ot.solvers.sparse.reduced_costs import ReducedCosts, check_costs
+from lightning_gap.monge.ot.solvers.sparse.solve import can_solve_sparsely, is_uniform, sparse_plan
 from lightning_gap.precision import widest
 
-__all__ = ["exact_plan", "solve_exact"]
-
+__all__ = ["matched", "solve_exact"]
 
 Duals = tuple[Tensor, Tensor]
+# Assignments are quick by their matrix where so many rows have a best column of their own, as for a trained map.
+_APART = 0.9
+# Copies of a matrix that its solvers take.
+_COPIES = 2
+
+
+class _Plan(NamedTuple):
+    """Rows, columns and masses of an optimal plan's entries; the dual potentials and what they prove, where known."""
+
+    rows: Tensor
+    columns: Tensor
+    masses: Tensor
+    duals: Duals | None = None
+    gap: float | None = None
+    proven: bool = True
 
 
 def solve_exact(problem: Problem) -> OTResult:
@@ -24,14 +44,14 @@ def solve_exact(problem: Problem) -> OTResult:
     x, y = (points.to(widest(points.device)) for points in (p.x, p.y))
     # What has no weight is left out, as it may be infinitely far.
     rows, columns = (w.nonzero()[:, 0] for w in (p.a, p.b))
-    C = _filled(p.cost, x[rows], y[columns])
     weighted = torch.is_grad_enabled() and (problem.a.requires_grad or problem.b.requires_grad)
-    i, j, mass, duals = exact_plan(C, p.a[rows], p.b[columns], with_duals=weighted)
-    i, j, mass = rows[i], columns[j], mass.to(p.x.dtype)
+    found = _plan(p.cost, x[rows], y[columns], p.a[rows], p.b[columns], with_duals=weighted)
+    i, j, mass = rows[found.rows], columns[found.columns], found.masses.to(p.x)
     # The plan is locally constant, so this is differentiable as it stands; in the weights, by the dual potentials.
     value = (mass * problem.cost.paired(problem.x[i], problem.y[j])).sum(dtype=widest(p.x.device))
-    if duals is not None:
-        u, v = (potential.to(C) for potential in duals)
+    if weighted:
+        assert found.duals is not None
+        u, v = (potential.to(x) for potential in found.duals)
         for w, own, cost, points, others, other in (
             (problem.a, u, p.cost, x, y[columns], v),
             (problem.b, v, p.cost.transposed(), y, x[rows], u),
@@ -40,50 +60,82 @@ def solve_exact(problem: Problem) -> OTResult:
             left = w.detach() == 0
             slope = torch.empty_like(w, dtype=own.dtype)
             slope[~left] = own
-            slope[left] = (_filled(cost, points[left], others) - other).amin(1)
+            if bool(left.any()):
+                answers = ReducedCosts(cost, points[left], others, compiled=False).least(other.double().cpu(), 1)
+                slope[left] = answers.values[:, 0].to(own)
             term = (slope.to(w.dtype) * (w - w.detach())).sum(dtype=value.dtype)
             value = value + once(term, "in weights with solver='exact': use 'dense'")
-    return OTResult(value, None, None, epsilon=0.0, solver="exact", problem=p, entries=(i, j, mass))
+    return OTResult(
+        value,
+        None,
+        None,
+        epsilon=0.0,
+        converged=found.proven,
+        solver="exact",
+        problem=p,
+        entries=(i, j, mass),
+        duality_gap=found.gap,
+    )
 
 
-def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
-    return cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
+def matched(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    """Return which of as many samples each is assigned to, at the least cost."""
+    uniform = x.new_full((len(x),), 1 / len(x))
+    found = _plan(cost, x, y, uniform, uniform)
+    return found.columns[torch.argsort(found.rows)]
 
 
-def exact_plan(
-    C: Tensor, a: Tensor, b: Tensor, *, with_duals: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Duals | None]:
-    """Return an optimal plan as rows, columns and masses of its entries, and the dual potentials if they are wanted.
+def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals: bool = False) -> _Plan:
+    """Return an optimal plan of samples that all have weight: by the matrix, or without one where that is faster."""
+    size = len(x) * len(y)
+    square = len(x) == len(y) and is_uniform(a) and is_uniform(b)
+    assignment = square and not with_duals
+    # Of other masses, POT's network simplex is the quicker one as long as its matrix is not large.
+    limit = LIMITS.exact if square else LIMITS.exact_program if _has_pot() else 0
+    sparse = size > limit and can_solve_sparsely()
+    C = None
+    if not sparse or (assignment and size <= LIMITS.dense.cpu):
+        if size > LIMITS.dense.cpu and _COPIES * 8 * size > free_memory(x.cpu()):
+            raise ValueError(
+                f"solver='exact' needs {_COPIES * 8 * size / 1e9:.1f} GB for {len(x)} x {len(y)} samples without a "
+                "compiler, more than there is: install g++ or clang++, with which it takes little"
+            )
+        C = _filled(cost, x, y)
+        check_costs(C)
+    if sparse and (C is None or _own_columns(C) < _APART * len(C)):
+        del C
+        found = sparse_plan(cost, x, y, a, b)
+        if found is None:
+            raise _infeasible()
+        i, j, mass = (part.to(x.device) for part in (found.rows, found.columns, found.masses))
+        return _Plan(i, j, mass, (found.u, found.v), found.paid - found.bound, found.proven)
+    assert C is not None
+    costs = C.to("cpu", torch.float64).numpy()
+    if assignment:
+        from scipy.optimize import linear_sum_assignment
 
-    Equal numbers of equally weighted samples are an assignment problem, solved by SciPy's
-    ``linear_sum_assignment`` (Crouse 2016); it is quick where the identity is nearly optimal, as for a trained map.
-    Other problems, and the potentials, which are the gradient in the weights, need POT's network simplex. A pair of
-    infinite cost is forbidden.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    costs = C.detach().to("cpu", torch.float64).numpy()
-    n, m = costs.shape
-    if np.isnan(costs).any() or np.isneginf(costs).any():
-        raise ValueError(
-            "the cost is NaN or minus infinity for some pairs: only plus infinity, which forbids one, is known"
-        )
-    duals = None
-    if not with_duals and n == m and _is_uniform(a) and _is_uniform(b):
         try:
             rows, columns = linear_sum_assignment(costs)
         except ValueError as error:
             raise _infeasible() from error
-        masses = np.full(n, 1 / n)
+        masses, duals = np.full(len(x), 1 / len(x)), None
     else:
         rows, columns, masses, duals = _linear_program(costs, a, b)
-    found = (torch.from_numpy(part).to(C.device) for part in (rows, columns))
-    return (*found, torch.from_numpy(masses).to(C), duals)  # type: ignore[return-value]
+    i, j, mass = (torch.from_numpy(part).to(x.device) for part in (rows, columns, masses))
+    return _Plan(i, j, mass, duals)
 
 
-def _is_uniform(weights: Tensor) -> bool:
-    n = len(weights)
-    return bool(((weights - 1 / n).abs() < 1e-6 / n).all())
+def _own_columns(C: Tensor) -> int:
+    """Return how many columns are the best of a row, once each column's least cost is taken off."""
+    return len((C - C.amin(0)).argmin(1).unique())
+
+
+def _has_pot() -> bool:
+    return sys.modules["ot"] is not None if "ot" in sys.modules else find_spec("ot") is not None
+
+
+def _filled(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    return cost.geometry.fill(x.new_empty(len(x), len(y)), x, y)
 
 
 def _infeasible() -> ValueError:
@@ -101,7 +153,7 @@ def _linear_program(
     except ImportError as error:
         raise ImportError(
             f"exact transport of {n} to {m} samples with these weights is a linear program: "
-            "pip install 'lightning_gap[exact]', or use equal numbers without weights"
+            "pip install 'lightning_gap[exact]' or install g++ or clang++, or use equal numbers without weights"
         ) from error
     weights = [t.detach().to("cpu", torch.float64).numpy() for t in (a, b)]
     forbidden = np.isposinf(costs)

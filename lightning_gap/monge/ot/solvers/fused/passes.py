@@ -14,7 +14,7 @@ from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.solvers.fused.pairs import PairPasses
 from lightning_gap.native import native_argument, native_library
 
-__all__ = ["Passes", "fused_library"]
+__all__ = ["Passes", "fused_library", "tiled"]
 
 _SOURCE = Path(__file__).with_name("soft_minimum.cpp")
 # Columns of a tile, whose coordinates should stay in the first cache; rows of a group; numbers of its strip of kernel.
@@ -39,7 +39,7 @@ class Passes(PairPasses):
         assert library is not None
         exponent, exponential = ("float" if t == torch.float32 else "double" for t in (self.dtype, self.exponential))
         self._library, self._name = library, "products" if self.by_products else f"{exponent}_{exponential}"
-        self._rows, self._tiles = rows.contiguous(), _tiled(columns)
+        self._rows, self._tiles = rows.contiguous(), tiled(columns)
 
     def soft_minimum(
         self, G: Tensor, b: Tensor, *, share: float = 1.0, weights: Tensor | None = None
@@ -94,7 +94,7 @@ class Passes(PairPasses):
             return list(pool.map(work, parts))
 
 
-def _tiled(columns: Tensor) -> Tensor:
+def tiled(columns: Tensor) -> Tensor:
     """Return ``(tiles, d, width)`` columns: those of a tile are neighbours."""
     m, d = columns.shape
     widest = _TILE_BYTES // (max(1, d) * columns.element_size())

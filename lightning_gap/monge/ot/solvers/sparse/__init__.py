@@ -1,0 +1,1 @@
+"""Exact transport over the few pairs that matter, proven over all of them."""
