@@ -272,6 +272,11 @@ SCIENCE = {
         "The default map on real data, against what takes no training", 60, needs=("data",), page="default_maps.md",
         rows=False,
     ),
+    "few_samples": Benchmark(
+        "science.small_tables --data DATA",
+        "How long the default learning rate is to last where samples are few", 120, needs=("data",),
+        page="default_maps.md", rows=False,
+    ),
     "unseen": Benchmark(
         "science.unseen_conditions sachs kang --data DATA",
         "Conditions that no map was trained on", 30, needs=("data",), page="../real_cells.md", rows=False,
