@@ -46,6 +46,8 @@ def least_cost(C, a, b):
     rows = np.kron(np.eye(n), np.ones(m))
     columns = np.kron(np.ones(n), np.eye(m))
     allowed = np.isfinite(C).ravel()
+    if not allowed.any():
+        return None
     A = np.vstack([rows, columns])[:, allowed]
     scale = max(np.abs(C[np.isfinite(C)]).max(initial=0), 1e-300)  # its tolerances are absolute
     found = linprog(C.ravel()[allowed] / scale, A_eq=A, b_eq=np.concatenate([a, b]), method="highs").fun

@@ -22,7 +22,7 @@ from lightning_gap.monge.ot.solvers.sparse.repeated import Distinct, split
 __all__ = ["SparsePlan", "can_solve_sparsely", "is_uniform", "sparse_plan", "whole_masses"]
 
 # Samples of a side up to which all pairs are known; how many fewer the coarser problem has; pairs of a row at first.
-_SMALL, _FEWER, _KNOWN = 256, 4, 16
+_SMALL, _FEWER, _KNOWN = 256, 4, 32
 # Rows ask for pairs when they have used this share of what is known; ceilings are left when a round leaves this share.
 _USED, _STALLED = 0.5, 0.5
 _ROUNDS = 200
