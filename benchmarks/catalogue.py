@@ -147,7 +147,7 @@ SPEED = {
         "speed.transport_training --threads 1 --iterations 4 --block 2 --batches 64 --gaps l22", ("peers",),
     ),
     "equal_quality_moons": Benchmark(
-        "speed.map_to_equal_quality moons --peers PEERS",
+        "speed.map_to_equal_quality moons --threads 1 --peers PEERS",
         "`MongeMap` and OTT-JAX's estimator to equal quality, like for like", 1.8,
         "speed.map_to_equal_quality moons --peers PEERS --seeds 0 --steps 4 --every 2", ("peers",),
     ),

@@ -272,9 +272,12 @@ def main() -> None:
     parser.add_argument("--divergence", type=float, default=DIVERGENCE, help="the level of moons")
     parser.add_argument("--gap", type=float, default=GAP, help="the level of moons")
     parser.add_argument("--unexplained", type=float, help="the level of w2, an L2-UVP in %%")
+    parser.add_argument("--threads", type=int, help="torch's threads; OTT-JAX has those of its own")
     add_json(parser)
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.side:
         side, task, seed = args.side
         print(json.dumps(one_side(side, task, int(seed), args)))
