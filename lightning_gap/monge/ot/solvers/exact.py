@@ -107,8 +107,8 @@ def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals:
         found = sparse_plan(cost, x, y, a, b)
         if found is None:
             raise _infeasible()
-        i, j, mass = (part.to(x.device) for part in (found.rows, found.columns, found.masses))
-        return _Plan(i, j, mass, (found.u, found.v), found.paid - found.bound, found.proven)
+        i, j = (part.to(x.device) for part in (found.rows, found.columns))
+        return _Plan(i, j, found.masses.to(x), (found.u, found.v), found.paid - found.bound, found.proven)
     assert C is not None
     costs = C.to("cpu", torch.float64).numpy()
     if assignment:
@@ -121,8 +121,8 @@ def _plan(cost: Cost, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, with_duals:
         masses, duals = np.full(len(x), 1 / len(x)), None
     else:
         rows, columns, masses, duals = _linear_program(costs, a, b)
-    i, j, mass = (torch.from_numpy(part).to(x.device) for part in (rows, columns, masses))
-    return _Plan(i, j, mass, duals)
+    i, j = (torch.from_numpy(part).to(x.device) for part in (rows, columns))
+    return _Plan(i, j, torch.from_numpy(masses).to(x), duals)
 
 
 def _own_columns(C: Tensor) -> int:
