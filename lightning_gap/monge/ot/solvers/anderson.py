@@ -22,7 +22,7 @@ MEMORY = 15
 PLAIN_SWEEPS = 8
 # An extrapolation that moves a potential further, in units of epsilon, is not to be trusted.
 LONGEST_JUMP = 20.0
-# A marginal error above it is still large; a smaller one has so many times as long to become a tenth.
+# A marginal error above it is still large; on a CPU a smaller one has so many times as long to become a tenth.
 STUCK, SLOW = 1e-3, 4
 
 

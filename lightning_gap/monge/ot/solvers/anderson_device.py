@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, SLOW, STUCK, Solution
+from lightning_gap.monge.ot.solvers.anderson import LONGEST_JUMP, MEMORY, PLAIN_SWEEPS, STUCK, Solution
 from lightning_gap.monge.ot.solvers.kernel import Kernel
 from lightning_gap.monge.ot.solvers.vectors import as_tensor
 
@@ -75,7 +75,6 @@ def iterate_on_device(
     anderson, iterations, rounds = _Anderson(kernel), _SETTLING, _UNASKED
     best, last, restarted = [math.inf for _ in every], (0, [math.inf for _ in every]), list[int]()
     solved_after: list[int] = [0 for _ in every]
-    early: float | None = None
     while True:
         for _ in range(rounds):
             if iterations + _ROUND >= max_iterations:
@@ -92,8 +91,7 @@ def iterate_on_device(
         lost = [i for i in every if not math.isfinite(errors[i])]
         ended = iterations + 1 >= max_iterations
         if patience is not None and iterations >= patience:
-            ended = ended or max(errors) > (STUCK if early is None else early / 10)
-            patience, early = SLOW * patience if early is None else None, max(errors)
+            ended, patience = ended or max(errors) > STUCK, None
         if all(error <= tolerance for error in errors) or (ended and not lost):
             converged = [error <= tolerance for error in errors]
             swept = [after if ok else iterations for after, ok in zip(solved_after, converged, strict=True)]
