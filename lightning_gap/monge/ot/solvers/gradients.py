@@ -1,7 +1,7 @@
 """Gradients of a transport value: by the envelope theorem, and by the implicit function theorem the second time."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ __all__ = ["Answer", "Envelope", "Solved", "once", "weight_slope", "with_learned
 Pair = tuple[Tensor, Tensor]
 
 
-class Answer(NamedTuple):
+Value = TypeVar("Value", float, Tensor)
+
+
+class Answer(NamedTuple, Generic[Value]):
     """Where a solver ended: value, potentials in units of the cost, all in the widest format, and gradients."""
 
-    value: Tensor
+    value: Value
     f: Tensor
     g: Tensor
     gx: Tensor | None

@@ -80,7 +80,7 @@ def _need(problem: Problem) -> tuple[bool, bool]:
     return graph and problem.x.requires_grad, graph and problem.y.requires_grad
 
 
-def _result(problem: Problem, p: Problem, answer: Answer, solver: str) -> OTResult:
+def _result(problem: Problem, p: Problem, answer: Answer[Tensor], solver: str) -> OTResult:
     """Return what was found of a problem, which detached is ``p``, as a result whose value is differentiable."""
     value, dtype = answer.value, problem.x.dtype
     f, g = answer.f.to(dtype), answer.g.to(dtype)

@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,18 +61,8 @@ _TO_SOLVE: list[Any] = [*[_POINTER] * 2, _DOUBLE, _DOUBLE, _LONG, _DOUBLE, _LONG
 _SAMPLES: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _DOUBLE, _DOUBLE, _LONG, _POINTER, _POINTER]
 
 
-class Found(NamedTuple):
-    """What a call has found: numbers of Python, and vectors in double, gradients in the images that a cost compares."""
-
-    value: float
-    f: Tensor
-    g: Tensor
-    gx: Tensor | None
-    gy: Tensor | None
-    epsilon: float
-    iterations: int
-    marginal_error: float
-    converged: bool
+# What a call finds: a number of Python, and gradients in the images that a cost compares.
+Found: TypeAlias = Answer[float]
 
 
 def native_dense_library(formula: CostFormula) -> ctypes.CDLL | None:
@@ -188,7 +178,7 @@ class NativeProblem:
         return getattr(self.library, f"paid_{self.name}")(*self._samples, _place(gradient)), gradient
 
 
-def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer | None:
+def solve_natively(p: Problem, options: SolverOptions, need: tuple[bool, bool]) -> Answer[Tensor] | None:
     """Solve a problem without a graph; ``None`` where it is not for this, or has to go the long way.
 
     Args:
