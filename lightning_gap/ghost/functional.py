@@ -179,9 +179,7 @@ def ghost_batch_norm(
         >>> ghost_batch_norm(x, None, None, ghost_batch_size=2).flatten().round().tolist()
         [-1.0, 1.0, -1.0, 1.0]
     """
-    if type(ghost_batch_size) is not int or ghost_batch_size < 1 or running_stats not in _RUNNING_STATS:
-        check_settings(ghost_batch_size, running_stats, grouping)
-    check_choice("grouping", grouping, _GROUPINGS)
+    check_settings(ghost_batch_size, running_stats, grouping)
     if rows_per_sample != 1:
         check_rows_per_sample(rows_per_sample)
     if not training:

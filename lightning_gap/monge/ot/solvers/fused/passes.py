@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.solvers.fused.pairs import PairPasses
 from lightning_gap.native import native_argument, native_library
 
-__all__ = ["Passes", "fused_library", "tiled"]
+__all__ = ["Passes", "fused_library", "in_parts", "tiled"]
+
+Result = TypeVar("Result")
 
 _SOURCE = Path(__file__).with_name("soft_minimum.cpp")
 # Columns of a tile, whose coordinates should stay in the first cache; rows of a group; numbers of its strip of kernel.
@@ -58,7 +60,7 @@ class Passes(PairPasses):
             self._call("pass", rows, offsets, group, own[rows], share, F[rows], a, columns)
             return columns
 
-        parts = self._in_parts(work)
+        parts = in_parts(n, m, work)
         if weights is None:
             return F, None
         sums: Tensor = sum(part for part in parts if part is not None)[:m]  # type: ignore[index]
@@ -75,7 +77,7 @@ class Passes(PairPasses):
         def work(rows: slice) -> None:
             self._call("pull", rows, offsets, _GROUP, potentials[rows], gradients[rows], masses[rows])
 
-        self._in_parts(work)
+        in_parts(n, len(self.y), work)
         return gradients, masses
 
     def _call(self, function: str, rows: slice, offsets: Tensor, group: int, *rest: Tensor | float | None) -> None:
@@ -83,15 +85,15 @@ class Passes(PairPasses):
         before = x, len(x), d, self._tiles, tiles, width, offsets, self.scale, float(self.formula.number), group
         getattr(self._library, f"{function}_{self._name}")(*map(native_argument, (*before, *rest)))
 
-    def _in_parts(self, work: Callable[[slice], Tensor | None]) -> list[Tensor | None]:
-        """Work on the rows, by as many threads as torch takes; the library lets others run meanwhile."""
-        n = len(self.x)
-        workers = 1 if n * len(self.y) < _FEW_PAIRS else min(torch.get_num_threads(), n)
-        parts = [slice(k * n // workers, (k + 1) * n // workers) for k in range(workers)]
-        if workers == 1:
-            return [work(parts[0])]
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(work, parts))
+
+def in_parts(rows: int, columns: int, work: Callable[[slice], Result]) -> list[Result]:
+    """Work on the pairs of some rows, by as many threads as torch takes; the library lets others run meanwhile."""
+    workers = 1 if rows * columns < _FEW_PAIRS else min(torch.get_num_threads(), rows)
+    parts = [slice(k * rows // workers, (k + 1) * rows // workers) for k in range(workers)]
+    if workers == 1:
+        return [work(parts[0])]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, parts))
 
 
 def tiled(columns: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The least of each row's costs less the columns' potentials, by passes over all pairs that keep no matrix."""
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from lightning_gap.monge.ot.costs import Cost
 from lightning_gap.monge.ot.costs.formula import formula_of
 from lightning_gap.monge.ot.limits import LIMITS
 from lightning_gap.monge.ot.solvers.fused.pairs import images_of
-from lightning_gap.monge.ot.solvers.fused.passes import tiled
+from lightning_gap.monge.ot.solvers.fused.passes import in_parts, tiled
 from lightning_gap.native import native_argument, native_library
 
 __all__ = ["Least", "ReducedCosts", "check_costs"]
@@ -20,8 +19,6 @@ __all__ = ["Least", "ReducedCosts", "check_costs"]
 _SOURCE = Path(__file__).with_name("least.cpp")
 # Rows that meet a tile of columns together.
 _GROUP = 64
-# Pairs below which a second thread costs more than it does.
-_FEW_PAIRS = 1 << 17
 # Samples of each side whose costs by the formula are compared with the cost's own, and how close they have to be.
 _FEW_CHECKED, _CHECKED = 8, 1e-9
 
@@ -91,13 +88,7 @@ class ReducedCosts:
             outputs = found.columns[part], found.values[part], found.counts[part]
             self._library.least(*map(native_argument, (*before, *after, *outputs)))  # type: ignore[union-attr]
 
-        workers = 1 if count * len(self.y) < _FEW_PAIRS else min(torch.get_num_threads(), count)
-        parts = [slice(i * count // workers, (i + 1) * count // workers) for i in range(workers)]
-        if workers == 1:
-            work(parts[0])
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(work, parts))
+        in_parts(count, len(self.y), work)
         return found._replace(columns=found.columns.long())
 
     def paired(self, rows: Tensor, columns: Tensor) -> Tensor:
